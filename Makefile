@@ -1,0 +1,55 @@
+# Everything a person or CI runs starts here.  `make env` is what the others stand on.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# torch 2.13.0 is the newest version whose plain wheel is the CPU build; newer ones bring gigabytes of CUDA.
+TORCH  ?= torch==2.13.0
+SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
+
+.PHONY: env demo test lint format typecheck bench clean help
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+# Build tools first: the package itself is built without isolation, against the torch just installed.
+$(VENV)/deps.stamp: $(VENV)/torch.stamp pyproject.toml
+	$(PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@touch $@
+
+$(VENV)/build.stamp: $(VENV)/deps.stamp $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[demo,test,dev]"
+	@touch $@
+
+env: $(VENV)/build.stamp ## make .venv with everything and build the extension (quick the second time)
+
+demo: env ## Gemma 3 270M reads a text, an SAE reads Gemma
+	$(VENV)/bin/gemmascope-fast demo
+
+test: env ## the whole test suite
+	$(PY) -m pytest
+
+bench: env ## the benchmarks of this package
+	$(PY) -m pytest benchmarks --benchmark-only
+
+lint: env ## ruff and clang-format, reading only
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+format: env ## ruff and clang-format, writing
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+
+typecheck: env ## mypy on the package
+	$(VENV)/bin/mypy
+
+clean: ## remove what was built, keep the environment
+	rm -rf build dist *.egg-info gemmascope_fast/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(VENV)/build.stamp

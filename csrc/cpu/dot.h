@@ -1,0 +1,34 @@
+// The one order of summation (design section 3a): lane j of 16 sums the products k = j (mod 16), k ascending,
+// by fused multiply-add; the lanes fold 8-4-2-1; the bias is added last, by the caller.
+
+// A TT x FF tile of dots: z[t][f] = x[t] . w[f].  One 16-lane accumulator a pair keeps the order whatever the
+// tile, so a tile's shape is free to follow the registers: 4x4 leaves room for its operands in 32 of them.
+template <int TT, int FF, typename E>
+static inline void dot_tile(const float* const* x,  // [TT] -> [d]
+                            const E* const* w,      // [FF] -> [d]
+                            int64_t d, float* z) {  // [TT][FF]
+  V16 acc[TT][FF];
+  for (int t = 0; t < TT; ++t) {
+    for (int f = 0; f < FF; ++f) acc[t][f] = zero16();
+  }
+  const int64_t whole = d & ~int64_t{15};
+  for (int64_t k = 0; k < whole; k += 16) {
+    V16 wk[FF];
+    for (int f = 0; f < FF; ++f) wk[f] = load16(w[f] + k);
+    for (int t = 0; t < TT; ++t) {
+      const V16 xk = load16(x[t] + k);
+      for (int f = 0; f < FF; ++f) acc[t][f] = fma16(xk, wk[f], acc[t][f]);
+    }
+  }
+  if (whole < d) {
+    V16 wk[FF];
+    for (int f = 0; f < FF; ++f) wk[f] = load16_tail(w[f] + whole, d - whole);
+    for (int t = 0; t < TT; ++t) {
+      const V16 xk = load16_tail(x[t] + whole, d - whole);
+      for (int f = 0; f < FF; ++f) acc[t][f] = fma16(xk, wk[f], acc[t][f]);
+    }
+  }
+  for (int t = 0; t < TT; ++t) {
+    for (int f = 0; f < FF; ++f) z[t * FF + f] = fold16(acc[t][f]);
+  }
+}

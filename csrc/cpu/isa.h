@@ -1,0 +1,17 @@
+// Instruction-set levels, and the one that serves this process.
+#pragma once
+
+namespace gsf {
+
+enum class Isa : int { plain = 0, avx2 = 1, avxvnni = 2, avx512 = 3 };
+constexpr int kIsaCount = 4;
+
+const char* isa_name(Isa isa);
+// What cpuid and the operating system (xgetbv, by way of __builtin_cpu_supports) allow.
+bool isa_supported(Isa isa);
+// The best supported level, unless GSF_ISA or set_isa() names a lower one.
+Isa current_isa();
+// False where the machine does not have it.
+bool set_isa(Isa isa);
+
+}  // namespace gsf

@@ -1,0 +1,17 @@
+// All bodies of one instruction set, included by isa_*.cpp after its target pragma with GSF_LEVEL and
+// GSF_NAMESPACE set.  No standard header is included here: a library template instantiated under a target
+// pragma could be shared with code that must run everywhere.
+namespace gsf {
+namespace GSF_NAMESPACE {
+#include "cpu/vec.h"
+//
+#include "cpu/dot.h"
+//
+#include "cpu/decode.h"
+#include "cpu/encode.h"
+#include "cpu/sampled_dot.h"
+
+extern const Kernels kTable;
+const Kernels kTable = {encode, decode, sampled_dot};
+}  // namespace GSF_NAMESPACE
+}  // namespace gsf

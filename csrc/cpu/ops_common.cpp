@@ -1,0 +1,28 @@
+#include "cpu/ops_common.h"
+
+namespace gsf {
+
+at::Tensor widened(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+void check_csr(const at::Tensor& crow, const at::Tensor& col, int64_t features) {
+  check_cpu(crow, "crow_indices");
+  check_cpu(col, "col_indices");
+  TORCH_CHECK_TYPE(crow.scalar_type() == at::kLong, "crow_indices: expected int64, got ", crow.scalar_type());
+  TORCH_CHECK_TYPE(col.scalar_type() == at::kInt, "col_indices: expected int32, got ", col.scalar_type());
+  TORCH_CHECK_VALUE(crow.dim() == 1 && crow.numel() >= 1 && crow.is_contiguous(),
+                    "crow_indices: expected a contiguous vector [N+1], got ", crow.sizes());
+  TORCH_CHECK_VALUE(col.dim() == 1 && col.is_contiguous(),
+                    "col_indices: expected a contiguous vector [nnz], got ", col.sizes());
+  const int64_t* p = crow.const_data_ptr<int64_t>();
+  const int64_t rows = crow.numel() - 1;
+  bool ascending = p[0] == 0 && p[rows] == col.numel();
+  for (int64_t n = 0; n < rows; ++n) ascending &= p[n] <= p[n + 1];
+  TORCH_CHECK_VALUE(ascending, "crow_indices: expected offsets from 0 to ", col.numel(),
+                    " that never fall, got ", p[0], " to ", p[rows]);
+  const int32_t* c = col.const_data_ptr<int32_t>();
+  bool inside = true;
+  for (int64_t i = 0, n = col.numel(); i < n; ++i) inside &= c[i] >= 0 && c[i] < features;
+  TORCH_CHECK_INDEX(inside, "col_indices: expected values in [0, ", features, "), got one outside");
+}
+
+}  // namespace gsf

@@ -1,0 +1,47 @@
+// Checks and small conversions shared by the op drivers.  Messages name the argument, what was expected and
+// what came.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include "cpu/kernels.h"
+
+namespace gsf {
+
+inline Dtype dtype_of(const at::Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    case at::kChar:
+      return Dtype::i8;
+    default:
+      TORCH_CHECK_TYPE(false, name, ": expected float32, bfloat16 or float16, got ", t.scalar_type());
+  }
+}
+
+inline void check_shape(const at::Tensor& t, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, ": expected shape ", shape, ", got ", t.sizes());
+}
+
+inline void check_float(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), name, ": expected a floating dtype, got ",
+                   t.scalar_type());
+}
+
+inline void check_cpu(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": expected a tensor on cpu, like the others, got ",
+                    t.device());
+}
+
+// fp32 and contiguous; free where it already is both.
+at::Tensor widened(const at::Tensor& t);
+
+// Compressed rows: crow from 0 to nnz without falling, col within [0, F).
+void check_csr(const at::Tensor& crow, const at::Tensor& col, int64_t features);
+
+}  // namespace gsf

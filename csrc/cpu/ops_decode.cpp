@@ -1,0 +1,144 @@
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "cpu/ops_common.h"
+#include "cpu/parallel.h"
+
+namespace gsf {
+namespace {
+
+// Columns of a block for many rows: 64 fp32 of 16,384 feature rows are 4 MiB, so that the rows that many
+// tokens share are read from cache and not from memory again.
+constexpr int64_t kBlockColumns = 64;
+// Rows of a task within a block: enough work for one draw of a chunk.
+constexpr int64_t kBlockRows = 32;
+// Under this many rows there is nothing to share, and long segments of a row stream best.
+constexpr int64_t kFewRows = 8;
+
+at::Tensor decode_cpu(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& values,
+                      const at::Tensor& W_dec, const std::optional<at::Tensor>& b_dec,
+                      const std::optional<at::Tensor>& row_scale) {
+  TORCH_CHECK_VALUE(W_dec.dim() == 2, "W_dec: expected [d_sae, d_out], got ", W_dec.sizes());
+  const int64_t F = W_dec.size(0), d = W_dec.size(1);
+  check_csr(crow, col, F);
+  check_float(values, "values");
+  check_shape(values, col.sizes(), "values");
+  check_cpu(values, "values");
+  check_cpu(W_dec, "W_dec");
+  const Dtype dtype = dtype_of(W_dec, "W_dec");
+  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: int8 rows need one");
+  const at::Tensor vals = widened(values), rows = W_dec.contiguous();
+  at::Tensor bias, scale;
+  DecodeArgs args{};
+  if (b_dec) {
+    check_shape(*b_dec, {d}, "b_dec");
+    bias = widened(*b_dec);
+    args.bias = bias.const_data_ptr<float>();
+  }
+  if (row_scale) {
+    check_shape(*row_scale, {F}, "row_scale");
+    scale = widened(*row_scale);
+    args.row_scale = scale.const_data_ptr<float>();
+  }
+  const int64_t N = crow.numel() - 1;
+  at::Tensor out = at::empty({N, d}, at::kFloat);
+  args.crow = crow.const_data_ptr<int64_t>();
+  args.col = col.const_data_ptr<int32_t>();
+  args.values = vals.const_data_ptr<float>();
+  args.w = rows.const_data_ptr();
+  args.out = out.mutable_data_ptr<float>();
+  args.d = d;
+  args.w_dtype = dtype;
+
+  const Kernels& table = kernels();
+  const int threads = std::max(1, at::get_num_threads());
+  if (N == 0 || d == 0) return out;
+  // Few rows: each thread takes whole cache lines of the columns.  Many: blocks of columns, and of rows.
+  const bool few = N < kFewRows;
+  const int64_t share = (d + threads - 1) / threads;
+  const int64_t columns = few ? (share + 63) / 64 * 64 : kBlockColumns;
+  const int64_t row_step = few ? N : kBlockRows;
+  const int64_t row_chunks = (N + row_step - 1) / row_step, column_chunks = (d + columns - 1) / columns;
+  run_chunks(row_chunks * column_chunks, [&](int, int64_t chunk) {
+    // rows vary fastest: the threads work in one block of columns at a time
+    const int64_t d0 = chunk / row_chunks * columns, n0 = chunk % row_chunks * row_step;
+    table.decode(args, n0, std::min(N, n0 + row_step), d0, std::min(d, d0 + columns));
+  });
+  return out;
+}
+
+at::Tensor sampled_dot_cpu(const at::Tensor& x, const at::Tensor& rows, const std::optional<at::Tensor>& bias,
+                           const at::Tensor& crow, const at::Tensor& col) {
+  check_float(x, "x");
+  TORCH_CHECK_VALUE(x.dim() == 2 && rows.dim() == 2 && x.size(1) == rows.size(1),
+                    "x: expected [N, d] beside rows [F, d], got ", x.sizes(), " and ", rows.sizes());
+  check_cpu(x, "x");
+  check_cpu(rows, "rows");
+  check_csr(crow, col, rows.size(0));
+  TORCH_CHECK_VALUE(crow.numel() == x.size(0) + 1, "crow_indices: expected ", x.size(0) + 1, " offsets, got ",
+                    crow.numel());
+  const Dtype dtype = dtype_of(rows, "rows");
+  TORCH_CHECK_TYPE(dtype != Dtype::i8, "rows: expected float32, bfloat16 or float16, got int8");
+  const at::Tensor xs = widened(x), w = rows.contiguous();
+  at::Tensor b;
+  SampledDotArgs args{};
+  if (bias) {
+    check_shape(*bias, {rows.size(0)}, "bias");
+    b = widened(*bias);
+    args.bias = b.const_data_ptr<float>();
+  }
+  at::Tensor out = at::empty({col.numel()}, at::kFloat);
+  args.x = xs.const_data_ptr<float>();
+  args.w = w.const_data_ptr();
+  args.crow = crow.const_data_ptr<int64_t>();
+  args.col = col.const_data_ptr<int32_t>();
+  args.out = out.mutable_data_ptr<float>();
+  args.d = x.size(1);
+  args.w_dtype = dtype;
+  const Kernels& table = kernels();
+  constexpr int64_t kStep = 8;  // tokens a draw: about 80 dots each
+  const int64_t N = x.size(0);
+  run_chunks((N + kStep - 1) / kStep, [&](int, int64_t chunk) {
+    table.sampled_dot(args, chunk * kStep, std::min(N, (chunk + 1) * kStep));
+  });
+  return out;
+}
+
+// Stable counting sort by column: for each column the rows that hold it, ascending.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> csr_transpose_cpu(const at::Tensor& crow,
+                                                                 const at::Tensor& col, int64_t columns) {
+  TORCH_CHECK_VALUE(columns >= 0, "columns: expected a count, got ", columns);
+  check_csr(crow, col, columns);
+  const int64_t N = crow.numel() - 1, nnz = col.numel();
+  at::Tensor ccol = at::empty({columns + 1}, at::kLong);
+  at::Tensor row = at::empty({nnz}, at::kInt);
+  at::Tensor order = at::empty({nnz}, at::kLong);
+  const int64_t* p = crow.const_data_ptr<int64_t>();
+  const int32_t* c = col.const_data_ptr<int32_t>();
+  int64_t* offsets = ccol.mutable_data_ptr<int64_t>();
+  int32_t* r = row.mutable_data_ptr<int32_t>();
+  int64_t* o = order.mutable_data_ptr<int64_t>();
+  std::fill(offsets, offsets + columns + 1, 0);
+  for (int64_t i = 0; i < nnz; ++i) ++offsets[c[i] + 1];
+  for (int64_t f = 0; f < columns; ++f) offsets[f + 1] += offsets[f];
+  std::vector<int64_t> next(offsets, offsets + columns);
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t i = p[n]; i < p[n + 1]; ++i) {
+      const int64_t at = next[c[i]]++;
+      r[at] = static_cast<int32_t>(n);
+      o[at] = i;
+    }
+  }
+  return {ccol, row, order};
+}
+
+TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
+  m.impl("decode", decode_cpu);
+  m.impl("sampled_dot", sampled_dot_cpu);
+  m.impl("csr_transpose", csr_transpose_cpu);
+}
+
+}  // namespace
+}  // namespace gsf

@@ -1,0 +1,89 @@
+// Threads and growing buffers for the drivers in ops_*.cpp.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "cpu/kernels.h"
+
+namespace gsf {
+
+// Subnormals count: FTZ and DAZ are a thread's own, so every worker clears and restores them.
+class SubnormalsOn {
+ public:
+#if defined(__x86_64__)
+  SubnormalsOn() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~0x8040u); }
+  ~SubnormalsOn() { _mm_setcsr(saved_); }
+#else
+  SubnormalsOn() = default;
+  ~SubnormalsOn() = default;
+#endif
+  SubnormalsOn(const SubnormalsOn&) = delete;
+  SubnormalsOn& operator=(const SubnormalsOn&) = delete;
+
+ private:
+  unsigned saved_ = 0;
+};
+
+// Calls fn(worker) once on each of `workers` threads of torch's pool (fewer threads inside another parallel
+// region: then one thread is several workers in turn).
+template <typename Fn>
+void run_workers(int workers, const Fn& fn) {
+  at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    SubnormalsOn guard;
+    for (int64_t w = begin; w < end; ++w) fn(static_cast<int>(w));
+  });
+}
+
+// Workers draw chunk numbers until none is left: the cores of a shared machine are not equally fast.
+template <typename Fn>
+void run_chunks(int64_t chunks, const Fn& fn) {
+  const int workers = static_cast<int>(std::min<int64_t>(at::get_num_threads(), chunks));
+  if (workers <= 0) return;
+  std::atomic<int64_t> next{0};
+  run_workers(workers, [&](int worker) {
+    for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) fn(worker, c);
+  });
+}
+
+// A growing array of hits behind a HitSink.
+class HitBuffer {
+ public:
+  HitBuffer() {
+    sink.owner = this;
+    sink.grow = [](HitSink& s, size_t n) { static_cast<HitBuffer*>(s.owner)->enlarge(n); };
+  }
+  ~HitBuffer() { std::free(data_); }
+  HitBuffer(const HitBuffer&) = delete;
+  HitBuffer& operator=(const HitBuffer&) = delete;
+
+  size_t size() const { return static_cast<size_t>(sink.at - data_); }
+  const Hit* data() const { return data_; }
+
+  HitSink sink;
+
+ private:
+  void enlarge(size_t n) {
+    const size_t used = size();
+    size_t capacity = std::max<size_t>(1024, 2 * static_cast<size_t>(sink.end - data_));
+    while (capacity < used + n) capacity *= 2;
+    Hit* grown = static_cast<Hit*>(std::realloc(data_, capacity * sizeof(Hit)));
+    if (grown == nullptr) throw std::bad_alloc();
+    data_ = grown;
+    sink.at = grown + used;
+    sink.end = grown + capacity;
+  }
+
+  Hit* data_ = nullptr;
+};
+
+}  // namespace gsf

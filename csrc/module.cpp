@@ -1,0 +1,36 @@
+// The module gemmascope_fast._C.  Importing it registers the CPU implementations (static initialisers in
+// cpu/ops_*.cpp); what it offers itself is build information and the choice of instruction set.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native CPU kernels of gemmascope_fast";
+  m.attr("compiler") = std::string(__VERSION__);
+  m.def(
+      "isa", [] { return std::string(gsf::isa_name(gsf::current_isa())); },
+      "The instruction-set level in use: plain, avx2, avxvnni or avx512.");
+  m.def("supported_isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; i < gsf::kIsaCount; ++i) {
+      if (gsf::isa_supported(static_cast<gsf::Isa>(i)))
+        names.emplace_back(gsf::isa_name(static_cast<gsf::Isa>(i)));
+    }
+    return names;
+  });
+  m.def("set_isa", [](const std::string& name) {
+    for (int i = 0; i < gsf::kIsaCount; ++i) {
+      if (name != gsf::isa_name(static_cast<gsf::Isa>(i))) continue;
+      if (!gsf::set_isa(static_cast<gsf::Isa>(i)))
+        throw py::value_error("isa: this machine does not have " + name);
+      return;
+    }
+    throw py::value_error("isa: expected plain, avx2, avxvnni or avx512, got " + name);
+  });
+}

@@ -1,0 +1,39 @@
+"""gemmascope_fast: exact, sparse and fast JumpReLU SAEs of the Gemma Scope family."""
+
+from gemmascope_fast._version import __version__
+from gemmascope_fast.backends import backend
+from gemmascope_fast.errors import (
+    AttachError,
+    BackendError,
+    CheckpointError,
+    GemmaScopeFastError,
+    StaleScreenError,
+)
+from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.loading import SAE
+from gemmascope_fast.sae import (
+    JumpReLUSAE,
+    JumpReLUSkipTranscoder,
+    JumpReLUTranscoder,
+    SAEConfig,
+    SAEMetadata,
+)
+from gemmascope_fast.sites import Site
+
+__all__ = [
+    "SAE",
+    "AttachError",
+    "BackendError",
+    "CheckpointError",
+    "GemmaScopeFastError",
+    "JumpReLUSAE",
+    "JumpReLUSkipTranscoder",
+    "JumpReLUTranscoder",
+    "SAEConfig",
+    "SAEMetadata",
+    "Site",
+    "SparseLatents",
+    "StaleScreenError",
+    "__version__",
+    "backend",
+]

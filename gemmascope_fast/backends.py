@@ -1,0 +1,137 @@
+"""Which implementation serves which op and device, and why.
+
+Four names: `eager` (the reference), `native` (C++ on CPU), `triton`, `cuda`.  Left alone, the dispatcher takes
+the best that is there.  A backend asked for by name serves or raises; a fallback shows in `gemmascope-fast info`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from gemmascope_fast.errors import BackendError
+from gemmascope_fast.ops._library import OPS, Op
+
+NAMES = ("eager", "native", "triton", "cuda")
+
+_requested: ContextVar[str | None] = ContextVar("gemmascope_fast_backend", default=None)
+
+try:
+    from gemmascope_fast import _C  # type: ignore[attr-defined]
+except ImportError as error:  # the package works without it, slowly, and says so
+    _C = None  # type: ignore[assignment]
+    NATIVE_MISSING: str | None = f"the compiled extension is not there ({error})"
+else:
+    NATIVE_MISSING = None
+
+
+def requested() -> str | None:
+    """The backend that the surrounding `with gsf.backend(...)` asks for, or None."""
+    return _requested.get()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Within the block every op is served by this backend: "eager", "native", "triton" or "cuda".
+
+    Raises ValueError for another name at once, BackendError at the call for an op it cannot serve.
+    """
+    if name not in NAMES:
+        raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def implementation(op: Op, name: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The callable of one op in one backend for these arguments' device; BackendError where there is none."""
+    if name == "eager":
+        return op.reference
+    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    reason = unavailable(op.name, name, device)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} cannot serve {op.name} on {device}: {reason}")
+    return op.dispatched
+
+
+def unavailable(op: str, name: str, device: torch.device) -> str | None:
+    """Why this backend cannot serve the op on this device, or None where it can."""
+    if name == "native":
+        if device.type != "cpu":
+            return "native kernels are for tensors on cpu"
+        if NATIVE_MISSING is not None:
+            return NATIVE_MISSING
+        return None if _has_kernel(op, "CPU") else "no native kernel is written for it"
+    if device.type == "cpu":
+        return f"{name} kernels are for tensors on cuda"
+    return None if _has_kernel(op, "CUDA") else f"no {name} kernel is registered for it"
+
+
+def _has_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"gemmascope_fast::{op}", key)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What serves one op on one device when nobody asks for a backend by name."""
+
+    op: str
+    device: str
+    backend: str
+    reason: str
+
+
+def choices() -> list[Choice]:
+    """One row per op and device, for `gemmascope-fast info`."""
+    rows = []
+    for op in OPS:
+        why = unavailable(op, "native", torch.device("cpu"))
+        if why is None:
+            rows.append(Choice(op, "cpu", "native", f"{_C.isa()} kernels"))
+        else:
+            rows.append(Choice(op, "cpu", "eager", why))
+        if not torch.cuda.is_available():
+            rows.append(Choice(op, "cuda", "none", "no CUDA device in this process"))
+        elif _has_kernel(op, "CUDA"):
+            rows.append(Choice(op, "cuda", "triton", "Triton kernels"))
+        else:
+            rows.append(Choice(op, "cuda", "eager", "no GPU kernel is registered for it"))
+    return rows
+
+
+def isa() -> str | None:
+    """The CPU instruction-set level in use (plain, avx2, avxvnni, avx512), None without the extension."""
+    return None if _C is None else _C.isa()
+
+
+def supported_isas() -> list[str]:
+    return [] if _C is None else _C.supported_isas()
+
+
+@contextmanager
+def forced_isa(name: str) -> Iterator[None]:
+    """Within the block native kernels use this instruction-set level.  Process-wide: for tests and benchmarks.
+
+    The environment variable GSF_ISA does the same for a whole process.
+    """
+    if _C is None:
+        raise BackendError(f"isa {name!r}: {NATIVE_MISSING}")
+    before = _C.isa()
+    _C.set_isa(name)
+    try:
+        yield
+    finally:
+        _C.set_isa(before)
+
+
+def interpreted() -> bool:
+    """True where Triton runs kernels in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,155 @@
+"""Arrays in .npz and .safetensors files, read in blocks: nothing is unpickled, nothing is held twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemmascope_fast.errors import CheckpointError
+
+BLOCK_BYTES = 1 << 20  # a block lives in several copies at once (raw, cast, finite mask); all small beside an SAE
+MAX_HEADER = 100 << 20  # safetensors' own limit
+_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_NUMPY = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array of a file: C order, little endian; `open` gives a stream standing at its first byte."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    open: Callable[[], IO[bytes]]
+
+    def read(self, device: torch.device, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+        """The array on `device` in `dtype`; `transposed` [m, n] → a view of that shape over contiguous [n, m].
+
+        Raises CheckpointError where the file ends early or a value is not finite (before or after the cast).
+        """
+        rows = self.shape[0] if self.shape else 1
+        width = math.prod(self.shape[1:])
+        shape = (self.shape[1], self.shape[0]) if transposed else self.shape
+        out = torch.empty(shape, dtype=dtype, device=device)
+        target = out.t() if transposed else out
+        row_bytes = width * self.dtype.itemsize
+        step = max(1, BLOCK_BYTES // max(1, row_bytes))
+        with self.open() as stream:
+            for start in range(0, rows, step):
+                count = min(step, rows - start)
+                block = self._block(stream, count * row_bytes).to(dtype)
+                if not bool(torch.isfinite(block).all()):
+                    raise CheckpointError(
+                        f"{self.file}: {self.name}: expected finite values in {dtype}, got NaN or Inf"
+                    )
+                target[start : start + count].copy_(block.reshape(count, *self.shape[1:]))
+        return target
+
+    def _block(self, stream: IO[bytes], size: int) -> Tensor:
+        buffer = bytearray(size)
+        view, got = memoryview(buffer), 0
+        try:
+            while got < size:
+                more = stream.read(size - got)
+                if not more:
+                    raise CheckpointError(f"{self.file}: {self.name}: truncated, {size - got} bytes missing")
+                view[got : got + len(more)] = more
+                got += len(more)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+            raise CheckpointError(f"{self.file}: {self.name}: cannot be read: {error}") from error
+        return torch.frombuffer(buffer, dtype=self.dtype) if size else torch.empty(0, dtype=self.dtype)
+
+
+def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Entries by name and the metadata of a safetensors file, its header checked against the file's size."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        entries = {name: _safetensors_entry(path, name, item, 8 + length, size) for name, item in header.items()}
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: __metadata__: expected an object, got {type(metadata).__name__}")
+    return entries, metadata
+
+
+def _safetensors_entry(path: Path, name: str, item: dict[str, Any], base: int, size: int) -> Entry:
+    if item["dtype"] not in _TORCH:
+        raise CheckpointError(f"{path}: {name}: expected one of {', '.join(_TORCH)}, got {item['dtype']}")
+    dtype, shape = _TORCH[item["dtype"]], tuple(item["shape"])
+    begin, end = item["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+        raise CheckpointError(f"{path}: {name}: shape and offsets must be non-negative integers")
+    if end - begin != math.prod(shape) * dtype.itemsize or base + end > size:
+        raise CheckpointError(f"{path}: {name}: shape {shape} does not fit bytes {begin}…{end} of a file of {size}")
+
+    def stream() -> IO[bytes]:
+        file = open(path, "rb")  # noqa: SIM115  (the caller closes it)
+        file.seek(base + begin)
+        return file
+
+    return Entry(path, name, shape, dtype, stream)
+
+
+def open_npz(path: Path) -> dict[str, Entry]:
+    """Entries by name of an .npz file; pickled, big-endian and Fortran-ordered arrays are refused."""
+    entries = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name in entries:
+                    raise CheckpointError(f"{path}: {name}: is there twice")
+                with archive.open(info) as member:
+                    entries[name] = _npz_entry(path, name, info, member)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, SyntaxError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a readable npz file: {error}") from error
+    except zipfile.zlib.error as error:  # type: ignore[attr-defined]
+        raise CheckpointError(f"{path}: damaged compressed data: {error}") from error
+    return entries
+
+
+def _npz_entry(path: Path, name: str, info: zipfile.ZipInfo, member: IO[bytes]) -> Entry:
+    version = np.lib.format.read_magic(member)
+    reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if reader is None:
+        raise CheckpointError(f"{path}: {name}: npy version {version} is not known")
+    shape, fortran, dtype = reader(member)
+    if dtype.str not in _NUMPY or fortran:
+        raise CheckpointError(
+            f"{path}: {name}: expected C-ordered float16, float32 or float64, got {dtype.str}, Fortran {fortran}"
+        )
+    start, size = member.tell(), math.prod(shape) * dtype.itemsize
+    # A stored size that the shape does not explain, or more than deflate can expand to (1032:1), is a bomb.
+    if start + size != info.file_size or info.file_size > 1032 * info.compress_size + 1024 or min(shape, default=0) < 0:
+        raise CheckpointError(f"{path}: {name}: shape {shape} does not fit a member of {info.file_size} bytes")
+
+    def stream() -> IO[bytes]:
+        archive = zipfile.ZipFile(path)
+        file = archive.open(info)
+        archive.close()  # the open member keeps the file alive
+        file.read(start)
+        return file
+
+    return Entry(path, name, tuple(shape), _NUMPY[dtype.str], stream)

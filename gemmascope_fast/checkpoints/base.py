@@ -1,0 +1,64 @@
+"""The one dataclass every checkpoint format gives: entries not yet read, and what they belong to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemmascope_fast.checkpoints.arrays import Entry
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.sites import Site
+
+REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint before its weights are read.  `arrays` has Gemma Scope's names, W_skip as [d_in, d_out]."""
+
+    path: Path
+    kind: str
+    arrays: dict[str, Entry]
+    site: Site | None = None
+    site_out: Site | None = None
+    model_name: str | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = REQUIRED + (("W_skip",) if self.kind == "skip_transcoder" else ())
+        if set(self.arrays) != set(names):
+            raise CheckpointError(f"{self.path}: expected arrays {sorted(names)}, got {sorted(self.arrays)}")
+        if any(len(self.arrays[n].shape) != 2 for n in ("W_enc", "W_dec")):
+            raise CheckpointError(f"{self.path}: W_enc and W_dec: expected two dimensions")
+        (d_in, d_sae), (_, d_out) = self.arrays["W_enc"].shape, self.arrays["W_dec"].shape
+        want = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_out,)}
+        want["W_skip"] = (d_in, d_out)
+        for name, entry in self.arrays.items():
+            if entry.shape != want.get(name, entry.shape):
+                raise CheckpointError(f"{self.path}: {name}: expected {want[name]}, got {entry.shape}")
+        if self.kind == "sae" and d_in != d_out:
+            raise CheckpointError(f"{self.path}: W_dec: expected d_out = d_in = {d_in} for an SAE, got {d_out}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; CheckpointError where the file is none."""
+    try:
+        if path.stat().st_size > 1 << 24:
+            raise CheckpointError(f"{path}: a config of {path.stat().st_size} bytes")
+        loaded = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(loaded).__name__}")
+    return loaded
+
+
+def hook_site(path: Path, name: Any) -> Site | None:
+    """The site of a hook name out of a config; None stays None."""
+    if name is None:
+        return None
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{path}: hook name: expected text, got {name!r}")
+    return Site.from_hook_name(name)

@@ -1,0 +1,70 @@
+"""The command `gemmascope-fast`.  Each sub-command is two functions of one module, imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gemmascope_fast._version import __version__
+from gemmascope_fast.errors import GemmaScopeFastError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command: `add` gets its parser, `run` the parsed arguments and returns the exit status (None: 0)."""
+
+    name: str
+    help: str
+    module: str
+    add: str
+    run: str
+
+
+COMMANDS = (
+    Command(
+        "demo",
+        "a model reads a text, an SAE reads the model",
+        "gemmascope_fast.demo",
+        "add_demo_arguments",
+        "run_demo",
+    ),
+    Command(
+        "info",
+        "versions, instruction sets, which implementation serves which op, and why",
+        "gemmascope_fast.info",
+        "add_info_arguments",
+        "run_info",
+    ),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every sub-command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="gemmascope-fast", description="Exact, sparse and fast JumpReLU SAEs of the Gemma Scope family."
+    )
+    parser.add_argument("--version", action="version", version=f"gemmascope-fast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for command in COMMANDS:
+        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        module = importlib.import_module(command.module)
+        getattr(module, command.add)(sub)
+        sub.set_defaults(run=getattr(module, command.run))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 where the input was wrong (one line on stderr says what), 2 for wrong usage."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(args.run(args) or 0)
+    except (GemmaScopeFastError, ValueError, OSError) as error:
+        print(f"gemmascope-fast {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Exceptions of the package's own.  Everything else it raises is ValueError, TypeError or IndexError."""
+
+
+class GemmaScopeFastError(Exception):
+    """Base class."""
+
+
+class CheckpointError(GemmaScopeFastError):
+    """A checkpoint is damaged, contradicts itself or is not there; the message names file and array."""
+
+
+class AttachError(GemmaScopeFastError):
+    """An SAE cannot be attached to this model, or a run cannot be read as asked."""
+
+
+class BackendError(GemmaScopeFastError):
+    """A backend was asked for by name and cannot serve the op; the message says why."""
+
+
+class StaleScreenError(GemmaScopeFastError):
+    """A refined pre-activation lies outside the screen's bound: weights changed behind the screen's back."""

@@ -1,0 +1,21 @@
+"""The ops under `torch.ops.gemmascope_fast`, one file each: schema, reference, fake, autograd, cost."""
+
+from gemmascope_fast.ops._library import OPS, Cost, Op
+from gemmascope_fast.ops.decode import decode, decode_reference
+from gemmascope_fast.ops.encode import encode, encode_reference
+from gemmascope_fast.ops.sampled_dot import sampled_dot, sampled_dot_reference
+from gemmascope_fast.ops.transpose import csr_transpose, csr_transpose_reference
+
+__all__ = [
+    "OPS",
+    "Cost",
+    "Op",
+    "csr_transpose",
+    "csr_transpose_reference",
+    "decode",
+    "decode_reference",
+    "encode",
+    "encode_reference",
+    "sampled_dot",
+    "sampled_dot_reference",
+]

@@ -1,0 +1,62 @@
+"""The dispatcher's library `gemmascope_fast` and what every op declares about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("gemmascope_fast", "DEF")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one call: bytes that must move (each input read once, each output written once), operations."""
+
+    bytes: int
+    flops: int
+
+
+@dataclass
+class Op:
+    """One op: its schema's name, the eager reference, and what else can serve it.
+
+    Calling it goes through the dispatcher, which takes the compiled kernel of the tensors' device where there
+    is one and the reference where there is none; `gemmascope_fast.backend(name)` asks for one by name.
+    """
+
+    name: str
+    reference: Callable[..., Any]
+    cost: Callable[..., Cost]
+    dispatched: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.dispatched = getattr(torch.ops.gemmascope_fast, self.name).default
+
+    def __call__(self, *args: Any) -> Any:
+        from gemmascope_fast import backends
+
+        wanted = backends.requested()
+        if wanted is None:
+            return self.dispatched(*args)
+        return backends.implementation(self, wanted, args)(*args)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cost: Callable[..., Cost]) -> Op:
+    """Define an op.  Compiled kernels override the reference per device when they are loaded."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gemmascope_fast::{name}", fake, lib=LIBRARY)
+    op = Op(name, reference, cost)
+    OPS[name] = op
+    return op
+
+
+def register_autograd(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    torch.library.register_autograd(f"gemmascope_fast::{op.name}", backward, setup_context=setup_context, lib=LIBRARY)

@@ -1,0 +1,87 @@
+"""Op `decode`: sparse rows times a matrix of feature rows.
+
+out[n] = sum over the row's features, ascending, of values · W_dec[f] by fused multiply-add, plus b_dec last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops._csr import check_csr, row_indices
+from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops.sampled_dot import sampled_dot
+from gemmascope_fast.ops.transpose import csr_transpose
+
+SCHEMA = (
+    "decode(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor W_dec, Tensor? b_dec=None,"
+    " Tensor? row_scale=None) -> Tensor"
+)
+
+
+def decode_reference(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """crow_indices int64 [N+1], col_indices int32 [nnz], values [nnz], W_dec [d_sae, d_out] → fp32 [N, d_out].
+
+    W_dec may be float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
+    """
+    check_csr(crow_indices, col_indices, W_dec.shape[0])
+    if W_dec.dtype == torch.int8 and row_scale is None:
+        raise ValueError("row_scale: int8 rows need one")
+    col = col_indices.long()
+    scaled = values.float() if row_scale is None else values.float() * row_scale.float()[col]
+    out = torch.zeros(crow_indices.numel() - 1, W_dec.shape[1], device=W_dec.device)
+    out = out.index_add(0, row_indices(crow_indices), scaled[:, None] * W_dec[col].float())
+    return out if b_dec is None else out + b_dec.float()
+
+
+def _fake(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    return W_dec.new_empty(crow_indices.shape[0] - 1, W_dec.shape[1], dtype=torch.float32)
+
+
+def _cost(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tensor, *_: object) -> Cost:
+    nnz, d = col_indices.numel(), W_dec.shape[1]
+    rows = min(nnz, W_dec.shape[0]) * d * W_dec.element_size()
+    return Cost(bytes=rows + 8 * nnz + 4 * (crow_indices.numel() - 1) * d, flops=2 * nnz * d)
+
+
+decode = register(SCHEMA, decode_reference, _fake, _cost)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    crow, col, values, W_dec, b_dec, row_scale = inputs
+    ctx.save_for_backward(crow, col, values, W_dec, b_dec, row_scale)
+
+
+def _backward(ctx, grad):
+    """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, ascending, of values · grad[n]."""
+    crow, col, values, W_dec, b_dec, row_scale = ctx.saved_tensors
+    need_values, need_W, need_b = ctx.needs_input_grad[2:5]
+    if row_scale is not None and (need_values or need_W):
+        raise ValueError("row_scale: decode with scaled rows has no gradient; decode with W_dec itself")
+    dvalues = dW = db = None
+    grad = grad.contiguous()
+    if need_values:
+        dvalues = sampled_dot(grad, W_dec, None, crow, col).to(values.dtype)
+    if need_W:
+        ccol, rows, order = csr_transpose(crow, col, W_dec.shape[0])
+        dW = decode(ccol, rows, values[order], grad, None, None).to(W_dec.dtype)
+    if need_b:
+        db = grad.sum(0).to(b_dec.dtype)
+    return None, None, dvalues, dW, db, None
+
+
+register_autograd(decode, _setup_context, _backward)

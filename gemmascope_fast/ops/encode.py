@@ -1,0 +1,108 @@
+"""Op `encode`: JumpReLU encode into compressed sparse rows.
+
+z = x @ W_enc + b_enc; a pair (token, feature) is stored if and only if relu(z) * (z > threshold) is not zero,
+where NaN counts as not zero: z > max(threshold, 0), or z is NaN (design section 3).  With a bandwidth ε the
+pairs with |z - threshold| < ε/2 are stored too, fired or not: training needs them (facts section 6).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops._csr import from_mask, row_indices
+from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops.decode import decode
+from gemmascope_fast.ops.transpose import csr_transpose
+
+Csr = tuple[Tensor, Tensor, Tensor]
+
+SCHEMA = (
+    "encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, float? bandwidth=None)"
+    " -> (Tensor crow_indices, Tensor col_indices, Tensor values)"
+)
+
+
+def fires(z: Tensor, threshold: Tensor) -> Tensor:
+    """Where a latent is stored; NaN counts as fired."""
+    return ~(z <= threshold.clamp(min=0))
+
+
+def encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None = None) -> Csr:
+    """Dense eager fp32.  Differentiable by torch itself; its sums are in torch's order, not section 3a's.
+
+    x [N, d_in], W_enc [d_in, d_sae], b_enc and threshold [d_sae]; 16-bit inputs are widened first.
+    Gives crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].
+    """
+    check_encode(x, W_enc, b_enc, threshold, bandwidth)
+    z = x.float() @ W_enc.float() + b_enc.float()
+    keep = fires(z, threshold.float())
+    if bandwidth is not None:
+        keep |= (z - threshold.float()).abs() < bandwidth / 2
+    crow, col = from_mask(keep)
+    return crow, col, z[row_indices(crow), col.long()]
+
+
+def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None) -> None:
+    """What the native kernel checks, for the reference."""
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() != 2 or x.shape[1] != W_enc.shape[0]:
+        raise ValueError(f"x: expected [N, d_in = {W_enc.shape[0]}], got {tuple(x.shape)}")
+    for name, vector in (("b_enc", b_enc), ("threshold", threshold)):
+        if vector.shape != W_enc.shape[1:]:
+            raise ValueError(f"{name}: expected [d_sae = {W_enc.shape[1]}], got {tuple(vector.shape)}")
+    for name, tensor in (("x", x), ("b_enc", b_enc), ("threshold", threshold)):
+        if tensor.device != W_enc.device:
+            raise ValueError(f"{name}: expected a tensor on {W_enc.device}, like W_enc, got {tensor.device}")
+    if bandwidth is not None and bandwidth <= 0:
+        raise ValueError(f"bandwidth: expected a positive number, got {bandwidth}")
+
+
+def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None = None) -> Csr:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
+        x.new_empty(nnz, dtype=torch.int32),
+        x.new_empty(nnz, dtype=torch.float32),
+    )
+
+
+def _cost(x: Tensor, W_enc: Tensor, *_: object) -> Cost:
+    weights = W_enc.numel() * W_enc.element_size()
+    return Cost(bytes=weights + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
+
+
+encode = register(SCHEMA, encode_reference, _fake, _cost)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, W_enc, b_enc, _threshold, _bandwidth = inputs
+    crow, col, _values = output
+    ctx.save_for_backward(x, W_enc, b_enc, crow, col)
+    ctx.mark_non_differentiable(crow, col)
+
+
+def _backward(ctx, _grad_crow, _grad_col, grad):
+    """z is linear in x, W_enc and b_enc on the stored pairs; the support has no gradient.
+
+    dx[n] = sum over f of g · W_enc[:, f];  dW_enc[:, f] = sum over n of g · x[n];  db[f] = sum over n of g.
+    """
+    x, W_enc, b_enc, crow, col = ctx.saved_tensors
+    need_x, need_W, need_b = ctx.needs_input_grad[:3]
+    dx = dW = db = None
+    grad = grad.contiguous()
+    if need_x:
+        dx = decode(crow, col, grad, W_enc.t(), None, None).to(x.dtype)
+    if need_W or need_b:
+        ccol, rows, order = csr_transpose(crow, col, W_enc.shape[1])
+        by_feature = grad[order]
+        if need_W:
+            dW = decode(ccol, rows, by_feature, x, None, None).to(W_enc.dtype).t()
+        if need_b:
+            ones = torch.ones(x.shape[0], 1, device=x.device)
+            db = decode(ccol, rows, by_feature, ones, None, None)[:, 0].to(b_enc.dtype)
+    return dx, dW, db, None, None
+
+
+register_autograd(encode, _setup_context, _backward)

@@ -1,0 +1,64 @@
+"""Op `sampled_dot`: dots of chosen (token, feature) pairs, x[n] · rows[f] (+ bias[f]), for a CSR pattern."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops._csr import check_csr, row_indices
+from gemmascope_fast.ops._library import Cost, register, register_autograd
+
+SCHEMA = "sampled_dot(Tensor x, Tensor rows, Tensor? bias, Tensor crow_indices, Tensor col_indices) -> Tensor"
+
+
+def sampled_dot_reference(
+    x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor
+) -> Tensor:
+    """x [N, d], rows [F, d], bias [F] or None, pattern [N, F] → fp32 [nnz]."""
+    check_csr(crow_indices, col_indices, rows.shape[0])
+    col = col_indices.long()
+    z = (x[row_indices(crow_indices)].float() * rows[col].float()).sum(-1)
+    return z if bias is None else z + bias.float()[col]
+
+
+def _fake(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    return x.new_empty(col_indices.shape[0], dtype=torch.float32)
+
+
+def _cost(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Cost:
+    nnz, d = col_indices.numel(), rows.shape[1]
+    read = min(nnz, rows.shape[0]) * d * rows.element_size() + x.numel() * x.element_size()
+    return Cost(bytes=read + 8 * nnz, flops=2 * nnz * d)
+
+
+sampled_dot = register(SCHEMA, sampled_dot_reference, _fake, _cost)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad):
+    """dx[n] = sum of g · rows[f];  drows[f] = sum of g · x[n];  dbias[f] = sum of g: all sparse decodes."""
+
+    from gemmascope_fast.ops.decode import decode
+    from gemmascope_fast.ops.transpose import csr_transpose
+
+    x, rows, bias, crow, col = ctx.saved_tensors
+    need_x, need_rows, need_bias = ctx.needs_input_grad[:3]
+    dx = drows = dbias = None
+    grad = grad.contiguous()
+    if need_x:
+        dx = decode(crow, col, grad, rows, None, None).to(x.dtype)
+    if need_rows or need_bias:
+        ccol, row, order = csr_transpose(crow, col, rows.shape[0])
+        by_feature = grad[order]
+        if need_rows:
+            drows = decode(ccol, row, by_feature, x, None, None).to(rows.dtype)
+        if need_bias:
+            ones = torch.ones(x.shape[0], 1, device=x.device)
+            dbias = decode(ccol, row, by_feature, ones, None, None)[:, 0].to(bias.dtype)
+    return dx, drows, dbias, None, None
+
+
+register_autograd(sampled_dot, _setup_context, _backward)

@@ -1,0 +1,1 @@
+"""Figures of one text and the page that shows them."""

@@ -1,0 +1,268 @@
+"""Sparse autoencoders of the Gemma Scope family as modules: JumpReLU SAE, transcoder, skip transcoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast import ops
+from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.prepare import Prepared
+from gemmascope_fast.sites import Site
+
+
+@dataclass
+class SAEMetadata:
+    """Where an SAE comes from; all of it optional."""
+
+    model_name: str | None = None
+    neuronpedia_id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SAEConfig:
+    """Dimensions and site.  `d_out` is d_in for an SAE; `site_out` is where a transcoder writes."""
+
+    d_in: int
+    d_sae: int
+    d_out: int
+    site: Site | None = None
+    site_out: Site | None = None
+    metadata: SAEMetadata = field(default_factory=SAEMetadata)
+
+    @property
+    def hook_name(self) -> str | None:
+        return None if self.site is None else self.site.hook_name
+
+    @property
+    def hook_name_out(self) -> str | None:
+        site = self.site_out or self.site
+        return None if site is None else site.hook_name
+
+
+def as_rows(W_enc: Tensor) -> Tensor:
+    """The same [d_in, d_sae] values as the transposed view of contiguous [d_sae, d_in] storage."""
+    rows = W_enc.t()
+    return W_enc if rows.is_contiguous() else rows.contiguous().t()
+
+
+class JumpReLUSAE(nn.Module):
+    """x̂ = f @ W_dec + b_dec with f = relu(z) · (z > threshold), z = x @ W_enc + b_enc (Gemma Scope, section 1 of
+    the paper): exact, sparse from the moment the latents exist.
+
+    Parameters, Gemma Scope's names and shapes: W_enc [d_in, d_sae] (held as the transposed view of
+    [d_sae, d_in] storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
+    """
+
+    kind = "sae"
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        cfg: SAEConfig | None = None,
+    ) -> None:
+        super().__init__()
+        _check_weights(W_enc, W_dec, b_enc, b_dec, threshold)
+        (d_in, d_sae), d_out = W_enc.shape, W_dec.shape[1]
+        self.cfg = cfg or SAEConfig(d_in, d_sae, d_out)
+        if (self.cfg.d_in, self.cfg.d_sae, self.cfg.d_out) != (d_in, d_sae, d_out):
+            raise ValueError(f"cfg: expected d_in {d_in}, d_sae {d_sae}, d_out {d_out}, got {self.cfg}")
+        self.W_enc = nn.Parameter(as_rows(W_enc.detach()))
+        self.W_dec = nn.Parameter(W_dec.detach())
+        self.b_enc = nn.Parameter(b_enc.detach())
+        self.b_dec = nn.Parameter(b_dec.detach())
+        self.threshold = nn.Parameter(threshold.detach())
+        self._prepared = Prepared()
+
+    @classmethod
+    def from_weights(
+        cls,
+        *,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        cfg: SAEConfig | None = None,
+        **more: Any,
+    ) -> JumpReLUSAE:
+        """From tensors of Gemma Scope's names and shapes, all of one floating dtype and device.
+
+        Raises ValueError where shapes disagree or a threshold is not finite, TypeError for other dtypes.
+        """
+        return cls(W_enc, W_dec, b_enc, b_dec, threshold, cfg, **more)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str,
+        sae_id: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = torch.float32,
+        **options: Any,
+    ) -> JumpReLUSAE:
+        """As `gsf.SAE.from_pretrained`, and a TypeError naming the kind where the checkpoint is another."""
+        from gemmascope_fast.loading import from_pretrained
+
+        loaded = from_pretrained(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
+        if loaded.kind != cls.kind:
+            raise TypeError(
+                f"{repo_or_folder}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
+                f" ({type(loaded).__name__}); gsf.SAE.from_pretrained takes any"
+            )
+        return loaded
+
+    # ---- encode -------------------------------------------------------------------------------------
+
+    def encode_sparse(self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None) -> SparseLatents:
+        """x [..., d_in], any floating dtype (widened exactly; float64 is rounded to float32) → SparseLatents.
+
+        screen: True and False force the certified screen on or off, None takes what is fastest for the number
+        of tokens; the bytes are the same.  bandwidth ε: pairs with |z - threshold| < ε/2 are stored too, with
+        value 0 where they did not fire, and the threshold gets its straight-through gradient (facts section 6).
+        Raises ValueError for a wrong d_in or device, TypeError for integer or complex x.
+        """
+        flat = self._tokens(x)
+        self._prepared.refresh(self)
+        if bandwidth is not None:
+            from gemmascope_fast.training.jumprelu import encode_with_bandwidth
+
+            csr = encode_with_bandwidth(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
+        else:
+            csr = self._prepared.encode(self, flat, screen)
+        crow, col, values = csr
+        return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense latents [..., d_sae] in the SAE's dtype, as SAELens returns them."""
+        return self.encode_sparse(x).to_dense()
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"x: expected d_in = {self.cfg.d_in} in its last dimension, got {tuple(x.shape)}")
+        if x.device != self.W_enc.device:
+            raise ValueError(f"x: expected a tensor on {self.W_enc.device}, like the SAE, got {x.device}")
+        return x.reshape(-1, x.shape[-1])
+
+    # ---- decode -------------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor | SparseLatents) -> Tensor:
+        """Reconstruction [..., d_out] in the SAE's dtype from dense [..., d_sae] or sparse latents.
+
+        Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
+        Raises ValueError for another d_sae, IndexError where col_indices leave [0, d_sae).
+        """
+        if latents.shape[-1] != self.cfg.d_sae:
+            raise ValueError(
+                f"latents: expected d_sae = {self.cfg.d_sae} in the last dimension, got {tuple(latents.shape)}"
+            )
+        if isinstance(latents, Tensor):
+            if latents.requires_grad and torch.is_grad_enabled():
+                dense = latents.float() @ self.W_dec.float() + self.b_dec.float()
+                return dense.to(self.W_dec.dtype)
+            latents = SparseLatents.from_dense(latents)
+        out = ops.decode(latents.crow_indices, latents.col_indices, latents.values, self.W_dec, self.b_dec, None)
+        return out.to(self.W_dec.dtype).reshape(*latents.shape[:-1], self.cfg.d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of x [..., d_in]: [..., d_out] in the SAE's dtype."""
+        return self.decode(self.encode_sparse(x))
+
+    def prepare(self, force: bool = False, **options: Any) -> JumpReLUSAE:
+        """Pack now instead of at first use; options go to the screen's builder (see `screen.build`).
+
+        force: build anew even where nothing was seen to change; needed after edits that nobody can see
+        (`p.data.mul_()`, a numpy alias, inference tensors).
+        """
+        self._prepared.refresh(self, force=force, **options)
+        return self
+
+    # ---- module plumbing ----------------------------------------------------------------------------
+
+    @property
+    def d_in(self) -> int:
+        return self.cfg.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.cfg.d_sae
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}, site={self.cfg.hook_name}, dtype={self.dtype}"
+
+
+class JumpReLUTranscoder(JumpReLUSAE):
+    """Reads one site, reconstructs another: x̂ is the output at `cfg.site_out`."""
+
+    kind = "transcoder"
+
+
+class JumpReLUSkipTranscoder(JumpReLUTranscoder):
+    """A transcoder with an affine skip: x̂ = f @ W_dec + b_dec + x @ W_skip, W_skip [d_in, d_out]."""
+
+    kind = "skip_transcoder"
+
+    def __init__(self, *args: Any, W_skip: Tensor, **more: Any) -> None:
+        super().__init__(*args, **more)
+        if W_skip.shape != (self.cfg.d_in, self.cfg.d_out):
+            raise ValueError(
+                f"W_skip: expected [d_in = {self.cfg.d_in}, d_out = {self.cfg.d_out}], got {tuple(W_skip.shape)}"
+            )
+        self.W_skip = nn.Parameter(W_skip.detach())
+
+    def skip(self, x: Tensor) -> Tensor:
+        """x @ W_skip in the SAE's dtype."""
+        return (x.float() @ self.W_skip.float()).to(self.W_dec.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.skip(x)
+
+
+def _check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> None:
+    named = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
+    for name, tensor in named.items():
+        want_dim = 2 if name.startswith("W") else 1
+        if tensor.dim() != want_dim:
+            raise ValueError(f"{name}: expected {want_dim} dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.dtype != W_enc.dtype or tensor.device != W_enc.device:
+            raise ValueError(
+                f"{name}: expected {W_enc.dtype} on {W_enc.device}, like W_enc, got {tensor.dtype} on {tensor.device}"
+            )
+    d_sae = W_enc.shape[1]
+    if W_dec.shape[0] != d_sae:
+        raise ValueError(f"W_dec: expected [d_sae = {d_sae}, d_out], got {tuple(W_dec.shape)}")
+    for name, size in (("b_enc", d_sae), ("threshold", d_sae), ("b_dec", W_dec.shape[1])):
+        if named[name].shape != (size,):
+            raise ValueError(f"{name}: expected [{size}], got {tuple(named[name].shape)}")
+    check_threshold(threshold)
+
+
+def check_threshold(threshold: Tensor) -> None:
+    """Raise ValueError where a threshold is not finite."""
+    if threshold.is_meta:
+        return
+    bad = (~torch.isfinite(threshold.detach())).nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"threshold: expected finite values, got {threshold[bad[0, 0]].item()} at feature {int(bad[0, 0])}"
+        )

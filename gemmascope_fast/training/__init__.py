@@ -1,0 +1,1 @@
+"""Training of JumpReLU SAEs."""

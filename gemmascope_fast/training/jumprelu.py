@@ -1,0 +1,66 @@
+"""Straight-through gradients of JumpReLU and of the L0 step, on the pairs that matter (facts section 6).
+
+`ops.encode(..., bandwidth)` gives z at every pair that fired or lies within ε/2 of its threshold; everywhere
+else both pseudo-derivatives are zero, so that sums over the stored pairs equal dense autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast import ops
+
+
+class JumpReLU(torch.autograd.Function):
+    """value = z where z > max(θ, 0), else 0.  ∂/∂z = 1[fired]·g; ∂/∂θ = −(θ/ε)·rect((z−θ)/ε)·g.
+
+    With `theta_to_input` the negated θ-term is added to ∂/∂z (Anthropic's option).
+    """
+
+    @staticmethod
+    def forward(ctx, z: Tensor, theta: Tensor, bandwidth: float, theta_to_input: bool) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth, ctx.theta_to_input = bandwidth, theta_to_input
+        return torch.where(z <= theta.clamp(min=0), torch.zeros_like(z), z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, theta = ctx.saved_tensors
+        dz = torch.where(z <= theta.clamp(min=0), torch.zeros_like(z), grad)
+        near = ((z - theta).abs() < ctx.bandwidth / 2).to(grad.dtype)
+        dtheta = -(theta / ctx.bandwidth) * near * grad
+        if ctx.theta_to_input:
+            dz = dz - dtheta
+        return dz, dtheta, None, None
+
+
+class L0Step(torch.autograd.Function):
+    """1[z > max(θ, 0)] per pair.  ∂/∂θ = −(1/ε)·rect((z−θ)/ε)·g; ∂/∂z = 0, or its negative with the option."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, theta: Tensor, bandwidth: float, theta_to_input: bool) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.bandwidth, ctx.theta_to_input = bandwidth, theta_to_input
+        return (~(z <= theta.clamp(min=0))).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, theta = ctx.saved_tensors
+        near = ((z - theta).abs() < ctx.bandwidth / 2).to(grad.dtype)
+        dtheta = -(1 / ctx.bandwidth) * near * grad
+        return (-dtheta if ctx.theta_to_input else None), dtheta, None, None
+
+
+def encode_with_bandwidth(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    theta_to_input: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow_indices, col_indices, values): pairs that fired or lie within the bandwidth, 0 where not fired."""
+    crow, col, z = ops.encode(x, W_enc, b_enc, threshold, bandwidth)
+    theta = threshold.float()[col.long()]
+    return crow, col, JumpReLU.apply(z, theta, bandwidth, theta_to_input)

@@ -1,0 +1,63 @@
+"""Builds gemmascope_fast._C where a C++ compiler is found; without one the package installs and says so.
+
+The metadata is in pyproject.toml.  GSF_REQUIRE_EXT=1 turns a failed build of the extension into an error.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def extension() -> dict:
+    compiler = os.environ.get("CXX", "c++")
+    required = os.environ.get("GSF_REQUIRE_EXT") == "1"
+    if shutil.which(compiler.split()[0]) is None:
+        if required:
+            raise RuntimeError(f"GSF_REQUIRE_EXT=1, but no C++ compiler {compiler!r} was found")
+        print(f"gemmascope-fast: no C++ compiler ({compiler}): installing without the native kernels")
+        return {}
+    import pybind11
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+    class OptionalBuild(BuildExtension):
+        """A compiler that cannot build the extension leaves a working, slower package that says so."""
+
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                if required:
+                    raise
+                print(f"gemmascope-fast: the native kernels were not built: {error}")
+                # setuptools would otherwise copy an extension that does not exist
+                self.extensions = []
+
+    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
+    # The order and the rounding of every sum is part of the contract: no contraction, no fast-math.
+    flags += ["-ffp-contract=off", "-fno-fast-math", "-fopenmp"]
+    # OpenMP without linking a runtime: the symbols resolve to the one torch has loaded, so that there is
+    # one thread pool in the process and not two that spin against each other.
+    ext = CppExtension(
+        "gemmascope_fast._C",
+        [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        extra_compile_args={"cxx": flags},
+        extra_link_args=["-s"],
+    )
+    return {"ext_modules": [ext], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=True)}}
+
+
+packages = find_packages(include=["gemmascope_fast", "gemmascope_fast.*"])
+setup(
+    # The top-level kernels/ has no __init__.py, so that no module named `kernels` is ever installed; it goes
+    # in as gemmascope_fast.kernels.  The symlink of that name serves a source tree that is not installed; the
+    # mapping below serves where a checkout could not make the link.
+    packages=[*packages, "gemmascope_fast.kernels"],
+    package_dir={"gemmascope_fast.kernels": "kernels"},
+    package_data={"gemmascope_fast": ["data/*", "data/**/*", "report/templates/*"]},
+    **extension(),
+)

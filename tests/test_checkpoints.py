@@ -1,0 +1,121 @@
+"""Checkpoints of every format, written here independently, give the weights and the site they say."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+import gemmascope_fast as gsf
+from gemmascope_fast.checkpoints import native
+from gemmascope_fast.loading import from_pretrained
+
+
+def weights(d_in=6, d_sae=10, d_out=6):
+    rng = np.random.default_rng(0)
+    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_out), "b_enc": d_sae, "b_dec": d_out, "threshold": d_sae}
+    return {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+
+
+def same(sae, w):
+    for name, array in w.items():
+        assert torch.equal(getattr(sae, name).detach(), torch.from_numpy(array)), name
+    assert sae.W_enc.t().is_contiguous()
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_gemma_scope_1(tmp_path, save):
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_20/width_16k/average_l0_71"
+    folder.mkdir(parents=True)
+    save(folder / "params.npz", **weights())
+    sae = from_pretrained(tmp_path / "gemma-scope-2b-pt-res", "layer_20/width_16k/average_l0_71")
+    same(sae, weights())
+    assert sae.cfg.site == gsf.Site("resid", 20)
+    assert sae.cfg.metadata.model_name == "google/gemma-2-2b"
+
+
+def test_gemma_scope_1_transcoder_reads_the_norm_without_gain(tmp_path):
+    folder = tmp_path / "gemma-scope-2b-pt-transcoders" / "layer_3/width_16k/average_l0_9"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **weights())
+    sae = gsf.JumpReLUTranscoder.from_pretrained(folder)
+    assert (sae.cfg.site, sae.cfg.site_out) == (gsf.Site("mlp_in_no_gain", 3), gsf.Site("mlp", 3))
+
+
+def test_gemma_scope_2_skip_is_x_at_A_and_reads_the_norm_with_gain(tmp_path):
+    w, A = weights(d_out=4), np.arange(24, dtype="f4").reshape(6, 4)
+    stored = {"w_enc": w["W_enc"], "w_dec": w["W_dec"], "affine_skip_connection": A}
+    save_file(stored | {n: w[n] for n in ("b_enc", "b_dec", "threshold")}, tmp_path / "params.safetensors")
+    config = {"type": "transcoder", "affine_connection": True, "width": 10, "architecture": "jump_relu"}
+    config["hf_hook_point_in"] = "model.layers.2.pre_feedforward_layernorm.output"
+    config["hf_hook_point_out"] = "model.layers.2.post_feedforward_layernorm.output"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sae = from_pretrained(tmp_path)
+    same(sae, w)
+    assert (sae.cfg.site, sae.cfg.site_out) == (gsf.Site("mlp_in", 2), gsf.Site("mlp", 2))
+    x = torch.ones(3, 6)
+    torch.testing.assert_close(sae(x) - sae.decode(sae.encode_sparse(x)), x @ torch.from_numpy(A))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"width": 11}))
+    with pytest.raises(gsf.CheckpointError, match="width"):
+        from_pretrained(tmp_path)
+
+
+def test_saelens_and_native(tmp_path):
+    save_file(weights(), tmp_path / "sae_weights.safetensors")
+    config = {"architecture": "jumprelu", "d_in": 6, "d_sae": 10, "metadata": {"hook_name": "blocks.4.hook_resid_post"}}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    sae = from_pretrained(tmp_path)
+    same(sae, weights())
+    native.save(sae, tmp_path / "own.safetensors")
+    again = from_pretrained(tmp_path / "own.safetensors")
+    same(again, weights())
+    assert again.cfg.site == gsf.Site("resid", 4)
+    half = from_pretrained(tmp_path, dtype="bfloat16")
+    assert torch.equal(half.W_enc, sae.W_enc.bfloat16())
+    (tmp_path / "cfg.json").write_text(json.dumps(config | {"apply_b_dec_to_input": True}))
+    with pytest.raises(gsf.CheckpointError, match="apply_b_dec_to_input"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"W_dec": np.zeros((9, 6), "f4")},
+        {"extra": np.zeros(1, "f4")},
+        {"b_enc": np.array([None] * 10, dtype=object)},
+        {"threshold": np.full(10, np.nan, "f4")},
+    ],
+)
+def test_bad_npz(tmp_path, change):
+    np.savez(tmp_path / "params.npz", **(weights() | change))
+    with pytest.raises(gsf.CheckpointError, match=r"params\.npz"):
+        from_pretrained(tmp_path)
+
+
+def test_mutated_files_give_the_packages_own_error(tmp_path):
+    rng = np.random.default_rng(1)
+    sources = {"params.npz": tmp_path / "a", "params.safetensors": tmp_path / "b"}
+    np.savez_compressed(sources["params.npz"], **weights())
+    w = weights()
+    save_file({n.replace("W", "w"): a for n, a in w.items()}, sources["params.safetensors"])
+    for name, source in sources.items():
+        original = (source if source.exists() else source.with_suffix(".npz")).read_bytes()
+        for _ in range(int(os.environ.get("GSF_MUTATIONS", "300"))):
+            data = bytearray(original[: rng.integers(len(original) // 2, len(original) + 1)])
+            for at in rng.integers(0, len(data), 3):
+                data[at] = rng.integers(256)
+            (tmp_path / "m").mkdir(exist_ok=True)
+            (tmp_path / "m" / name).write_bytes(data)
+            try:
+                from_pretrained(tmp_path / "m" / name)
+            except gsf.CheckpointError:
+                continue
+
+
+def test_paths_and_repositories(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for where, sae_id in ((tmp_path, "../x"), (tmp_path / "none", None), ("nobody/nothing", "a")):
+        with pytest.raises(gsf.CheckpointError):
+            from_pretrained(where, sae_id)
