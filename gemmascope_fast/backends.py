@@ -36,10 +36,15 @@ def requested() -> str | None:
     return _requested.get()
 
 
+# Dynamo cannot trace a ContextVar.  This is torch.compiler.assume_constant_result without its import of dynamo.
+requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Within the block every op is served by this backend: "eager", "native", "triton" or "cuda".
 
+    A function under torch.compile keeps the backend that was asked for when it was traced.
     Raises ValueError for another name at once, BackendError at the call for an op it cannot serve.
     """
     if name not in NAMES:
