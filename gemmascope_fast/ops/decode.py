@@ -31,14 +31,40 @@ def decode_reference(
 
     W_dec may be float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
     """
-    check_csr(crow_indices, col_indices, W_dec.shape[0])
-    if W_dec.dtype == torch.int8 and row_scale is None:
-        raise ValueError("row_scale: int8 rows need one")
+    check_decode(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
     col = col_indices.long()
     scaled = values.float() if row_scale is None else values.float() * row_scale.float()[col]
     out = torch.zeros(crow_indices.numel() - 1, W_dec.shape[1], device=W_dec.device)
     out = out.index_add(0, row_indices(crow_indices), scaled[:, None] * W_dec[col].float())
     return out if b_dec is None else out + b_dec.float()
+
+
+def check_decode(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    row_scale: Tensor | None,
+) -> None:
+    """What the native kernel checks, for the reference."""
+    if W_dec.dim() != 2:
+        raise ValueError(f"W_dec: expected [d_sae, d_out], got {tuple(W_dec.shape)}")
+    if W_dec.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+        raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
+    if W_dec.dtype == torch.int8 and row_scale is None:
+        raise ValueError("row_scale: int8 rows need one")
+    check_csr(crow_indices, col_indices, W_dec.shape[0])
+    if not values.is_floating_point():
+        raise TypeError(f"values: expected a floating dtype, got {values.dtype}")
+    shapes = (
+        ("values", values, col_indices.shape),
+        ("b_dec", b_dec, W_dec.shape[1:]),
+        ("row_scale", row_scale, W_dec.shape[:1]),
+    )
+    for name, tensor, shape in shapes:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def _fake(
@@ -69,7 +95,8 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, grad):
     """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, ascending, of values · grad[n]."""
     crow, col, values, W_dec, b_dec, row_scale = ctx.saved_tensors
-    need_values, need_W, need_b = ctx.needs_input_grad[2:5]
+    # one flag an argument that was given: a call that leaves b_dec to its default gives none for it
+    need_values, need_W, need_b = (*ctx.needs_input_grad, False)[2:5]
     if row_scale is not None and (need_values or need_W):
         raise ValueError("row_scale: decode with scaled rows has no gradient; decode with W_dec itself")
     dvalues = dW = db = None
