@@ -1,0 +1,6 @@
+"""Matryoshka codes: one 8-bit code of a weight matrix, served at any width from 1 to 8 bits."""
+
+from gemmascope_fast.matryoshka.codes import Codes, grid, quantize, slice_codes
+from gemmascope_fast.matryoshka.planes import Packed, bits_read
+
+__all__ = ["Codes", "Packed", "bits_read", "grid", "quantize", "slice_codes"]

@@ -1,0 +1,171 @@
+"""Nested 8-bit codes: asymmetric min–max quantisation and its slices to 1 … 8 bits.
+
+A weight w of a group with scale α and zero point z has the code q = clamp(round(w/α) + z, 0, 255).  A slice to r bits
+keeps α and z and reads q at another place of the 8-bit grid:
+
+* "matquant", the slice of Matryoshka Quantization, exactly:
+  S(q, r) = clamp(floor(q / 2^(8−r) + 1/2), 0, 2^r − 1) · 2^(8−r); "extra precision" leaves out the clamp.  It rounds,
+  so it needs bit 8−r−1 of q, and rounding twice (8 → 4 → 2) differs from rounding once.
+* "prefix", mid-rise: (q >> (8−r)) · 2^(8−r) + (2^(8−r) − 1)/2, a true prefix of q's bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MODES = ("prefix", "matquant")
+UNIT = 32  # weights of one row that lie together in a plane: the smallest group
+
+
+def check_bits(bits: int, name: str = "bits") -> int:
+    """`bits` itself; ValueError outside 1 … 8, TypeError where it is no integer."""
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"{name}: expected an integer from 1 to 8, got {bits!r}")
+    if not 1 <= bits <= 8:
+        raise ValueError(f"{name}: expected a width from 1 to 8, got {bits}")
+    return bits
+
+
+def check_mode(mode: str, extra_precision: bool = False) -> str:
+    """`mode` itself; ValueError for another than "prefix" and "matquant", or extra precision with "prefix"."""
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    if extra_precision and mode != "matquant":
+        raise ValueError('extra_precision: expected mode "matquant"; a prefix slice has no clamp to leave out')
+    return mode
+
+
+def slice_codes(q: Tensor, bits: int, mode: str = "prefix", extra_precision: bool = False) -> Tensor:
+    """8-bit codes (uint8, any shape) → r-bit codes (uint8): 0 … 2^r − 1, and 2^r too with extra precision."""
+    check_bits(bits)
+    check_mode(mode, extra_precision)
+    if q.dtype != torch.uint8:
+        raise TypeError(f"q: expected uint8 codes, got {q.dtype}")
+    if bits == 8:
+        return q
+    if mode == "prefix":
+        return q >> (8 - bits)
+    top = 1 << bits if extra_precision else (1 << bits) - 1
+    return ((q.to(torch.int16) + (1 << (7 - bits))) >> (8 - bits)).clamp(max=top).to(torch.uint8)
+
+
+def offset(bits: int, mode: str) -> float:
+    """What the mid-rise slice adds on the 8-bit grid: the middle of the dropped bits; 0 for the paper's slice."""
+    return ((1 << (8 - bits)) - 1) / 2 if mode == "prefix" else 0.0
+
+
+def grid(sliced: Tensor, bits: int, mode: str = "prefix") -> Tensor:
+    """r-bit codes → their place on the 8-bit grid, fp32, exact (a multiple of 1/2)."""
+    return sliced.float() * (1 << (8 - bits)) + offset(bits, mode)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight matrix as nested codes.
+
+    q uint8 [out_features, in_features]; scale float16 or float32 and zero_point uint8, both [out_features, groups];
+    group_size: weights of a row that share a scale (the last group may be shorter), None for one group a row.
+    """
+
+    q: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.q.dtype != torch.uint8 or self.q.dim() != 2:
+            raise ValueError(f"q: expected uint8 [out_features, in_features], got {self.q.dtype} {tuple(self.q.shape)}")
+        check_group_size(self.group_size)
+        want = (self.q.shape[0], group_count(self.q.shape[1], self.group_size))
+        if self.scale.dtype not in (torch.float16, torch.float32):
+            raise TypeError(f"scale: expected float16 or float32, got {self.scale.dtype}")
+        if self.zero_point.dtype != torch.uint8:
+            raise TypeError(f"zero_point: expected uint8, got {self.zero_point.dtype}")
+        for name, tensor in (("scale", self.scale), ("zero_point", self.zero_point)):
+            if tensor.shape != want:
+                raise ValueError(
+                    f"{name}: expected {want} for codes {tuple(self.q.shape)}"
+                    f" in groups of {self.group_size}, got {tuple(tensor.shape)}"
+                )
+
+    def per_weight(self, value: Tensor) -> Tensor:
+        """A group's value [out_features, groups] spread over its weights [out_features, in_features]."""
+        if self.group_size is None:
+            return value.expand(-1, self.q.shape[1])
+        return value.repeat_interleave(self.group_size, 1)[:, : self.q.shape[1]]
+
+    def dequantize(self, bits: int = 8, mode: str = "prefix", extra_precision: bool = False) -> Tensor:
+        """The weights of the slice to `bits`, fp32 [out_features, in_features]: α · (grid − z)."""
+        level = grid(slice_codes(self.q, bits, mode, extra_precision), bits, mode)
+        return self.per_weight(self.scale.float()) * (level - self.per_weight(self.zero_point.float()))
+
+
+def check_group_size(group_size: int | None) -> None:
+    """ValueError where groups would not be whole units of a plane."""
+    if group_size is not None and (group_size <= 0 or group_size % UNIT):
+        raise ValueError(f"group_size: expected None (per channel) or a positive multiple of {UNIT}, got {group_size}")
+
+
+def group_count(in_features: int, group_size: int | None) -> int:
+    return 1 if group_size is None else -(-in_features // group_size)
+
+
+def group_range(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """(least, greatest) of each group and of zero, [out_features, groups]; differentiable."""
+    rows, width = weight.shape
+    if group_size is None:
+        grouped = weight[:, None, :]
+    else:
+        groups = group_count(width, group_size)
+        padded = torch.nn.functional.pad(weight, (0, groups * group_size - width))
+        grouped = padded.reshape(rows, groups, group_size)
+    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+
+
+def quantize(
+    weight: Tensor,
+    group_size: int | None = None,
+    scale_dtype: torch.dtype | None = None,
+    low: Tensor | None = None,
+    high: Tensor | None = None,
+) -> Codes:
+    """Asymmetric min–max codes of weight [out_features, in_features]: α = (high − low)/255, z = round(−low/α).
+
+    low <= 0 <= high [out_features, groups]: a clipped range in place of each group's least and greatest weight.
+    scale_dtype: float16 for groups, float32 per channel unless said; α is rounded up to it, so that rounding the scale
+    clips nothing.  Zero lies on the grid.  Raises ValueError for weights that are not finite or whose scale overflows.
+    """
+    check_group_size(group_size)
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight: expected a floating matrix, got {weight.dtype} {tuple(weight.shape)}")
+    weight = weight.detach().float()
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("weight: expected finite values, got NaN or Inf")
+    if (low is None) != (high is None):
+        raise ValueError("low, high: expected both or neither")
+    if low is None or high is None:
+        low, high = group_range(weight, group_size)
+    dtype = scale_dtype or (torch.float32 if group_size is None else torch.float16)
+    scale = round_up((high.float() - low.float()) / 255, dtype)
+    zero = (-low.float() / scale.float()).round().clamp(0, 255)
+    frame = Codes(torch.zeros(weight.shape, dtype=torch.uint8), scale, zero.to(torch.uint8), group_size)
+    q = (weight / frame.per_weight(scale.float())).round() + frame.per_weight(zero)
+    return Codes(q.clamp(0, 255).to(torch.uint8), scale, frame.zero_point, group_size)
+
+
+def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Non-negative fp32 → the least value of `dtype` that is not below it, and is not zero."""
+    if dtype == torch.float32:
+        return scale.clamp(min=torch.finfo(torch.float32).tiny)
+    if dtype != torch.float16:
+        raise TypeError(f"scale_dtype: expected float16 or float32, got {dtype}")
+    near = scale.to(torch.float16)
+    # the bits of positive halves count upwards in value
+    up = torch.where(near.float() < scale, near.view(torch.int16) + 1, near.view(torch.int16)).clamp(min=1)
+    result = up.to(torch.int16).view(torch.float16)
+    if not bool(torch.isfinite(result).all()):
+        raise ValueError("weight: a group's range is too wide for a float16 scale; pass scale_dtype=torch.float32")
+    return result
