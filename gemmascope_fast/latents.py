@@ -47,7 +47,7 @@ class SparseLatents:
         """The entries of [..., d_sae] that are not zero (NaN is not zero)."""
         if not dense.is_floating_point():
             raise TypeError(f"dense: expected a floating dtype, got {dense.dtype}")
-        flat = dense.reshape(-1, dense.shape[-1])
+        flat = dense.reshape(math.prod(dense.shape[:-1]), dense.shape[-1])
         crow, col = from_mask(flat != 0)
         return cls(crow, col, flat[row_indices(crow), col.long()], tuple(dense.shape))
 

@@ -131,11 +131,16 @@ class JumpReLUSAE(nn.Module):
         Raises ValueError for a wrong d_in or device, TypeError for integer or complex x.
         """
         flat = self._tokens(x)
-        self._prepared.refresh(self)
+        # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
+        traced = torch.compiler.is_compiling() and not screen
+        if not traced:
+            self._prepared.refresh(self)
         if bandwidth is not None:
             from gemmascope_fast.training.jumprelu import encode_with_bandwidth
 
             csr = encode_with_bandwidth(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
+        elif traced:
+            csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, None)
         else:
             csr = self._prepared.encode(self, flat, screen)
         crow, col, values = csr

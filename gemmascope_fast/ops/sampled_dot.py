@@ -15,10 +15,25 @@ def sampled_dot_reference(
     x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor
 ) -> Tensor:
     """x [N, d], rows [F, d], bias [F] or None, pattern [N, F] → fp32 [nnz]."""
-    check_csr(crow_indices, col_indices, rows.shape[0])
+    _check(x, rows, bias, crow_indices, col_indices)
     col = col_indices.long()
     z = (x[row_indices(crow_indices)].float() * rows[col].float()).sum(-1)
     return z if bias is None else z + bias.float()[col]
+
+
+def _check(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> None:
+    """What the native kernel checks, for the reference."""
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1]:
+        raise ValueError(f"x: expected [N, d] beside rows [F, d], got {tuple(x.shape)} and {tuple(rows.shape)}")
+    check_csr(crow_indices, col_indices, rows.shape[0])
+    if crow_indices.numel() != x.shape[0] + 1:
+        raise ValueError(f"crow_indices: expected {x.shape[0] + 1} offsets, got {crow_indices.numel()}")
+    if rows.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"rows: expected float32, bfloat16 or float16, got {rows.dtype}")
+    if bias is not None and bias.shape != rows.shape[:1]:
+        raise ValueError(f"bias: expected shape {tuple(rows.shape[:1])}, got {tuple(bias.shape)}")
 
 
 def _fake(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:

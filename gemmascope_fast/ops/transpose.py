@@ -20,6 +20,8 @@ SCHEMA = (
 def csr_transpose_reference(crow_indices: Tensor, col_indices: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
     """Offsets int64 [columns+1], rows int32 [nnz] ascending within a column, and order int64 [nnz] such that
     entry i of the transpose is entry order[i] of the original."""
+    if columns < 0:
+        raise ValueError(f"columns: expected a count, got {columns}")
     check_csr(crow_indices, col_indices, columns)
     col = col_indices.long()
     ccol = torch.zeros(columns + 1, dtype=torch.int64, device=col.device)
