@@ -2,6 +2,7 @@
 
 from gemmascope_fast._version import __version__
 from gemmascope_fast.backends import backend
+from gemmascope_fast.demo_model import load_demo
 from gemmascope_fast.errors import (
     AttachError,
     BackendError,
@@ -36,4 +37,5 @@ __all__ = [
     "StaleScreenError",
     "__version__",
     "backend",
+    "load_demo",
 ]

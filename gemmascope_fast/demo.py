@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.demo_model import load_pair
 from gemmascope_fast.report.figures import Reading, read_text
 
 PASSAGE = (
@@ -33,35 +34,6 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a self-contained page there")
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any, Any, int]:
-    """(model, tokenizer, sae, layer) for --model, --sae and --layer.  ValueError where the layer is not known."""
-    bundled = None
-    if "demo" in (args.model, args.sae):
-        from gemmascope_fast.demo_model import load_demo  # type: ignore[import-not-found,unused-ignore]
-
-        bundled = load_demo()
-    if args.model == "demo":
-        model, tokenizer = bundled[0], bundled[1]  # type: ignore[index]
-    else:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    if args.sae == "demo":
-        sae, layer = bundled[2], bundled[3]  # type: ignore[index]
-    else:
-        from gemmascope_fast.sae import JumpReLUSAE
-
-        sae = JumpReLUSAE.from_pretrained(args.sae, args.sae_id)
-        layer = sae.cfg.site.layer if sae.cfg.site is not None and sae.cfg.site.kind == "resid" else None
-    if args.layer is not None:
-        layer = args.layer
-    if layer is None:
-        raise ValueError("--layer: expected a layer number, for the checkpoint names no residual-stream layer")
-    return model, tokenizer, sae, layer
-
-
 def run_demo(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -72,7 +44,7 @@ def run_demo(args: argparse.Namespace) -> int:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading the model and the SAE", total=None)
-        model, tokenizer, sae, layer = load(args)
+        model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
         progress.update(task, description="reading, splicing, checking in fp64, timing")
         name = "Gemma 3 270M" if args.model == "demo" else args.model
         reading = read_text(model, tokenizer, sae, layer, text, model_name=name, max_tokens=args.max_tokens)
