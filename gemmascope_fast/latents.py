@@ -143,8 +143,10 @@ class SparseLatents:
 
     def to_sparse_csr(self) -> Tensor:
         """A `torch.sparse_csr` tensor [N, d_sae] with int64 indices (torch's checks demand equal types)."""
+        # torch's own operations on sparse tensors trust the indices and read outside where they are wrong
+        size = (self.n_rows, self.d_sae)
         return torch.sparse_csr_tensor(
-            self.crow_indices, self.col_indices.long(), self.values, (self.n_rows, self.d_sae)
+            self.crow_indices, self.col_indices.long(), self.values, size, check_invariants=True
         )
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
@@ -198,6 +200,7 @@ class SparseLatents:
                 return SparseLatents(
                     crow - begin, self.col_indices[begin:end], self.values[begin:end], (stop - start, self.d_sae)
                 )
+            stop = max(start, stop) if step > 0 else min(start, stop)
             key = torch.arange(start, stop, step, device=self.device)
         if key.dtype == torch.bool:
             if key.numel() != self.n_rows:
