@@ -12,6 +12,7 @@ from gemmascope_fast.errors import (
 )
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.loading import SAE
+from gemmascope_fast.matryoshka.model import quantize_, set_bits
 from gemmascope_fast.sae import (
     JumpReLUSAE,
     JumpReLUSkipTranscoder,

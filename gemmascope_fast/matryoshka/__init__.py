@@ -1,6 +1,23 @@
 """Matryoshka codes: one 8-bit code of a weight matrix, served at any width from 1 to 8 bits."""
 
 from gemmascope_fast.matryoshka.codes import Codes, grid, quantize, slice_codes
+from gemmascope_fast.matryoshka.linear import MatryoshkaLinear
+from gemmascope_fast.matryoshka.model import layers, load_, nbytes, quantize_, save, set_bits, targets
 from gemmascope_fast.matryoshka.planes import Packed, bits_read
 
-__all__ = ["Codes", "Packed", "bits_read", "grid", "quantize", "slice_codes"]
+__all__ = [
+    "Codes",
+    "MatryoshkaLinear",
+    "Packed",
+    "bits_read",
+    "grid",
+    "layers",
+    "load_",
+    "nbytes",
+    "quantize",
+    "quantize_",
+    "save",
+    "set_bits",
+    "slice_codes",
+    "targets",
+]

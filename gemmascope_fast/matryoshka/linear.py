@@ -1,0 +1,163 @@
+"""`MatryoshkaLinear`: a linear layer whose width can be changed at run time without touching its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast.matryoshka.codes import check_bits, check_mode, quantize
+from gemmascope_fast.matryoshka.planes import Packed
+from gemmascope_fast.ops.matryoshka_linear import EXTRA, MATQUANT, PREFIX, matryoshka_linear
+
+ACTIVATIONS = ("int8", "exact")
+
+
+class MatryoshkaLinear(nn.Module):
+    """y = x · W_rᵀ + bias for x [..., in_features] of any floating dtype; y in the same dtype.
+
+    W_r is the slice of one nested code to `bits` bits.  activations: "int8" rounds each token to int8 about `mean`
+    [in_features] (a fixed vector, e.g. the inputs' average, that is multiplied in fp32), "exact" does not round.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    overflow_crow: Tensor | None
+    overflow_col: Tensor | None
+    bias: Tensor | None
+    mean: Tensor | None
+    mode: str
+    extra_precision: bool
+
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None = None,
+        bits: int | None = None,
+        mode: str | None = None,
+        extra_precision: bool = False,
+        activations: str = "int8",
+        mean: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self._group_size, self._stored, self._made_for = packed.group_size, packed.stored, packed.mode
+        for i, plane in enumerate(packed.planes):
+            self.register_buffer(f"plane{i}", plane)
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("zero_point", packed.zero_point)
+        crow, col = packed.overflow or (None, None)
+        self.register_buffer("overflow_crow", crow)
+        self.register_buffer("overflow_col", col)
+        for name, vector, size in (("bias", bias, self.out_features), ("mean", mean, self.in_features)):
+            if vector is not None and vector.shape != (size,):
+                raise ValueError(f"{name}: expected [{size}], got {tuple(vector.shape)}")
+            self.register_buffer(name, None if vector is None else vector.detach().float().clone())
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations: expected one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+        self.activations = activations
+        self._offset: Tensor | None = None
+        self.set_bits(packed.stored if bits is None else bits, mode or packed.mode, extra_precision)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, group_size: int | None = None, **options: Any) -> MatryoshkaLinear:
+        """Min–max codes of a linear layer's weights, untrained; options as the constructor's."""
+        mode = check_mode(options.get("mode") or "prefix")
+        bias = None if linear.bias is None else linear.bias.detach()
+        return cls(Packed.of(quantize(linear.weight, group_size), mode), bias, **options)
+
+    @property
+    def packed(self) -> Packed:
+        """The codes, scales and zero points, shared and not copied."""
+        planes = tuple(getattr(self, f"plane{i}") for i in range(5) if hasattr(self, f"plane{i}"))
+        crow, col = self.overflow_crow, self.overflow_col
+        overflow = None if crow is None or col is None else (crow, col)
+        return Packed(
+            planes,
+            self.scale,
+            self.zero_point,
+            self.out_features,
+            self.in_features,
+            self._group_size,
+            self._stored,
+            self._made_for,
+            overflow,
+        )
+
+    def set_bits(self, bits: int, mode: str | None = None, extra_precision: bool | None = None) -> MatryoshkaLinear:
+        """Serve the slice to `bits` from now on.  ValueError for a width the planes cannot serve."""
+        check_bits(bits)
+        mode = self.mode if mode is None else mode
+        extra = self.extra_precision if extra_precision is None and mode == "matquant" else bool(extra_precision)
+        check_mode(mode, extra)
+        planes = self.packed.read(bits, mode)
+        self.bits, self.mode, self.extra_precision = bits, mode, extra
+        self._reads, self._rule = len(planes), PREFIX if mode == "prefix" else EXTRA if extra else MATQUANT
+        self._offset = None
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights served now, dequantised: a new fp32 [out_features, in_features] at each access."""
+        return self.packed.dequantize(self.bits, self.mode, self.extra_precision)
+
+    def nbytes(self) -> int:
+        """Bytes of weights that a call reads: planes at this width, scales, zero points, overflow."""
+        return self.packed.nbytes(self.bits, self.mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x: expected in_features = {self.in_features} in its last dimension, got {tuple(x.shape)}"
+            )
+        if self.mean is not None and self._offset is None:
+            self._offset = self._fold()
+        exact = self.activations == "exact"
+        # what the mean adds is folded into the bias at this width, in fp32
+        centred = self.mean is not None and not exact
+        y = matryoshka_linear(
+            x.reshape(-1, self.in_features),
+            [getattr(self, f"plane{i}") for i in range(self._reads)],
+            self.scale,
+            self.zero_point,
+            self._offset if centred else self.bias,
+            self.mean if centred else None,
+            self.overflow_crow,
+            self.overflow_col,
+            self.out_features,
+            self._group_size or 0,
+            self.bits,
+            self._rule,
+            exact,
+        )
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def _fold(self) -> Tensor:
+        assert self.mean is not None
+        with torch.no_grad():
+            offset = self.weight @ self.mean
+            return offset if self.bias is None else offset + self.bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatryoshkaLinear:
+        # model.to(dtype) moves a layer but must not round its scales
+        kept = {name: getattr(self, name) for name in ("scale", "bias", "mean")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = getattr(self, name)
+            if before is not None and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        self._offset = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._offset = None
+
+    def extra_repr(self) -> str:
+        groups = "per channel" if self._group_size is None else f"groups of {self._group_size}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, mode={self.mode},"
+            f" {groups}, stored={self._stored}, activations={self.activations}"
+        )

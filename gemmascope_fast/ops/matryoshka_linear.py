@@ -1,0 +1,185 @@
+"""Op `matryoshka_linear`: y = A(x − mean) · W_rᵀ + bias, W_r a slice of nested codes, read from its planes.
+
+W_r[o, k] = α · (level − z), level the r-bit code's place on the 8-bit grid (see matryoshka.codes).  A is the identity
+(exact) or one int8 scale a token: s = max|v| / 127, A(v) = s · round(v / s).  Then with integers exact,
+
+    y[t, o] = s_t · Σ_groups α_g · ( Σ_k (2^(8−r)·code − z_g)·q[t, k]  +  mid · Σ_k q[t, k] )  + bias[o]
+
+in fp32, groups ascending by fused multiply-add; the same bytes from every instruction set.  A token holding NaN or Inf
+gives NaN in every int8 output.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops._library import Cost, register, register_autograd
+
+PREFIX, MATQUANT, EXTRA = 0, 1, 2  # `rule`: how bits that are stored below the slice are dropped
+
+SCHEMA = (
+    "matryoshka_linear(Tensor x, Tensor[] planes, Tensor scale, Tensor zero_point, Tensor? bias, Tensor? mean,"
+    " Tensor? overflow_crow, Tensor? overflow_col, int out_features, int group_size, int bits, int rule, bool exact)"
+    " -> Tensor"
+)
+MAX_IN = 66_000  # 256 · 127 · 66,000 < 2^31: no int32 sum of products overflows
+
+
+def matryoshka_linear_reference(
+    x: Tensor,
+    planes: list[Tensor],
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    overflow_crow: Tensor | None,
+    overflow_col: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    rule: int,
+    exact: bool,
+) -> Tensor:
+    """x [N, in] floating; planes uint8 [out/16, in/32, 64·width], as many as the slice reads; scale and zero_point
+    [out/16, groups, 16]; bias [out], mean [in]; group_size 0: one group a row → fp32 [N, out].
+    """
+    check(x, planes, scale, zero_point, bias, mean, out_features, group_size, bits, rule)
+    weight = dequantize(
+        x.shape[1],
+        planes,
+        scale,
+        zero_point,
+        overflow_crow,
+        overflow_col,
+        out_features,
+        group_size,
+        bits,
+        rule,
+    )
+    centred = x.float() if mean is None else x.float() - mean.float()
+    if exact:
+        y = centred @ weight.t()
+    else:
+        q, s = quantize_tokens(centred)
+        y = (q.float() @ weight.t()) * s[:, None]
+    return y if bias is None else y + bias.float()
+
+
+def dequantize(
+    in_features: int,
+    planes: list[Tensor],
+    scale: Tensor,
+    zero_point: Tensor,
+    overflow_crow: Tensor | None,
+    overflow_col: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    rule: int,
+) -> Tensor:
+    """W_r fp32 [out, in]."""
+    from gemmascope_fast.matryoshka.codes import grid
+    from gemmascope_fast.matryoshka.planes import WIDTHS, add_overflow, resliced, unblocked, unpack
+
+    stored = stored_bits(planes)
+    mode = "prefix" if rule == PREFIX else "matquant"
+    code = unpack(tuple(planes), WIDTHS[stored])[:out_features, :in_features]
+    code = resliced(code, stored, bits, mode, rule == EXTRA)
+    if overflow_crow is not None and overflow_col is not None:
+        code = add_overflow(code, overflow_crow, overflow_col)
+    alpha, zero = (unblocked(v, out_features).float() for v in (scale, zero_point))
+    if group_size:
+        alpha, zero = (v.repeat_interleave(group_size, 1)[:, :in_features] for v in (alpha, zero))
+    return alpha * (grid(code, bits, mode) - zero)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x fp32 [N, in] → (int8 [N, in], scale fp32 [N]); a token that is not finite has codes 0 and scale NaN."""
+    finite = torch.isfinite(x).all(1)
+    x = torch.where(finite[:, None], x, torch.zeros_like(x))
+    tiny = torch.finfo(torch.float32).tiny
+    s = (x.abs().amax(1) / 127).clamp(min=tiny) if x.shape[1] else x.new_full((x.shape[0],), tiny)
+    q = (x / s[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return q, torch.where(finite, s, torch.full_like(s, float("nan")))
+
+
+def stored_bits(planes: list[Tensor]) -> int:
+    # int(): the planes' widths are constants under dynamic shapes too
+    return sum(int(p.shape[-1]) for p in planes) // 64
+
+
+def check(
+    x: Tensor,
+    planes: list[Tensor],
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    rule: int,
+) -> None:
+    """What the native kernel checks, for the reference."""
+    from gemmascope_fast.matryoshka.planes import WIDTHS
+
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+    if x.dim() != 2 or x.shape[1] > MAX_IN:
+        raise ValueError(f"x: expected [N, in_features <= {MAX_IN}], got {tuple(x.shape)}")
+    blocks, units = -(-out_features // 16), -(-x.shape[1] // 32)
+    stored = stored_bits(planes)
+    if not 1 <= bits <= stored <= 8:
+        raise ValueError(f"bits: expected a width from 1 to the {stored} stored, got {bits}")
+    if rule not in (PREFIX, MATQUANT, EXTRA):
+        raise ValueError(f"rule: expected 0, 1 or 2, got {rule}")
+    if [p.shape for p in planes] != [(blocks, units, 64 * w) for w in WIDTHS[stored]]:
+        shapes = [tuple(p.shape) for p in planes]
+        raise ValueError(f"planes: expected {out_features} × {x.shape[1]} in {stored} bits, got {shapes}")
+    groups = -(-x.shape[1] // group_size) if group_size else 1
+    for name, tensor, shape in (
+        ("scale", scale, (blocks, groups, 16)),
+        ("zero_point", zero_point, (blocks, groups, 16)),
+        ("bias", bias, (out_features,)),
+        ("mean", mean, (x.shape[1],)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected {shape}, got {tuple(tensor.shape)}")
+
+
+def _fake(x: Tensor, planes, scale, zero_point, bias, mean, crow, col, out_features: int, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], out_features, dtype=torch.float32)
+
+
+def _cost(x: Tensor, planes, scale, zero_point, bias, mean, crow, col, out_features: int, *_: object) -> Cost:
+    weights = sum(t.numel() * t.element_size() for t in (*planes, scale, zero_point))
+    moved = x.numel() * x.element_size() + 4 * x.shape[0] * out_features
+    return Cost(bytes=weights + moved, flops=2 * x.numel() * out_features)
+
+
+matryoshka_linear = register(SCHEMA, matryoshka_linear_reference, _fake, _cost)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, planes, scale, zero_point, bias, _mean, crow, col, *numbers, _exact = inputs
+    ctx.save_for_backward(scale, zero_point, crow, col, *planes)
+    ctx.numbers, ctx.in_features, ctx.dtype = numbers, x.shape[1], x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, grad):
+    """dx = grad · W_r, straight through the rounding of the activations; codes and scales have no gradient."""
+    scale, zero_point, crow, col, *planes = ctx.saved_tensors
+    dx = dbias = dmean = None
+    if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
+        weight = dequantize(ctx.in_features, planes, scale, zero_point, crow, col, *ctx.numbers)
+        product = grad @ weight
+        dx = product.to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dmean = -product.sum(0) if ctx.needs_input_grad[5] else None
+    if ctx.needs_input_grad[4]:
+        dbias = grad.sum(0).to(ctx.bias_dtype)
+    return dx, [None] * len(planes), None, None, dbias, dmean, None, None, None, None, None, None, None
+
+
+register_autograd(matryoshka_linear, _setup_context, _backward)
