@@ -39,4 +39,6 @@ __all__ = [
     "__version__",
     "backend",
     "load_demo",
+    "quantize_",
+    "set_bits",
 ]
