@@ -1,6 +1,7 @@
 """gemmascope_fast: exact, sparse and fast JumpReLU SAEs of the Gemma Scope family."""
 
 from gemmascope_fast._version import __version__
+from gemmascope_fast.attach import attach
 from gemmascope_fast.backends import backend
 from gemmascope_fast.demo_model import load_demo
 from gemmascope_fast.errors import (
@@ -37,6 +38,7 @@ __all__ = [
     "SparseLatents",
     "StaleScreenError",
     "__version__",
+    "attach",
     "backend",
     "load_demo",
     "quantize_",

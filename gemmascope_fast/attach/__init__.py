@@ -1,0 +1,44 @@
+"""`attach`: SAEs inside a transformers model, to watch it, to replace what passes, to steer it.
+
+`attach` itself is also `gemmascope_fast.attach`; import what else is here by `from gemmascope_fast.attach import …`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from gemmascope_fast.attach.calls import Tokens
+from gemmascope_fast.attach.entries import Activations
+from gemmascope_fast.attach.run import Run
+from gemmascope_fast.attach.selection import Selection
+
+__all__ = ["Activations", "Run", "Tokens", "attach"]
+
+
+def attach(
+    model: nn.Module,
+    saes: Any,
+    *,
+    mode: str = "observe",
+    edits: Any = (),
+    tokens: Selection = "all",
+    error_grad: bool = False,
+) -> Run:
+    """SAEs in a transformers model while the returned run's `with` block lasts.
+
+    saes: an SAE, a list, or a dict keyed by layer, (layer, kind), Site or module path (`….output` or `….input`; a
+    bare path means its output).  Without a key the checkpoint's own site counts.  In place of an SAE an
+    `Activations` keeps what passes.
+    mode: "observe" changes nothing; "splice" puts the reconstruction in the activation's place; "splice+error" adds
+    what the reconstruction lacks, so that without edits the activation passes bit for bit (and nothing is decoded),
+    while the gradient goes through the latents, with the error a constant unless `error_grad`.
+    tokens: "all"; "content" (neither BOS, EOS, PAD nor a chat's first four tokens); a bool tensor [S] or [B, S] over
+    the columns of the sequences; or a callable from token ids int64 [B, S] (and, where it takes a second argument,
+    the call's `Tokens`) to bool [B, S].  What is left out keeps an empty row and passes unchanged.
+
+    Raises AttachError for a site that is not in the model, an SAE of another width, two splices at one site; ValueError
+    or TypeError for arguments that mean nothing.  All of that before anything runs.
+    """
+    return Run(model, saes, mode=mode, edits=edits, tokens=tokens, error_grad=error_grad)

@@ -1,0 +1,146 @@
+"""What `saes` of `attach` says: which coder reads and writes where, and under which key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.errors import AttachError
+from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.sae import JumpReLUSAE, JumpReLUTranscoder
+from gemmascope_fast.sites import Site
+
+Key = Any
+
+
+@dataclass
+class Activations:
+    """In place of an SAE in `saes`: keeps the activations themselves, of the selected tokens only.
+
+    sink: called as sink(x, tokens) in every call, x [n, d] in the activation's dtype (no longer valid once the
+    model goes on, if it works in place: copy what is to stay), tokens the n rows it belongs to.  Without a sink
+    `run.activations[key]` gives them all, [n, d].
+    """
+
+    sink: Callable[[Tensor, Any], None] | None = None
+    parts: list[Tensor] = field(default_factory=list)
+
+
+Coder = JumpReLUSAE | Activations
+
+
+@dataclass
+class Entry:
+    """One coder: its key in `run.latents`, where it reads, and where it writes (a transcoder: elsewhere)."""
+
+    key: Key
+    coder: Coder
+    site: Site
+    site_out: Site
+
+
+def entries(saes: Any) -> list[Entry]:
+    """From an SAE, a list, a bank or a dict.  AttachError where a site is missing or a key is given twice."""
+    found = [_entry(key, coder) for key, coder in _pairs(saes)]
+    if not found:
+        raise AttachError("saes: expected at least one SAE, got none")
+    seen: dict[Any, int] = {}
+    for entry in found:
+        seen[entry.key] = seen.get(entry.key, 0) + 1
+    twice = [key for key, times in seen.items() if times > 1]
+    if twice:
+        raise AttachError(f"saes: {len(twice)} sites have several SAEs ({twice[0]}): give a dict with a key for each")
+    return found
+
+
+def _pairs(saes: Any) -> Iterator[tuple[Key, Any]]:
+    if _is_coder(saes):
+        yield None, saes
+    elif isinstance(saes, Mapping) or hasattr(saes, "items"):
+        yield from saes.items()
+    elif isinstance(saes, Iterable):
+        for sae in saes:
+            yield None, sae
+    else:
+        raise TypeError(f"saes: expected an SAE, a list or a dict of them, got {type(saes).__name__}")
+
+
+def _is_coder(value: Any) -> bool:
+    return isinstance(value, Activations) or hasattr(value, "encode_sparse")
+
+
+def _entry(key: Key, coder: Any) -> Entry:
+    if not _is_coder(coder):
+        raise TypeError(f"saes: expected SAEs, got {type(coder).__name__} under {key!r}")
+    cfg = getattr(coder, "cfg", None)
+    own, own_out = getattr(cfg, "site", None), getattr(cfg, "site_out", None)
+    if key is None:
+        if own is None:
+            raise AttachError("saes: this SAE's checkpoint names no site; give a dict keyed by layer or module path")
+        site, key = own, own
+    else:
+        site = site_of(key, own)
+    if not isinstance(coder, JumpReLUTranscoder):
+        return Entry(key, coder, site, site)
+    if own_out is None or own is None:
+        raise AttachError(
+            f"saes: the transcoder under {key!r} names no sites to read and write: set cfg.site, site_out"
+        )
+    if site.layer is None:
+        return Entry(key, coder, site, own_out)
+    if site.kind not in (own.kind, own_out.kind, "resid"):
+        raise AttachError(f"saes: key {key!r}: the transcoder reads {own.hook_name} and writes {own_out.hook_name}")
+    return Entry(key, coder, Site(own.kind, site.layer), Site(own_out.kind, site.layer))
+
+
+def site_of(key: Key, own: Site | None = None) -> Site:
+    """The site that a key names; a bare layer means the SAE's own kind there, the residual stream without one."""
+    if isinstance(key, Site):
+        return key
+    if isinstance(key, bool):
+        raise AttachError(f"saes: expected a key that names a site, got {key!r}")
+    if isinstance(key, int):
+        kind = own.kind if own is not None and own.layer is not None else "resid"
+        return Site(kind, key)
+    if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and isinstance(key[1], str):
+        try:
+            return Site(key[1], key[0])
+        except ValueError as error:
+            raise AttachError(f"saes: key {key!r}: {error}") from error
+    if isinstance(key, str):
+        return Site.from_hook_name(key)
+    raise AttachError(f"saes: expected a layer, (layer, kind), a Site or a module path as key, got {key!r}")
+
+
+def find_key(asked: Key, known: Iterable[Entry]) -> Key:
+    """The key of the one entry that `asked` names: the key itself, or another name of its site.  KeyError."""
+    known = list(known)
+    for entry in known:
+        if type(entry.key) is type(asked) and entry.key == asked:
+            return entry.key
+    try:
+        site = site_of(asked)
+    except AttachError:
+        site = None
+    same = [e for e in known if site is not None and site in (e.site, e.site_out)]
+    if not same and isinstance(asked, int):
+        same = [e for e in known if e.site.layer == asked]  # a bare layer where only one SAE reads
+    if len(same) != 1:
+        raise KeyError(f"{asked!r}: expected one of {[e.key for e in known]}")
+    return same[0].key
+
+
+def spread(latents: SparseLatents, chosen: Tensor | None) -> SparseLatents:
+    """Rows of the chosen tokens → rows of all tokens, the others empty.  chosen: bool [N] with n true, or None."""
+    if chosen is None:
+        return latents
+    chosen = chosen.to(latents.crow_indices.device)
+    counts = torch.zeros(chosen.numel(), dtype=torch.int64, device=chosen.device)
+    counts[chosen] = latents.crow_indices.diff()
+    crow = torch.zeros(chosen.numel() + 1, dtype=torch.int64, device=chosen.device)
+    crow[1:] = counts.cumsum(0)
+    return SparseLatents(crow, latents.col_indices, latents.values, (chosen.numel(), latents.d_sae))

@@ -1,0 +1,279 @@
+"""A run: what one `with attach(…)` sees of a model, and what it changes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast.attach import places
+from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
+from gemmascope_fast.attach.entries import Activations, Entry, Key, entries, find_key, spread
+from gemmascope_fast.attach.generation import listen
+from gemmascope_fast.attach.selection import Selection, Selector
+from gemmascope_fast.attach.sequences import after_eos, rows_of
+from gemmascope_fast.attach.structure import Structure, submodules
+from gemmascope_fast.attach.taps import MODES, Tap, WriteTap
+from gemmascope_fast.errors import AttachError
+from gemmascope_fast.latents import SparseLatents
+
+_ACTIVE: list[Run] = []
+_LOCK = threading.RLock()
+
+
+class Run:
+    """One attachment, made by `attach`; a context manager.  Everything it recorded stays readable afterwards.
+
+    latents: by key (or any other name of its site), SparseLatents [N, d_sae] with one row per row of `tokens`.
+    activations: by key of an `Activations`, Tensor [n, d] of the selected tokens.
+    seconds: time spent in this run's hooks so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        saes: Any,
+        *,
+        mode: str = "observe",
+        edits: Any = (),
+        tokens: Selection = "all",
+        error_grad: bool = False,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        if edits:
+            raise NotImplementedError("edits are not here yet")
+        self.model, self.mode, self.error_grad = model, mode, error_grad
+        self.entries = entries(saes)
+        self.select = Selector(tokens, model)
+        structure = Structure(model)
+        self._taps = [Tap(self, entry, structure) for entry in self.entries]
+        self._check_writers()
+        self._arguments = {m: Arguments(m) for m in submodules(model)}
+        self._ledger = Ledger()
+        self._calls: list[Call] = []
+        self._rows = 0
+        self._open: dict[int, Call] = {}
+        self._generating: dict[int, list[Generation]] = {}
+        self._leave: list[Callable[[], None]] = []
+        self._owner: int | None = None
+        self._bound: int | None = None
+        self._parts: dict[Key, list[tuple[SparseLatents, Tensor | None]]] = {
+            e.key: [] for e in self.entries if not isinstance(e.coder, Activations)
+        }
+        self._joined: dict[Key, tuple[int, SparseLatents]] = {}
+        self.seconds = 0.0
+
+    # ---- entering and leaving -----------------------------------------------------------------------
+
+    def __enter__(self) -> Run:
+        if self._owner is not None:
+            raise AttachError("a run is entered once; call attach again")
+        self._owner = threading.get_ident()
+        self._check_neighbours()
+        try:
+            for module in self._arguments:
+                before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+                self._leave.append(before.remove)
+                after = module.register_forward_hook(self._after, always_call=True)
+                self._leave.append(after.remove)
+            for tap in self._taps:
+                self._leave += [places.visit(place, visitor) for place, visitor in tap.visits()]
+            self._leave.append(listen(self.model, self))
+        except BaseException:
+            self._remove()
+            raise
+        with _LOCK:
+            _ACTIVE.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _LOCK:
+            _ACTIVE[:] = [run for run in _ACTIVE if run is not self]
+        self._remove()
+
+    def _remove(self) -> None:
+        self._open.clear()
+        while self._leave:
+            self._leave.pop()()
+
+    def _check_writers(self) -> None:
+        written: dict[tuple[int, str], Entry] = {}
+        for tap in self._taps:
+            if not tap.splices:
+                continue
+            end = (id(tap.writes.module), tap.writes.end)
+            if end in written:
+                raise AttachError(f"two splices at {tap.writes.name}: {written[end].key!r} and {tap.entry.key!r}")
+            written[end] = tap.entry
+
+    def _check_neighbours(self) -> None:
+        for tap in self._taps:
+            for other in places.visitors(tap.writes) if tap.splices else ():
+                if isinstance(other, WriteTap) and other.tap.run._owner == self._owner:
+                    raise AttachError(f"two splices at {tap.writes.name}: another run replaces it already")
+
+    # ---- calls --------------------------------------------------------------------------------------
+
+    def _mine(self) -> bool:
+        """Whether a call of this thread is this run's: its own thread's, or that of a thread without a run."""
+        me = threading.get_ident()
+        if me != self._owner:
+            with _LOCK:
+                if any(run._owner == me and run.model is self.model for run in _ACTIVE):
+                    return False
+        if self._bound not in (None, me) and self._busy(self._bound):
+            raise AttachError("two threads use one attached model at a time: attach in each of them")
+        self._bound = me
+        return True
+
+    def _busy(self, thread: int | None) -> bool:
+        alive = any(t.ident == thread for t in threading.enumerate())
+        return alive and (thread in self._open or bool(self._generating.get(thread)))  # type: ignore[arg-type]
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begin = time.perf_counter()
+        me = threading.get_ident()
+        if me in self._open or not self._mine():
+            return
+        generating = self._generating.get(me)
+        given = self._arguments[module](args, kwargs)
+        call = open_call(self._ledger, len(self._calls), module, given, generating[-1] if generating else None)
+        call.chosen = self.select(call)
+        self._open[me] = call
+        self.seconds += time.perf_counter() - begin
+
+    def _after(self, module: nn.Module, _args: Any, output: Any) -> None:
+        me = threading.get_ident()
+        call = self._open.get(me)
+        if call is None or call.opener is not module:
+            return
+        begin = time.perf_counter()
+        del self._open[me]
+        if output is None:  # the forward raised: nothing of it counts
+            return
+        missed = [tap.entry.key for tap in self._taps if not tap.was_reached(call)]
+        if missed:
+            raise AttachError(
+                f"the site of {missed[0]!r} was not reached in this forward: the model skips it, or runs code that"
+                " was compiled before attach"
+            )
+        self._commit(call, output)
+        self.seconds += time.perf_counter() - begin
+
+    def _commit(self, call: Call, output: Any) -> None:
+        call.offset = self._rows
+        self._rows += call.n_rows
+        self._ledger.remember(cache_of(output), call.group)
+        call.group.end = call.start + call.length
+        call.group.calls.append(call)
+        self._calls.append(call)
+        for key, parts in self._parts.items():
+            parts.append((call.scratch.pop(("latents", key)), call.chosen))
+        call.scratch.clear()
+
+    def call(self) -> Call | None:
+        """The call that this thread is in, or None where it is not this run's."""
+        return self._open.get(threading.get_ident())
+
+    def generation_begins(self, generation: Generation) -> bool:
+        if not self._mine():
+            return False
+        self._generating.setdefault(threading.get_ident(), []).append(generation)
+        return True
+
+    def generation_ends(self, generation: Generation) -> None:
+        self._generating[threading.get_ident()].remove(generation)
+
+    # ---- what it saw --------------------------------------------------------------------------------
+
+    @property
+    def latents(self) -> Mapping[Key, SparseLatents]:
+        return _View(self._parts, self._latents, self.entries)
+
+    @property
+    def activations(self) -> Mapping[Key, Tensor]:
+        kept = {e.key: e.coder for e in self.entries if isinstance(e.coder, Activations)}
+        return _View(kept, lambda key: torch.cat(kept[key].parts or [torch.empty(0)]), self.entries)
+
+    def _latents(self, key: Key) -> SparseLatents:
+        parts = self._parts[key]
+        known = self._joined.get(key)
+        if known is not None and known[0] == len(parts):
+            return known[1]
+        coder = next(e.coder for e in self.entries if e.key == key and type(e.key) is type(key))
+        empty = SparseLatents.empty((0, coder.cfg.d_sae), coder.W_enc.dtype, coder.W_enc.device)  # type: ignore[union-attr]
+        joined = SparseLatents.cat([empty, *(spread(latents, chosen) for latents, chosen in parts)])
+        self._joined[key] = (len(parts), joined)
+        return joined
+
+    @property
+    def tokens(self) -> Tokens:
+        """The N rows.  Once a generation has ended, what stands after a sequence's EOS is padding as well."""
+        if not self._calls:
+            none = torch.empty(0, dtype=torch.int64)
+            return Tokens(none, none, none, none, none.bool())
+        each = [call.tokens() for call in self._calls]
+        valid = [_valid_at_last(call, rows.valid) for call, rows in zip(self._calls, each, strict=True)]
+        flat = {
+            name: torch.cat([getattr(rows, name).reshape(-1) for rows in each])
+            for name in ("call", "sequence", "position", "token_id")
+        }
+        return Tokens(**flat, valid=torch.cat([v.reshape(-1) for v in valid]))
+
+    def sequences(self, key: Key, output: Any = None) -> list[SparseLatents]:
+        """One SparseLatents per sequence, padding dropped; a position seen twice counts as last seen.
+
+        output: what `generate` returned, for the sequences of that generation alone: row i belongs to token i of
+        output.sequences[b] without its padding (the last token was never fed back).  Beam search needs an output
+        with beam_indices.  Raises AttachError where the rows cannot be told.
+        """
+        latents = self.latents[key]
+        return [latents[rows] for rows in rows_of(self._ledger.groups, output)]
+
+    def clear(self) -> None:
+        """Forget the rows recorded so far; sequences under way go on as new ones."""
+        self._calls.clear()
+        self._ledger = Ledger()
+        self._rows = 0
+        self._joined.clear()
+        for parts in self._parts.values():
+            parts.clear()
+        for entry in self.entries:
+            if isinstance(entry.coder, Activations):
+                entry.coder.parts.clear()
+
+
+class _View(Mapping[Key, Any]):
+    """Read-only, by key or by another name of the key's site."""
+
+    def __init__(self, keys: Mapping[Key, Any], make: Callable[[Key], Any], known: list[Entry]) -> None:
+        self._keys, self._make = keys, make
+        self._known = [e for e in known if e.key in keys]
+
+    def __getitem__(self, key: Key) -> Any:
+        return self._make(find_key(key, self._known))
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def _valid_at_last(call: Call, valid: Tensor) -> Tensor:
+    generation = call.group.generation
+    after = after_eos(generation) if generation is not None and generation.beams == 1 else None
+    if after is None or after.shape[0] != call.batch:
+        return valid
+    own = after[:, call.start : call.start + call.length]
+    valid = valid.clone()
+    valid[:, : own.shape[1]] &= ~own
+    return valid
