@@ -1,0 +1,68 @@
+"""Triton kernel of op `encode`, exact: one program a tile of BT tokens and 32 features.
+
+The epilogue adds the bias, compares with the threshold in registers and writes, per token and word of 32
+features, one bitmap word, the count and up to SLOTS values.  A word with more than SLOTS hits is completed by
+`compact.gather_kernel`, which computes its values again: nothing is cut off.
+"""
+
+import triton
+import triton.language as tl
+
+from gemmascope_fast.kernels.lanes import canonical, dot_tile
+
+
+@triton.jit
+def fires(z, theta, half_bandwidth, HAS_BANDWIDTH: tl.constexpr):
+    """z > max(theta, 0), or z is NaN; with a bandwidth also |z - theta| < half of it."""
+    keep = (z > tl.maximum(theta, 0.0)) | (z != z)
+    if HAS_BANDWIDTH:
+        keep = keep | (tl.abs(z - theta) < half_bandwidth)
+    return keep
+
+
+@triton.jit
+def write_hits(z, keep, t, word, T, words, bitmap_ptr, count_ptr, slot_ptr, SLOTS: tl.constexpr):
+    """z, keep: [BT, 32] of tokens t [BT] and one word of features.
+
+    bitmap_ptr, count_ptr: int32 [T, words]; slot_ptr: fp32 [T, words, SLOTS].
+    """
+    bit = tl.arange(0, 32)
+    hit = keep.to(tl.int32)
+    at = t.to(tl.int64) * words + word
+    t_in = t < T
+    tl.store(bitmap_ptr + at, tl.sum(hit << bit[None, :], axis=1), mask=t_in)
+    tl.store(count_ptr + at, tl.sum(hit, axis=1), mask=t_in)
+    rank = tl.cumsum(hit, axis=1) - 1
+    tl.store(slot_ptr + at[:, None] * SLOTS + rank, canonical(z), mask=keep & t_in[:, None] & (rank < SLOTS))
+
+
+@triton.jit
+def encode_kernel(
+    x_ptr,  # [T, d] fp32, bf16 or fp16
+    w_ptr,  # [F, d] fp32, bf16 or fp16: the encoder's rows
+    bias_ptr,  # fp32 [F]
+    threshold_ptr,  # fp32 [F], finite
+    bitmap_ptr,  # int32 [T, words]
+    count_ptr,  # int32 [T, words]
+    slot_ptr,  # fp32 [T, words, SLOTS]
+    T,
+    F,
+    d,
+    words,
+    half_bandwidth,
+    HAS_BANDWIDTH: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    # tokens vary fastest: all programs that read one block of weights run close together
+    blocks = tl.cdiv(T, BT)
+    pid = tl.program_id(0)
+    word = pid // blocks
+    t = (pid % blocks) * BT + tl.arange(0, BT)
+    f = word * 32 + tl.arange(0, 32)
+    f_in = f < F
+    z = dot_tile(x_ptr, w_ptr, t, f, T, F, d, BT, 32)
+    z += tl.load(bias_ptr + f, mask=f_in, other=0.0)[None, :]
+    theta = tl.load(threshold_ptr + f, mask=f_in, other=0.0)[None, :]
+    keep = fires(z, theta, half_bandwidth, HAS_BANDWIDTH) & f_in[None, :]
+    write_hits(z, keep, t, word, T, words, bitmap_ptr, count_ptr, slot_ptr, SLOTS)
