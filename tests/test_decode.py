@@ -230,8 +230,8 @@ def test_compiles_into_one_graph_with_the_same_bytes_and_gradients():
         assert same_bytes(*gradients)
 
 
-def test_encode_and_decode_in_one_compiled_function(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_encode_and_decode_in_one_compiled_function():
     torch._dynamo.reset()
 
     def reconstruct(x, W_enc, b_enc, theta, W_dec):

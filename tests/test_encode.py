@@ -294,8 +294,8 @@ def test_opcheck(bandwidth):
     torch.library.opcheck(op, (*leaves, theta, bandwidth), test_utils=WITH_GRADIENTS)
 
 
-def test_compiles_into_one_graph_with_the_same_bytes_and_gradients(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_compiles_into_one_graph_with_the_same_bytes_and_gradients():
     torch._dynamo.reset()
     run = torch.compile(lambda *a: ops.encode(*a, None), fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (6, 9, 1):

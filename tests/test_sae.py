@@ -208,8 +208,8 @@ def test_inference_mode_and_no_grad_give_the_same_bytes():
     assert same_bytes(sae(x), expected)
 
 
-def test_a_module_compiles_into_one_graph(monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "capture_dynamic_output_shape_ops", True)
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_a_module_compiles_into_one_graph():
     torch._dynamo.reset()
     sae = make()
     run = torch.compile(sae, fullgraph=True, backend="aot_eager", dynamic=True)
