@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from gemmascope_fast.errors import BackendError
+from gemmascope_fast.gpu import register
 from gemmascope_fast.ops._library import OPS, Op
 
 NAMES = ("eager", "native", "triton", "cuda")
@@ -64,6 +65,8 @@ def implementation(op: Op, name: str, args: Sequence[Any]) -> Callable[..., Any]
     reason = unavailable(op.name, name, device)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot serve {op.name} on {device}: {reason}")
+    if name != "native" and device.type == "cpu":
+        return register.launcher(op.name, name)  # Triton's interpreter, without autograd
     return op.dispatched
 
 
@@ -75,9 +78,7 @@ def unavailable(op: str, name: str, device: torch.device) -> str | None:
         if NATIVE_MISSING is not None:
             return NATIVE_MISSING
         return None if _has_kernel(op, "CPU") else "no native kernel is written for it"
-    if device.type == "cpu":
-        return f"{name} kernels are for tensors on cuda"
-    return None if _has_kernel(op, "CUDA") else f"no {name} kernel is registered for it"
+    return register.unavailable(op, name, device)
 
 
 def _has_kernel(op: str, key: str) -> bool:
@@ -106,7 +107,7 @@ def choices() -> list[Choice]:
         if not torch.cuda.is_available():
             rows.append(Choice(op, "cuda", "none", "no CUDA device in this process"))
         elif _has_kernel(op, "CUDA"):
-            rows.append(Choice(op, "cuda", "triton", "Triton kernels"))
+            rows.append(Choice(op, "cuda", *register.choice(op)))
         else:
             rows.append(Choice(op, "cuda", "eager", "no GPU kernel is registered for it"))
     return rows

@@ -14,7 +14,7 @@ from gemmascope_fast.kernels.lanes import canonical, dot_tile
 @triton.jit
 def fires(z, theta, half_bandwidth, HAS_BANDWIDTH: tl.constexpr):
     """z > max(theta, 0), or z is NaN; with a bandwidth also |z - theta| < half of it."""
-    keep = (z > tl.maximum(theta, 0.0)) | (z != z)
+    keep = (z > tl.maximum(theta, 0.0)) | (z != z)  # noqa: PLR0124  NaN
     if HAS_BANDWIDTH:
         keep = keep | (tl.abs(z - theta) < half_bandwidth)
     return keep

@@ -37,14 +37,15 @@ def grid_order(request, monkeypatch):
 def same_bytes():
     """Equal dtype, shape and bits."""
 
+    def bits(t):
+        return t.contiguous().view({2: torch.int16, 4: torch.int32}[t.element_size()]) if t.is_floating_point() else t
+
     def check(got, want):
         got, want = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (got, want))
         assert len(got) == len(want)
         for g, w in zip(got, want, strict=True):
             assert g.dtype == w.dtype
             assert g.shape == w.shape
-            if g.is_floating_point():
-                g, w = (t.contiguous().view({2: torch.int16, 4: torch.int32}[t.element_size()]) for t in (g, w))
-            assert torch.equal(g, w)
+            assert torch.equal(bits(g), bits(w))
 
     return check
