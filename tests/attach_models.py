@@ -35,7 +35,7 @@ def lively(model):
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() == 2:
-                p.copy_(torch.randn(p.shape, generator=g) * (1.0 if "embed" in name else 0.3))
+                p.copy_(torch.randn(p.shape, generator=g) * (0.1 if "embed" in name else 0.3))
     return model.eval()
 
 

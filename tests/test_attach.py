@@ -509,14 +509,14 @@ def test_a_selection_of_the_wrong_size_is_an_error(gemma):
 
 
 def test_a_site_that_is_not_reached_is_an_error(gemma):
-    block, real = layer(gemma), layer(gemma).forward
-    with torch.no_grad(), gsf.attach(gemma, {"model.layers.1.self_attn.q_norm": tiny.sae(24)}) as run:
-        block.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    mlp, real = layer(gemma).mlp, layer(gemma).mlp.forward
+    with torch.no_grad(), gsf.attach(gemma, {"model.layers.1.mlp.up_proj": tiny.sae(48)}) as run:
+        mlp.forward = lambda x: x
         try:
             with pytest.raises(gsf.AttachError, match="not reached"):
                 gemma(tiny.ids())
         finally:
-            block.forward = real
+            mlp.forward = real
     assert len(run.tokens) == 0
 
 
