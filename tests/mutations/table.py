@@ -1,0 +1,75 @@
+# ruff: noqa: E501
+"""Breaks of the code that the tests must notice: one line each, what it is, where, and which tests should see it."""
+
+from typing import NamedTuple
+
+
+class Mutation(NamedTuple):
+    """`old` must stand exactly once in the file (a stale entry is an error)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+ENCODE, DECODE, DOTS = "tests/test_encode.py", "tests/test_decode.py", "tests/test_sampled_dot.py"
+SAE, LATENTS, TRANSPOSE = "tests/test_sae.py", "tests/test_latents.py", "tests/test_transpose.py"
+PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
+
+CPP = [
+    # the comparison
+    Mutation("z >= threshold fires", "csrc/cpu/encode.h", "return !(z <= (", "return !(z < (", ENCODE),
+    Mutation(
+        "a negative threshold lets negative z fire",
+        "csrc/cpu/encode.h",
+        "(threshold > 0.0f ? threshold : 0.0f)",
+        "threshold",
+        ENCODE,
+    ),
+    Mutation("NaN does not fire", "csrc/cpu/encode.h", "return !(z <= (", "return (z > (", ENCODE),
+    Mutation("NaN keeps its payload", "csrc/cpu/encode.h", "return z == z ? z : __builtin_nanf", "return z == z ? z : -__builtin_nanf", ENCODE),
+    Mutation("half the bandwidth", "csrc/cpu/encode.h", "< a.half_bandwidth", "< 0.5f * a.half_bandwidth", ENCODE),
+    Mutation("the bias of the neighbour", "csrc/cpu/encode.h", "+ a.bias[f0 + f]", "+ a.bias[f0]", ENCODE),
+    # the dot
+    Mutation("no tail of the dot", "csrc/cpu/dot.h", "if (whole < d) {", "if (false) {", ENCODE),
+    Mutation("one lane group too few", "csrc/cpu/dot.h", "k < whole; k += 16", "k + 16 < whole; k += 16", ENCODE),
+    Mutation("two roundings in plain C++", "csrc/cpu/vec.h", "c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i])", "c.v[i] += a.v[i] * b.v[i]", ENCODE),
+    Mutation("two roundings in AVX2", "csrc/cpu/vec.h", "{_mm256_fmadd_ps(a.lo, b.lo, c.lo), ", "{_mm256_add_ps(_mm256_mul_ps(a.lo, b.lo), c.lo), ", ENCODE),
+    Mutation("another fold in plain C++", "csrc/cpu/vec.h", "for (int half = 8; half > 0; half /= 2) {\n    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];", "for (int half = 1; half < 16; half *= 2) {\n    for (int i = 0; i + half < 16; i += 2 * half) a.v[i] += a.v[i + half];", ENCODE),
+    Mutation("bf16 loses its lowest bit", "csrc/cpu/half.h", "static_cast<uint32_t>(h.bits) << 16", "static_cast<uint32_t>(h.bits & 0xFFFEu) << 16", ENCODE),
+    Mutation("fp16 subnormals are zero", "csrc/cpu/half.h", "const float magnitude = static_cast<float>(mantissa)", "const float magnitude = 0.0f * static_cast<float>(mantissa)", "tests/test_encode.py"),
+    Mutation("workers keep flush to zero", "csrc/cpu/parallel.h", "saved_ & ~0x8040u", "saved_", ENCODE),
+    Mutation("the caller loses its flush to zero", "csrc/cpu/parallel.h", "{ _mm_setcsr(saved_); }", "{ _mm_setcsr(saved_ & ~0x8040u); }", ENCODE),
+    # compaction
+    Mutation("the last feature of a group is dropped", "csrc/cpu/encode.h", "for (; f < f1; ++f) encode_tile", "for (; f + 1 < f1; ++f) encode_tile", ENCODE),
+    Mutation("the last tokens are dropped", "csrc/cpu/encode.h", "case 3:\n      return encode_tokens<3, E>", "case 3:\n      return encode_tokens<2, E>", ENCODE),
+    Mutation("rows are unsorted across chunks", "csrc/cpu/collect.cpp", "for (const Span& span : spans_) {", "for (size_t s = spans_.size(); s-- > 0;) {\n    const Span& span = spans_[s];", ENCODE),
+    Mutation("a hit is stored twice over its neighbour", "csrc/cpu/collect.cpp", "= next[hits[i].token]++;", "= next[hits[i].token]; next[hits[i].token] += i % 2;", ENCODE),
+    # decode
+    Mutation("no tail of the columns", "csrc/cpu/decode.h", "if (k < d1) decode_tail", "if (false) decode_tail", DECODE),
+    Mutation("features descending", "csrc/cpu/decode.h", "const V16 value = set16(scaled_value(a, i));\n    const E* row = w + a.col[i] * a.d;", "const int64_t r = begin + end - 1 - i;\n    const V16 value = set16(scaled_value(a, r));\n    const E* row = w + a.col[r] * a.d;", DECODE),
+    Mutation("the bias twice in the tail", "csrc/cpu/decode.h", "if (a.bias) acc = add16(acc, load16_tail(a.bias + k, count));", "if (a.bias) acc = add16(add16(acc, load16_tail(a.bias + k, count)), load16_tail(a.bias + k, count));", DECODE),
+    Mutation("the scale is ignored", "csrc/cpu/decode.h", "a.row_scale ? a.values[i] * a.row_scale[a.col[i]]", "false ? 0.0f", DECODE),
+    Mutation("int8 read as unsigned in plain C++", "csrc/cpu/vec.h", "for (int i = 0; i < 16; ++i) r.v[i] = p[i];", "for (int i = 0; i < 16; ++i) r.v[i] = static_cast<uint8_t>(p[i]);", DECODE),
+    Mutation("an index one past the end passes", "csrc/cpu/ops_common.cpp", "c[i] < features;", "c[i] <= features;", DECODE),
+    Mutation("a negative index passes", "csrc/cpu/ops_common.cpp", "c[i] >= 0 && ", "", DECODE),
+    # sampled dot and transpose
+    Mutation("no bias in sampled_dot", "csrc/cpu/sampled_dot.h", "a.bias ? z[f] + a.bias[a.col[i + f]] : z[f]", "z[f]", DOTS),
+    Mutation("a short group reads its first row", "csrc/cpu/sampled_dot.h", "(f < count ? f : count - 1)", "(count == 4 ? f : 0)", DOTS),
+    Mutation("the transpose is unstable", "csrc/cpu/ops_decode.cpp", "for (int64_t i = p[n]; i < p[n + 1]; ++i) {\n      const int64_t at", "for (int64_t i = p[n + 1] - 1; i >= p[n]; --i) {\n      const int64_t at", TRANSPOSE),
+]  # fmt: skip
+
+PYTHON = [
+    Mutation("dW_dec without the gradient", "gemmascope_fast/ops/decode.py", "values[order], grad, None", "values, grad, None", DECODE),
+    Mutation("dx counts twice", "gemmascope_fast/ops/encode.py", "decode(crow, col, grad, W_enc.t()", "decode(crow, col, 2 * grad, W_enc.t()", ENCODE),
+    Mutation("db of the wrong order", "gemmascope_fast/ops/encode.py", "by_feature = grad[order]", "by_feature = grad", ENCODE),
+    Mutation("a threshold is not checked again", "gemmascope_fast/prepare.py", "            check_threshold(sae.threshold)\n", "", PREPARE),
+    Mutation("in-place edits are not watched", "gemmascope_fast/prepare.py", "None if t.is_inference() else t._version", "None", PREPARE),
+    Mutation("topk prefers the later of equals", "gemmascope_fast/latents.py", "by_value = torch.sort(self.values.detach(), descending=True, stable=True).indices", "by_value = torch.sort(self.values.detach().flip(0), descending=True, stable=True).indices.neg() + self.nnz - 1", LATENTS),
+    Mutation("slices keep their offset", "gemmascope_fast/latents.py", "crow - begin, self", "crow, self", LATENTS),
+    Mutation("cat keeps offsets", "gemmascope_fast/latents.py", "p.crow_indices[1:] + base", "p.crow_indices[1:]", LATENTS),
+    Mutation("dθ without θ", "gemmascope_fast/training/jumprelu.py", "dtheta = -(theta / ctx.bandwidth) * near * grad", "dtheta = -(1 / ctx.bandwidth) * near * grad", SAE),
+    Mutation("complex x passes", "gemmascope_fast/sae.py", "if not x.is_floating_point():", "if False:", SAE),
+]  # fmt: skip
