@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,9 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import backends
+from gemmascope_fast.attach import Activations, attach
+from gemmascope_fast.attach.entries import spread
+from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE
 
@@ -48,14 +50,12 @@ def read_text(
     content = ~torch.isin(ids[0], torch.tensor(sorted(tokenizer.all_special_ids)))
     if int(content.sum()) < 2:
         raise ValueError(f"text: expected at least two tokens besides the special ones, got {int(content.sum())}")
-    block = decoder_layer(model, layer)
     with torch.inference_mode():
-        x, ce_base = _base(model, block, ids, content)
-        rows = x[content]
+        rows, ce_base = _base(model, layer, ids, content)
         read = sae.encode_sparse(rows)
         mean = rows.double().mean(0)
-        ce_spliced = _replaced(model, block, ids, content, sae(rows))
-        ce_ablated = _replaced(model, block, ids, content, mean.float().expand_as(rows))
+        ce_spliced = _spliced(model, layer, ids, content, sae)
+        ce_ablated = _spliced(model, layer, ids, content, constant(mean))
         error = (rows.double() - sae.decode(read).double()).square().sum()
         fvu = error / (rows.double() - mean).square().sum()
         equal, flips = check_support(sae, rows, read)
@@ -84,57 +84,36 @@ def read_text(
         "backend": _backend(sae.device),
     }
     pieces = [tokenizer.decode([int(i)]) for i in ids[0]]
-    return Reading(pieces, content.tolist(), _spread(read, content), figures, every.shape[1] - ids.shape[1])
+    return Reading(pieces, content.tolist(), spread(read, content), figures, every.shape[1] - ids.shape[1])
 
 
-def decoder_layer(model: Any, layer: int) -> Any:
-    """The module `…layers.{layer}` of a transformers text decoder.  ValueError where there is none."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    layers = getattr(decoder, "layers", None)
-    if layers is None or not 0 <= layer < len(layers):
-        count = "no layers found" if layers is None else f"{len(layers)} layers"
-        raise ValueError(f"layer: expected a layer of {type(model).__name__} ({count}), got {layer}")
-    return layers[layer]
-
-
-@contextmanager
-def _hooked(block: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block the layer gives change(output), whether it returns a tensor or a tuple that starts with one."""
-
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (change(output[0]), *output[1:])
-        return change(output)
-
-    handle = block.register_forward_hook(hook)
+def _base(model: Any, layer: int, ids: Tensor, content: Tensor) -> tuple[Tensor, float]:
+    """(activations of the content rows at the output of the layer, cross-entropy of the model as it is)."""
     try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _base(model: Any, block: Any, ids: Tensor, content: Tensor) -> tuple[Tensor, float]:
-    seen: list[Tensor] = []
-
-    def keep(h: Tensor) -> Tensor:
-        seen.append(h[0].float().clone())
-        return h
-
-    with _hooked(block, keep):
+        run = attach(model, {(layer, "resid"): Activations()}, tokens=content)
+    except AttachError as error:
+        raise ValueError(f"layer: expected a layer of {type(model).__name__}, got {layer}: {error}") from error
+    with run:
         loss = cross_entropy(model, ids, content)
-    return seen[0], loss
+    return run.activations[layer, "resid"].float(), loss
 
 
-def _replaced(model: Any, block: Any, ids: Tensor, content: Tensor, rows: Tensor) -> float:
-    """Cross-entropy with the content rows of the layer's output replaced; the others pass as they are."""
-
-    def change(h: Tensor) -> Tensor:
-        h = h.clone()
-        h[0, content] = rows.to(h.dtype)
-        return h
-
-    with _hooked(block, change):
+def _spliced(model: Any, layer: int, ids: Tensor, content: Tensor, sae: JumpReLUSAE) -> float:
+    """Cross-entropy with the content rows of the layer's output reconstructed; the others pass as they are."""
+    with attach(model, {(layer, "resid"): sae}, mode="splice", tokens=content):
         return cross_entropy(model, ids, content)
+
+
+def constant(mean: Tensor) -> JumpReLUSAE:
+    """An SAE of which nothing ever fires, so that it reconstructs every row as `mean` [d]: splicing it ablates."""
+    d = mean.numel()
+    return JumpReLUSAE.from_weights(
+        W_enc=torch.zeros(d, 1),
+        W_dec=torch.zeros(1, d),
+        b_enc=torch.zeros(1),
+        b_dec=mean.float(),
+        threshold=torch.ones(1),
+    ).to(mean.device)
 
 
 def cross_entropy(model: Any, ids: Tensor, content: Tensor) -> float:
@@ -190,12 +169,3 @@ def _backend(device: torch.device) -> str:
         c.backend for c in backends.choices() if c.op == "encode" and c.device == device.type
     )
     return f"{chosen} ({backends.isa()})" if chosen == "native" else chosen
-
-
-def _spread(read: SparseLatents, content: Tensor) -> SparseLatents:
-    """Rows of content tokens → rows of all tokens, the others empty."""
-    counts = torch.zeros(content.numel(), dtype=torch.int64)
-    counts[content] = read.crow_indices.diff()
-    crow = torch.zeros(content.numel() + 1, dtype=torch.int64)
-    crow[1:] = counts.cumsum(0)
-    return SparseLatents(crow, read.col_indices, read.values, (content.numel(), read.d_sae))
