@@ -7,7 +7,7 @@ TORCH  ?= torch==2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test lint format typecheck bench clean help
+.PHONY: env demo test lint format typecheck bench mutations sanitize clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -36,6 +36,12 @@ test: env ## the whole test suite
 
 bench: env ## the benchmarks of this package
 	$(PY) -m pytest benchmarks --benchmark-only
+
+mutations: env ## break the code on purpose, in a copy: the tests must notice each time (about 15 minutes)
+	$(PY) tests/mutations/run.py
+
+sanitize: env ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
+	tests/sanitize.sh $(PY)
 
 lint: env ## ruff and clang-format, reading only
 	$(VENV)/bin/ruff check .

@@ -39,6 +39,13 @@ def extension() -> dict:
     flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
     # The order and the rounding of every sum is part of the contract: no contraction, no fast-math.
     flags += ["-ffp-contract=off", "-fno-fast-math", "-fopenmp"]
+    # GSF_SANITIZE=address,undefined: an instrumented build for `make sanitize`; the first finding ends the process
+    sanitizers = os.environ.get("GSF_SANITIZE")
+    link = ["-s"]
+    if sanitizers:
+        instrument = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
+        flags += [*instrument, "-O1", "-g", "-fno-omit-frame-pointer"]
+        link = instrument
     # OpenMP without linking a runtime: the symbols resolve to the one torch has loaded, so that there is
     # one thread pool in the process and not two that spin against each other.
     ext = CppExtension(
@@ -46,7 +53,7 @@ def extension() -> dict:
         [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))],
         include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         extra_compile_args={"cxx": flags},
-        extra_link_args=["-s"],
+        extra_link_args=link,
     )
     return {"ext_modules": [ext], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=True)}}
 

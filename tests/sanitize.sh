@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy: every instruction set, every op.
+# Usage: tests/sanitize.sh PYTHON [pytest arguments]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$(realpath -s "$1")
+shift
+copy=$(mktemp -d -t gsf-sanitize-XXXXXX)
+trap 'rm -rf "$copy"' EXIT
+cp -a csrc gemmascope_fast kernels tests setup.py pyproject.toml README.md LICENSE "$copy"
+rm -f "$copy"/gemmascope_fast/*.so
+cd "$copy"
+GSF_REQUIRE_EXT=1 GSF_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
+# Python itself is not instrumented: the runtimes come first by preloading, and its own leaks are not ours.
+runtimes="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+export PYTHONPATH="$copy" OMP_NUM_THREADS=1
+tests=${GSF_SANITIZE_TESTS:-tests/test_encode.py tests/test_decode.py tests/test_sampled_dot.py tests/test_transpose.py tests/test_sae.py tests/test_latents.py}
+# shellcheck disable=SC2086  # a list of files
+LD_PRELOAD="$runtimes" "$python" -m pytest -p no:cacheprovider -k "not compile" "$@" $tests
