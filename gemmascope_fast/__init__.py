@@ -1,7 +1,7 @@
 """gemmascope_fast: exact, sparse and fast JumpReLU SAEs of the Gemma Scope family."""
 
 from gemmascope_fast._version import __version__
-from gemmascope_fast.attach import attach
+from gemmascope_fast.attach import Ablate, Add, Clamp, Direction, Mask, MinClamp, Scale, attach
 from gemmascope_fast.backends import backend
 from gemmascope_fast.demo_model import load_demo
 from gemmascope_fast.errors import (
@@ -25,15 +25,22 @@ from gemmascope_fast.sites import Site
 
 __all__ = [
     "SAE",
+    "Ablate",
+    "Add",
     "AttachError",
     "BackendError",
     "CheckpointError",
+    "Clamp",
+    "Direction",
     "GemmaScopeFastError",
     "JumpReLUSAE",
     "JumpReLUSkipTranscoder",
     "JumpReLUTranscoder",
+    "Mask",
+    "MinClamp",
     "SAEConfig",
     "SAEMetadata",
+    "Scale",
     "Site",
     "SparseLatents",
     "StaleScreenError",

@@ -10,11 +10,25 @@ from typing import Any
 from torch import nn
 
 from gemmascope_fast.attach.calls import Tokens
+from gemmascope_fast.attach.edits import Ablate, Add, Clamp, Direction, Edit, Mask, MinClamp, Scale
 from gemmascope_fast.attach.entries import Activations
 from gemmascope_fast.attach.run import Run
 from gemmascope_fast.attach.selection import Selection
 
-__all__ = ["Activations", "Run", "Tokens", "attach"]
+__all__ = [
+    "Ablate",
+    "Activations",
+    "Add",
+    "Clamp",
+    "Direction",
+    "Edit",
+    "Mask",
+    "MinClamp",
+    "Run",
+    "Scale",
+    "Tokens",
+    "attach",
+]
 
 
 def attach(
@@ -34,6 +48,8 @@ def attach(
     mode: "observe" changes nothing; "splice" puts the reconstruction in the activation's place; "splice+error" adds
     what the reconstruction lacks, so that without edits the activation passes bit for bit (and nothing is decoded),
     while the gradient goes through the latents, with the error a constant unless `error_grad`.
+    edits: interventions (Clamp, Scale, Ablate, Add, MinClamp, Mask, Direction) in their order: one, a list where one
+    SAE is attached, or a dict keyed as `saes`; at a site of no SAE a Direction alone.  They act on the selected tokens.
     tokens: "all"; "content" (neither BOS, EOS, PAD nor a chat's first four tokens); a bool tensor [S] or [B, S] over
     the columns of the sequences; or a callable from token ids int64 [B, S] (and, where it takes a second argument,
     the call's `Tokens`) to bool [B, S].  What is left out keeps an empty row and passes unchanged.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE, JumpReLUTranscoder
@@ -30,7 +31,7 @@ class Activations:
     parts: list[Tensor] = field(default_factory=list)
 
 
-Coder = JumpReLUSAE | Activations
+Coder = JumpReLUSAE | Activations | None  # None: nothing is read, only edits that need no SAE are there
 
 
 @dataclass
@@ -46,8 +47,6 @@ class Entry:
 def entries(saes: Any) -> list[Entry]:
     """From an SAE, a list, a bank or a dict.  AttachError where a site is missing or a key is given twice."""
     found = [_entry(key, coder) for key, coder in _pairs(saes)]
-    if not found:
-        raise AttachError("saes: expected at least one SAE, got none")
     seen: dict[Any, int] = {}
     for entry in found:
         seen[entry.key] = seen.get(entry.key, 0) + 1
@@ -70,7 +69,7 @@ def _pairs(saes: Any) -> Iterator[tuple[Key, Any]]:
 
 
 def _is_coder(value: Any) -> bool:
-    return isinstance(value, Activations) or hasattr(value, "encode_sparse")
+    return isinstance(value, (Activations, JumpReLUSAE))
 
 
 def _entry(key: Key, coder: Any) -> Entry:
@@ -132,6 +131,40 @@ def find_key(asked: Key, known: Iterable[Entry]) -> Key:
     if len(same) != 1:
         raise KeyError(f"{asked!r}: expected one of {[e.key for e in known]}")
     return same[0].key
+
+
+def assign(edits: Any, known: list[Entry]) -> list[tuple[Entry, list[Edit]]]:
+    """Each entry with its edits: from one edit, a list, or a dict keyed as `saes` (or by sites without an SAE).
+
+    An edit with neither key nor `site` is for the only SAE.  AttachError where that is not one.
+    """
+    if isinstance(edits, Edit):
+        edits = [edits]
+    keyed: list[tuple[Key, Edit]] = []
+    for key, given in edits.items() if isinstance(edits, Mapping) else [(None, edits)]:
+        for edit in [given] if isinstance(given, Edit) else given:
+            if not isinstance(edit, Edit):
+                raise TypeError(f"edits: expected Clamp, Scale and the like, got {type(edit).__name__}")
+            keyed.append((edit.site if key is None else key, edit))
+    found = [(entry, list[Edit]()) for entry in known]
+    for key, edit in keyed:
+        _edits_at(key, edit, found).append(edit)
+    return found
+
+
+def _edits_at(key: Key, edit: Edit, found: list[tuple[Entry, list[Edit]]]) -> list[Edit]:
+    if key is None:
+        own = [edits for entry, edits in found if isinstance(entry.coder, JumpReLUSAE)]
+        if len(own) != 1:
+            raise AttachError(f"edits: {edit} names no site, and {len(own)} SAEs are attached: expected one")
+        return own[0]
+    try:
+        wanted = find_key(key, [entry for entry, _ in found if not isinstance(entry.coder, Activations)])
+    except KeyError:
+        site = site_of(key)
+        found.append((Entry(key, None, site, site), []))
+        return found[-1][1]
+    return next(edits for entry, edits in found if type(entry.key) is type(wanted) and entry.key == wanted)
 
 
 def spread(latents: SparseLatents, chosen: Tensor | None) -> SparseLatents:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from gemmascope_fast.attach import places
 from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
-from gemmascope_fast.attach.entries import Activations, Entry, Key, entries, find_key, spread
+from gemmascope_fast.attach.edits import EditError
+from gemmascope_fast.attach.entries import Activations, Entry, Key, assign, entries, find_key, spread
 from gemmascope_fast.attach.generation import listen
 from gemmascope_fast.attach.selection import Selection, Selector
 from gemmascope_fast.attach.sequences import after_eos, rows_of
@@ -20,6 +21,7 @@ from gemmascope_fast.attach.structure import Structure, submodules
 from gemmascope_fast.attach.taps import MODES, Tap, WriteTap
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.sae import JumpReLUSAE
 
 _ACTIVE: list[Run] = []
 _LOCK = threading.RLock()
@@ -45,13 +47,16 @@ class Run:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        if edits:
-            raise NotImplementedError("edits are not here yet")
         self.model, self.mode, self.error_grad = model, mode, error_grad
-        self.entries = entries(saes)
+        assigned = assign(edits, entries(saes))
+        if mode == "observe" and any(given for _, given in assigned):
+            raise EditError("edits: mode 'observe' changes nothing; expected 'splice' or 'splice+error' with edits")
+        self.entries = [entry for entry, _ in assigned]
+        if not self.entries:
+            raise AttachError("saes: expected at least one SAE, got none")
         self.select = Selector(tokens, model)
         structure = Structure(model)
-        self._taps = [Tap(self, entry, structure) for entry in self.entries]
+        self._taps = [Tap(self, entry, given, structure) for entry, given in assigned]
         self._check_writers()
         self._arguments = {m: Arguments(m) for m in submodules(model)}
         self._ledger = Ledger()
@@ -63,7 +68,7 @@ class Run:
         self._owner: int | None = None
         self._bound: int | None = None
         self._parts: dict[Key, list[tuple[SparseLatents, Tensor | None]]] = {
-            e.key: [] for e in self.entries if not isinstance(e.coder, Activations)
+            e.key: [] for e in self.entries if isinstance(e.coder, JumpReLUSAE)
         }
         self._joined: dict[Key, tuple[int, SparseLatents]] = {}
         self.seconds = 0.0
@@ -104,7 +109,7 @@ class Run:
     def _check_writers(self) -> None:
         written: dict[tuple[int, str], Entry] = {}
         for tap in self._taps:
-            if not tap.splices:
+            if not tap.splices or tap.coder is None:
                 continue
             end = (id(tap.writes.module), tap.writes.end)
             if end in written:
@@ -114,7 +119,9 @@ class Run:
     def _check_neighbours(self) -> None:
         for tap in self._taps:
             for other in places.visitors(tap.writes) if tap.splices else ():
-                if isinstance(other, WriteTap) and other.tap.run._owner == self._owner:
+                if tap.coder is None or not isinstance(other, WriteTap) or other.tap.coder is None:
+                    continue
+                if other.tap.run._owner == self._owner:
                     raise AttachError(f"two splices at {tap.writes.name}: another run replaces it already")
 
     # ---- calls --------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from gemmascope_fast.attach.calls import Call, Tokens
 from gemmascope_fast.attach.carry import carry
+from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.attach.entries import Activations, Entry
 from gemmascope_fast.attach.places import Visitor
+from gemmascope_fast.attach.plan import Plan
 from gemmascope_fast.attach.structure import Place, Structure
 from gemmascope_fast.errors import AttachError
+from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE, JumpReLUSkipTranscoder
 
 if TYPE_CHECKING:
@@ -25,30 +29,32 @@ MODES = ("observe", "splice", "splice+error")
 class Tap:
     """An entry of a run, resolved in the model and checked against it."""
 
-    def __init__(self, run: Run, entry: Entry, structure: Structure) -> None:
+    def __init__(self, run: Run, entry: Entry, edits: Sequence[Edit], structure: Structure) -> None:
         self.run, self.entry, self.coder = run, entry, entry.coder
         self.reads = structure.place(entry.site)
         same = entry.site_out == entry.site
         self.writes = self.reads if same else structure.place(entry.site_out)
         self.splices = run.mode != "observe" and not isinstance(entry.coder, Activations)
-        if isinstance(self.coder, Activations):
-            return
-        cfg = self.coder.cfg
-        _check_width(entry, self.reads, cfg.d_in, "d_in")
-        if self.splices:
-            _check_width(entry, self.writes, cfg.d_out, "d_out")
-            if self.writes.form == "no_gain":
-                raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read, not replaced")
+        if isinstance(self.coder, JumpReLUSAE):
+            _check_width(entry, self.reads, self.coder.cfg.d_in, "d_in")
+            if self.splices:
+                _check_width(entry, self.writes, self.coder.cfg.d_out, "d_out")
+        if self.splices and self.writes.form == "no_gain":
+            raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read, not replaced")
+        sae = self.coder if isinstance(self.coder, JumpReLUSAE) else None
+        d_out = self.writes.width if sae is None else sae.cfg.d_out
+        self.plan = Plan(edits, sae, d_out) if edits else None
 
     def visits(self) -> list[tuple[Place, Visitor]]:
-        own: list[tuple[Place, Visitor]] = [(self.reads, ReadTap(self))]
+        own: list[tuple[Place, Visitor]] = []
+        if self.coder is not None:
+            own.append((self.reads, ReadTap(self)))
         if self.splices:
             own.append((self.writes, WriteTap(self)))
         return own
 
     def was_reached(self, call: Call) -> bool:
-        wanted = (("read", self), ("write", self)) if self.splices else (("read", self),)
-        return all(step in call.reached for step in wanted)
+        return all((visitor.step, self) in call.reached for _, visitor in self.visits())  # type: ignore[attr-defined]
 
     def reach(self, call: Call, step: str) -> None:
         if (step, self) in call.reached:
@@ -65,6 +71,8 @@ class Tap:
 
 
 class ReadTap:
+    step = "read"
+
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
 
@@ -82,7 +90,7 @@ class ReadTap:
                 rows = rows[call.chosen.to(rows.device)]
             if isinstance(tap.coder, Activations):
                 _keep(tap.coder, rows.detach(), call)
-            else:
+            elif tap.coder is not None:
                 self._encode(tap.coder, rows, call)
         tap.run.seconds += time.perf_counter() - begin
 
@@ -102,6 +110,8 @@ class ReadTap:
 
 
 class WriteTap:
+    step = "write"
+
     def __init__(self, tap: Tap) -> None:
         self.tap = tap
 
@@ -115,7 +125,7 @@ class WriteTap:
             return None
         begin = time.perf_counter()
         tap.reach(call, "write")
-        if ("read", tap) not in call.reached:
+        if tap.coder is not None and ("read", tap) not in call.reached:
             raise AttachError(f"{tap.entry.key!r}: {tap.writes.name} comes before {tap.reads.name} in this model")
         new = self._new(x, call)
         tap.run.seconds += time.perf_counter() - begin
@@ -123,22 +133,44 @@ class WriteTap:
 
     def _new(self, x: Tensor, call: Call) -> Tensor | None:
         tap, sae = self.tap, self.tap.coder
-        assert isinstance(sae, JumpReLUSAE)
-        latents, rows = call.scratch["latents", tap.entry.key], call.scratch["rows", tap]
         flat = tap.rows(x, call, tap.writes)
-        if tap.run.mode == "splice+error":
-            if tap.run.error_grad:
-                return None
-            carried = carry(flat, sae, latents, rows, call.chosen)
-            return None if carried is flat else carried.reshape(x.shape)
+        at = None if call.chosen is None else call.chosen.nonzero()[:, 0]
+        if sae is None:
+            new = self._edited(flat, None, call, at)
+        else:
+            assert isinstance(sae, JumpReLUSAE)
+            latents, rows = call.scratch["latents", tap.entry.key], call.scratch["rows", tap]
+            if tap.run.mode == "splice":
+                new = self._spliced(flat, sae, latents, rows, call, at)
+            else:
+                new = flat if tap.run.error_grad else carry(flat, sae, latents, rows, call.chosen)
+                new = self._edited(new, latents, call, at)
+        return None if new is flat else new.reshape(x.shape)
+
+    def _spliced(
+        self, flat: Tensor, sae: JumpReLUSAE, latents: SparseLatents, rows: Tensor, call: Call, at: Tensor | None
+    ) -> Tensor:
+        tap = self.tap
         recon = sae.decode(latents)
         if isinstance(sae, JumpReLUSkipTranscoder):
             recon = recon + sae.skip(rows)
-        recon = _unformed(recon, tap.writes).to(x.device, x.dtype)
-        if call.chosen is None:
-            return recon.reshape(x.shape)
-        at = call.chosen.to(x.device).nonzero()[:, 0]
-        return flat.index_copy(0, at, recon).reshape(x.shape)
+        if tap.plan is not None:
+            recon = tap.plan.apply(recon.float(), latents, call, at)
+        recon = _unformed(recon, tap.writes).to(flat.device, flat.dtype)
+        return recon if at is None else flat.index_copy(0, at.to(flat.device), recon)
+
+    def _edited(self, flat: Tensor, latents: SparseLatents | None, call: Call, at: Tensor | None) -> Tensor:
+        """flat with the edits added to the chosen rows; flat itself where nothing is added."""
+        plan = self.tap.plan
+        if plan is None:
+            return flat
+        form = self.tap.writes.form
+        scale = _unformed(torch.ones((), device=flat.device), self.tap.writes) if form else None
+        if at is None:
+            return plan.apply(flat, latents, call, at, scale)
+        rows = flat[at.to(flat.device)]
+        changed = plan.apply(rows, latents, call, at, scale)
+        return flat if changed is rows else flat.index_copy(0, at.to(flat.device), changed)
 
 
 def _formed(x: Tensor, place: Place, inputs: tuple[Any, ...]) -> Tensor:
