@@ -5,6 +5,7 @@ PY     := $(VENV)/bin/python
 # torch 2.13.0 is the newest version whose plain wheel is the CPU build; newer ones bring gigabytes of CUDA.
 TORCH  ?= torch==2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+BENCH_JSON ?= bench.json
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
 .PHONY: env demo test lint format typecheck bench mutations sanitize clean help
@@ -34,8 +35,9 @@ demo: env ## Gemma 3 270M reads a text, an SAE reads Gemma
 test: env ## the whole test suite
 	$(PY) -m pytest
 
-bench: env ## the benchmarks of this package
-	$(PY) -m pytest benchmarks --benchmark-only
+bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes, BENCH_JSON the file
+	$(PY) -m pytest benchmarks -o 'python_files=bench_*.py' -o 'python_functions=bench_*' --benchmark-only \
+	    --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(BENCH_JSON)
 
 mutations: env ## break the code on purpose, in a copy: the tests must notice each time (about 15 minutes)
 	$(PY) tests/mutations/run.py
