@@ -18,7 +18,8 @@ from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.ops.encode import check_encode
 
 SLOTS = 4  # values kept per word of 32 features: at L0 500 of 16,384 (a BOS token) 1 word in 300 holds more
-GATHER_WORDS = 16  # words of one gather program: [16, 32] lanes fill 4 warps
+GATHER_WORDS = 16  # words of one gather program: [16, 32] lanes, two a thread of GATHER_WARPS warps
+GATHER_WARPS = 8
 FEW = 16  # tokens up to which the gather scans for itself and encode is bound by the weights' bandwidth
 CHUNK_BYTES = 16 << 20  # of bitmap; slots take four times as much
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +129,7 @@ def gather(x: Tensor, w: Weights, words: Words, total: Tensor | None, capacity: 
             x, w.rows, w.bias, words.bitmap, words.count, crow if total is None else total, words.slots,
             crow, col, value, T, w.rows.shape[0], x.shape[1], count, capacity,
             SCAN=total is None, SLOTS=SLOTS, WORDS=GATHER_WORDS,
-            num_warps=4, num_stages=2, enable_fp_fusion=False,
+            num_warps=GATHER_WARPS, num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
     return crow, col, value
 

@@ -1,0 +1,112 @@
+// The only place for intrinsics: each has a host twin, so that one source serves nvcc and, through host.h,
+// any C++ compiler.  Nothing here is specific to an instruction set beyond compute capability 8.0.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/half.h"
+
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#define GSF_GLOBAL __global__
+#define GSF_DEVICE __device__ __forceinline__
+#define GSF_SHARED __shared__
+// Two blocks on a multiprocessor at least: up to 128 registers a thread, a quarter of the warps or more.
+#define GSF_BOUNDS(threads) __launch_bounds__(threads, 2)
+#else
+#include "cuda/host.h"
+#define GSF_GLOBAL
+#define GSF_DEVICE inline
+// One block runs at a time, so one copy is enough; its content before the first write is another block's.
+#define GSF_SHARED static
+#define GSF_BOUNDS(threads)
+#endif
+
+namespace gsf::cuda {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / 32;
+
+// launch(kernel, blocks, args): the one thing that differs between a device and the host build.
+#ifdef __CUDACC__
+struct Launcher {
+  cudaStream_t stream;
+  template <typename Kernel, typename Args>
+  void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
+  }
+};
+#else
+struct Launcher {
+  host::Order order;
+  uint64_t seed;
+  template <typename Kernel, typename Args>
+  void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
+    host::launch(blocks, kThreads, order, seed, [&] { kernel(args); });
+  }
+};
+#endif
+
+#ifdef __CUDACC__
+GSF_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
+GSF_DEVICE int64_t block() { return blockIdx.x; }
+GSF_DEVICE void sync_block() { __syncthreads(); }
+GSF_DEVICE void sync_warp() { __syncwarp(); }
+template <typename V>
+GSF_DEVICE V shuffle_xor(V v, int mask) {
+  return __shfl_xor_sync(0xFFFFFFFFu, v, mask);
+}
+template <typename V>
+GSF_DEVICE V shuffle(V v, int lane) {
+  return __shfl_sync(0xFFFFFFFFu, v, lane);
+}
+GSF_DEVICE uint32_t ballot(bool p) { return __ballot_sync(0xFFFFFFFFu, p); }
+GSF_DEVICE int popcount(uint32_t v) { return __popc(v); }
+GSF_DEVICE int lowest_bit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }
+GSF_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+GSF_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+GSF_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+GSF_DEVICE float quiet_nan() { return __int_as_float(0x7FC00000); }
+GSF_DEVICE float widened(F16 h) { return __half2float(__ushort_as_half(h.bits)); }
+GSF_DEVICE float widened(BF16 h) { return __int_as_float(static_cast<int>(h.bits) << 16); }
+#else
+GSF_DEVICE int thread() { return host::thread(); }
+GSF_DEVICE int64_t block() { return host::block(); }
+GSF_DEVICE void sync_block() { host::sync_block(); }
+GSF_DEVICE void sync_warp() { host::sync_warp(); }
+template <typename V>
+GSF_DEVICE V shuffle_xor(V v, int mask) {
+  return host::shuffle(v, host::lane() ^ mask);
+}
+template <typename V>
+GSF_DEVICE V shuffle(V v, int lane) {
+  return host::shuffle(v, lane);
+}
+GSF_DEVICE uint32_t ballot(bool p) { return host::ballot(p); }
+GSF_DEVICE int popcount(uint32_t v) { return __builtin_popcount(v); }
+GSF_DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs(static_cast<int>(v)) - 1; }
+GSF_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+GSF_DEVICE float add_rn(float a, float b) { return a + b; }
+GSF_DEVICE float mul_rn(float a, float b) { return a * b; }
+GSF_DEVICE float quiet_nan() { return __builtin_nanf(""); }
+GSF_DEVICE float widened(F16 h) { return widen(h); }
+GSF_DEVICE float widened(BF16 h) { return widen(h); }
+#endif
+GSF_DEVICE float widened(float v) { return v; }
+GSF_DEVICE float widened(int8_t v) { return static_cast<float>(v); }
+
+GSF_DEVICE int lane() { return thread() & 31; }
+GSF_DEVICE int warp() { return thread() >> 5; }
+GSF_DEVICE uint32_t lanes_below() { return (1u << lane()) - 1u; }
+
+// Stored NaNs are the canonical quiet one.
+GSF_DEVICE float canonical(float z) { return z == z ? z : quiet_nan(); }
+
+// What a latent is (design section 3): z > max(theta, 0), or z is NaN; within the bandwidth also what is
+// near.
+GSF_DEVICE bool fires(float z, float theta, float half_bandwidth) {
+  const float near = z > theta ? z - theta : theta - z;
+  return !(z <= (theta > 0.0f ? theta : 0.0f)) || near < half_bandwidth;
+}
+
+}  // namespace gsf::cuda

@@ -1,0 +1,33 @@
+"""Modelled time of whole calls on named devices: launches in a row, each at its roof.  A model, not a measurement."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemmascope_fast.gpu.devices import DEVICES, Device, roof_time
+from gemmascope_fast.gpu.specs import L0, D, F, KernelSpec, all_specs
+
+
+def loops() -> list[dict[str, Any]]:
+    """Per device: exact encode and decode of one token, against the least that any kernel could take."""
+    specs = {s.label: s for s in all_specs()}
+    rows = []
+    for device in DEVICES:
+        rows.append(_row(device, "encode exact, T 1", [specs["encode exact, T 1"], specs["gather, T 1"]], 4 * D * F))
+        rows.append(_row(device, "decode fp32, N 1", [specs["decode fp32, N 1"]], 4 * L0 * D))
+    return rows
+
+
+def _row(device: Device, name: str, parts: list[KernelSpec], floor_bytes: int) -> dict[str, Any]:
+    """`ratio`: modelled kernel time over the time that the weights alone take at full bandwidth, without launches."""
+    kernels = sum(roof_time(device, s.bytes, s.ops, s.kind) for s in parts)
+    floor = floor_bytes / device.bandwidth
+    return {
+        "call": name,
+        "device": device.name,
+        "launches": len(parts),
+        "model_kernel_microseconds": kernels * 1e6,
+        "model_with_launches_microseconds": (kernels + len(parts) * device.launch) * 1e6,
+        "model_floor_microseconds": floor * 1e6,
+        "model_ratio": kernels / floor,
+    }

@@ -1,0 +1,125 @@
+"""Every Triton kernel in every configuration it is launched in, with what one call moves and computes.
+
+The cost is that of a Gemma 2 2B residual SAE: 2304 x 16,384, fp32 rows, L0 80, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemmascope_fast.gpu import decode, encode
+
+D, F, L0 = 2304, 16_384, 80
+WORDS = F // 32
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One compilation.  `args`: Triton types by argument; `aligned`: integers known to be multiples of 16."""
+
+    label: str
+    module: str
+    function: str
+    args: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    bytes: int
+    ops: int
+    kind: str  # of the operations: fp32, int8 or bf16
+    bandwidth_bound: bool
+    aligned: tuple[str, ...] = field(default=("d", "words"))
+
+
+def _types(pointers: Mapping[str, str], integers: str, **more: str) -> dict[str, str]:
+    return {
+        **{f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()},
+        **dict.fromkeys(integers.split(), "i32"),
+        **more,
+    }
+
+
+def encode_specs() -> list[KernelSpec]:
+    types = _types(
+        {"x": "fp32", "w": "fp32", "bias": "fp32", "threshold": "fp32", "bitmap": "i32", "count": "i32", "slot": "fp32"},
+        "T F d words",
+        half_bandwidth="fp32",
+    )
+    specs = []
+    for T in (1, 4, 16, 1024):
+        c = encode.config_for(T)
+        left = T * (WORDS * 8 + L0 * 4)
+        for name, band in (("", False), (", bandwidth", True)):
+            specs.append(
+                KernelSpec(
+                    f"encode exact, T {T}{name}", "encode", "encode_kernel", types,
+                    {"HAS_BANDWIDTH": band, "SLOTS": encode.SLOTS, "BT": c.BT}, c.warps, c.stages,
+                    4 * (D * F + T * D + 2 * F) + left, 2 * T * D * F, "fp32", T == 1,
+                )
+            )  # fmt: skip
+    return specs
+
+
+def gather_specs() -> list[KernelSpec]:
+    types = _types(
+        {
+            "x": "fp32", "w": "fp32", "bias": "fp32", "bitmap": "i32", "count": "i32", "total": "i64",
+            "slot": "fp32", "crow": "i64", "col": "i32", "value": "fp32",
+        },
+        "T F d words",
+        capacity="i64",
+    )  # fmt: skip
+    return [
+        KernelSpec(
+            f"gather, T {T}", "compact", "gather_kernel", types,
+            {"SCAN": scan, "SLOTS": encode.SLOTS, "WORDS": encode.GATHER_WORDS}, encode.GATHER_WARPS, 2,
+            T * (WORDS * (8 if scan else 16) + L0 * 12), 0, "fp32", True,
+        )
+        for T, scan in ((1, True), (1024, False))
+    ]  # fmt: skip
+
+
+def decode_specs() -> list[KernelSpec]:
+    specs = []
+    for N, rows, size in ((1, "fp32", 4), (1, "bf16", 2), (1, "i8", 1), (1024, "fp32", 4)):
+        types = _types(
+            {
+                "crow": "i64", "col": "i32", "values": "fp32", "w": rows, "scale": "fp32", "bias": "fp32",
+                "out": "fp32",
+            },
+            "N d",
+            capacity="i64",
+        )  # fmt: skip
+        c = decode.config_for(N)
+        touched = min(N * L0, F)
+        specs.append(
+            KernelSpec(
+                f"decode {rows}, N {N}", "decode", "decode_kernel", types,
+                {"HAS_SCALE": rows == "i8", "HAS_BIAS": True, "BLOCK": c.BLOCK, "AHEAD": decode.AHEAD}, c.warps, 2,
+                touched * D * size + N * (L0 * 8 + 8 + D * 4), 2 * N * L0 * D, "fp32", True,
+            )
+        )  # fmt: skip
+    return specs
+
+
+def sampled_dot_specs() -> list[KernelSpec]:
+    types = _types(
+        {"x": "fp32", "w": "fp32", "bias": "fp32", "crow": "i64", "col": "i32", "out": "fp32"}, "N F d shares"
+    )
+    return [
+        KernelSpec(
+            f"sampled_dot, N {N}", "sampled_dot", "sampled_dot_kernel", types,
+            {"HAS_BIAS": True, "PAIRS": decode.PAIRS}, 4, 3,
+            min(N * L0, F) * D * 4 + N * (D * 4 + L0 * 8), 2 * N * L0 * D, "fp32", True,
+        )
+        for N in (1, 1024)
+    ]  # fmt: skip
+
+
+def all_specs() -> list[KernelSpec]:
+    return [*encode_specs(), *gather_specs(), *decode_specs(), *sampled_dot_specs()]
+
+
+

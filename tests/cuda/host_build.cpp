@@ -1,0 +1,151 @@
+// The CUDA kernels compiled for the CPU (csrc/cuda/host.h): as a library for ctypes, and, with GSF_MAIN, as a
+// program that makes its own cases and compares with loops written a second time, for the sanitizers.
+#include "cuda/compact.cu"
+#include "cuda/decode.cu"
+#include "cuda/encode.cu"
+
+using HostLaunch = gsf::cuda::Launcher;
+
+extern "C" {
+
+void gsf_host_encode(const gsf::cuda::EncodeArgs* args, int dtype, int order, uint64_t seed) {
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  gsf::cuda::encode_words(launch, *args, static_cast<gsf::Dtype>(dtype));
+}
+
+void gsf_host_gather(const gsf::cuda::GatherArgs* args, int dtype, int order, uint64_t seed) {
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  gsf::cuda::gather_words(launch, *args, static_cast<gsf::Dtype>(dtype));
+}
+
+void gsf_host_decode(const gsf::cuda::DecodeArgs* args, int dtype, int order, uint64_t seed) {
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  gsf::cuda::decode_rows(launch, *args, static_cast<gsf::Dtype>(dtype));
+}
+}
+
+#ifdef GSF_MAIN
+#include <cmath>
+#include <memory>
+#include <vector>
+
+namespace {
+
+uint64_t g_state = 1;
+float uniform() {
+  g_state = g_state * 6364136223846793005ull + 1442695040888963407ull;
+  return static_cast<float>(g_state >> 40) / (1 << 23) - 1.0f;
+}
+
+// Exact-size heap arrays, so that AddressSanitizer sees the first byte beyond them.
+template <typename T>
+std::unique_ptr<T[]> array(size_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+float reference_dot(const float* x, const float* w, int64_t d) {
+  float lanes[16] = {};
+  for (int64_t k = 0; k < (d + 15) / 16 * 16; ++k) {
+    lanes[k % 16] = std::fma(k < d ? x[k] : 0.0f, k < d ? w[k] : 0.0f, lanes[k % 16]);
+  }
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  return lanes[0];
+}
+
+struct Csr {
+  std::vector<int64_t> crow{0};
+  std::vector<int32_t> col;
+  std::vector<float> values;
+};
+
+int differs(const char* what, int64_t at) {
+  printf("%s differs at %lld\n", what, static_cast<long long>(at));
+  return 1;
+}
+
+// T tokens, F features, d inputs; a higher `shift` makes more features fire.
+int check_case(int64_t T, int64_t d, int64_t F, float shift, bool scan, const HostLaunch& launch) {
+  auto x = array<float>(T * d), w = array<float>(F * d), bias = array<float>(F), theta = array<float>(F);
+  for (int64_t i = 0; i < T * d; ++i) x[i] = uniform();
+  for (int64_t i = 0; i < F * d; ++i) w[i] = uniform();
+  for (int64_t i = 0; i < F; ++i) bias[i] = uniform() + shift, theta[i] = 0.5f * uniform();
+  if (T > 2 && d > 1) x[2 * d + 1] = NAN;
+  Csr want;
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t f = 0; f < F; ++f) {
+      const float z = reference_dot(x.get() + t * d, w.get() + f * d, d) + bias[f];
+      if (!(z <= std::fmax(theta[f], 0.0f))) want.col.push_back(f), want.values.push_back(z);
+    }
+    want.crow.push_back(static_cast<int64_t>(want.col.size()));
+  }
+
+  const int64_t words = (F + 31) / 32, nnz = want.crow.back();
+  auto bitmap = array<uint32_t>(T * words);
+  auto count = array<int32_t>(T * words);
+  auto slots = array<float>(T * words * gsf::cuda::kSlots);
+  gsf::cuda::EncodeArgs e{x.get(),     w.get(), bias.get(), theta.get(), bitmap.get(), count.get(),
+                          slots.get(), T,       F,          d,           words,        0.0f};
+  gsf::cuda::encode_words(launch, e, gsf::Dtype::f32);
+  auto total = array<int64_t>(T * words);
+  int64_t sum = 0;
+  for (int64_t i = 0; i < T * words; ++i) total[i] = sum += count[i];
+  if (sum != nnz) return differs("the count of latents", sum);
+
+  auto crow = array<int64_t>(T + 1);
+  auto col = array<int32_t>(nnz);
+  auto values = array<float>(nnz);
+  gsf::cuda::GatherArgs g{e, scan ? nullptr : total.get(), crow.get(), col.get(), values.get(), nnz};
+  gsf::cuda::gather_words(launch, g, gsf::Dtype::f32);
+  for (int64_t t = 0; t <= T; ++t) {
+    if (crow[t] != want.crow[t]) return differs("crow", t);
+  }
+  for (int64_t i = 0; i < nnz; ++i) {
+    if (col[i] != want.col[i]) return differs("col", i);
+    const bool nan = std::isnan(want.values[i]);
+    if (nan ? !std::isnan(values[i]) : memcmp(&values[i], &want.values[i], 4) != 0)
+      return differs("values", i);
+  }
+
+  auto out = array<float>(T * d);
+  gsf::cuda::DecodeArgs dec{crow.get(), col.get(), values.get(), w.get(), nullptr, x.get(), out.get(),
+                            T,          d,         nnz};
+  gsf::cuda::decode_rows(launch, dec, gsf::Dtype::f32);
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t k = 0; k < d; ++k) {
+      float acc = 0.0f;
+      for (int64_t i = crow[t]; i < crow[t + 1]; ++i) acc = std::fma(values[i], w[col[i] * d + k], acc);
+      acc += x[k];
+      const float got = out[t * d + k];
+      if (std::isnan(acc) ? !std::isnan(got) : memcmp(&acc, &got, 4) != 0)
+        return differs("decode", t * d + k);
+    }
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int order = argc > 1 ? atoi(argv[1]) : 0;
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), 12345};
+  // tokens of each kernel (1, <= 4, <= 8, tile, decode_many above 32), tails of every kind, full words,
+  // nothing
+  const struct {
+    int64_t T, d, F;
+    float shift;
+  } cases[] = {{1, 20, 70, 0.0f}, {3, 17, 64, 9.0f},   {7, 33, 31, 0.0f},  {9, 70, 40, 0.0f},
+               {34, 5, 33, 9.0f}, {2, 8, 300, -50.0f}, {1, 4, 8300, 9.0f}, {5, 40, 130, 2.0f}};
+  for (const auto& c : cases) {
+    for (bool scan : {false, true}) {
+      if (check_case(c.T, c.d, c.F, c.shift, scan, launch) != 0) {
+        printf("case T %lld d %lld F %lld order %d\n", static_cast<long long>(c.T),
+               static_cast<long long>(c.d), static_cast<long long>(c.F), order);
+        return 1;
+      }
+    }
+  }
+  return 0;
+}
+#endif
