@@ -10,8 +10,12 @@ namespace GSF_NAMESPACE {
 #include "cpu/decode.h"
 #include "cpu/encode.h"
 #include "cpu/sampled_dot.h"
+//
+#include "cpu/matryoshka_vec.h"
+//
+#include "cpu/matryoshka.h"
 
 extern const Kernels kTable;
-const Kernels kTable = {encode, decode, sampled_dot};
+const Kernels kTable = {encode, decode, sampled_dot, matryoshka, matryoshka_quantize};
 }  // namespace GSF_NAMESPACE
 }  // namespace gsf

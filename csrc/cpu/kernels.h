@@ -69,6 +69,41 @@ struct SampledDotArgs {
   Dtype w_dtype;
 };
 
+// Up to 16 tokens that pass together; `width` of 1, 4, 8 or 16 with zeros after the last.
+struct MatryoshkaTile {
+  const int8_t* q;      // [in/4][width][4]; exact: null
+  const int32_t* qsum;  // [groups][width]; exact: null
+  const float* x;       // exact: [in][width]; else null
+  int64_t first;        // the tile's first token
+  int width, tokens;
+};
+
+struct MatryoshkaArgs {
+  const uint8_t* planes[5];  // [out/16][units][64 * width of the plane], as `stored` says
+  const void* scale;         // [out/16][groups][16] of scale_dtype, f32 or f16
+  const uint8_t* zero;       // [out/16][groups][16]
+  const float* bias;         // [out] or null
+  const int64_t* over_crow;  // [out+1] or null: codes that are one above what the planes say
+  const int32_t* over_col;
+  const MatryoshkaTile* tiles;                          // [tile_count]
+  const float* s;                                       // [T], the tokens' scales; exact: null
+  float* y;                                             // [T][out]
+  int64_t out, units, groups, group_units, tile_count;  // units of 32 columns; group_units of them a group
+  Dtype scale_dtype;
+  int stored, bits, top;  // top: the greatest code after rounding
+  bool rounds, exact;
+  float mid;  // what the slice adds on the 8-bit grid
+};
+
+struct MatryoshkaToken {
+  const float* row;  // [d], centred
+  int8_t* codes;     // [padded], space
+  int8_t* tile;      // [padded/4][width][4] from this token's slot
+  int32_t* qsum;     // [groups][width] from this token's slot
+  float* s;
+  int64_t d, padded, group, width;
+};
+
 // One table per instruction set.
 struct Kernels {
   // Features [f0, f1) of all tokens; hits of one token are appended in ascending order of the feature.
@@ -77,6 +112,10 @@ struct Kernels {
   void (*decode)(const DecodeArgs&, int64_t n0, int64_t n1, int64_t d0, int64_t d1);
   // Rows [n0, n1).
   void (*sampled_dot)(const SampledDotArgs&, int64_t n0, int64_t n1);
+  // Blocks [b0, b1) of 16 rows for all tokens; raw: space for one block's codes, [units][8][64].
+  void (*matryoshka)(const MatryoshkaArgs&, int64_t b0, int64_t b1, uint8_t* raw);
+  // One token's int8 codes.
+  void (*matryoshka_quantize)(const MatryoshkaToken&);
 };
 
 const Kernels& kernels(Isa isa);

@@ -1,0 +1,313 @@
+// y = A(x - mean) . W_r^T + bias for nested codes in bit planes (gemmascope_fast/matryoshka/planes.py).
+//
+// A unit is 16 rows x 32 columns: 8 quads of 64 bytes once unpacked, each the operand of an 8-bit dot product
+// whose 16 lanes are 16 outputs, so that nothing is ever summed across lanes.
+
+// Width of plane p of a code of R bits, and the number of planes: matryoshka.planes.WIDTHS.
+static constexpr int plane_width(int R, int p) {
+  return p == 0 ? (R == 1 ? 1 : 2) : p <= 2 ? 1 : p == 3 ? (R == 5 ? 1 : 2) : (R == 7 ? 1 : 2);
+}
+static constexpr int plane_count(int R) { return R <= 2 ? 1 : R == 3 ? 2 : R == 4 ? 3 : R <= 6 ? 4 : 5; }
+static constexpr int plane_low(int R, int p) {
+  int left = R;
+  for (int i = 0; i <= p; ++i) left -= plane_width(R, i);
+  return left;
+}
+static_assert(plane_low(8, 4) == 0 && plane_low(7, 4) == 0 && plane_low(6, 3) == 0 && plane_low(5, 3) == 0 &&
+                  plane_low(4, 2) == 0 && plane_low(3, 1) == 0 && plane_low(2, 0) == 0 &&
+                  plane_low(1, 0) == 0,
+              "the planes of a code hold all its bits");
+
+// Quad J of a unit: plane P's bits moved to their place, and those of the planes after it.
+template <int R, int P, int J>
+static inline B64 quad_of(const uint8_t* const* unit) {  // [planes] -> [64 * width]
+  constexpr int width = plane_width(R, P), low = plane_low(R, P);
+  constexpr int from = width == 2 ? 2 * (J % 4) : J;
+  const B64 bytes = load64(unit[P] + (width == 2 ? 64 * (J / 4) : 0));
+  const B64 field = mask64(shift64<from - low>(bytes), ((1 << width) - 1) << low);
+  if constexpr (P + 1 < plane_count(R)) return or64(field, quad_of<R, P + 1, J>(unit));
+  return field;
+}
+
+template <int R>
+static inline void unpack_unit(const uint8_t* const* unit, B64* code) {  // [8]
+  code[0] = quad_of<R, 0, 0>(unit);
+  code[1] = quad_of<R, 0, 1>(unit);
+  code[2] = quad_of<R, 0, 2>(unit);
+  code[3] = quad_of<R, 0, 3>(unit);
+  code[4] = quad_of<R, 0, 4>(unit);
+  code[5] = quad_of<R, 0, 5>(unit);
+  code[6] = quad_of<R, 0, 6>(unit);
+  code[7] = quad_of<R, 0, 7>(unit);
+}
+
+// Bits stored below the slice: dropped, or rounded once.  (c + 2^(d-1)) >> d = ((c >> (d-1)) + 1) >> 1 stays
+// in a byte.
+static inline void reslice(const MatryoshkaArgs& a, B64* code) {
+  const int drop = a.stored - a.bits, first = a.rounds ? drop - 1 : drop;
+  for (int j = 0; j < 8; ++j) {
+    B64 c = mask64(shift_right64(code[j], first), 255 >> first);
+    if (a.rounds) c = min64(halve_up64(c), a.top);
+    code[j] = c;
+  }
+}
+
+struct PlaneCursor {
+  const uint8_t* at[5];
+};
+
+template <int R>
+static inline PlaneCursor planes_of_block(const MatryoshkaArgs& a, int64_t block) {
+  PlaneCursor c{};
+  for (int p = 0; p < plane_count(R); ++p) c.at[p] = a.planes[p] + block * a.units * 64 * plane_width(R, p);
+  return c;
+}
+
+template <int R>
+static inline void next_unit(PlaneCursor& c) {
+  for (int p = 0; p < plane_count(R); ++p) c.at[p] += 64 * plane_width(R, p);
+}
+
+// One block's codes, unpacked: raw [units][8][64].
+template <int R>
+static inline void unpack_block(const MatryoshkaArgs& a, int64_t block, uint8_t* raw) {
+  PlaneCursor cursor = planes_of_block<R>(a, block);
+  const bool finish = a.stored > a.bits;
+  for (int64_t u = 0; u < a.units; ++u) {
+    B64 code[8];
+    unpack_unit<R>(cursor.at, code);
+    if (finish) reslice(a, code);
+    for (int j = 0; j < 8; ++j) store64(raw + (u * 8 + j) * 64, code[j]);
+    next_unit<R>(cursor);
+  }
+  if (a.over_crow == nullptr) return;
+  for (int64_t lane = 0; lane < 16 && block * 16 + lane < a.out; ++lane) {
+    const int64_t row = block * 16 + lane;
+    for (int64_t i = a.over_crow[row]; i < a.over_crow[row + 1]; ++i) {
+      const int64_t k = a.over_col[i];
+      raw[k / 4 * 64 + lane * 4 + k % 4] += 1;
+    }
+  }
+}
+
+static inline V16 scale_of(const MatryoshkaArgs& a, int64_t at) {
+  return a.scale_dtype == Dtype::f16 ? load16(static_cast<const F16*>(a.scale) + at)
+                                     : load16(static_cast<const float*>(a.scale) + at);
+}
+
+static inline void store_rows(const MatryoshkaArgs& a, int64_t t, int64_t block, V16 y) {
+  float* out = a.y + t * a.out + block * 16;
+  const int64_t left = a.out - block * 16;
+  if (left >= 16) return store16(out, y);
+  float whole[16];
+  store16(whole, y);
+  memcpy(out, whole, static_cast<size_t>(left) * sizeof(float));
+}
+
+static inline V16 bias_of(const MatryoshkaArgs& a, int64_t block) {
+  if (a.bias == nullptr) return zero16();
+  const int64_t left = a.out - block * 16;
+  return left >= 16 ? load16(a.bias + block * 16) : load16_tail(a.bias + block * 16, left);
+}
+
+// A group's integer dots into the sums.  Groups of up to 512 fit fp32 exactly; a wider one subtracts its zero
+// point in int32 first, where the products and the zero point's part would cancel in fp32.
+template <int TT>
+static inline void end_group(const MatryoshkaArgs& a, int64_t block, int64_t g, const int32_t* qsum,  // [TT]
+                             const I16* dot, V16* acc) {                                              // [TT]
+  const int64_t at = (block * a.groups + g) * 16;
+  const V16 alpha = scale_of(a, at);
+  const I16 zero = widen16(a.zero + at);
+  const int shift = 8 - a.bits;
+  if (a.group_units > 16) {
+    for (int t = 0; t < TT; ++t) {
+      const V16 whole = to_float16(isub16(ishift_left16(dot[t], shift), imul16(zero, qsum[t])));
+      acc[t] = fma16(alpha, add16(whole, set16(a.mid * static_cast<float>(qsum[t]))), acc[t]);
+    }
+    return;
+  }
+  const V16 step = fma16(alpha, set16(static_cast<float>(1 << shift)), zero16());
+  const V16 rest = fma16(alpha, add16(set16(a.mid), to_float16(imul16(zero, -1))), zero16());
+  for (int t = 0; t < TT; ++t) {
+    acc[t] = fma16(step, to_float16(dot[t]), acc[t]);
+    acc[t] = fma16(rest, set16(static_cast<float>(qsum[t])), acc[t]);
+  }
+}
+
+// A block of 16 rows and a tile of TT tokens.  R: bits of the planes, 0: codes already unpacked in `raw`.
+template <int R, int TT>
+static inline void block_tile(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
+                              const MatryoshkaTile& tile) {
+  // Independent sums: a dot product takes 4 to 5 cycles and two start in each.
+  constexpr int chains = TT == 1 ? 4 : TT <= 4 ? 2 : 1;
+  PlaneCursor cursor{};
+  if constexpr (R != 0) cursor = planes_of_block<R>(a, block);
+  const bool finish = R != 0 && a.stored > a.bits;
+  const int8_t* x = tile.q;  // [units * 8][TT][4]
+  V16 acc[TT];
+  for (int t = 0; t < TT; ++t) acc[t] = zero16();
+  for (int64_t g = 0, u = 0; g < a.groups; ++g) {
+    const int64_t end = u + a.group_units < a.units ? u + a.group_units : a.units;
+    I16 dot[chains][TT];
+    for (int c = 0; c < chains; ++c) {
+      for (int t = 0; t < TT; ++t) dot[c][t] = izero16();
+    }
+    for (; u < end; ++u) {
+      B64 code[8];
+      if constexpr (R != 0) {
+        unpack_unit<R == 0 ? 1 : R>(cursor.at, code);
+        next_unit<R == 0 ? 1 : R>(cursor);
+        if (finish) reslice(a, code);
+      } else {
+        for (int j = 0; j < 8; ++j) code[j] = load64(raw + (u * 8 + j) * 64);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < 8; ++j) {
+#pragma GCC unroll 16
+        for (int t = 0; t < TT; ++t) {
+          dot[j % chains][t] = dot4(dot[j % chains][t], code[j], x + ((u * 8 + j) * TT + t) * 4);
+        }
+      }
+    }
+    for (int c = 1; c < chains; ++c) {
+      for (int t = 0; t < TT; ++t) dot[0][t] = iadd16(dot[0][t], dot[c][t]);
+    }
+    end_group<TT>(a, block, g, tile.qsum + g * TT, dot[0], acc);
+  }
+  const V16 bias = bias_of(a, block);
+  for (int t = 0; t < tile.tokens; ++t) {
+    store_rows(a, tile.first + t, block, fma16(acc[t], set16(a.s[tile.first + t]), bias));
+  }
+}
+
+// The same with fp32 activations: the code's level (a multiple of 1/2, exact) times x, the scale once a
+// group.
+template <int TT>
+static inline void block_tile_exact(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
+                                    const MatryoshkaTile& tile) {
+  const float* x = tile.x;  // [units * 32][TT]
+  const int shift = 8 - a.bits;
+  const V16 mid = set16(a.mid);
+  V16 acc[TT];
+  for (int t = 0; t < TT; ++t) acc[t] = zero16();
+  for (int64_t g = 0, u = 0; g < a.groups; ++g) {
+    const int64_t at = (block * a.groups + g) * 16;
+    const I16 zero = widen16(a.zero + at);
+    const int64_t end = u + a.group_units < a.units ? u + a.group_units : a.units;
+    V16 sum[4][TT];  // by column modulo 4: four chains
+    for (int c = 0; c < 4; ++c) {
+      for (int t = 0; t < TT; ++t) sum[c][t] = zero16();
+    }
+    for (int64_t quad = u * 8; quad < end * 8; ++quad) {
+      const B64 code = load64(raw + quad * 64);
+      const I16 lane[4] = {byte_of_lane<0>(code), byte_of_lane<1>(code), byte_of_lane<2>(code),
+                           byte_of_lane<3>(code)};
+      for (int c = 0; c < 4; ++c) {
+        const V16 level = add16(to_float16(isub16(ishift_left16(lane[c], shift), zero)), mid);
+        for (int t = 0; t < TT; ++t) sum[c][t] = fma16(level, set16(x[(quad * 4 + c) * TT + t]), sum[c][t]);
+      }
+    }
+    u = end;
+    const V16 alpha = scale_of(a, at);
+    for (int t = 0; t < TT; ++t) {
+      acc[t] = fma16(alpha, add16(add16(sum[0][t], sum[1][t]), add16(sum[2][t], sum[3][t])), acc[t]);
+    }
+  }
+  const V16 bias = bias_of(a, block);
+  for (int t = 0; t < tile.tokens; ++t) store_rows(a, tile.first + t, block, add16(acc[t], bias));
+}
+
+static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
+                            const MatryoshkaTile& tile) {
+  if (a.exact) {
+    return tile.width == 1 ? block_tile_exact<1>(a, block, raw, tile)
+                           : block_tile_exact<4>(a, block, raw, tile);
+  }
+  switch (tile.width) {
+    case 16:
+      return block_tile<0, 16>(a, block, raw, tile);
+    case 8:
+      return block_tile<0, 8>(a, block, raw, tile);
+    case 4:
+      return block_tile<0, 4>(a, block, raw, tile);
+    default:
+      return block_tile<0, 1>(a, block, raw, tile);
+  }
+}
+
+template <int R>
+static inline void blocks_of(const MatryoshkaArgs& a, int64_t b0, int64_t b1, uint8_t* raw) {
+  // up to 4 tokens the codes are used as they are unpacked; with more the unpacked block is read again from
+  // cache
+  const MatryoshkaTile& only = a.tiles[0];
+  const bool direct = a.tile_count == 1 && only.width <= 4 && !a.exact && a.over_crow == nullptr;
+  for (int64_t b = b0; b < b1; ++b) {
+    if (direct && only.width == 1) {
+      block_tile<R, 1>(a, b, nullptr, only);
+    } else if (direct) {
+      block_tile<R, 4>(a, b, nullptr, only);
+    } else {
+      unpack_block<R>(a, b, raw);
+      for (int64_t i = 0; i < a.tile_count; ++i) raw_tile(a, b, raw, a.tiles[i]);
+    }
+  }
+}
+
+static void matryoshka(const MatryoshkaArgs& a, int64_t b0, int64_t b1, uint8_t* raw) {
+  switch (a.stored) {
+    case 1:
+      return blocks_of<1>(a, b0, b1, raw);
+    case 2:
+      return blocks_of<2>(a, b0, b1, raw);
+    case 3:
+      return blocks_of<3>(a, b0, b1, raw);
+    case 4:
+      return blocks_of<4>(a, b0, b1, raw);
+    case 5:
+      return blocks_of<5>(a, b0, b1, raw);
+    case 6:
+      return blocks_of<6>(a, b0, b1, raw);
+    case 7:
+      return blocks_of<7>(a, b0, b1, raw);
+    default:
+      return blocks_of<8>(a, b0, b1, raw);
+  }
+}
+
+// One token: centred row [d] -> codes [padded], sums a group, scale.  Rounds to nearest even by the constant
+// 1.5 * 2^23, exact below 2^22 and the same on every instruction set.
+static void matryoshka_quantize(const MatryoshkaToken& a) {
+  uint32_t greatest = 0;
+  for (int64_t k = 0; k < a.d; ++k) {
+    uint32_t bits;
+    memcpy(&bits, a.row + k, sizeof bits);
+    bits &= 0x7FFFFFFFu;
+    greatest = bits > greatest ? bits : greatest;
+  }
+  const bool finite = greatest < 0x7F800000u;
+  float most;
+  memcpy(&most, &greatest, sizeof most);
+  float s = most / 127.0f;
+  if (s < 1.17549435e-38f) s = 1.17549435e-38f;
+  if (finite) {
+    for (int64_t k = 0; k < a.d; ++k) {
+      const float rounded = (a.row[k] / s + 12582912.0f) - 12582912.0f;
+      const float low = rounded < -127.0f ? -127.0f : rounded;
+      a.codes[k] = static_cast<int8_t>(static_cast<int32_t>(low > 127.0f ? 127.0f : low));
+    }
+  } else {
+    memset(a.codes, 0, static_cast<size_t>(a.d));
+  }
+  memset(a.codes + a.d, 0, static_cast<size_t>(a.padded - a.d));
+  *a.s = finite ? s : __builtin_nanf("");
+  const int64_t groups = (a.padded + a.group - 1) / a.group;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t end = (g + 1) * a.group < a.padded ? (g + 1) * a.group : a.padded;
+    int32_t sum = 0;
+    for (int64_t k = g * a.group; k < end; ++k) sum += a.codes[k];
+    a.qsum[g * a.width] = sum;
+  }
+  for (int64_t quad = 0; quad < a.padded / 4; ++quad) {
+    memcpy(a.tile + quad * a.width * 4, a.codes + quad * 4, 4);
+  }
+}
