@@ -59,6 +59,18 @@ def test_int8_rows_with_a_scale(isa, N, d, F):
         assert same_bytes(got, emulate_decode(crow, col, values, W, bias, scale))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_every_value_of_a_row_is_widened_exactly(isa, dtype):
+    bits = 8 if dtype == torch.int8 else 16
+    every = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8 if bits == 8 else torch.int16).view(dtype)
+    crow, col = torch.tensor([0, 1]), torch.zeros(1, dtype=torch.int32)
+    got = ops.decode(crow, col, torch.ones(1), every[None, :], None, torch.ones(1) if bits == 8 else None)[0]
+    want = every.float() + 0.0
+    numbers = ~want.isnan()
+    assert torch.equal(got.isnan(), ~numbers)
+    assert same_bytes(got[numbers], want[numbers])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "d", "F"), SHAPES)
 def test_reference_agrees_within_the_bound(N, d, F, dtype):

@@ -50,6 +50,20 @@ def test_reference_agrees_within_the_bound(N, d, F):
     assert bool(((ours.double() - exact).abs() <= picked(dot_bound(x, rows.t(), bias), crow, col)).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_is_widened_exactly(isa, dtype):
+    """All 65,536 of them, subnormals and NaN among them, as rows of length one and as tokens."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
+    want = every.float()[:, 0] + 0.0  # a product added to +0 has no negative zero
+    one, numbers = torch.ones(1, 1), ~want.isnan()
+    crow, col = torch.tensor([0, 2**16]), torch.arange(2**16, dtype=torch.int32)
+    as_rows = ops.sampled_dot(one, every, None, crow, col)
+    as_tokens = ops.sampled_dot(every, one, None, torch.arange(2**16 + 1), torch.zeros(2**16, dtype=torch.int32))
+    for got in (as_rows, as_tokens):
+        assert torch.equal(got.isnan(), ~numbers)
+        assert same_bytes(got[numbers], want[numbers])
+
+
 def test_a_pair_gives_what_encode_gives(isa):
     x, rows, bias, _, _ = problem(11, 70, 53)
     crow, col, values = ops.encode(x, rows.t(), bias, torch.zeros(53), None)

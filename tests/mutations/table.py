@@ -39,7 +39,7 @@ CPP = [
     Mutation("two roundings in AVX2", "csrc/cpu/vec.h", "{_mm256_fmadd_ps(a.lo, b.lo, c.lo), ", "{_mm256_add_ps(_mm256_mul_ps(a.lo, b.lo), c.lo), ", ENCODE),
     Mutation("another fold in plain C++", "csrc/cpu/vec.h", "for (int half = 8; half > 0; half /= 2) {\n    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];", "for (int half = 1; half < 16; half *= 2) {\n    for (int i = 0; i + half < 16; i += 2 * half) a.v[i] += a.v[i + half];", ENCODE),
     Mutation("bf16 loses its lowest bit", "csrc/cpu/half.h", "static_cast<uint32_t>(h.bits) << 16", "static_cast<uint32_t>(h.bits & 0xFFFEu) << 16", ENCODE),
-    Mutation("fp16 subnormals are zero", "csrc/cpu/half.h", "const float magnitude = static_cast<float>(mantissa)", "const float magnitude = 0.0f * static_cast<float>(mantissa)", "tests/test_encode.py"),
+    Mutation("fp16 subnormals are zero", "csrc/cpu/half.h", "const float magnitude = static_cast<float>(mantissa)", "const float magnitude = 0.0f * static_cast<float>(mantissa)", DOTS),
     Mutation("workers keep flush to zero", "csrc/cpu/parallel.h", "saved_ & ~0x8040u", "saved_", ENCODE),
     Mutation("the caller loses its flush to zero", "csrc/cpu/parallel.h", "{ _mm_setcsr(saved_); }", "{ _mm_setcsr(saved_ & ~0x8040u); }", ENCODE),
     # compaction
