@@ -23,14 +23,13 @@ GSF_DEVICE float dot_alone(const float* x, const W* w, int64_t d) {
   return acc[0];
 }
 
-// Sum over the block, the same in every thread.  `part` is free again after the second barrier.
+// Sum over the block, the same in every thread; `part` is used once.
 GSF_DEVICE int64_t block_sum(int64_t v, int64_t* part) {
   for (int half = 16; half > 0; half /= 2) v += shuffle_xor(v, half);
   if (lane() == 0) part[warp()] = v;
   sync_block();  // all parts are there
   int64_t sum = 0;
   for (int i = 0; i < kWarps; ++i) sum += part[i];
-  sync_block();  // all have read them
   return sum;
 }
 

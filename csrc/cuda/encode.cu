@@ -108,7 +108,10 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) encode_few(EncodeArgs a) {
   const W* w = static_cast<const W*>(a.w) + safe * a.d;
 
   float acc[TT][4] = {};  // lanes 4 * quad + i of each token's 16
-#pragma unroll 4
+  // steps whose loads are in flight together: 64 bytes a thread for one token, fewer where 128 registers are
+  // full
+  [[maybe_unused]] constexpr int kAhead = TT == 1 ? 4 : (TT == 4 ? 2 : 1);
+#pragma unroll kAhead
   for (int64_t k = quad * 4; k < a.d; k += 16) {
     float wk[4];
     load4<ALIGNED>(w + k, a.d - k, wk);

@@ -75,9 +75,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        text = subprocess.run([cuobjdump(), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise BackendError(f"cuobjdump gave no resource usage: {text!r}")

@@ -48,9 +48,7 @@ def collect(archs: list[str] | None = None) -> dict[str, Any]:
     for spec in all_specs():
         for arch in wanted:
             binary = aot.compile_spec(spec, arch)
-            times = {
-                d.name: roof_time(d, spec.bytes, spec.ops, spec.kind) * 1e6 for d in DEVICES if d.arch == arch
-            }
+            times = {d.name: roof_time(d, spec.bytes, spec.ops, spec.kind) * 1e6 for d in DEVICES if d.arch == arch}
             rows.append(
                 {
                     "source": "triton",

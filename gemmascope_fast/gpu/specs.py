@@ -43,7 +43,15 @@ def _types(pointers: Mapping[str, str], integers: str, **more: str) -> dict[str,
 
 def encode_specs() -> list[KernelSpec]:
     types = _types(
-        {"x": "fp32", "w": "fp32", "bias": "fp32", "threshold": "fp32", "bitmap": "i32", "count": "i32", "slot": "fp32"},
+        {
+            "x": "fp32",
+            "w": "fp32",
+            "bias": "fp32",
+            "threshold": "fp32",
+            "bitmap": "i32",
+            "count": "i32",
+            "slot": "fp32",
+        },
         "T F d words",
         half_bandwidth="fp32",
     )
@@ -120,6 +128,3 @@ def sampled_dot_specs() -> list[KernelSpec]:
 
 def all_specs() -> list[KernelSpec]:
     return [*encode_specs(), *gather_specs(), *decode_specs(), *sampled_dot_specs()]
-
-
-

@@ -1,0 +1,108 @@
+"""Builds and calls the CUDA sources compiled for the CPU (csrc/cuda/host.h): a helper, no tests."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+MAIN = ROOT / "tests" / "cuda" / "host_build.cpp"
+FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+SANITIZERS = {
+    "plain": [],
+    "thread": ["-g", "-fsanitize=thread"],
+    "address": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+}
+ORDERS = {"ascending": 0, "descending": 1, "random": 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+SLOTS = 4
+
+
+def build_program(out: Path, sanitizer: str, sources: Path = ROOT / "csrc") -> Path:
+    """The self-checking program of tests/cuda/host_build.cpp."""
+    command = ["g++", *FLAGS, *SANITIZERS[sanitizer], "-DGSF_MAIN", "-I", str(sources), str(MAIN), "-o", str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return out
+
+
+def run_program(program: Path, order: str) -> subprocess.CompletedProcess:
+    # ThreadSanitizer cannot place its shadow where addresses are randomised over more than 28 bits
+    fixed = [shutil.which("setarch"), platform.machine(), "-R"] if shutil.which("setarch") else []
+    command = [*fixed, str(program), str(ORDERS[order])]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+class EncodeArgs(ctypes.Structure):
+    _fields_ = (
+        [(n, ctypes.c_void_p) for n in ("x", "w", "bias", "threshold", "bitmap", "count", "slots")]
+        + [(n, ctypes.c_int64) for n in ("T", "F", "d", "words")]
+        + [("half_bandwidth", ctypes.c_float)]
+    )  # fmt: skip
+
+
+class GatherArgs(ctypes.Structure):
+    _fields_ = [
+        ("e", EncodeArgs),
+        *((n, ctypes.c_void_p) for n in ("total", "crow", "col", "values")),
+        ("capacity", ctypes.c_int64),
+    ]
+
+
+class DecodeArgs(ctypes.Structure):
+    _fields_ = [
+        *((n, ctypes.c_void_p) for n in ("crow", "col", "values", "w", "row_scale", "bias", "out")),
+        *((n, ctypes.c_int64) for n in ("N", "d", "capacity")),
+    ]
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class HostLibrary:
+    """The ops as the device would run them, on CPU tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        out = folder / "libhost.so"
+        command = ["g++", *FLAGS, "-shared", "-fPIC", "-I", str(ROOT / "csrc"), str(MAIN), "-o", str(out)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        self.library = ctypes.CDLL(str(out))
+
+    def call(self, name: str, args: ctypes.Structure, dtype: torch.dtype, order: str) -> None:
+        call = getattr(self.library, f"gsf_host_{name}")
+        call(ctypes.byref(args), DTYPES[dtype], ORDERS[order], ctypes.c_uint64(7))
+
+    def encode(self, x, W_enc, b_enc, threshold, bandwidth=None, order="ascending", scan=True, capacity=None):
+        """crow, col, values; with a capacity, as many entries as fit it."""
+        rows, xs = W_enc.t().contiguous(), x.float().contiguous()
+        (T, d), F = x.shape, rows.shape[0]
+        bias, theta = b_enc.float(), threshold.float()
+        words = -(-F // 32)
+        bitmap = torch.full((T, words), -1, dtype=torch.int32)
+        count = torch.full((T, words), -1, dtype=torch.int32)
+        slots = torch.full((T, words, SLOTS), float("nan"))
+        held = [pointer(t) for t in (xs, rows, bias, theta, bitmap, count, slots)]
+        e = EncodeArgs(*held, T, F, d, words, 0.0 if bandwidth is None else bandwidth / 2)
+        self.call("encode", e, rows.dtype, order)
+        total = count.flatten().cumsum(0)
+        nnz = int(total[-1])
+        capacity = nnz if capacity is None else capacity
+        crow = torch.full((T + 1,), -1, dtype=torch.int64)
+        col = torch.full((capacity,), -1, dtype=torch.int32)
+        values = torch.full((capacity,), float("inf"))
+        g = GatherArgs(e, None if scan else pointer(total), pointer(crow), pointer(col), pointer(values), capacity)
+        self.call("gather", g, rows.dtype, order)
+        return crow, col, values
+
+    def decode(self, crow, col, values, W_dec, b_dec=None, row_scale=None, order="ascending", capacity=None):
+        out = torch.full((crow.numel() - 1, W_dec.shape[1]), float("inf"))
+        held = [pointer(t) for t in (crow, col, values, W_dec, row_scale, b_dec, out)]
+        capacity = col.numel() if capacity is None else capacity
+        args = DecodeArgs(*held, crow.numel() - 1, W_dec.shape[1], capacity)
+        self.call("decode", args, W_dec.dtype, order)
+        return out

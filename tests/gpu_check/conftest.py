@@ -1,0 +1,5 @@
+"""What takes too long for every test run: `make gpu-check` sets GSF_GPU_CHECK=1 and runs this folder."""
+
+import os
+
+collect_ignore_glob = [] if os.environ.get("GSF_GPU_CHECK") == "1" else ["test_*.py"]

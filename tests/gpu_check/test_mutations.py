@@ -1,0 +1,68 @@
+"""Every barrier of the CUDA sources taken away in turn, and bounds and lanes moved by one: all must be noticed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from cuda_host import ORDERS, ROOT, build_program, run_program
+
+FILES = ("encode.cu", "compact.cu", "decode.cu")
+BARRIERS = [
+    (file, number)
+    for file in FILES
+    for number in range((ROOT / "csrc" / "cuda" / file).read_text().count("sync_block();"))
+]
+# file, text that stands there once, what it becomes, the build that must notice
+EDITS = [
+    ("encode.cu", "inside = k0 + c < a.d", "inside = k0 + c <= a.d", "address"),
+    ("encode.cu", "t0 + r < a.T ? a.x", "t0 + r <= a.T ? a.x", "address"),
+    ("encode.cu", "inside && f0 + r < a.F", "inside && f0 + r <= a.F", "address"),
+    ("encode.cu", "out[i] = i < left", "out[i] = i <= left", "address"),
+    ("encode.cu", "t < a.T && word < a.words", "t < a.T && word <= a.words", "address"),
+    ("encode.cu", "f < a.F ? f : a.F - 1", "f <= a.F ? f : a.F - 1", "address"),
+    ("encode.cu", "rank < kSlots", "rank <= kSlots", "address"),
+    ("encode.cu", "ballot(hit)", "ballot(hit && lane() != 0)", "plain"),
+    ("encode.cu", "ballot(hit)", "ballot(hit && lane() != 31)", "plain"),
+    ("encode.cu", "int half = 8; half > 0", "int half = 4; half > 0", "plain"),
+    ("encode.cu", "k < kChunk && k0 + k < a.d", "k < kChunk && k0 + k + 16 < a.d", "plain"),
+    ("compact.cu", "there = word < e.words", "there = word <= e.words", "address"),
+    ("compact.cu", "i < row + first", "i <= row + first", "plain"),
+    ("compact.cu", "if (at >= a.capacity) break;", "", "address"),
+    ("compact.cu", "mine < kSlots ||", "mine <= kSlots ||", "plain"),
+    ("compact.cu", "lane() == 31) part", "lane() == 30) part", "plain"),
+    ("compact.cu", "ballot(count > kSlots)", "ballot(count > kSlots && lane() != 5)", "plain"),
+    ("decode.cu", "inside = k < a.d", "inside = k <= a.d", "address"),
+    ("decode.cu", "if (k >= a.d) return;", "if (k > a.d) return;", "address"),
+    ("decode.cu", "r < count; ++r", "r < count - 1; ++r", "plain"),
+]
+
+
+def notice(sources, sanitizer, tmp_path):
+    program = build_program(tmp_path / "mutant", sanitizer, sources)
+    return any(run_program(program, order).returncode != 0 for order in ORDERS)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    import shutil
+
+    return Path(shutil.copytree(ROOT / "csrc", tmp_path / "csrc"))
+
+
+@pytest.mark.parametrize(("file", "number"), BARRIERS)
+def test_a_removed_barrier_is_noticed(file, number, sources, tmp_path):
+    path = sources / "cuda" / file
+    parts = path.read_text().split("sync_block();")
+    path.write_text("sync_block();".join(parts[: number + 1]) + ";" + "sync_block();".join(parts[number + 1 :]))
+    assert notice(sources, "thread", tmp_path)
+
+
+@pytest.mark.parametrize(("file", "before", "after", "sanitizer"), EDITS)
+def test_an_edit_is_noticed(file, before, after, sanitizer, sources, tmp_path):
+    path = sources / "cuda" / file
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    assert notice(sources, sanitizer, tmp_path)

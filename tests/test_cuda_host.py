@@ -1,0 +1,123 @@
+"""The CUDA sources, compiled for the CPU: byte-equal to the native kernels in every order of threads, silent under
+ThreadSanitizer and AddressSanitizer, and loud where a barrier, a bound or a lane is taken away."""
+
+import shutil
+
+import pytest
+import torch
+from cuda_host import ORDERS, ROOT, HostLibrary, build_program, run_program
+
+from gemmascope_fast import ops
+from gemmascope_fast.testing import same_bytes
+
+SHAPES = [(1, 33, 70), (4, 16, 32), (6, 17, 131), (8, 64, 31), (9, 65, 40), (33, 20, 97)]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory):
+    return HostLibrary(tmp_path_factory.mktemp("host"))
+
+
+def case(T, d, F, dtype=torch.float32):
+    g = torch.Generator().manual_seed(T * d + F)
+    x, rows = torch.randn(T, d, generator=g), torch.randn(F, d, generator=g)
+    b, theta = torch.randn(F, generator=g), torch.rand(F, generator=g) * 2 - 0.5
+    return x.to(dtype), rows.to(dtype).t(), b.to(dtype), theta.to(dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_encode_and_decode_equal_the_native_kernels(host, shape, dtype):
+    args = case(*shape, dtype=dtype)
+    want = ops.encode(*args, None)
+    rows = args[1].t().contiguous()
+    bias = torch.randn(shape[1])
+    out = ops.decode(*want, rows, bias, None)
+    for order in ORDERS:
+        for scan in (False, True):
+            assert same_bytes(host.encode(*args, order=order, scan=scan), want)
+        assert same_bytes([host.decode(*want, rows, bias, order=order)], [out])
+
+
+@pytest.mark.parametrize("T", [1, 3, 40])
+def test_int8_rows_and_a_scale(host, T):
+    crow, col, values = ops.encode(*case(T, 20, 97), None)
+    g = torch.Generator().manual_seed(0)
+    rows, scale = torch.randint(-127, 128, (97, 45), dtype=torch.int8, generator=g), torch.rand(97, generator=g)
+    got = host.decode(crow, col, values, rows, None, scale)
+    assert same_bytes([got], [ops.decode(crow, col, values, rows, None, scale)])
+
+
+@pytest.mark.parametrize("T", [1, 8, 33])
+def test_every_feature_and_no_feature(host, T):
+    x, W, b, theta = case(T, 20, 300)
+    for shift in (100.0, -100.0):
+        want = ops.encode(x, W, b + shift, theta, None)
+        assert want[1].numel() == (T * 300 if shift > 0 else 0)
+        assert same_bytes(host.encode(x, W, b + shift, theta), want)
+
+
+def test_nan_infinity_and_bandwidth(host):
+    x, W, b, theta = case(9, 20, 67)
+    x[1, 3], x[2, 5], x[3, 19], x[4, 0], x[4, 1] = float("nan"), float("inf"), -float("inf"), float("inf"), 3e38
+    assert same_bytes(host.encode(x, W, b, theta), ops.encode(x, W, b, theta, None))
+    assert same_bytes(host.encode(x, W, b, theta, 0.5), ops.encode(x, W, b, theta, 0.5))
+
+
+def test_more_words_than_a_block(host):
+    args = case(2, 5, 32 * 300 + 7)
+    assert same_bytes(host.encode(*args), ops.encode(*args, None))
+
+
+@pytest.mark.parametrize("T", [2, 40])
+def test_a_short_capacity_never_passes_in_silence(host, T):
+    args = case(T, 20, 97)
+    rows = args[1].t().contiguous()
+    crow, col, values = ops.encode(*args, None)
+    cut = col.numel() - 1
+    short = host.encode(*args, capacity=cut)
+    assert same_bytes(short, (crow, col[:-1], values[:-1]))  # the offsets stay the true ones
+    got = host.decode(*short, rows)
+    assert same_bytes([got[:-1]], [ops.decode(crow, col, values, rows, None, None)[:-1]])
+    assert bool(got[-1].isnan().all())
+
+
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_silent_under_sanitizers_in_three_orders(sanitizer, tmp_path):
+    program = build_program(tmp_path / "check", sanitizer)
+    for order in ORDERS:
+        done = run_program(program, order)
+        assert done.returncode == 0, f"{order}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+# file, text, what it becomes, the build that must notice
+MUTATIONS = {
+    "a barrier after the tile is filled": (
+        "encode.cu", "    sync_block();  // the chunk is whole", "    // the chunk is whole", "thread",
+    ),
+    "a tail one too long": ("encode.cu", "inside = k0 + c < a.d", "inside = k0 + c <= a.d", "address"),
+    "a lane missing in the ballot": (
+        "encode.cu", "ballot(hit)", "ballot(hit && lane() != 17)", "plain",
+    ),
+}  # fmt: skip
+
+
+def caught(name, mutations, tmp_path):
+    """Builds the sources with one line changed; the output of the run that noticed, None where none did."""
+    file, before, after, sanitizer = mutations[name]
+    sources = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    text = (sources / "cuda" / file).read_text()
+    assert text.count(before) == 1, f"{name}: the line to change is there {text.count(before)} times"
+    (sources / "cuda" / file).write_text(text.replace(before, after))
+    program = build_program(tmp_path / "mutant", sanitizer, sources)
+    for order in ORDERS:
+        done = run_program(program, order)
+        if done.returncode != 0:
+            return done.stdout + done.stderr
+    return None
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_caught(name, tmp_path):
+    assert caught(name, MUTATIONS, tmp_path)
