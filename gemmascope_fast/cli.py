@@ -32,6 +32,20 @@ COMMANDS = (
         "run_demo",
     ),
     Command(
+        "train",
+        "train a JumpReLU SAE on a model's activations",
+        "gemmascope_fast.training.command",
+        "add_train_arguments",
+        "run_train",
+    ),
+    Command(
+        "eval",
+        "L0, FVU, losses and firing frequencies of an SAE on a text",
+        "gemmascope_fast.evaluation.command",
+        "add_eval_arguments",
+        "run_eval",
+    ),
+    Command(
         "info",
         "versions, instruction sets, which implementation serves which op, and why",
         "gemmascope_fast.info",

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from gemmascope_fast.checkpoints.arrays import open_safetensors
-from gemmascope_fast.checkpoints.base import REQUIRED, Checkpoint, hook_site
+from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site
+from gemmascope_fast.checkpoints.write import Source, write_safetensors
 from gemmascope_fast.errors import CheckpointError
 
 if TYPE_CHECKING:
     from gemmascope_fast.sae import JumpReLUSAE
 
 KEY = "gemmascope_fast"
-KINDS = ("sae", "transcoder", "skip_transcoder")
+FILE = "sae.safetensors"
 
 
 def read(path: Path) -> Checkpoint:
@@ -26,26 +27,58 @@ def read(path: Path) -> Checkpoint:
         about = json.loads(metadata[KEY])
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: metadata {KEY!r}: expected a JSON object: {error}") from error
-    if not isinstance(about, dict) or about.get("version") != 1 or about.get("kind") not in KINDS:
-        raise CheckpointError(f"{path}: metadata {KEY!r}: expected version 1 and a kind of {KINDS}, got {about!r:.200}")
+    if not isinstance(about, dict) or about.get("version") != 1 or about.get("kind") not in SINGLE:
+        raise CheckpointError(
+            f"{path}: metadata {KEY!r}: expected version 1 and a kind of {SINGLE}, got {about!r:.200}"
+        )
     arrays = {name: entry for name, entry in entries.items() if not name.startswith("screen.")}
-    site, site_out = hook_site(path, about.get("hook_name")), hook_site(path, about.get("hook_name_out"))
-    return Checkpoint(path, about["kind"], arrays, site, site_out, about.get("model_name"), about.get("figures") or {})
+    figures, k = about.get("figures") or {}, about.get("k")
+    if not isinstance(figures, dict) or not (k is None or type(k) is int and k > 0):
+        raise CheckpointError(f"{path}: metadata {KEY!r}: figures: expected an object, k a positive integer")
+    return Checkpoint(
+        path,
+        about["kind"],
+        arrays,
+        hook_site(path, about.get("hook_name")),
+        hook_site(path, about.get("hook_name_out")),
+        about.get("model_name"),
+        figures,
+        k=k,
+        format="native",
+    )
 
 
-def save(sae: JumpReLUSAE, path: str | Path) -> None:
-    """Write atomically: a temporary file in the same folder, renamed when complete."""
-    from safetensors.torch import save_file
+def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = None) -> None:
+    """Write atomically and block by block: under the final name only when complete.
 
-    path = Path(path)
+    matrix_dtype: what W_enc, W_dec and W_skip are stored in (None: as held); vectors stay as held.
+    """
+    if sae.kind not in SINGLE:
+        raise CheckpointError(f"{path}: expected one of {', '.join(SINGLE)}, got a {sae.kind}")
     names = REQUIRED + (("W_skip",) if sae.kind == "skip_transcoder" else ())
-    tensors = {name: getattr(sae, name).detach().cpu().contiguous() for name in names}
-    about = {"version": 1, "kind": sae.kind, "hook_name": sae.cfg.hook_name, "hook_name_out": sae.cfg.hook_name_out}
-    about |= {"model_name": sae.cfg.metadata.model_name, "figures": sae.cfg.metadata.extra.get("figures", {})}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={KEY: json.dumps(about)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    about = _about(sae.kind, sae.cfg.hook_name, sae.cfg.hook_name_out, sae.cfg.metadata.model_name)
+    about |= {"figures": sae.cfg.metadata.extra.get("figures", {}), "k": getattr(sae, "k", None)}
+    arrays: dict[str, Source] = {name: getattr(sae, name).detach() for name in names}
+    write_safetensors(Path(path), arrays, {KEY: json.dumps(about)}, matrix_dtype, only_matrices=True)
+
+
+def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
+    """`sae.safetensors` out of another format's entries."""
+    if checkpoint.kind not in SINGLE:
+        raise CheckpointError(f"{folder}: writing a {checkpoint.kind} as one file is not supported")
+    site, out = checkpoint.site, checkpoint.site_out or checkpoint.site
+    about = _about(
+        checkpoint.kind, site.hook_name if site else None, out.hook_name if out else None, checkpoint.model_name
+    )
+    about |= {"figures": checkpoint.figures, "k": checkpoint.k}
+    write_safetensors(folder / FILE, arrays, {KEY: json.dumps(about)}, dtype)
+
+
+def _about(kind: str, hook_name: str | None, hook_name_out: str | None, model_name: str | None) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "kind": kind,
+        "hook_name": hook_name,
+        "hook_name_out": hook_name_out,
+        "model_name": model_name,
+    }

@@ -12,18 +12,20 @@ import torch
 HELD_OUT = 0.1  # the last tenth of each text is for evaluation, never for training
 # Openings from which the model writes on: the standard library speaks of Python alone.
 OPENINGS = (
-    "The history of|In this article we|Once upon a time|The city of|She looked at|According to a new study,"
-    "|The first time I|When he was born in|During the war,|The main difference between|How to|A few years ago,"
-    "|The company announced|In the early morning|Scientists have discovered|My grandmother used to|The river flows"
-    "|It was a cold|The government has|For many people,|The museum was|He opened the door and|The team won"
-    "|In economics,|The patient was|Plants and animals|The ship sailed|Chapter one.|Dear Sir,|The court ruled"
-    "|The recipe calls for|On the island of|The king and his|In mathematics,|The film tells the story of"
-    "|Researchers at the university|We left the village|The engine of|The price of|Many students find"
-    "|Across the mountains,|The album was released|The railway between|The committee met|Children often"
-    "|The weather in|After the election,|The house stood|Water is|The battle of|I remember|The author argues"
-    "|The species is found|A letter from|They walked|In the twentieth century,|The theory of|The doctor said"
-    "|Last summer|The old man|If you want to|The computer|The people who|In the garden"
-).split("|")
+    "The history of", "In this article we", "Once upon a time", "The city of", "She looked at",
+    "According to a new study,", "The first time I", "When he was born in", "During the war,",
+    "The main difference between", "How to", "A few years ago,", "The company announced", "In the early morning",
+    "Scientists have discovered", "My grandmother used to", "The river flows", "It was a cold", "The government has",
+    "For many people,", "The museum was", "He opened the door and", "The team won", "In economics,",
+    "The patient was", "Plants and animals", "The ship sailed", "Chapter one.", "Dear Sir,", "The court ruled",
+    "The recipe calls for", "On the island of", "The king and his", "In mathematics,", "The film tells the story of",
+    "Researchers at the university", "We left the village", "The engine of", "The price of", "Many students find",
+    "Across the mountains,", "The album was released", "The railway between", "The committee met", "Children often",
+    "The weather in", "After the election,", "The house stood", "Water is", "The battle of", "I remember",
+    "The author argues", "The species is found", "A letter from", "They walked", "In the twentieth century,",
+    "The theory of", "The doctor said", "Last summer", "The old man", "If you want to", "The computer",
+    "The people who", "In the garden",
+)  # fmt: skip
 
 
 class Text(NamedTuple):

@@ -7,6 +7,7 @@ trained SAE takes raw activations.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -62,10 +63,12 @@ class Scaling:
     scale: float
 
     @classmethod
-    def of(cls, x: Tensor) -> Scaling:
-        """Of activations x [N, d_in], in fp64 and in blocks.  ValueError where they do not vary or are not finite."""
-        mean = sum(part.double().sum(0) for part in x.split(8192)) / x.shape[0]
-        square = sum(float((part.double() - mean).square().sum()) for part in x.split(8192)) / x.shape[0]
+    def of(cls, activations: Sequence[Tensor]) -> Scaling:
+        """Of activations [N_i, d_in], in fp64 and in blocks.  ValueError where they do not vary or are not finite."""
+        blocks = [part for x in activations for part in x.split(8192)]
+        rows = sum(part.shape[0] for part in blocks)
+        mean = torch.stack([part.double().sum(0) for part in blocks]).sum(0) / rows
+        square = sum(float((part.double() - mean).square().sum()) for part in blocks) / rows
         if not (math.isfinite(square) and square > 0):
             raise ValueError(f"activations: expected finite values that vary, got a centred mean square of {square}")
         return cls(mean.float(), math.sqrt(square))

@@ -1,0 +1,59 @@
+"""Cross-entropy of a model alone, with the SAE spliced in, and with the SAE's site ablated to its mean or to zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.attach import attach
+from gemmascope_fast.report.figures import constant
+from gemmascope_fast.sae import JumpReLUSAE
+
+KINDS = ("base", "spliced", "mean_ablated", "zero_ablated")
+
+
+class Losses:
+    """Sums of cross-entropies in nats over predicted content tokens, one per kind of `KINDS`.
+
+    Every change is made at content tokens alone (no BOS, EOS, PAD); the others pass as they are.
+    """
+
+    def __init__(self, sae: JumpReLUSAE, key: Any, mean: Tensor) -> None:
+        """key: the SAE's site in `attach`'s terms.  mean [d]: what mean ablation puts there."""
+        self.key = key
+        self.coders = (None, sae, constant(mean.to(sae.device)), constant(torch.zeros_like(mean).to(sae.device)))
+        self.tokens = 0
+        self.sums = torch.zeros(len(KINDS), dtype=torch.float64)
+
+    def add(self, model: Any, ids: Tensor, content: Tensor) -> None:
+        """One batch: ids [B, S], content bool [B, S]."""
+        for i, coder in enumerate(self.coders):
+            if coder is None:
+                self.sums[i] += _loss(model, ids, content)
+                continue
+            with attach(model, {self.key: coder}, mode="splice", tokens=content):
+                self.sums[i] += _loss(model, ids, content)
+        self.tokens += int(content[:, 1:].sum())
+
+    def figures(self) -> dict[str, float]:
+        """ce_* means in nats, delta_loss = ce_spliced - ce_base, and which share of the loss that an ablation costs
+        the SAE recovers: (ce_ablated - ce_spliced) / (ce_ablated - ce_base); NaN where the ablation costs nothing."""
+        ce = {kind: float(value) / max(1, self.tokens) for kind, value in zip(KINDS, self.sums, strict=True)}
+        figures = {f"ce_{kind}": value for kind, value in ce.items()} | {"delta_loss": ce["spliced"] - ce["base"]}
+        for kind in ("mean", "zero"):
+            cost = ce[f"{kind}_ablated"] - ce["base"]
+            recovered = (ce[f"{kind}_ablated"] - ce["spliced"]) / cost if cost else float("nan")
+            figures[f"loss_recovered_{kind}"] = recovered
+        return figures
+
+
+def _loss(model: Any, ids: Tensor, content: Tensor) -> float:
+    """Sum of -log p(token | before) over content tokens from the second position on."""
+    total = 0.0
+    logits = model(ids, use_cache=False).logits
+    for row, tokens, counts in zip(logits, ids, content, strict=True):  # one at a time: fp32 logits are large
+        each = torch.nn.functional.cross_entropy(row[:-1].float(), tokens[1:], reduction="none")
+        total += float(each[counts[1:]].double().sum())
+    return total

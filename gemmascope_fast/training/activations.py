@@ -1,0 +1,138 @@
+"""Activations of a model at one layer: collected in windows through `attach`, kept on disk, served in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WINDOW = 255  # content tokens after the BOS
+WINDOWS_AT_ONCE = 8
+
+
+def windows(ids: list[int], bos: int | None, length: int = WINDOW) -> Iterator[Tensor]:
+    """int64 [n, length (+ 1 with a BOS)] blocks of consecutive windows; the last window may be shorter."""
+    head = [] if bos is None else [bos]
+    for start in range(0, len(ids), WINDOWS_AT_ONCE * length):
+        part = ids[start : start + WINDOWS_AT_ONCE * length]
+        rows = [[*head, *part[i : i + length]] for i in range(0, len(part), length)]
+        whole = [row for row in rows if len(row) == len(head) + length]
+        if whole:
+            yield torch.tensor(whole)
+        if len(rows) > len(whole):
+            yield torch.tensor(rows[-1:])
+
+
+@contextmanager
+def first_layers(model: Any, count: int) -> Iterator[Any]:
+    """The text decoder with its first `count` layers alone: later ones and the head cost time and tell nothing."""
+    decoder = model.get_decoder()
+    layers = decoder.layers
+    if not 0 < count <= len(layers):
+        raise ValueError(f"layer: expected a layer below {len(layers)}, got {count - 1}")
+    decoder.layers = layers[:count]
+    try:
+        yield decoder
+    finally:
+        decoder.layers = layers
+
+
+def activations(model: Any, layer: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer` at content tokens (no BOS, EOS, PAD)."""
+    from gemmascope_fast.attach import Activations, attach
+
+    seen: list[Tensor] = []
+    keep = Activations(sink=lambda x, _tokens: seen.append(x.float().clone()))
+    with first_layers(model, layer + 1) as decoder, torch.inference_mode():
+        for ids in batches:
+            # one run a batch: a run remembers every row that it saw
+            with attach(decoder, {layer: keep}, tokens="content"):
+                decoder(ids, use_cache=False)
+            yield torch.cat(seen)
+            seen.clear()
+
+
+def collect(model: Any, tokenizer: Any, layer: int, text: str, folder: Path, name: str) -> Tensor:
+    """Activations of a text, fp32 [N, d_in], memory-mapped from a file in `folder` that is written once.
+
+    The file's name has a hash of the text, the model and the layer; it appears whole or not at all.
+    """
+    from tqdm import tqdm
+
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    key = json.dumps([getattr(model.config, "_name_or_path", ""), layer, WINDOW, ids])
+    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with tqdm(total=len(ids), desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
+                count = _write(temporary, activations(model, layer, windows(ids, tokenizer.bos_token_id)), bar)
+            _with_header(temporary, path, count)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: the file stays as it is
+
+
+def _write(path: Path, parts: Iterable[Tensor], bar: Any) -> tuple[int, int]:
+    """Raw rows to a file; returns the shape."""
+    rows = width = 0
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part.contiguous().numpy().data)
+            rows, width = rows + part.shape[0], part.shape[1]
+            bar.update(part.shape[0])
+    return rows, width
+
+
+def _with_header(raw: Path, path: Path, shape: tuple[int, int]) -> None:
+    """The raw rows as an .npy file: a copy under another name, renamed when complete."""
+    temporary = raw.with_suffix(".npy.tmp")
+    try:
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        if shape[0]:
+            out[:] = np.memmap(raw, dtype=np.float32, mode="r", shape=shape)
+        out.flush()
+        del out
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Batches:
+    """Rows of several activation tensors [N_i, d_in] in an order that only the seed and the step decide.
+
+    Each epoch is a fresh permutation; what is left over at its end, less than a batch, waits for another epoch.
+    """
+
+    def __init__(self, parts: list[Tensor], batch: int, seed: int) -> None:
+        self.parts, self.batch, self.seed = parts, batch, seed
+        self.ends = torch.tensor([p.shape[0] for p in parts]).cumsum(0)
+        self.rows = int(self.ends[-1])
+        self.per_epoch = self.rows // batch
+        if not self.per_epoch:
+            raise ValueError(f"--text: expected at least {batch} tokens, one batch, got {self.rows}")
+        self._epoch: tuple[int, Tensor] | None = None
+
+    def __getitem__(self, step: int) -> Tensor:
+        """The batch of step `step`, fp32 [batch, d_in]."""
+        epoch, at = divmod(step, self.per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._epoch = epoch, torch.randperm(self.rows, generator=generator)
+        order = self._epoch[1][at * self.batch : (at + 1) * self.batch]
+        which = torch.bucketize(order, self.ends, right=True)
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), self.ends[:-1]])
+        out = torch.empty(self.batch, self.parts[0].shape[1])
+        for i, part in enumerate(self.parts):
+            mine = (which == i).nonzero()[:, 0]
+            out[mine] = part[order[mine] - starts[i]].float()
+        return out
