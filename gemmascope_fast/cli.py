@@ -46,11 +46,25 @@ COMMANDS = (
         "run_eval",
     ),
     Command(
+        "gpu-check",
+        "compile the GPU kernels without a GPU, gate what they use, model what they could reach",
+        "gemmascope_fast.gpu.check",
+        "add_gpu_check_arguments",
+        "run_gpu_check",
+    ),
+    Command(
         "info",
         "versions, instruction sets, which implementation serves which op, and why",
         "gemmascope_fast.info",
         "add_info_arguments",
         "run_info",
+    ),
+    Command(
+        "quantize",
+        "nested low-bit codes of a model's linear layers, and what each width costs",
+        "gemmascope_fast.matryoshka.command",
+        "add_arguments",
+        "run",
     ),
 )
 

@@ -46,18 +46,18 @@ class EncodeArgs(ctypes.Structure):
 
 
 class GatherArgs(ctypes.Structure):
-    _fields_ = [
+    _fields_ = (
         ("e", EncodeArgs),
         *((n, ctypes.c_void_p) for n in ("total", "crow", "col", "values")),
         ("capacity", ctypes.c_int64),
-    ]
+    )
 
 
 class DecodeArgs(ctypes.Structure):
-    _fields_ = [
+    _fields_ = (
         *((n, ctypes.c_void_p) for n in ("crow", "col", "values", "w", "row_scale", "bias", "out")),
         *((n, ctypes.c_int64) for n in ("N", "d", "capacity")),
-    ]
+    )
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

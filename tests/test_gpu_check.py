@@ -1,0 +1,93 @@
+"""The ahead-of-time ladder: every Triton kernel compiles, nothing spills, and the gate bites where something would."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from gemmascope_fast import cli
+from gemmascope_fast.gpu import aot, check, devices, model, nvcc
+from gemmascope_fast.gpu.specs import all_specs
+
+SPECS = {s.label: s for s in all_specs()}
+
+
+# the other three architectures stand in `make gpu-check`
+@pytest.mark.parametrize("arch", ["sm_86", "sm_100", "gfx942"])
+def test_every_kernel_compiles_within_the_gates(arch):
+    for spec in SPECS.values():
+        binary = aot.compile_spec(spec, arch)
+        assert binary.faults(spec.bandwidth_bound) == [], binary
+
+
+def test_at_most_four_configurations_a_kernel():
+    by_kernel = {}
+    for s in SPECS.values():
+        tile = {k: v for k, v in s.constants.items() if not k.startswith("HAS_")}
+        by_kernel.setdefault(s.function, set()).add((s.warps, s.stages, tuple(sorted(tile.items()))))
+    assert all(len(configs) <= 4 for configs in by_kernel.values()), by_kernel
+
+
+def test_the_gate_sees_a_spill():
+    spec = SPECS["encode exact, T 1024"]
+    wide = dataclasses.replace(spec, constants={**spec.constants, "BT": 64})  # 256 accumulators a thread
+    faults = aot.compile_spec(wide, "sm_90").faults(False)
+    assert any("spills" in f for f in faults)
+
+
+def test_the_gate_sees_shared_memory_and_occupancy():
+    fits = aot.Binary("k", "sm_90", 64, 0, 120 << 10, 0.5)
+    assert fits.faults(True) == []
+    assert "shared memory" in dataclasses.replace(fits, arch="sm_86").faults(True)[0]
+    assert "occupancy" in dataclasses.replace(fits, occupancy=0.2).faults(True)[0]
+    assert dataclasses.replace(fits, occupancy=0.2).faults(False) == []
+
+
+@pytest.mark.parametrize(
+    ("arch", "warps", "registers", "shared", "want"),
+    [
+        # CUDA's occupancy calculator for the same inputs
+        ("sm_80", 8, 32, 0, 1.0),
+        ("sm_80", 8, 128, 0, 0.25),
+        ("sm_80", 8, 129, 0, 0.125),
+        ("sm_86", 4, 40, 0, 1.0),
+        ("sm_90", 4, 64, 48 << 10, 0.25),
+        ("gfx942", 4, 128, 0, 0.5),
+    ],
+)
+def test_occupancy(arch, warps, registers, shared, want):
+    assert devices.occupancy(devices.ARCHS[arch], warps, registers, shared) == want
+
+
+def test_costs_are_those_of_the_tensors():
+    spec = SPECS["encode exact, T 1"]
+    assert spec.bytes == pytest.approx(4 * 2304 * 16384, rel=0.01)
+    assert spec.ops == 2 * 2304 * 16384
+    h100 = next(d for d in devices.DEVICES if d.name == "H100")
+    assert devices.roof_time(h100, 3_350_000_000_000, 0, "fp32") == 1.0
+    assert devices.roof_time(h100, 0, 989_000_000_000_000, "bf16") == 1.0
+
+
+def test_whole_calls_by_the_model():
+    for row in model.loops():
+        assert row["model_ratio"] <= 1.3, row
+
+
+def test_report(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(nvcc, "rows", lambda archs: [])
+    out = tmp_path / "gpu-check.json"
+    assert cli.main(["gpu-check", "--arch", "sm_86", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert len(report["kernels"]) == len(SPECS)
+    assert "model" in report["what"]
+    with pytest.raises(ValueError, match="arch: expected one of"):
+        check.collect(["sm_75"])
+
+
+def test_nvcc_compiles_within_the_gates():
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    rows = nvcc.compile_source(nvcc.SOURCES / "cuda" / "compact.cu", "sm_90")
+    assert len(rows) == 3
+    assert all(row["faults"] == [] for row in rows)
