@@ -18,14 +18,14 @@ COMMON = {
 def gemma2(attention="eager", **more):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.Gemma2Config(**COMMON, sliding_window=8, attn_implementation=attention, **more)
+    config = transformers.Gemma2Config(**{**COMMON, **more}, sliding_window=8, attn_implementation=attention)
     return lively(transformers.Gemma2ForCausalLM(config))
 
 
 def gemma3(attention="eager", **more):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(**COMMON, sliding_window=8, attn_implementation=attention, **more)
+    config = transformers.Gemma3TextConfig(**{**COMMON, **more}, sliding_window=8, attn_implementation=attention)
     return lively(transformers.Gemma3ForCausalLM(config))
 
 

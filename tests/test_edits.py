@@ -140,7 +140,7 @@ def test_editing_three_features_decodes_three_rows(model, sae, fired, monkeypatc
 ROWS = torch.arange(9).expand(2, 9)
 SELECTED = {
     "mask": ({"positions": torch.arange(9) > 4}, ROWS > 4),
-    "mask of a batch": ({"positions": ROWS > torch.tensor([[4], [6]])}, ROWS > torch.tensor([[4], [6]])),
+    "mask of a batch": ({"positions": torch.tensor([[4], [6]]) < ROWS}, torch.tensor([[4], [6]]) < ROWS),
     "callable": ({"positions": lambda ids: ids % 2 == 0}, tiny.ids() % 2 == 0),
     "prompt": ({"positions": "prompt"}, ROWS >= 0),
     "one sequence": ({"sequences": torch.tensor([False, True])}, torch.tensor([[False], [True]]).expand(2, 9)),

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from gemmascope_fast.attach.compiled import opaque
 from gemmascope_fast.attach.structure import Place
 from gemmascope_fast.errors import AttachError
 
@@ -30,9 +31,9 @@ class _Hook:
     def __init__(self, module: nn.Module, end: str) -> None:
         self.visitors: tuple[Visitor, ...] = ()
         if end == "output":
-            self.handle: Any = module.register_forward_hook(self._output)
+            self.handle: Any = module.register_forward_hook(opaque(self._output))
         else:
-            self.handle = module.register_forward_pre_hook(self._input, with_kwargs=True)
+            self.handle = module.register_forward_pre_hook(opaque(self._input), with_kwargs=True)
 
     def _pass(self, x: Tensor, inputs: tuple[Any, ...]) -> Tensor | None:
         visitors = self.visitors

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gemmascope_fast.attach import places
 from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
+from gemmascope_fast.attach.compiled import forget, is_compiled, opaque, unwrapped
 from gemmascope_fast.attach.edits import EditError
 from gemmascope_fast.attach.entries import Activations, Entry, Key, assign, entries, find_key, spread
 from gemmascope_fast.attach.generation import listen
@@ -47,6 +48,8 @@ class Run:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        self._compiled = is_compiled(model)
+        model = unwrapped(model)
         self.model, self.mode, self.error_grad = model, mode, error_grad
         assigned = assign(edits, entries(saes))
         if mode == "observe" and any(given for _, given in assigned):
@@ -82,9 +85,9 @@ class Run:
         self._check_neighbours()
         try:
             for module in self._arguments:
-                before = module.register_forward_pre_hook(self._before, with_kwargs=True)
+                before = module.register_forward_pre_hook(opaque(self._before), with_kwargs=True)
                 self._leave.append(before.remove)
-                after = module.register_forward_hook(self._after, always_call=True)
+                after = module.register_forward_hook(opaque(self._after), always_call=True)
                 self._leave.append(after.remove)
             for tap in self._taps:
                 self._leave += [places.visit(place, visitor) for place, visitor in tap.visits()]
@@ -92,6 +95,8 @@ class Run:
         except BaseException:
             self._remove()
             raise
+        if self._compiled:
+            forget()
         with _LOCK:
             _ACTIVE.append(self)
         return self
