@@ -12,6 +12,15 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent.resolve()
 
 
+def pybind11_include() -> list[str]:
+    """pybind11's own headers; without them those that torch carries are found among its own."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [pybind11.get_include()]
+
+
 def extension() -> dict:
     compiler = os.environ.get("CXX", "c++")
     required = os.environ.get("GSF_REQUIRE_EXT") == "1"
@@ -20,7 +29,6 @@ def extension() -> dict:
             raise RuntimeError(f"GSF_REQUIRE_EXT=1, but no C++ compiler {compiler!r} was found")
         print(f"gemmascope-fast: no C++ compiler ({compiler}): installing without the native kernels")
         return {}
-    import pybind11
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class OptionalBuild(BuildExtension):
@@ -51,11 +59,37 @@ def extension() -> dict:
     ext = CppExtension(
         "gemmascope_fast._C",
         [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))],
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+        include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
         extra_compile_args={"cxx": flags},
         extra_link_args=link,
     )
-    return {"ext_modules": [ext], "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=True)}}
+    extensions = [ext, *cuda_extension(flags)]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=True)}}
+
+
+def cuda_extension(cxx_flags: list[str]) -> list:
+    """gemmascope_fast._C_cuda where torch is a CUDA build and nvcc is there; no GPU is needed or looked for.
+
+    GSF_REQUIRE_CUDA=1 makes it an error where either is missing.
+    """
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
+
+    if torch.version.cuda is None or CUDA_HOME is None:
+        if os.environ.get("GSF_REQUIRE_CUDA") == "1":
+            raise RuntimeError(f"GSF_REQUIRE_CUDA=1: torch's CUDA is {torch.version.cuda}, nvcc's home {CUDA_HOME}")
+        return []
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;9.0;10.0;12.0+PTX")
+    sources = sorted(ROOT.glob("csrc/cuda/*.cpp")) + sorted(ROOT.glob("csrc/cuda/*.cu"))
+    return [
+        CUDAExtension(
+            "gemmascope_fast._C_cuda",
+            [str(p.relative_to(ROOT)) for p in sources],
+            include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
+            extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++17", "--fmad=false"]},
+            extra_link_args=["-s"],
+        )
+    ]
 
 
 packages = find_packages(include=["gemmascope_fast", "gemmascope_fast.*"])
