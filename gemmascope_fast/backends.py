@@ -6,6 +6,7 @@ the best that is there.  A backend asked for by name serves or raises; a fallbac
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,13 +24,12 @@ NAMES = ("eager", "native", "triton", "cuda")
 
 _requested: ContextVar[str | None] = ContextVar("gemmascope_fast_backend", default=None)
 
-try:
-    from gemmascope_fast import _C  # type: ignore[attr-defined]
+_C: Any = None
+NATIVE_MISSING: str | None = None
+try:  # by name: `from gemmascope_fast import _C` would call a missing file a circular import
+    _C = importlib.import_module("gemmascope_fast._C")
 except ImportError as error:  # the package works without it, slowly, and says so
-    _C = None  # type: ignore[assignment]
-    NATIVE_MISSING: str | None = f"the compiled extension is not there ({error})"
-else:
-    NATIVE_MISSING = None
+    NATIVE_MISSING = f"the compiled extension is not there ({error})"
 
 
 def requested() -> str | None:
