@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, native, saelens
+from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, multi_layer, native, saelens
+from gemmascope_fast.checkpoints.arrays import Block, Entry
 from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.checkpoints.repository import check_inside, locate
+from gemmascope_fast.coders import Crosscoder, CrossLayerTranscoder, MultiSiteConfig, TopKSAE
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sae import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder, SAEConfig, SAEMetadata
+from gemmascope_fast.sites import Site
 
 _READERS = {
-    "params.npz": gemma_scope_1.read,
-    "params.safetensors": gemma_scope_2.read,
-    "sae_weights.safetensors": saelens.read,
+    gemma_scope_1.FILE: gemma_scope_1.read,
+    gemma_scope_2.FILE: gemma_scope_2.read,
+    saelens.FILE: saelens.read,
 }
-_CLASSES = {c.kind: c for c in (JumpReLUSAE, JumpReLUTranscoder, JumpReLUSkipTranscoder)}
+_CLASSES: dict[str, Any] = {c.kind: c for c in (JumpReLUSAE, TopKSAE, JumpReLUTranscoder, JumpReLUSkipTranscoder)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BAR_BYTES = 256 << 20  # about a second from a slow disk: below it a bar would only flash
 
 
 def from_pretrained(
@@ -26,8 +37,19 @@ def from_pretrained(
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
-) -> JumpReLUSAE:
-    """The SAE or transcoder in a file, a folder, or sub-folder `sae_id` of a folder or Hugging Face repository.
+    *,
+    kind: str | None = None,
+    site: Site | None = None,
+    site_out: Site | None = None,
+    progress: bool | None = None,
+) -> Any:
+    """The SAE, transcoder or crosscoder that a place holds, as the module of its kind.
+
+    repo_or_folder, sae_id: a file or folder; a folder or Hugging Face repository and a path in it; or SAELens's
+    names ("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical").
+    revision: of the repository.  kind, site, site_out: what the checkpoint cannot say itself (a params.npz whose
+    path does not name its repository); a ValueError where it says otherwise.
+    progress: a bar on stderr; None: for loads above 256 MB on a terminal.
 
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
     another dtype than float32, bfloat16 and float16.
@@ -35,7 +57,16 @@ def from_pretrained(
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if wanted not in _DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
-    return build(open_checkpoint(_locate(repo_or_folder, sae_id, revision)), torch.device(device), wanted)
+    found = locate(repo_or_folder, sae_id, revision)
+    checkpoint = _told(open_checkpoint(found.path), kind, site, site_out)
+    if found.named is not None:
+        named = found.named
+        extra = checkpoint.extra | ({"neuronpedia_id": named.neuronpedia_id} if named.neuronpedia_id else {})
+        checkpoint = replace(checkpoint, model_name=checkpoint.model_name or named.model, extra=extra)
+        if named.scale is not None and checkpoint.normalisation == "expected_average_only_in":
+            checkpoint = _scaled(checkpoint, named.scale)
+    with _bar(checkpoint, progress):
+        return build(checkpoint, torch.device(device), wanted)
 
 
 class SAE:
@@ -48,38 +79,131 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint in a file, or in a folder holding exactly one; its weights are not read yet."""
     path = Path(path)
     if path.is_dir():
+        if any(path.glob(multi_layer.PATTERN)):
+            for file in path.glob(multi_layer.PATTERN):
+                check_inside(file, path)
+            return multi_layer.read(path)
         found = [path / name for name in _READERS if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
-            raise CheckpointError(f"{path}: expected one checkpoint, found {[p.name for p in found]}")
+            raise CheckpointError(
+                f"{path}: expected one checkpoint, found {[p.name for p in found]}; `gemmascope-fast ls` lists what"
+                " is in the folders below"
+            )
+        check_inside(found[0], path)
         path = found[0]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
     return _READERS.get(path.name, native.read)(path)
 
 
-def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> JumpReLUSAE:
+def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
     """Read the weights block by block, cast on the way, into the module of the checkpoint's kind."""
+    if checkpoint.normalisation != "none":
+        raise CheckpointError(
+            f"{checkpoint.path}: normalize_activations: expected none, got {checkpoint.normalisation!r}: fold it into"
+            " the weights first (SAELens: fold_activation_norm_scaling_factor, fold_activation_whitening) or"
+            " accelerate the SAELens object itself"
+        )
+    if checkpoint.extra.get("shared"):
+        return _crosscoder(checkpoint, device, dtype)
+    if checkpoint.layers:
+        layers = [build(layer, device, dtype) for layer in checkpoint.layers]
+        skips = [entry.read(device, dtype) for entry in checkpoint.arrays.values()]
+        made = CrossLayerTranscoder(layers, skips or None, _multi_site(checkpoint))
+        made.kind = checkpoint.kind
+        return made
     arrays = checkpoint.arrays
     (d_in, d_sae), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
-    extra = {"figures": checkpoint.figures} if checkpoint.figures else {}
-    metadata = SAEMetadata(checkpoint.model_name, extra=extra)
-    cfg = SAEConfig(d_in, d_sae, d_out, checkpoint.site, checkpoint.site_out, metadata)
+    cfg = SAEConfig(d_in, d_sae, d_out, checkpoint.site, checkpoint.site_out, _metadata(checkpoint))
     weights = {name: entry.read(device, dtype, transposed=name == "W_enc") for name, entry in arrays.items()}
-    return _CLASSES[checkpoint.kind](cfg=cfg, **weights)
+    if "threshold" not in weights:
+        weights["threshold"] = torch.full((d_sae,), checkpoint.threshold_value, dtype=dtype, device=device)
+    if checkpoint.subtracts_b_dec:
+        weights["b_enc"] = _folded(weights, arrays["b_enc"])
+    more: dict[str, Any] = {"k": checkpoint.k} if checkpoint.kind == "topk_sae" else {}
+    return _CLASSES[checkpoint.kind](cfg=cfg, **weights, **more)
 
 
-def _locate(repo_or_folder: str | Path, sae_id: str | None, revision: str | None) -> Path:
-    if sae_id is not None and (PurePosixPath(sae_id).is_absolute() or ".." in PurePosixPath(sae_id).parts):
-        raise CheckpointError(f"sae_id: expected a path inside {repo_or_folder}, got {sae_id!r}")
-    local = Path(repo_or_folder)
-    if local.exists():
-        return local / sae_id if sae_id else local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def _folded(weights: dict[str, Tensor], b_enc: Entry) -> Tensor:
+    """(x - b_dec) @ W_enc + b_enc = x @ W_enc + (b_enc - b_dec @ W_enc), in fp64 over the weights as held."""
+    W_enc, b_dec = weights["W_enc"], weights["b_dec"].double()
+    bias = b_enc.read(W_enc.device, torch.float64)
+    for start in range(0, W_enc.shape[1], 4096):
+        bias[start : start + 4096] -= b_dec @ W_enc[:, start : start + 4096].double()
+    return bias.to(W_enc.dtype)
 
-    try:
-        patterns = [f"{sae_id}/*"] if sae_id else None
-        folder = Path(snapshot_download(str(repo_or_folder), revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{repo_or_folder}: neither a local path nor a repository in reach: {error}") from error
-    return folder / sae_id if sae_id else folder
+
+def _metadata(checkpoint: Checkpoint) -> SAEMetadata:
+    extra: dict[str, Any] = {"figures": checkpoint.figures} if checkpoint.figures else {}
+    if not checkpoint.kind_known:
+        extra["kind_assumed"] = True
+    return SAEMetadata(checkpoint.model_name, checkpoint.extra.get("neuronpedia_id"), extra)
+
+
+def _multi_site(checkpoint: Checkpoint) -> MultiSiteConfig:
+    sites, outs = zip(*((layer.site, layer.site_out) for layer in checkpoint.layers), strict=True)
+    return MultiSiteConfig(
+        checkpoint.d_in, checkpoint.d_sae, len(checkpoint.layers), sites, outs, _metadata(checkpoint)
+    )
+
+
+def _crosscoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Crosscoder:
+    layers, d, d_sae = checkpoint.layers, checkpoint.d_in, checkpoint.d_sae
+    n = len(layers)
+    W_enc = torch.empty(d_sae, n * d, dtype=dtype, device=device).t()
+    W_dec = torch.empty(d_sae, n * d, dtype=dtype, device=device)
+    b_dec = torch.empty(n * d, dtype=dtype, device=device)
+    for i, layer in enumerate(layers):
+        at = slice(i * d, (i + 1) * d)
+        if layer.d_sae != d_sae or layer.arrays["W_dec"].shape != (d_sae, d):
+            raise CheckpointError(f"{layer.path}: w_dec: expected {(d_sae, d)}, got {layer.arrays['W_dec'].shape}")
+        layer.arrays["W_enc"].read_into(W_enc[at])
+        layer.arrays["W_dec"].read_into(W_dec[:, at])
+        layer.arrays["b_dec"].read_into(b_dec[at])
+    vectors = {name: layers[0].arrays[name].read(device, dtype) for name in ("b_enc", "threshold")}
+    cfg = SAEConfig(n * d, d_sae, n * d, None, None, _metadata(checkpoint))
+    sites = [layer.site for layer in layers]
+    return Crosscoder(W_enc=W_enc, W_dec=W_dec, b_dec=b_dec, **vectors, cfg=cfg, sites=sites, n_layers=n)
+
+
+def _told(checkpoint: Checkpoint, kind: str | None, site: Site | None, site_out: Site | None) -> Checkpoint:
+    """The checkpoint with what the caller knows; ValueError where the checkpoint knows otherwise."""
+    told: dict[str, Any] = {}
+    if kind is not None and kind != checkpoint.kind:
+        if checkpoint.kind_known:
+            raise ValueError(f"kind: the checkpoint is of kind {checkpoint.kind!r}, got {kind!r}")
+        told["kind"] = kind
+    for name, value in (("site", site), ("site_out", site_out)):
+        known = getattr(checkpoint, name)
+        if value is not None and known not in (None, value):
+            raise ValueError(f"{name}: the checkpoint says {known}, got {value}")
+        if value is not None:
+            told[name] = value
+    return replace(checkpoint, kind_known=checkpoint.kind_known or kind is not None, **told)
+
+
+def _scaled(checkpoint: Checkpoint, scale: float) -> Checkpoint:
+    """SAELens's norm_scaling_factor folded in: W_enc · s, W_dec / s, b_dec / s."""
+    arrays = dict(checkpoint.arrays)
+
+    def times(factor: float) -> Block:
+        return lambda block, start: block.double() * factor
+
+    arrays["W_enc"] = arrays["W_enc"].mapped(times(scale))
+    arrays |= {name: arrays[name].mapped(times(1 / scale)) for name in ("W_dec", "b_dec")}
+    return replace(checkpoint, arrays=arrays, normalisation="none")
+
+
+@contextmanager
+def _bar(checkpoint: Checkpoint, progress: bool | None) -> Iterator[None]:
+    """A bar over the bytes read, by way of the entries' streams."""
+    shown = (checkpoint.nbytes > BAR_BYTES and sys.stderr.isatty()) if progress is None else progress
+    if not shown:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=checkpoint.path.name, leave=False) as bar:
+        for part in (checkpoint, *checkpoint.layers):
+            part.arrays = {name: replace(entry, seen=bar.update) for name, entry in part.arrays.items()}
+        yield

@@ -64,7 +64,8 @@ def test_gemma_scope_2_skip_is_x_at_A_and_reads_the_norm_with_gain(tmp_path):
 
 def test_saelens_and_native(tmp_path):
     save_file(weights(), tmp_path / "sae_weights.safetensors")
-    config = {"architecture": "jumprelu", "d_in": 6, "d_sae": 10, "metadata": {"hook_name": "blocks.4.hook_resid_post"}}
+    config = {"architecture": "jumprelu", "d_in": 6, "d_sae": 10, "apply_b_dec_to_input": False}
+    config["metadata"] = {"hook_name": "blocks.4.hook_resid_post"}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     sae = from_pretrained(tmp_path)
     same(sae, weights())
@@ -75,8 +76,11 @@ def test_saelens_and_native(tmp_path):
     half = from_pretrained(tmp_path, dtype="bfloat16")
     assert torch.equal(half.W_enc, sae.W_enc.bfloat16())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {"apply_b_dec_to_input": True}))
-    with pytest.raises(gsf.CheckpointError, match="apply_b_dec_to_input"):
-        from_pretrained(tmp_path)
+    centred, x = from_pretrained(tmp_path), torch.randn(3, 6)
+    w = {name: torch.from_numpy(array).double() for name, array in weights().items()}
+    z = (x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]
+    want = torch.where(z > w["threshold"].clamp(min=0), z, 0.0)
+    torch.testing.assert_close(centred.encode(x), want.float())
 
 
 @pytest.mark.parametrize(

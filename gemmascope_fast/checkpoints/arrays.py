@@ -7,8 +7,8 @@ import math
 import os
 import struct
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,38 +24,82 @@ _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F
 _NUMPY = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
 
 
+Block = Callable[[Tensor, int], Tensor]
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One array of a file: C order, little endian; `open` gives a stream standing at its first byte."""
+    """One array of a file: C order, little endian; `open` gives a stream standing at its first byte.
+
+    shape is what a reader of the entry gets.  Where the file holds something else, `stored` is the file's
+    shape and either `flip` is set (the file holds the transpose) or `block` makes the rows [start, start + n)
+    of the array out of the same rows of the file.
+    """
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     open: Callable[[], IO[bytes]]
+    stored: tuple[int, ...] | None = None
+    flip: bool = False
+    block: Block | None = None
+    seen: Callable[[int], object] | None = None  # told how many bytes of the file were read
 
-    def read(self, device: torch.device, dtype: torch.dtype, transposed: bool = False) -> Tensor:
-        """The array on `device` in `dtype`; `transposed` [m, n] → a view of that shape over contiguous [n, m].
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, before any decompression is undone."""
+        return math.prod(self.stored or self.shape) * self.dtype.itemsize
+
+    def transposed(self) -> Entry:
+        """The same file's array, transposed: for matrices stored the other way round."""
+        return replace(self, shape=self.shape[::-1], stored=self.stored or self.shape, flip=not self.flip)
+
+    def mapped(self, block: Block, shape: tuple[int, ...] | None = None) -> Entry:
+        """The array whose rows are `block(rows, start)` of this one's, one block of rows at a time."""
+        inner = self.block
+        if self.flip:
+            raise ValueError("mapped: expected an entry that is not transposed")
+        both = block if inner is None else lambda rows, start: block(inner(rows, start), start)
+        return replace(self, shape=shape or self.shape, stored=self.stored or self.shape, block=both)
+
+    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows in `dtype`) of the array as stored; of one that is flipped, of its transpose.
 
         Raises CheckpointError where the file ends early or a value is not finite (before or after the cast).
         """
-        rows = self.shape[0] if self.shape else 1
-        width = math.prod(self.shape[1:])
-        shape = (self.shape[1], self.shape[0]) if transposed else self.shape
-        out = torch.empty(shape, dtype=dtype, device=device)
-        target = out.t() if transposed else out
+        stored = self.stored or self.shape
+        rows, width = (stored[0] if stored else 1), math.prod(stored[1:])
         row_bytes = width * self.dtype.itemsize
         step = max(1, BLOCK_BYTES // max(1, row_bytes))
         with self.open() as stream:
             for start in range(0, rows, step):
                 count = min(step, rows - start)
-                block = self._block(stream, count * row_bytes).to(dtype)
+                block = self._block(stream, count * row_bytes).reshape(count, *stored[1:])
+                if self.seen is not None:
+                    self.seen(count * row_bytes)
+                if self.block is not None:
+                    block = self.block(block, start)
+                block = block.to(dtype)
                 if not bool(torch.isfinite(block).all()):
                     raise CheckpointError(
                         f"{self.file}: {self.name}: expected finite values in {dtype}, got NaN or Inf"
                     )
-                target[start : start + count].copy_(block.reshape(count, *self.shape[1:]))
+                yield start, block
+
+    def read(self, device: torch.device, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+        """The array on `device` in `dtype`; `transposed` [m, n] → a view of that shape over contiguous [n, m]."""
+        shape = self.shape[::-1] if transposed else self.shape
+        out = torch.empty(shape, dtype=dtype, device=device)
+        target = out.t() if transposed else out
+        self.read_into(target)
         return target
+
+    def read_into(self, target: Tensor) -> None:
+        """Fill `target`, of this shape and any strides, block by block."""
+        rows = target.t() if self.flip else target.reshape(1) if target.dim() == 0 else target
+        for start, block in self.blocks(target.dtype):
+            rows[start : start + block.shape[0]].copy_(block.reshape(-1, *rows.shape[1:]))
 
     def _block(self, stream: IO[bytes], size: int) -> Tensor:
         buffer = bytearray(size)

@@ -12,11 +12,23 @@ from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sites import Site
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+SINGLE = ("sae", "topk_sae", "transcoder", "skip_transcoder")
+MULTI = ("cross_layer_transcoder", "crosscoder")
+KINDS = SINGLE + MULTI
 
 
 @dataclass
 class Checkpoint:
-    """A checkpoint before its weights are read.  `arrays` has Gemma Scope's names, W_skip as [d_in, d_out]."""
+    """A checkpoint before its weights are read.
+
+    arrays: Gemma Scope's names and shapes, W_skip as [d_in, d_out].  A missing threshold is `threshold_value`.
+    layers: for a cross-layer transcoder one checkpoint a layer, W_dec [d_sae, n_outputs · d] and b_dec padded to
+    n_outputs · d; for a crosscoder the layers' own parts of one set of latents; otherwise empty.
+    normalisation: what SAELens calls normalize_activations; only "none" is computed.
+    kind_known: False where nothing in the file or its path says whether it is an SAE or a transcoder.
+    subtracts_b_dec: the encoder reads x - b_dec; `build` folds that into b_enc.
+    k: of a top-k SAE that has no threshold.
+    """
 
     path: Path
     kind: str
@@ -25,10 +37,24 @@ class Checkpoint:
     site_out: Site | None = None
     model_name: str | None = None
     figures: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[Checkpoint, ...] = ()
+    normalisation: str = "none"
+    kind_known: bool = True
+    subtracts_b_dec: bool = False
+    threshold_value: float = 0.0
+    k: int | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    format: str = ""
 
     def __post_init__(self) -> None:
-        names = REQUIRED + (("W_skip",) if self.kind == "skip_transcoder" else ())
-        if set(self.arrays) != set(names):
+        if self.kind not in KINDS:
+            raise CheckpointError(f"{self.path}: kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.kind in MULTI:
+            if not self.layers:
+                raise CheckpointError(f"{self.path}: a {self.kind} without layers")
+            return
+        names = set(REQUIRED) | ({"W_skip"} if self.kind == "skip_transcoder" else set())
+        if set(self.arrays) | {"threshold"} != names:
             raise CheckpointError(f"{self.path}: expected arrays {sorted(names)}, got {sorted(self.arrays)}")
         if any(len(self.arrays[n].shape) != 2 for n in ("W_enc", "W_dec")):
             raise CheckpointError(f"{self.path}: W_enc and W_dec: expected two dimensions")
@@ -38,8 +64,22 @@ class Checkpoint:
         for name, entry in self.arrays.items():
             if entry.shape != want.get(name, entry.shape):
                 raise CheckpointError(f"{self.path}: {name}: expected {want[name]}, got {entry.shape}")
-        if self.kind == "sae" and d_in != d_out:
+        if self.kind in ("sae", "topk_sae") and d_in != d_out:
             raise CheckpointError(f"{self.path}: W_dec: expected d_out = d_in = {d_in} for an SAE, got {d_out}")
+
+    @property
+    def d_in(self) -> int:
+        return self.layers[0].d_in if self.layers else self.arrays["W_enc"].shape[0]
+
+    @property
+    def d_sae(self) -> int:
+        """Latents; of a cross-layer transcoder, those of one layer."""
+        return self.layers[0].d_sae if self.layers else self.arrays["W_enc"].shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays as stored."""
+        return sum(e.nbytes for e in self.arrays.values()) + sum(c.nbytes for c in self.layers)
 
 
 def read_json(path: Path) -> dict[str, Any]:

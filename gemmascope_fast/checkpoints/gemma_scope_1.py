@@ -5,27 +5,47 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import torch
+
 from gemmascope_fast.checkpoints.arrays import open_npz
 from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.checkpoints.write import Source, write_npz
+from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sites import Site
 
+FILE = "params.npz"
 _REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")
 _SITES = {"res": "resid", "mlp": "mlp", "att": "attn"}
 
 
 def read(path: Path) -> Checkpoint:
-    """`params.npz`.  Without a repository's name in the path the site stays None: it cannot be guessed."""
+    """`params.npz`.
+
+    Without a repository's name in the path the site stays None and the kind is only assumed (`kind_known`):
+    a transcoder has the shapes of a residual SAE.  Of several names in one path the last counts.
+    """
     text = path.as_posix()
-    repository, layer = _REPOSITORY.search(text), re.search(r"/layer_(\d+)/", text)
-    kind, site, site_out, model = "sae", None, None, None
-    if repository:
-        size, tuned, family = repository.groups()
-        model = f"google/gemma-2-{size}" + ("-it" if tuned == "it" else "")
-        kind = "transcoder" if family == "transcoders" else "sae"
-        if "/embedding/" in text:
-            site = Site("embed")
-        elif layer and kind == "transcoder":
-            site, site_out = Site("mlp_in_no_gain", int(layer[1])), Site("mlp", int(layer[1]))
-        elif layer:
-            site = Site(_SITES[family], int(layer[1]))
-    return Checkpoint(path, kind, open_npz(path), site, site_out, model)
+    repositories, layer = _REPOSITORY.findall(text), re.search(r"/layer_(\d+)/", text)
+    arrays = {("W" + name[1:] if name.startswith("w_") else name): entry for name, entry in open_npz(path).items()}
+    if not repositories:
+        return Checkpoint(path, "sae", arrays, kind_known=False, format="gemma-scope-1")
+    size, tuned, family = repositories[-1]
+    model = f"google/gemma-2-{size}" + ("-it" if tuned == "it" else "")
+    kind = "transcoder" if family == "transcoders" else "sae"
+    site = site_out = None
+    if "/embedding/" in text:
+        site = Site("embed")
+    elif layer and kind == "transcoder":
+        site, site_out = Site("mlp_in_no_gain", int(layer[1])), Site("mlp", int(layer[1]))
+    elif layer:
+        site = Site(_SITES[family], int(layer[1]))
+    return Checkpoint(path, kind, arrays, site, site_out, model, format="gemma-scope-1")
+
+
+def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
+    """`params.npz`, always float32; what the format has no place for (a skip, another dtype) is refused."""
+    if checkpoint.kind not in ("sae", "transcoder"):
+        raise CheckpointError(f"{folder}: Gemma Scope 1 has no {checkpoint.kind}")
+    if dtype not in (None, torch.float32):
+        raise CheckpointError(f"{folder}: Gemma Scope 1 holds float32, not {dtype}")
+    write_npz(folder / FILE, arrays)

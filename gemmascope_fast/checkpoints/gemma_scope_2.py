@@ -5,32 +5,146 @@ Single-layer SAEs and transcoders, with and without affine skip; the skip is sto
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from gemmascope_fast.checkpoints.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, read_json
+from gemmascope_fast.checkpoints.write import Source, write_json, write_safetensors
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.sites import Site
 
+FILE = "params.safetensors"
 NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "affine_skip_connection": "W_skip"}
+_FOLDER = re.compile(r"(resid_post|mlp_out|attn_out|transcoder|clt|crosscoder)(?:_all)?/(?:layer_(\d+)_)?")
+_REPOSITORY = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)")
+_SITES = {"resid_post": "resid", "mlp_out": "mlp", "attn_out": "attn"}
 
 
 def read(path: Path) -> Checkpoint:
-    """`params.safetensors` beside its `config.json`; without the config the site is None."""
+    """`params.safetensors` beside its `config.json`.
+
+    Where the config is missing the folder's name tells kind and site; where that is missing too, the site is
+    None and the kind assumed (`kind_known`).  Where both are there they must agree.
+    """
     entries, _ = open_safetensors(path)
     arrays = {NAMES.get(name, name): entry for name, entry in entries.items()}
-    config_path = path.with_name("config.json")
-    config = read_json(config_path) if config_path.exists() else {}
-    skip, declared = "W_skip" in arrays, config.get("type", "sae")
-    if declared not in ("sae", "transcoder"):
-        raise CheckpointError(f"{config_path}: type: expected sae or transcoder, got {declared!r}")
-    if config and bool(config.get("affine_connection", skip)) != skip:
+    config, config_path = read_config(path)
+    skip = "W_skip" in arrays
+    declared, site, site_out = _declared(config_path, config)
+    named, layer = named_by_folder(path)
+    if named in ("clt", "crosscoder"):
+        raise CheckpointError(f"{path}: one file in a folder of {named}s: expected params_layer_*.safetensors")
+    if named:
+        folder_kind = "transcoder" if named == "transcoder" else "sae"
+        folder_site, folder_out = folder_sites(named, layer)
+        _agree(config_path, "type", declared, folder_kind)
+        _agree(config_path, "hf_hook_point_in", site, folder_site)
+        if folder_kind == "transcoder":
+            _agree(config_path, "hf_hook_point_out", site_out, folder_out)
+        declared, site, site_out = folder_kind, site or folder_site, site_out or folder_out
+    if declared == "sae" and site_out not in (None, site):
+        raise CheckpointError(
+            f"{config_path}: hf_hook_point_out: expected the hook point in for an SAE, got {site_out}"
+        )
+    if declared == "sae" and skip:
+        raise CheckpointError(f"{config_path}: type: an SAE with an affine_skip_connection in {path.name}")
+    if bool(config.get("affine_connection", skip)) != skip:
         raise CheckpointError(f"{config_path}: affine_connection contradicts {sorted(entries)}")
-    if config.get("architecture", "jump_relu") != "jump_relu":
-        raise CheckpointError(f"{config_path}: architecture: expected jump_relu, got {config['architecture']!r}")
     kind = "skip_transcoder" if skip else declared
-    site, site_out = hook_site(path, config.get("hf_hook_point_in")), hook_site(path, config.get("hf_hook_point_out"))
-    found = Checkpoint(path, kind, arrays, site, site_out, config.get("model_name"))
-    width = config.get("width", found.arrays["W_enc"].shape[1])
-    if width != found.arrays["W_enc"].shape[1]:
+    # an SAE's input and output have one width: other widths can only be a transcoder's
+    shapes = [arrays[n].shape for n in ("W_enc", "W_dec") if n in arrays]
+    if kind is None:
+        kind = "transcoder" if len(shapes) == 2 and shapes[0][0] != shapes[1][-1] else "sae"
+    known = skip or declared is not None or kind == "transcoder"
+    found = Checkpoint(
+        path,
+        kind,
+        arrays,
+        site,
+        None if kind == "sae" else site_out,
+        model_name(path, config),
+        kind_known=known,
+        format="gemma-scope-2",
+    )
+    width = config.get("width", found.d_sae)
+    if width != found.d_sae:
         raise CheckpointError(f"{config_path}: width {width} contradicts W_enc {found.arrays['W_enc'].shape}")
     return found
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], Path]:
+    """The config beside `path`, empty where there is none, its architecture checked."""
+    config_path = path.with_name("config.json")
+    config = read_json(config_path) if config_path.exists() else {}
+    if config.get("architecture", "jump_relu") != "jump_relu":
+        raise CheckpointError(f"{config_path}: architecture: expected jump_relu, got {config['architecture']!r}")
+    return config, config_path
+
+
+def _declared(config_path: Path, config: dict[str, Any]) -> tuple[str | None, Site | None, Site | None]:
+    declared = config.get("type")
+    if declared not in (None, "sae", "transcoder"):
+        raise CheckpointError(f"{config_path}: type: expected sae or transcoder, got {declared!r}")
+    site = hook_site(config_path, config.get("hf_hook_point_in"))
+    return declared, site, hook_site(config_path, config.get("hf_hook_point_out"))
+
+
+def _agree(path: Path, what: str, configured: Any, named: Any) -> None:
+    if None not in (configured, named) and configured != named:
+        raise CheckpointError(f"{path}: {what}: {configured} contradicts the folder's name, which says {named}")
+
+
+def named_by_folder(path: Path) -> tuple[str | None, int | None]:
+    """(family, layer) as the last two folders of the path name them, None where they do not."""
+    found = _FOLDER.fullmatch("/".join(path.parts[-3:-1]).partition("_width_")[0] + "_")
+    if found is None:
+        found = _FOLDER.match("/".join(path.parts[-3:-1]))
+    if found is None:
+        return None, None
+    return found[1], None if found[2] is None else int(found[2])
+
+
+def folder_sites(family: str, layer: int | None) -> tuple[Site | None, Site | None]:
+    """Where a family reads and writes; transcoders read the norm with its gain, unlike Gemma Scope 1's."""
+    if layer is None:
+        return None, None
+    if family == "transcoder":
+        return Site("mlp_in", layer), Site("mlp", layer)
+    return Site(_SITES[family], layer), None
+
+
+def model_name(path: Path, config: dict[str, Any]) -> str | None:
+    """transformers' name of the model: the configs write gemma-v3-270m-pt, the hub google/gemma-3-270m."""
+    name = config.get("model_name")
+    if name is None:
+        found = _REPOSITORY.findall(path.as_posix())
+        name = "gemma-3-{}-{}".format(*found[-1]) if found else None
+    if not isinstance(name, str):
+        return None
+    name = name.replace("gemma-v3-", "gemma-3-")
+    if name.startswith("gemma-3-"):
+        name = "google/" + name
+    return name.removesuffix("-pt") if "gemma-3-270m" in name else name
+
+
+def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
+    """`params.safetensors` and `config.json`."""
+    if checkpoint.kind not in ("sae", "transcoder", "skip_transcoder"):
+        raise CheckpointError(f"{folder}: writing a {checkpoint.kind} as Gemma Scope 2 is not supported")
+    back = {ours: theirs for theirs, ours in NAMES.items()}
+    write_safetensors(folder / FILE, {back.get(n, n): a for n, a in arrays.items()}, {}, dtype)
+    site_out = checkpoint.site_out or checkpoint.site
+    config = {
+        "architecture": "jump_relu",
+        "type": "sae" if checkpoint.kind == "sae" else "transcoder",
+        "affine_connection": checkpoint.kind == "skip_transcoder",
+        "width": checkpoint.d_sae,
+        "model_name": checkpoint.model_name,
+        "hf_hook_point_in": checkpoint.site.hook_name if checkpoint.site else None,
+        "hf_hook_point_out": site_out.hook_name if site_out else None,
+    }
+    write_json(folder / "config.json", {name: value for name, value in config.items() if value is not None})

@@ -33,7 +33,7 @@ def read(path: Path) -> Checkpoint:
         )
     arrays = {name: entry for name, entry in entries.items() if not name.startswith("screen.")}
     figures, k = about.get("figures") or {}, about.get("k")
-    if not isinstance(figures, dict) or not (k is None or type(k) is int and k > 0):
+    if not isinstance(figures, dict) or not (k is None or (type(k) is int and k > 0)):
         raise CheckpointError(f"{path}: metadata {KEY!r}: figures: expected an object, k a positive integer")
     return Checkpoint(
         path,

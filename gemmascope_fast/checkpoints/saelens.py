@@ -1,40 +1,187 @@
-"""SAELens folders: cfg.json and sae_weights.safetensors, JumpReLU architectures (facts section 3)."""
+"""SAELens folders: cfg.json and sae_weights.safetensors (facts section 3; held against version 6.54)."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
-from gemmascope_fast.checkpoints.arrays import open_safetensors
-from gemmascope_fast.checkpoints.base import Checkpoint, read_json
+import torch
+from torch import Tensor
+
+from gemmascope_fast.checkpoints import transformer_lens
+from gemmascope_fast.checkpoints.arrays import Entry, open_safetensors
+from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, read_json
+from gemmascope_fast.checkpoints.write import Source, write_json, write_safetensors
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.sites import Site
 
-_KINDS = {"jumprelu": "sae", "jumprelu_transcoder": "transcoder"}
+FILE = "sae_weights.safetensors"
+VERSION = "6.54.0"  # whose meaning of cfg.json is written
+# What each architecture computes at inference.  BatchTopK's threshold is a number the training kept.
+_KINDS = {
+    "jumprelu": "sae",
+    "standard": "sae",
+    "topk": "topk_sae",
+    "batchtopk": "sae",
+    "matryoshka_batchtopk": "sae",
+    "jumprelu_transcoder": "transcoder",
+    "transcoder": "transcoder",
+    "jumprelu_skip_transcoder": "skip_transcoder",
+    "skip_transcoder": "skip_transcoder",
+}
+_ARCHITECTURES = {
+    "sae": "jumprelu",
+    "topk_sae": "topk",
+    "transcoder": "jumprelu_transcoder",
+    "skip_transcoder": "jumprelu_skip_transcoder",
+}
+_OLD_NAMES = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
+_ABOUT_MODEL = ("model_name", "hook_name", "hook_name_out", "hf_hook_name", "hf_hook_name_out", "neuronpedia_id")
 
 
 def read(path: Path) -> Checkpoint:
-    """`sae_weights.safetensors` beside its `cfg.json`.
+    """`sae_weights.safetensors` beside its `cfg.json`, with the defaults SAELens fills in.
 
-    Refused rather than read wrongly: architectures without a threshold, `apply_b_dec_to_input`, and
-    normalised activations, none of which the JumpReLU modules compute.
+    Refused rather than read wrongly: other architectures, and activations that are normalised at run time.
     """
     config_path = path.with_name("cfg.json")
-    config = read_json(config_path)
+    config = modern(read_json(config_path))
     architecture = config.get("architecture")
     if architecture not in _KINDS:
         raise CheckpointError(f"{config_path}: architecture: expected one of {sorted(_KINDS)}, got {architecture!r}")
-    if config.get("apply_b_dec_to_input"):
-        raise CheckpointError(f"{config_path}: apply_b_dec_to_input: expected false, got true")
-    if config.get("normalize_activations", "none") != "none":
-        raise CheckpointError(f"{config_path}: normalize_activations: expected none, got another")
-    found = Checkpoint(path, _KINDS[architecture], open_safetensors(path)[0])
+    kind, metadata = _KINDS[architecture], config["metadata"]
+    normalisation = config.get("normalize_activations") or "none"
+    subtracts = bool(config.get("apply_b_dec_to_input", kind in ("sae", "topk_sae")))
+    if subtracts and "transcoder" in kind:
+        raise CheckpointError(f"{config_path}: apply_b_dec_to_input: expected false for a transcoder, got true")
+    arrays, value = _arrays(path, architecture, config)
+    k = config.get("k") if kind == "topk_sae" else None
+    if kind == "topk_sae" and ("threshold" in arrays or value > 0):
+        kind, k = "sae", None
+    if kind == "topk_sae" and not (type(k) is int and k > 0):
+        raise CheckpointError(f"{config_path}: k: expected a positive integer, got {k!r}")
+    model = metadata.get("model_name")
+    found = Checkpoint(
+        path,
+        kind,
+        arrays,
+        _site(config_path, metadata, "", model),
+        _site(config_path, metadata, "_out", model) if "transcoder" in kind else None,
+        model if isinstance(model, str) else None,
+        normalisation=str(normalisation),
+        subtracts_b_dec=subtracts,
+        threshold_value=value,
+        k=k,
+        extra={"neuronpedia_id": metadata.get("neuronpedia_id")},
+        format="saelens",
+    )
     shape = found.arrays["W_enc"].shape
     if (config.get("d_in", shape[0]), config.get("d_sae", shape[1])) != shape:
         raise CheckpointError(f"{config_path}: d_in and d_sae contradict W_enc {shape}")
-    metadata = config.get("metadata") or {}
-    found.model_name, hook = metadata.get("model_name"), metadata.get("hook_name")
-    parts = hook.split(".") if isinstance(hook, str) else []
-    # hook_resid_post is the only TransformerLens name that is one tensor of transformers' for every model.
-    if len(parts) == 3 and parts[0] == "blocks" and parts[1].isdigit() and parts[2] == "hook_resid_post":
-        found.site = Site("resid", int(parts[1]))
+    if config.get("d_out", found.arrays["W_dec"].shape[1]) != found.arrays["W_dec"].shape[1]:
+        raise CheckpointError(f"{config_path}: d_out contradicts W_dec {found.arrays['W_dec'].shape}")
     return found
+
+
+def modern(config: dict[str, Any]) -> dict[str, Any]:
+    """A cfg.json of any SAELens version in the present form, as SAELens's own loader fills it in."""
+    metadata = config.get("metadata")
+    about: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
+    version = str(config.get("sae_lens_version") or about.get("sae_lens_version") or "")
+    if re.match(r"[6-9]|[1-9]\d", version):
+        return config | {"metadata": about}
+    new = {_OLD_NAMES.get(name, name): value for name, value in config.items()}
+    new["metadata"] = {name: new[name] for name in _ABOUT_MODEL if name in new} | about
+    new.setdefault("architecture", "standard")
+    arguments = new.get("activation_fn_kwargs") or {}
+    if new.get("activation_fn") == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
+        new |= {"architecture": "topk", "k": arguments["k"]}
+    if isinstance(new.get("normalize_activations"), bool):
+        new["normalize_activations"] = "expected_average_only_in" if new["normalize_activations"] else "none"
+    return new
+
+
+def _site(path: Path, metadata: dict[str, Any], which: str, model: Any) -> Any:
+    """transformers' own name counts where SAELens gives it: its hook_mlp_in is not TransformerLens's."""
+    exact = metadata.get(f"hf_hook_name{which}")
+    if exact is not None:
+        return hook_site(path, exact)
+    return transformer_lens.site_of(metadata.get(f"hook_name{which}"), model if isinstance(model, str) else None)
+
+
+def _arrays(path: Path, architecture: str, config: dict[str, Any]) -> tuple[dict[str, Entry], float]:
+    """Arrays under our names and the threshold of an SAE that has one number for all features."""
+    arrays, value = open_safetensors(path)[0], 0.0
+    scale = arrays.pop("scaling_factor", None)
+    if scale is not None and any(bool((block != 1).any()) for _, block in scale.blocks(torch.float32)):
+        raise CheckpointError(f"{path}: scaling_factor: expected ones, got a fine-tuned scaling factor")
+    single = arrays.pop("topk_threshold", None)
+    if single is not None:
+        value = max(0.0, float(single.read(torch.device("cpu"), torch.float64).reshape(-1)[0]))
+    if architecture.endswith("batchtopk") and single is None and "threshold" not in arrays:
+        raise CheckpointError(f"{path}: {architecture} without a threshold: save the inference model")
+    if architecture.startswith("jumprelu") and "threshold" not in arrays:
+        raise CheckpointError(f"{path}: threshold: missing from a {architecture}")
+    if "W_skip" in arrays:
+        arrays["W_skip"] = arrays["W_skip"].transposed()  # SAELens holds [d_out, d_in]
+    if config.get("rescale_acts_by_decoder_norm") and all(len(arrays[n].shape) == 2 for n in ("W_enc", "W_dec")):
+        arrays |= _rescaled(arrays)
+    return arrays, value
+
+
+def _rescaled(arrays: dict[str, Entry]) -> dict[str, Entry]:
+    """z · ‖W_dec‖ decides and W_dec / ‖W_dec‖ decodes: the same as a decoder of unit rows."""
+    W_dec, W_enc, b_enc = arrays["W_dec"], arrays["W_enc"], arrays["b_enc"]
+    norm = torch.cat([block.reshape(block.shape[0], -1).norm(dim=1) for _, block in W_dec.blocks(torch.float64)])
+    if not bool((norm > 0).all()) or norm.shape != (W_enc.shape[-1],):
+        raise CheckpointError(f"{W_dec.file}: W_dec: expected rows that are not zero to rescale by their norm")
+
+    def rows(block: Tensor, start: int) -> Tensor:
+        return block.double() / norm[start : start + block.shape[0], None]
+
+    return {
+        "W_dec": W_dec.mapped(rows),
+        "W_enc": W_enc.mapped(lambda block, start: block.double() * norm),
+        "b_enc": b_enc.mapped(lambda block, start: block.double() * norm[start : start + block.shape[0]]),
+    }
+
+
+def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
+    """`sae_weights.safetensors` and `cfg.json` that SAELens 6 loads with `SAE.load_from_disk`."""
+    if checkpoint.kind not in _ARCHITECTURES:
+        raise CheckpointError(f"{folder}: SAELens has no {checkpoint.kind}")
+    arrays = dict(arrays)
+    if checkpoint.kind == "topk_sae":
+        arrays.pop("threshold", None)
+    if "W_skip" in arrays:
+        skip = arrays["W_skip"]
+        arrays["W_skip"] = skip.transposed() if isinstance(skip, Entry) else skip.t()
+    held = dtype or arrays["W_enc"].dtype
+    write_safetensors(folder / FILE, arrays, {}, held)
+    write_json(folder / "cfg.json", _config(checkpoint, str(held).removeprefix("torch.")))
+
+
+def _config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
+    site, out = checkpoint.site, checkpoint.site_out
+    metadata: dict[str, Any] = {"sae_lens_version": VERSION, "model_name": checkpoint.model_name}
+    metadata |= {"hook_name": transformer_lens.name_of(site), "hf_hook_name": site.hook_name if site else None}
+    config: dict[str, Any] = {
+        "architecture": _ARCHITECTURES[checkpoint.kind],
+        "d_in": checkpoint.d_in,
+        "d_sae": checkpoint.d_sae,
+        "dtype": dtype,
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        # only SAEs of hook_z are reshaped: TransformerLens keeps the heads apart
+        "reshape_activations": "hook_z" if site and site.kind == "attn" else "none",
+    }
+    if "transcoder" in checkpoint.kind:
+        config["d_out"] = checkpoint.arrays["W_dec"].shape[1]
+        metadata |= {"hook_name_out": transformer_lens.name_of(out), "hf_hook_name_out": out.hook_name if out else None}
+    if checkpoint.kind == "topk_sae":
+        config |= {"k": checkpoint.k, "rescale_acts_by_decoder_norm": False}
+    if checkpoint.extra.get("neuronpedia_id"):
+        metadata["neuronpedia_id"] = checkpoint.extra["neuronpedia_id"]
+    config["metadata"] = {name: value for name, value in metadata.items() if value is not None}
+    return config

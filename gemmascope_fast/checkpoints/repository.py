@@ -1,0 +1,123 @@
+"""Where a checkpoint lies: a local folder, a Hugging Face repository, a name of SAELens's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, names, native, saelens
+from gemmascope_fast.errors import CheckpointError
+
+# file name → format
+FORMATS = {
+    gemma_scope_1.FILE: "gemma-scope-1",
+    gemma_scope_2.FILE: "gemma-scope-2",
+    saelens.FILE: "saelens",
+    native.FILE: "native",
+}
+_LAYER_FILE = re.compile(r"params_layer_\d+\.safetensors")
+_BESIDE = ("config.json", "cfg.json", "hparams.json")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A local file or folder, and what the name it was asked by says about it."""
+
+    path: Path
+    named: names.Named | None = None
+
+
+def locate(source: str | Path, sae_id: str | None = None, revision: str | None = None) -> Found:
+    """The local path of a checkpoint, fetched where it has to be.  CheckpointError where it is not there."""
+    if sae_id is not None:
+        parts = PurePosixPath(sae_id).parts
+        if not parts or PurePosixPath(sae_id).is_absolute() or ".." in parts or set(sae_id) & set("*?[\\"):
+            raise CheckpointError(f"sae_id: expected a path inside {source}, got {sae_id!r}")
+    local = Path(source)
+    if local.exists():
+        return Found(inside(local, sae_id))
+    named = names.lookup(str(source), sae_id)
+    if named is not None:
+        return Found(_download(named.repo, named.path, revision), named)
+    return Found(_download(str(source), sae_id, revision))
+
+
+def inside(folder: Path, sae_id: str | None) -> Path:
+    """folder / sae_id.  CheckpointError where links lead elsewhere (within a Hugging Face cache they may)."""
+    path = folder / sae_id if sae_id else folder
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    check_inside(path, folder)
+    return path
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """CheckpointError where `path` is really outside `folder`.
+
+    The Hugging Face cache links snapshots/<revision>/… to blobs/… beside it: those stay within the repository.
+    """
+    root = folder.resolve()
+    for parent in (root, *root.parents):
+        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
+            root = parent.parent
+            break
+    if not path.resolve().is_relative_to(root if root.is_dir() else root.parent):
+        raise CheckpointError(f"{path}: links to {path.resolve()}, outside of {folder}")
+
+
+def checkpoints_among(paths: Iterable[str]) -> dict[str, str]:
+    """Checkpoint paths (files, or folders of params_layer_*) among a listing's, in order → their format."""
+    found: dict[str, str] = {}
+    for text in sorted(paths):
+        path = PurePosixPath(text)
+        if _LAYER_FILE.fullmatch(path.name):
+            found[path.parent.as_posix()] = "gemma-scope-2"
+        elif path.name in FORMATS:
+            found[text] = FORMATS[path.name]
+        elif path.suffix == ".safetensors" and len(path.parts) == 1:
+            found[text] = "safetensors"
+    return found
+
+
+def repository_files(repo: str, revision: str | None = None) -> list[str]:
+    """All paths in a Hugging Face repository.  CheckpointError where it is not in reach."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().list_repo_files(repo, revision=revision)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        raise CheckpointError(f"{repo}: neither a local path nor a repository in reach: {error}") from error
+
+
+def _download(repo: str, path: str | None, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if path is None:
+        path = _only_checkpoint(repo, revision)
+    at = PurePosixPath(path)
+    folder = at.parent if at.suffix in (".npz", ".safetensors") else at
+    wanted = [at.name] if folder != at else [*FORMATS, "params_layer_*.safetensors"]
+    patterns = [(folder / name).as_posix() for name in (*wanted, *_BESIDE)]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{repo}: neither a local path nor a repository in reach: {error}") from error
+    if not (root / path).exists():
+        raise CheckpointError(f"{repo}: {path}: no such checkpoint; `gemmascope-fast ls {repo}` lists them")
+    return root / path
+
+
+def _only_checkpoint(repo: str, revision: str | None) -> str:
+    """The checkpoint of a repository that holds one; a repository of many is not downloaded whole."""
+    found = list(checkpoints_among(repository_files(repo, revision)))
+    if len(found) == 1:
+        return found[0]
+    shown = ", ".join(str(PurePosixPath(p).parent) for p in found[:3])
+    raise CheckpointError(
+        f"sae_id: {repo} holds {len(found)} checkpoints; name one"
+        + (f", such as {shown}; `gemmascope-fast ls {repo}` lists them" if found else ": none in a known format")
+    )
