@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-DEFAULTS = {"d_sae": 4096, "l0": 60.0, "steps": 4500, "batch": 1024, "lr": 2e-3, "bandwidth": 0.03, "seed": 0}
+DEFAULTS = {"d_sae": 4096, "l0": 60.0, "steps": 3000, "batch": 1024, "lr": 2e-3, "bandwidth": 0.03, "seed": 0}
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=DEFAULTS["batch"], help="tokens per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=DEFAULTS["lr"], help="default: %(default)s")
+    parser.add_argument(
+        "--lr-decay", type=float, default=1 / 3, help="share of the steps over which lr falls to 0 (default: a third)"
+    )
     parser.add_argument(
         "--bandwidth", type=float, default=DEFAULTS["bandwidth"], help="ε and first threshold (default: %(default)s)"
     )
@@ -99,7 +102,7 @@ def _config(args: argparse.Namespace) -> Any:
 
     return TrainConfig(
         d_sae=args.d_sae, l0=args.l0, steps=args.steps, batch=args.batch, lr=args.lr, bandwidth=args.bandwidth,
-        threshold=args.bandwidth, theta_to_input=args.theta_to_input, seed=args.seed,
+        lr_decay=args.lr_decay, threshold=args.bandwidth, theta_to_input=args.theta_to_input, seed=args.seed,
     )  # fmt: skip
 
 

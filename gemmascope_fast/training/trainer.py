@@ -27,11 +27,11 @@ class TrainConfig:
 
     d_sae: int = 4096
     l0: float = 60.0  # target: mean number of features that fire per token
-    steps: int = 6000
+    steps: int = 3000
     batch: int = 1024  # tokens
-    lr: float = 1e-3
+    lr: float = 2e-3
     lr_warmup: int = 100  # steps
-    lr_decay: float = 0.4  # share of the steps over which lr falls to zero, linearly
+    lr_decay: float = 1 / 3  # share of the steps over which lr falls to zero, linearly
     bandwidth: float = 0.03  # ε, in units of the scaled activations, as is the threshold
     threshold: float = 0.03  # θ at the start
     sparsity: float = 1.2e-3  # λ at the start; the control takes it from there
