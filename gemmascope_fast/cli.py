@@ -53,6 +53,20 @@ COMMANDS = (
         "run_gpu_check",
     ),
     Command(
+        "ls",
+        "the checkpoints in a folder, a Hugging Face repository or a SAELens release",
+        "gemmascope_fast.checkpoints.commands",
+        "add_ls_arguments",
+        "run_ls",
+    ),
+    Command(
+        "convert",
+        "a checkpoint in another format",
+        "gemmascope_fast.checkpoints.commands",
+        "add_convert_arguments",
+        "run_convert",
+    ),
+    Command(
         "info",
         "versions, instruction sets, which implementation serves which op, and why",
         "gemmascope_fast.info",
