@@ -1,0 +1,119 @@
+"""`gemmascope-fast quantize`: nested codes of a model's linear layers, as a file, and what each width costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+WIDTHS = (8, 6, 4, 3, 2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
+    parser.add_argument("--scope", choices=("ffn", "all-linear"), default="ffn", help="which layers (default: ffn)")
+    parser.add_argument("--head", action="store_true", help="the output head too, as a code of its own")
+    parser.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale (default: a row)")
+    parser.add_argument(
+        "--method",
+        choices=("minmax", "omniquant", "qat"),
+        default="minmax",
+        help="minmax: no training; omniquant: clipping learned block by block; qat: the weights too",
+    )
+    parser.add_argument("--train-bits", default="8,4,2", help="widths trained together (default: %(default)s)")
+    parser.add_argument("--mode", choices=("prefix", "matquant"), default="prefix", help="the slicing trained for")
+    parser.add_argument("--train-windows", type=int, default=80, help="training windows of 255 tokens")
+    parser.add_argument("--epochs", type=int, default=2, help="passes over them for each block")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the codes there (safetensors)")
+    parser.add_argument("--bits", type=int, default=8, help="width of that file: 2, 3, 4, 6 or 8 (default: 8)")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure every width into this JSON; resumable")
+    parser.add_argument("--text-file", type=Path, metavar="FILE", help="text to calibrate and measure on")
+    parser.add_argument("--windows", type=int, default=40, help="held-out windows of 255 tokens, the text's last")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="where training keeps its finished blocks")
+    parser.add_argument("--quick", action="store_true", help="10 windows and a quarter of the training")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+    from tqdm import tqdm
+
+    from gemmascope_fast.demo_model import load_model
+    from gemmascope_fast.matryoshka import measure
+    from gemmascope_fast.matryoshka import model as models
+    from gemmascope_fast.matryoshka.codes import check_group_size
+
+    check_group_size(args.group_size)
+    if args.out is None and args.table is None:
+        raise ValueError("--out or --table: expected one of them, there is nothing to do")
+    if args.quick:
+        args.windows, args.train_windows = min(args.windows, 10), max(8, args.train_windows // 4)
+    model, tokenizer = load_model(args.model)
+    model = model.to(torch.bfloat16)
+    text = args.text_file.read_text("utf-8") if args.text_file else None
+    ids = measure.python_topics(tokenizer) if text is None else measure.windows(tokenizer, text)
+    if ids.shape[0] < args.windows + args.train_windows:
+        raise ValueError(f"--text-file: expected {args.windows + args.train_windows} windows, got {ids.shape[0]}")
+    held_out, training = ids[-args.windows :], ids[: args.train_windows]
+    codes = None
+    if args.method != "minmax":
+        from gemmascope_fast.matryoshka.training import Recipe, train
+
+        recipe = Recipe(
+            method=args.method,
+            group_size=args.group_size,
+            bits=tuple(int(b) for b in args.train_bits.split(",")),
+            mode=args.mode,
+            epochs=args.epochs,
+        )
+        codes = train(model, training, recipe, scope=args.scope, work=args.work, progress=tqdm)
+    names = list(models.targets(model, args.scope))
+    means = measure.input_means(model, names, training[:4])
+    if args.table is not None:
+        found = measure.compare(
+            model, held_out, cases(args), measure.Results(args.table), means, codes, lambda x: tqdm(x, desc="measuring")
+        )
+        table = Table("", "loss", "bits a weight")
+        for key, figure in found.items():
+            table.add_row(key, f"{figure['loss']:.4f}", f"{figure.get('bits_per_weight', 16):.2f}")
+        Console().print(table)
+    if args.out is not None:
+        models.quantize_(
+            model,
+            args.scope,
+            group_size=args.group_size,
+            head=args.head and codes is None,
+            means=means,
+            codes=codes,
+            progress=lambda x: tqdm(x, desc="packing"),
+        )
+        about: dict[str, Any] = {"model": args.model, "method": args.method, "scope": args.scope}
+        size = models.save(model, args.out, args.bits, about)
+        print(json.dumps({"file": str(args.out), "bytes": size, "layers": len(names), "bits": args.bits}))
+    return 0
+
+
+def cases(args: argparse.Namespace) -> list[Any]:
+    """Every width under every slicing, with exact activations and with the kernel's int8."""
+    from gemmascope_fast.matryoshka.measure import Case
+
+    frame = {"scope": args.scope, "group_size": args.group_size, "method": method_name(args)}
+    rows = []
+    slicings: tuple[str, ...] = ("prefix", "matquant", "matquant-extra")
+    if args.method != "minmax":
+        slicings = (args.mode,)
+    if args.method != "minmax" and args.mode == "matquant":
+        slicings = ("matquant", "matquant-extra")
+    for slicing in (*slicings, "alone") if args.method == "minmax" else slicings:
+        for bits in WIDTHS:
+            if bits == 8 and slicing != slicings[0]:
+                continue  # no bit is dropped at 8: every slicing is the same code
+            rows.append(Case(**frame, slicing=slicing, bits=bits))
+    rows += [Case(**frame, slicing=slicings[0], bits=bits, activations="int8") for bits in WIDTHS]
+    return rows
+
+
+def method_name(args: argparse.Namespace) -> str:
+    return args.method if args.method == "minmax" else f"{args.method}-{args.train_bits}-{args.mode}"

@@ -1,0 +1,189 @@
+"""Log-perplexity of a model on held-out text, and the comparison of widths, slicings and groups."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast.matryoshka.codes import Codes, group_range, round_up
+from gemmascope_fast.matryoshka.linear import MatryoshkaLinear
+from gemmascope_fast.matryoshka.model import layers, nbytes, quantize_, set_bits, targets
+from gemmascope_fast.matryoshka.planes import Packed, blocked, pack
+
+WINDOW = 256  # BOS and 255 tokens of text
+
+
+def windows(tokenizer: Any, text: str) -> Tensor:
+    """Text → int64 [n, 256]: BOS and 255 tokens each; what is left over at the end is dropped."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    count = ids.numel() // (WINDOW - 1)
+    body = ids[: count * (WINDOW - 1)].reshape(count, WINDOW - 1)
+    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), body], 1)
+
+
+def python_topics(tokenizer: Any) -> Tensor:
+    """Windows of `pydoc_data.topics`, English text in every Python: calibrate on the first, measure on the last."""
+    from pydoc_data import topics
+
+    return windows(tokenizer, "\n\n".join(topics.topics.values()))
+
+
+@torch.no_grad()
+def mean_loss(model: nn.Module, ids: Tensor, batch: int = 2) -> float:
+    """Mean negative log-likelihood a token in nats over ids [n, window]; its exponential is the perplexity."""
+    total = 0.0
+    for part in ids.split(batch):
+        logits = model(part, use_cache=False).logits[:, :-1]
+        for sequence, wanted in zip(logits, part[:, 1:], strict=True):
+            total += torch.nn.functional.cross_entropy(sequence.float(), wanted, reduction="sum").item()
+    return total / (ids.shape[0] * (ids.shape[1] - 1))
+
+
+@torch.no_grad()
+def input_means(model: nn.Module, names: list[str], ids: Tensor, batch: int = 2) -> dict[str, Tensor]:
+    """Mean input of each named layer over ids, fp32: what int8 activations are taken about."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0].detach().float().reshape(-1, args[0].shape[-1])
+            sums[name] = sums.get(name, torch.zeros(())) + rows.double().sum(0)
+            counts[name] = counts.get(name, 0) + rows.shape[0]
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        for part in ids.split(batch):
+            model(part, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (sums[name] / counts[name]).float() for name in names}
+
+
+def alone(weight: Tensor, bits: int, group_size: int | None = None) -> Packed:
+    """Min–max codes of `bits` bits for their own sake, as int2 or int4 are quantised without Matryoshka: a flat code
+    whose grid spans the range with 2^bits − 1 steps.  Scale and zero point are those of the 8-bit grid it lies on.
+    """
+    step, top = 1 << (8 - bits), (1 << bits) - 1
+    low, high = group_range(weight.detach().float(), group_size)
+    fine = torch.float32 if group_size is None else torch.float16
+    scale = round_up((high - low) / top / step, fine)
+    coarse = scale.float() * step
+    zero = (-low / coarse).round().clamp(0, top)
+    frame = Codes(torch.zeros(weight.shape, dtype=torch.uint8), scale, (zero * step).to(torch.uint8), group_size)
+    q = (weight.detach().float() / frame.per_weight(coarse)).round() + frame.per_weight(zero)
+    planes = pack(q.clamp(0, top).to(torch.uint8), bits)
+    rows, columns = weight.shape
+    mode = "matquant"
+    return Packed(planes, blocked(scale), blocked(frame.zero_point), rows, columns, group_size, bits, mode)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure of the comparison."""
+
+    scope: str = "ffn"
+    group_size: int | None = None
+    method: str = "minmax"
+    bits: int = 8
+    slicing: str = "prefix"  # prefix, matquant, matquant-extra, alone
+    activations: str = "exact"
+
+    def key(self) -> str:
+        group = "channel" if self.group_size is None else f"group{self.group_size}"
+        return f"{self.scope}/{group}/{self.method}/{self.slicing}/int{self.bits}/{self.activations}"
+
+
+class Results:
+    """Figures by key in a JSON file, written after each: an interrupted comparison goes on where it was."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.figures: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.figures
+
+    def put(self, key: str, figure: Any) -> None:
+        self.figures[key] = figure
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.figures, indent=1, sort_keys=True), "utf-8")
+        os.replace(temporary, self.path)
+
+
+@contextmanager
+def quantised(model: nn.Module, scope: str, **options: Any) -> Iterator[nn.Module]:
+    """Within the block the model's layers of `scope` are quantised; after it they are the linear layers again."""
+    before = targets(model, scope, options.get("head", False))
+    try:
+        yield quantize_(model, scope, **options)
+    finally:
+        restore(model, before)
+
+
+def restore(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
+    for name, module in before.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, module)
+
+
+def measure_case(model: nn.Module, case: Case, ids: Tensor) -> dict[str, float]:
+    """The figures of one case for a model whose layers are quantised (or, "alone", are not yet)."""
+    if case.slicing == "alone":
+        before = targets(model, case.scope)
+        try:
+            for name, linear in before.items():
+                packed = alone(linear.weight, case.bits, case.group_size)
+                parent, _, child = name.rpartition(".")
+                layer = MatryoshkaLinear(packed, linear.bias, activations=case.activations)
+                setattr(model.get_submodule(parent), child, layer)
+            return _figures(model, ids)
+        finally:
+            restore(model, before)
+    extra = case.slicing == "matquant-extra"
+    set_bits(model, case.bits, "prefix" if case.slicing == "prefix" else "matquant", extra)
+    for layer in layers(model).values():
+        layer.activations = case.activations
+    return _figures(model, ids)
+
+
+def _figures(model: nn.Module, ids: Tensor) -> dict[str, float]:
+    loss = mean_loss(model, ids)
+    weights = sum(layer.in_features * layer.out_features for layer in layers(model).values())
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_weight": 8 * nbytes(model) / weights}
+
+
+def compare(
+    model: nn.Module,
+    ids: Tensor,
+    cases: list[Case],
+    results: Results,
+    means: Mapping[str, Tensor] | None = None,
+    codes: Mapping[str, Codes] | None = None,
+    progress: Callable[[list[Any]], Any] = iter,
+) -> dict[str, Any]:
+    """Measure the cases that `results` does not hold yet; all of one scope, group size and method."""
+    if "full" not in results:
+        results.put("full", {"loss": mean_loss(model, ids), "tokens": int(ids.numel() - ids.shape[0])})
+    todo = [case for case in cases if case.key() not in results]
+    for case in progress([c for c in todo if c.slicing == "alone"]):
+        results.put(case.key(), measure_case(model, case, ids))
+    sliced = [c for c in todo if c.slicing != "alone"]
+    if sliced:
+        first = replace(sliced[0])
+        with quantised(model, first.scope, group_size=first.group_size, means=means, codes=codes) as served:
+            for case in progress(sliced):
+                results.put(case.key(), measure_case(served, case, ids))
+    return results.figures
