@@ -34,18 +34,20 @@ def forward(model):
     return model
 
 
-def reset_after(function):
-    """What was compiled in one test does not count towards the limits of the next."""
-    return pytest.fixture(autouse=True)(function)
-
-
-@reset_after
+@pytest.fixture(autouse=True)
 def _fresh():
+    """What was compiled in one test does not count towards the limits of the next."""
     yield
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("compiled", [whole, in_place, layer_in_place, layer_replaced, forward])
+SLOW = pytest.mark.slow  # a graph with breaks is traced once per frame that they lie in
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [layer_in_place, layer_replaced, *(pytest.param(way, marks=SLOW) for way in (whole, in_place, forward))],
+)
 def test_compile_call_attach_call(compiled):
     model = compiled(tiny.gemma3(num_hidden_layers=2))
     assert is_compiled(model)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.attach import places
+from gemmascope_fast.attach.attribution import attribution, integrated_gradients
 from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
 from gemmascope_fast.attach.compiled import forget, is_compiled, opaque, unwrapped
 from gemmascope_fast.attach.edits import EditError
@@ -74,6 +76,7 @@ class Run:
             e.key: [] for e in self.entries if isinstance(e.coder, JumpReLUSAE)
         }
         self._joined: dict[Key, tuple[int, SparseLatents]] = {}
+        self.path: tuple[Key, float] | None = None  # the latents of this key at this share: integrated gradients
         self.seconds = 0.0
 
     # ---- entering and leaving -----------------------------------------------------------------------
@@ -246,6 +249,37 @@ class Run:
         """
         latents = self.latents[key]
         return [latents[rows] for rows in rows_of(self._ledger.groups, output)]
+
+    def attribution(self, metric: Tensor, *, retain_graph: bool = False) -> dict[Key, SparseLatents]:
+        """Gradient × activation of each latent for a number that the model's output gave (a loss, a difference of
+        logits, a reward): by key, SparseLatents [N, d_sae] with the pattern of `latents`.
+
+        The error terms are constants (in "splice+error"; with several sites a latent's value includes what it does
+        through later ones).  Raises AttachError where no gradient reaches the latents: in "observe", under no_grad.
+        """
+        return attribution(self._parts, metric, retain_graph)
+
+    def integrated_gradients(self, key: Key, forward: Callable[[], Tensor], steps: int = 8) -> SparseLatents:
+        """Integrated gradients of one site's latents, from none to all of them with the error held, in `steps`.
+
+        forward: runs the model within this run's `with` and returns the number; it is called once per step and
+        leaves no rows.  Only in mode "splice+error".
+        """
+        if self.mode != "splice+error" or self.error_grad:
+            raise AttachError("integrated_gradients: expected mode 'splice+error' with the error held constant")
+        return integrated_gradients(self, find_key(key, self.entries), forward, steps)
+
+    @contextmanager
+    def aside(self, path: tuple[Key, float]) -> Iterator[dict[Key, list[tuple[SparseLatents, Tensor | None]]]]:
+        """Calls within leave nothing behind in the run; their latents are in what it yields."""
+        kept = self._ledger, self._calls, self._rows, self._parts
+        self._ledger, self._calls, self._rows, self._parts = Ledger(), [], 0, {key: [] for key in self._parts}
+        self.path = path
+        try:
+            yield self._parts
+        finally:
+            self._ledger, self._calls, self._rows, self._parts = kept
+            self.path = None
 
     def clear(self) -> None:
         """Forget the rows recorded so far; sequences under way go on as new ones."""

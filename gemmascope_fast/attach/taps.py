@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call, Tokens
 from gemmascope_fast.attach.carry import carry
 from gemmascope_fast.attach.edits import Edit
@@ -101,6 +102,9 @@ class ReadTap:
             )
         rows = rows.to(sae.W_enc.device)
         latents = sae.encode_sparse(rows)
+        if self.tap.splices and torch.is_grad_enabled() and not latents.values.requires_grad:
+            # everything before and in the SAE is frozen: attribution still asks for the gradient here
+            latents = latents.with_values(latents.values.requires_grad_())
         call.scratch["latents", self.tap.entry.key] = latents
         if self.tap.splices:
             call.scratch["rows", self.tap] = rows
@@ -145,6 +149,8 @@ class WriteTap:
             else:
                 new = flat if tap.run.error_grad else carry(flat, sae, latents, rows, call.chosen)
                 new = self._edited(new, latents, call, at)
+                if tap.run.path is not None and tap.run.path[0] == tap.entry.key:
+                    new = _scaled(new, sae, latents, at, tap.run.path[1])
         return None if new is flat else new.reshape(x.shape)
 
     def _spliced(
@@ -171,6 +177,13 @@ class WriteTap:
         rows = flat[at.to(flat.device)]
         changed = plan.apply(rows, latents, call, at, scale)
         return flat if changed is rows else flat.index_copy(0, at.to(flat.device), changed)
+
+
+def _scaled(x: Tensor, sae: JumpReLUSAE, latents: SparseLatents, at: Tensor | None, factor: float) -> Tensor:
+    """x with the chosen rows' latents at `factor` of what they are; the gradient stays that of x."""
+    values = (factor - 1) * latents.values.detach()
+    added = ops.decode(latents.crow_indices, latents.col_indices, values, sae.W_dec, None, None).to(x.device)
+    return (x + added).to(x.dtype) if at is None else x.index_add(0, at.to(x.device), added.to(x.dtype))
 
 
 def _formed(x: Tensor, place: Place, inputs: tuple[Any, ...]) -> Tensor:
