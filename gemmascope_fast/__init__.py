@@ -3,6 +3,7 @@
 from gemmascope_fast._version import __version__
 from gemmascope_fast.attach import Ablate, Add, Clamp, Direction, Mask, MinClamp, Scale, attach
 from gemmascope_fast.backends import backend
+from gemmascope_fast.coders import Crosscoder, CrossLayerTranscoder, TopKSAE, scaled_embedding_sae
 from gemmascope_fast.demo_model import load_demo
 from gemmascope_fast.errors import (
     AttachError,
@@ -31,6 +32,8 @@ __all__ = [
     "BackendError",
     "CheckpointError",
     "Clamp",
+    "CrossLayerTranscoder",
+    "Crosscoder",
     "Direction",
     "GemmaScopeFastError",
     "JumpReLUSAE",
@@ -44,10 +47,12 @@ __all__ = [
     "Site",
     "SparseLatents",
     "StaleScreenError",
+    "TopKSAE",
     "__version__",
     "attach",
     "backend",
     "load_demo",
     "quantize_",
+    "scaled_embedding_sae",
     "set_bits",
 ]

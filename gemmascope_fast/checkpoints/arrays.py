@@ -19,6 +19,7 @@ from torch import Tensor
 from gemmascope_fast.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 20  # a block lives in several copies at once (raw, cast, finite mask); all small beside an SAE
+BOMB_BYTES, BOMB_RATIO = 64 << 20, 50
 MAX_HEADER = 100 << 20  # safetensors' own limit
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _NUMPY = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
@@ -188,6 +189,9 @@ def _npz_entry(path: Path, name: str, info: zipfile.ZipInfo, member: IO[bytes]) 
     # A stored size that the shape does not explain, or more than deflate can expand to (1032:1), is a bomb.
     if start + size != info.file_size or info.file_size > 1032 * info.compress_size + 1024 or min(shape, default=0) < 0:
         raise CheckpointError(f"{path}: {name}: shape {shape} does not fit a member of {info.file_size} bytes")
+    # So are large arrays that hold next to nothing: trained floats shrink by a tenth, at most by a half.
+    if info.file_size > BOMB_BYTES and info.file_size > BOMB_RATIO * info.compress_size:
+        raise CheckpointError(f"{path}: {name}: {info.file_size} bytes out of {info.compress_size}: a zip bomb")
 
     def stream() -> IO[bytes]:
         archive = zipfile.ZipFile(path)
