@@ -18,7 +18,7 @@ from gemmascope_fast.gpu.launch import interpreted
 from gemmascope_fast.ops._library import LIBRARY
 
 # op -> the function of the same name in this module of gemmascope_fast.gpu
-TRITON = {"encode": "encode", "decode": "decode", "sampled_dot": "decode"}
+TRITON = {"encode": "encode", "decode": "decode", "sampled_dot": "decode", "matryoshka_linear": "matryoshka"}
 
 # Where CUDA C++ is taken when it is there, and why.  Everything else is Triton's.
 PREFERRED = {

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemmascope_fast.gpu import decode, encode
+from gemmascope_fast.gpu import decode, encode, matryoshka
 
 D, F, L0 = 2304, 16_384, 80
 WORDS = F // 32
@@ -126,5 +126,35 @@ def sampled_dot_specs() -> list[KernelSpec]:
     ]  # fmt: skip
 
 
+OUT = 9216  # of a Gemma 2 2B gate projection, whose in_features are D
+
+
+def matryoshka_specs() -> list[KernelSpec]:
+    types = {
+        **_types(
+            {"q": "i8", "s": "fp32", "qsum": "i32", "scale": "fp32", "zero": "u8", "bias": "fp32", "y": "fp32"}, ""
+        ),
+        **dict.fromkeys(("p0", "p1", "p2", "p3", "p4"), "*u8"),
+        **dict.fromkeys("T out blocks units groups group_units top".split(), "i32"),
+        "mid": "fp32",
+    }
+    specs = []
+    for T, bits in ((1, 8), (1, 4), (1, 2), (64, 8), (64, 4), (64, 2)):
+        widths = {8: (2, 1, 1, 2, 2), 4: (2, 1, 1, 0, 0), 2: (2, 0, 0, 0, 0)}[bits]
+        c = matryoshka.config_for(T)
+        constants = {f"W{i}": w for i, w in enumerate(widths)} | {
+            "BITS": bits, "DROP": 0, "ROUNDS": False, "WIDE": True, "HAS_BIAS": False,
+            "BLOCKS": c.BLOCKS, "UNITS": matryoshka.UNITS, "BT": c.BT,
+        }  # fmt: skip
+        specs.append(
+            KernelSpec(
+                f"matryoshka_linear {bits} bits, T {T}", "matryoshka_linear", "matryoshka_linear_kernel", types,
+                constants, c.warps, 2, OUT * D * bits // 8 + 5 * OUT + T * (D + 4 * OUT), 2 * T * OUT * D, "int8",
+                T == 1, ("out", "units"),
+            )
+        )  # fmt: skip
+    return specs
+
+
 def all_specs() -> list[KernelSpec]:
-    return [*encode_specs(), *gather_specs(), *decode_specs(), *sampled_dot_specs()]
+    return [*encode_specs(), *gather_specs(), *decode_specs(), *sampled_dot_specs(), *matryoshka_specs()]

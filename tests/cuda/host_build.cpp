@@ -108,6 +108,23 @@ int check_case(int64_t T, int64_t d, int64_t F, float shift, bool scan, const Ho
       return differs("values", i);
   }
 
+  if (nnz >
+      0) {  // one entry short: nothing is written beyond, and the last row that has any comes out as NaN
+    auto less_col = array<int32_t>(nnz - 1);
+    auto less_values = array<float>(nnz - 1);
+    auto less_out = array<float>(T * d);
+    gsf::cuda::GatherArgs s{e, total.get(), crow.get(), less_col.get(), less_values.get(), nnz - 1};
+    gsf::cuda::gather_words(launch, s, gsf::Dtype::f32);
+    if (crow[T] != nnz) return differs("the count with a short capacity", crow[T]);
+    gsf::cuda::DecodeArgs m{crow.get(), less_col.get(), less_values.get(), w.get(),
+                            nullptr,    nullptr,        less_out.get(),    T,
+                            d,          nnz - 1};
+    gsf::cuda::decode_rows(launch, m, gsf::Dtype::f32);
+    for (int64_t t = 0; t < T; ++t) {
+      if (crow[t + 1] == nnz && !std::isnan(less_out[t * d])) return differs("a row beyond the capacity", t);
+    }
+  }
+
   auto out = array<float>(T * d);
   gsf::cuda::DecodeArgs dec{crow.get(), col.get(), values.get(), w.get(), nullptr, x.get(), out.get(),
                             T,          d,         nnz};

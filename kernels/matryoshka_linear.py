@@ -1,0 +1,129 @@
+"""Triton kernel of op `matryoshka_linear` with int8 activations: bit planes to int8 tiles, integer tensor cores.
+
+One program: BLOCKS blocks of 16 outputs and BT tokens.  A slice to `bits` loads the planes it needs and no other
+byte of them twice.  Integers are exact; the fp32 steps are those of the native kernel, in its order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def plane_field(plane_ptr, block, unit, blocks, units, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr):
+    """One plane's bits of BLOCKS x UNITS tiles: int32 [BLOCKS, UNITS, 8, 64], byte 4*lane + c of quad q.
+
+    plane_ptr: uint8 [blocks, units, 64 * WIDTH] (gemmascope_fast/matryoshka/planes.py).
+    """
+    tile = (block.to(tl.int64)[:, None] * units + unit[None, :]) * (64 * WIDTH)
+    there = (block < blocks)[:, None] & (unit < units)[None, :]
+    v = tl.arange(0, WIDTH)
+    byte = tl.arange(0, 64)
+    at = tile[:, :, None, None, None] + (v * 64)[None, None, :, None, None] + byte[None, None, None, None, :]
+    seen = tl.load(plane_ptr + at, mask=there[:, :, None, None, None], other=0).to(tl.int32)
+    PER_BYTE: tl.constexpr = 8 // WIDTH
+    shift = (tl.arange(0, PER_BYTE) * WIDTH)[None, None, None, :, None]
+    field = (tl.broadcast_to(seen, [BLOCKS, UNITS, WIDTH, PER_BYTE, 64]) >> shift) & ((1 << WIDTH) - 1)
+    return tl.reshape(field, [BLOCKS, UNITS, 8, 64])
+
+
+@triton.jit
+def codes_tile(
+    p0, p1, p2, p3, p4, block, unit, blocks, units, top,
+    W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr,
+    DROP: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """Codes of the slice, int32 [16 * BLOCKS, 32 * UNITS]; a width of 0: the plane is not read."""
+    code = plane_field(p0, block, unit, blocks, units, W0, BLOCKS, UNITS)
+    if W1 > 0:
+        code = (code << W1) | plane_field(p1, block, unit, blocks, units, W1, BLOCKS, UNITS)
+    if W2 > 0:
+        code = (code << W2) | plane_field(p2, block, unit, blocks, units, W2, BLOCKS, UNITS)
+    if W3 > 0:
+        code = (code << W3) | plane_field(p3, block, unit, blocks, units, W3, BLOCKS, UNITS)
+    if W4 > 0:
+        code = (code << W4) | plane_field(p4, block, unit, blocks, units, W4, BLOCKS, UNITS)
+    if DROP > 0:
+        code = tl.minimum((code + ((1 << DROP) >> 1)) >> DROP, top) if ROUNDS else code >> DROP
+    # [block, unit, quad, lane, c] -> [block, lane, unit, quad, c]
+    tiles = tl.permute(tl.reshape(code, [BLOCKS, UNITS, 8, 16, 4]), [0, 3, 1, 2, 4])
+    return tl.reshape(tiles, [BLOCKS * 16, UNITS * 32])
+
+
+@triton.jit
+def matryoshka_linear_kernel(
+    q_ptr,  # int8 [T, units * 32], zero-padded
+    s_ptr,  # fp32 [T]
+    qsum_ptr,  # int32 [T, groups], sums of q
+    p0,  # uint8 [blocks, units, 64 * W0]
+    p1,
+    p2,
+    p3,
+    p4,
+    scale_ptr,  # fp32 or fp16 [blocks, groups, 16]
+    zero_ptr,  # uint8 [blocks, groups, 16]
+    bias_ptr,  # fp32 [out], read where HAS_BIAS
+    y_ptr,  # fp32 [T, out]
+    T,
+    out,
+    blocks,
+    units,
+    groups,
+    group_units,
+    top,  # the slice's greatest code, where it rounds
+    mid,  # what the mid-rise slice adds on the 8-bit grid
+    W0: tl.constexpr,
+    W1: tl.constexpr,
+    W2: tl.constexpr,
+    W3: tl.constexpr,
+    W4: tl.constexpr,
+    BITS: tl.constexpr,
+    DROP: tl.constexpr,
+    ROUNDS: tl.constexpr,
+    WIDE: tl.constexpr,  # a group is over 512 weights
+    HAS_BIAS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNITS: tl.constexpr,
+    BT: tl.constexpr,
+):
+    tiles = tl.cdiv(T, BT)
+    pid = tl.program_id(0)
+    block = (pid // tiles) * BLOCKS + tl.arange(0, BLOCKS)
+    row = (pid // tiles) * (BLOCKS * 16) + tl.arange(0, BLOCKS * 16)
+    t = (pid % tiles) * BT + tl.arange(0, BT)
+    t_in = t < T
+    acc = tl.zeros([BT, BLOCKS * 16], dtype=tl.float32)
+    for g in range(0, groups):
+        dot = tl.zeros([BT, BLOCKS * 16], dtype=tl.int32)
+        last = tl.minimum((g + 1) * group_units, units)
+        for u in range(g * group_units, last, UNITS):
+            # a last, shorter step of a group reads codes that belong to the next: their q is masked to 0
+            code = codes_tile(
+                p0, p1, p2, p3, p4, block, u + tl.arange(0, UNITS), blocks, units, top,
+                W0, W1, W2, W3, W4, DROP, ROUNDS, BLOCKS, UNITS,
+            )  # fmt: skip
+            k = u * 32 + tl.arange(0, UNITS * 32)
+            at = t.to(tl.int64)[:, None] * (units * 32) + k[None, :]
+            q = tl.load(q_ptr + at, mask=t_in[:, None] & (k < last * 32)[None, :], other=0)
+            # codes reach 255: shifted into int8, the shift is given back as 128 times the sum of q
+            dot = tl.dot(q, tl.trans((code - 128).to(tl.int8)), dot, out_dtype=tl.int32)
+        qsum = tl.load(qsum_ptr + t.to(tl.int64) * groups + g, mask=t_in, other=0)
+        dot += 128 * qsum[:, None]
+        at = ((row // 16).to(tl.int64) * groups + g) * 16 + row % 16
+        alpha = tl.load(scale_ptr + at, mask=row // 16 < blocks, other=0.0).to(tl.float32)[None, :]
+        zero = tl.load(zero_ptr + at, mask=row // 16 < blocks, other=0).to(tl.int32)[None, :]
+        alpha = tl.broadcast_to(alpha, [BT, BLOCKS * 16])
+        qs = tl.broadcast_to(qsum.to(tl.float32)[:, None], [BT, BLOCKS * 16])
+        if WIDE:
+            whole = (dot * (1 << (8 - BITS)) - zero * qsum[:, None]).to(tl.float32)
+            acc = tl.fma(alpha, whole + mid * qs, acc)
+        else:
+            acc = tl.fma(alpha * (1 << (8 - BITS)), dot.to(tl.float32), acc)
+            acc = tl.fma(alpha * (mid - zero.to(tl.float32)), qs, acc)
+    s = tl.load(s_ptr + t, mask=t_in, other=0.0)[:, None]
+    bias = tl.zeros([BLOCKS * 16], dtype=tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + row, mask=row < out, other=0.0)
+    shape: tl.constexpr = [BT, BLOCKS * 16]
+    y = tl.fma(acc, tl.broadcast_to(s, shape), tl.broadcast_to(bias[None, :], shape))
+    at = t.to(tl.int64)[:, None] * out + row[None, :]
+    tl.store(y_ptr + at, y, mask=t_in[:, None] & (row < out)[None, :])
