@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from gemmascope_fast.attach.alarms import Alarm, Fired
 from gemmascope_fast.attach.calls import Tokens
 from gemmascope_fast.attach.edits import Ablate, Add, Clamp, Direction, Edit, Mask, MinClamp, Scale
 from gemmascope_fast.attach.entries import Activations
+from gemmascope_fast.attach.observers import Statistics, TopContexts, TopK
 from gemmascope_fast.attach.run import Run
 from gemmascope_fast.attach.selection import Selection
 
@@ -19,14 +21,19 @@ __all__ = [
     "Ablate",
     "Activations",
     "Add",
+    "Alarm",
     "Clamp",
     "Direction",
     "Edit",
+    "Fired",
     "Mask",
     "MinClamp",
     "Run",
     "Scale",
+    "Statistics",
     "Tokens",
+    "TopContexts",
+    "TopK",
     "attach",
 ]
 
@@ -39,6 +46,7 @@ def attach(
     edits: Any = (),
     tokens: Selection = "all",
     error_grad: bool = False,
+    keep: bool = True,
 ) -> Run:
     """SAEs in a transformers model while the returned run's `with` block lasts.
 
@@ -54,7 +62,9 @@ def attach(
     the columns of the sequences; or a callable from token ids int64 [B, S] (and, where it takes a second argument,
     the call's `Tokens`) to bool [B, S].  What is left out keeps an empty row and passes unchanged.
 
+    keep: False keeps no latents, for long runs that observers watch (`run.watch`, `run.on_fire`).
+
     Raises AttachError for a site that is not in the model, an SAE of another width, two splices at one site; ValueError
     or TypeError for arguments that mean nothing.  All of that before anything runs.
     """
-    return Run(model, saes, mode=mode, edits=edits, tokens=tokens, error_grad=error_grad)
+    return Run(model, saes, mode=mode, edits=edits, tokens=tokens, error_grad=error_grad, keep=keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,13 @@ class Tokens:
     def __len__(self) -> int:
         return self.call.numel()
 
+    @classmethod
+    def cat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Rows of several, flattened, in order."""
+        none = torch.empty(0, dtype=torch.int64)
+        each = {name: [getattr(part, name).reshape(-1) for part in parts] for name in cls.__dataclass_fields__}
+        return cls(**{name: torch.cat([none.bool() if name == "valid" else none, *each[name]]) for name in each})
+
 
 @dataclass
 class Generation:
@@ -47,7 +54,7 @@ class Generation:
     returned: Any = None  # weak reference to that tensor itself
     beam_indices: Tensor | None = None
     embeds: bool = False  # the prompt came as inputs_embeds: the returned sequences lack it
-    done: bool = False
+    group: tuple[Ledger, Group] | None = None  # its sequences, in the ledger that they are counted in
 
 
 @dataclass
@@ -135,28 +142,32 @@ def cache_length(cache: Any) -> int | None:
 class Ledger:
     """Which group a call continues.  Caches are held weakly: a group does not keep one alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool = True) -> None:
         self.groups: list[Group] = []
+        self.keep = keep  # False: groups are forgotten with their cache or generation
         self._by_cache: dict[int, tuple[Any, Group]] = {}
-        self._of_generation: dict[int, Group] = {}
         self.sequences = 0
 
     def _new(self, batch: int, start: int, generation: Generation | None, length: int) -> Group:
         prompt = generation.prompt if generation is not None and generation.prompt is not None else start + length
         group = Group(self.sequences, batch, generation, start, start, prompt)
         self.sequences += batch
-        self.groups.append(group)
+        if self.keep:
+            self.groups.append(group)
         return group
 
     def group(self, cache: Any, generation: Generation | None, start: int | None, batch: int, length: int) -> Group:
         """The group of a call of `batch` rows that begins at column `start` (None: unknown, goes on)."""
-        known = self._known(cache) if generation is None else self._of_generation.get(id(generation))
+        if generation is None:
+            known = self._known(cache)
+        else:
+            known = generation.group[1] if generation.group is not None and generation.group[0] is self else None
         if known is not None and generation is None and start == 0:
             known = None  # the cache was emptied: other sequences
         if known is None:
             known = self._new(batch, start or 0, generation, length)
             if generation is not None:
-                self._of_generation[id(generation)] = known
+                generation.group = (self, known)
         elif known.rows != batch:
             raise AttachError(f"a call of {batch} sequences continues one of {known.rows}")
         self.remember(cache, known)
@@ -169,6 +180,8 @@ class Ledger:
     def remember(self, cache: Any, group: Group) -> None:
         if cache is None or isinstance(cache, tuple):
             return
+        if len(self._by_cache) > 64:
+            self._by_cache = {at: entry for at, entry in self._by_cache.items() if entry[0]() is not None}
         self._by_cache[id(cache)] = (weakref.ref(cache), group)
 
 

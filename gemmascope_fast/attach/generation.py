@@ -117,7 +117,6 @@ def _prompt_mask(prompt: Tensor, mask: Any, pad: Any, eos: tuple[int, ...]) -> T
 
 
 def _end(generation: Generation, output: Any) -> None:
-    generation.done = True
     sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
     if not isinstance(sequences, Tensor):
         return

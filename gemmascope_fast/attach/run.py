@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.attach import places
+from gemmascope_fast.attach.alarms import Alarm, Fired, stop
 from gemmascope_fast.attach.attribution import attribution, integrated_gradients
 from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
 from gemmascope_fast.attach.compiled import forget, is_compiled, opaque, unwrapped
-from gemmascope_fast.attach.edits import EditError
+from gemmascope_fast.attach.edits import EditError, FeatureIndexError
 from gemmascope_fast.attach.entries import Activations, Entry, Key, assign, entries, find_key, spread
 from gemmascope_fast.attach.generation import listen
+from gemmascope_fast.attach.observers import Observer, select
 from gemmascope_fast.attach.selection import Selection, Selector
 from gemmascope_fast.attach.sequences import after_eos, rows_of
 from gemmascope_fast.attach.structure import Structure, submodules
@@ -47,6 +49,7 @@ class Run:
         edits: Any = (),
         tokens: Selection = "all",
         error_grad: bool = False,
+        keep: bool = True,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
@@ -64,9 +67,9 @@ class Run:
         self._taps = [Tap(self, entry, given, structure) for entry, given in assigned]
         self._check_writers()
         self._arguments = {m: Arguments(m) for m in submodules(model)}
-        self._ledger = Ledger()
+        self._ledger = Ledger(keep)
         self._calls: list[Call] = []
-        self._rows = 0
+        self._count = self._rows = 0
         self._open: dict[int, Call] = {}
         self._generating: dict[int, list[Generation]] = {}
         self._leave: list[Callable[[], None]] = []
@@ -76,6 +79,8 @@ class Run:
             e.key: [] for e in self.entries if isinstance(e.coder, JumpReLUSAE)
         }
         self._joined: dict[Key, tuple[int, SparseLatents]] = {}
+        self.keep = keep
+        self._watching: list[tuple[Key, Any]] = []
         self.path: tuple[Key, float] | None = None  # the latents of this key at this share: integrated gradients
         self.seconds = 0.0
 
@@ -108,6 +113,9 @@ class Run:
         with _LOCK:
             _ACTIVE[:] = [run for run in _ACTIVE if run is not self]
         self._remove()
+        for _, observer in self._watching:
+            if isinstance(observer, Alarm):
+                observer.close()
 
     def _remove(self) -> None:
         self._open.clear()
@@ -157,7 +165,7 @@ class Run:
             return
         generating = self._generating.get(me)
         given = self._arguments[module](args, kwargs)
-        call = open_call(self._ledger, len(self._calls), module, given, generating[-1] if generating else None)
+        call = open_call(self._ledger, self._count, module, given, generating[-1] if generating else None)
         call.chosen = self.select(call)
         self._open[me] = call
         self.seconds += time.perf_counter() - begin
@@ -177,19 +185,33 @@ class Run:
                 f"the site of {missed[0]!r} was not reached in this forward: the model skips it, or runs code that"
                 " was compiled before attach"
             )
-        self._commit(call, output)
+        stopped = self._commit(call, output)
+        if stopped:
+            stop(call, output, stopped)
         self.seconds += time.perf_counter() - begin
 
-    def _commit(self, call: Call, output: Any) -> None:
+    def _commit(self, call: Call, output: Any) -> set[int]:
+        """Record the call; gives the sequences that an alarm stops."""
         call.offset = self._rows
         self._rows += call.n_rows
+        self._count += 1
         self._ledger.remember(cache_of(output), call.group)
         call.group.end = call.start + call.length
-        call.group.calls.append(call)
-        self._calls.append(call)
+        if self.keep:
+            call.group.calls.append(call)
+            self._calls.append(call)
+        stopped: set[int] = set()
         for key, parts in self._parts.items():
-            parts.append((call.scratch.pop(("latents", key)), call.chosen))
+            latents = call.scratch.pop(("latents", key))
+            if self.keep:
+                parts.append((latents, call.chosen))
+            watching = [observer for where, observer in self._watching if where == key]
+            if watching and self.path is None:
+                own = select(latents, call.tokens(), call.chosen)
+                for observer in watching:
+                    stopped |= observer.update(*own) or set()
         call.scratch.clear()
+        return stopped
 
     def call(self) -> Call | None:
         """The call that this thread is in, or None where it is not this run's."""
@@ -216,6 +238,8 @@ class Run:
         return _View(kept, lambda key: torch.cat(kept[key].parts or [torch.empty(0)]), self.entries)
 
     def _latents(self, key: Key) -> SparseLatents:
+        if not self.keep:
+            raise AttachError("latents: this run keeps none (keep=False); watch it with observers")
         parts = self._parts[key]
         known = self._joined.get(key)
         if known is not None and known[0] == len(parts):
@@ -229,16 +253,10 @@ class Run:
     @property
     def tokens(self) -> Tokens:
         """The N rows.  Once a generation has ended, what stands after a sequence's EOS is padding as well."""
-        if not self._calls:
-            none = torch.empty(0, dtype=torch.int64)
-            return Tokens(none, none, none, none, none.bool())
         each = [call.tokens() for call in self._calls]
-        valid = [_valid_at_last(call, rows.valid) for call, rows in zip(self._calls, each, strict=True)]
-        flat = {
-            name: torch.cat([getattr(rows, name).reshape(-1) for rows in each])
-            for name in ("call", "sequence", "position", "token_id")
-        }
-        return Tokens(**flat, valid=torch.cat([v.reshape(-1) for v in valid]))
+        for call, rows in zip(self._calls, each, strict=True):
+            rows.valid = _valid_at_last(call, rows.valid)
+        return Tokens.cat(each)
 
     def sequences(self, key: Key, output: Any = None) -> list[SparseLatents]:
         """One SparseLatents per sequence, padding dropped; a position seen twice counts as last seen.
@@ -269,23 +287,65 @@ class Run:
             raise AttachError("integrated_gradients: expected mode 'splice+error' with the error held constant")
         return integrated_gradients(self, find_key(key, self.entries), forward, steps)
 
+    # ---- who watches --------------------------------------------------------------------------------
+
+    def watch(self, observer: Observer, key: Key = None) -> Any:
+        """Feed an observer (TopK, Statistics, TopContexts, or your own) from now on; gives it back.
+
+        key: of the SAE; may be left out where only one is attached.  Padding does not reach it.
+        """
+        self._watching.append((self._only(key), observer))
+        return observer
+
+    def on_fire(
+        self,
+        feature: int,
+        threshold: float,
+        fn: Callable[[Fired], Any],
+        *,
+        key: Key = None,
+        sync: bool = True,
+        capacity: int = 1024,
+    ) -> Alarm:
+        """Call fn(event) for every token on which the feature's latent exceeds the threshold.
+
+        sync: before the next token is chosen; where fn returns True the token's sequence ends: generate chooses EOS
+        for it next.  Otherwise fn runs in a thread beside the model, at most `capacity` events wait, and the alarm
+        counts those it drops; leaving the run waits for the rest.  Raises IndexError for a feature the SAE lacks.
+        """
+        key = self._only(key)
+        d_sae = next(e.coder.cfg.d_sae for e in self.entries if e.key == key)  # type: ignore[union-attr]
+        if not 0 <= feature < d_sae:
+            raise FeatureIndexError(f"feature: expected one in [0, {d_sae}), got {feature}")
+        alarm = Alarm(key, feature, threshold, fn, sync, capacity)
+        self._watching.append((key, alarm))
+        return alarm
+
+    def _only(self, key: Key) -> Key:
+        if key is None:
+            if len(self._parts) != 1:
+                raise AttachError(f"key: expected one of {list(self._parts)}, for several SAEs are attached")
+            return next(iter(self._parts))
+        return find_key(key, [e for e in self.entries if e.key in self._parts])
+
     @contextmanager
     def aside(self, path: tuple[Key, float]) -> Iterator[dict[Key, list[tuple[SparseLatents, Tensor | None]]]]:
         """Calls within leave nothing behind in the run; their latents are in what it yields."""
-        kept = self._ledger, self._calls, self._rows, self._parts
-        self._ledger, self._calls, self._rows, self._parts = Ledger(), [], 0, {key: [] for key in self._parts}
+        kept = self._ledger, self._calls, self._count, self._rows, self._parts, self.keep
+        self._ledger, self._calls, self._count, self._rows = Ledger(), [], 0, 0
+        self._parts, self.keep = {key: [] for key in self._parts}, True
         self.path = path
         try:
             yield self._parts
         finally:
-            self._ledger, self._calls, self._rows, self._parts = kept
+            self._ledger, self._calls, self._count, self._rows, self._parts, self.keep = kept
             self.path = None
 
     def clear(self) -> None:
         """Forget the rows recorded so far; sequences under way go on as new ones."""
         self._calls.clear()
-        self._ledger = Ledger()
-        self._rows = 0
+        self._ledger = Ledger(self.keep)
+        self._count = self._rows = 0
         self._joined.clear()
         for parts in self._parts.values():
             parts.clear()

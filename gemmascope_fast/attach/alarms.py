@@ -1,0 +1,103 @@
+"""`run.on_fire`: a function that runs when a feature fires, before the next token is chosen or beside the model."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.attach.calls import Call, Tokens
+from gemmascope_fast.attach.entries import Key
+from gemmascope_fast.errors import AttachError
+from gemmascope_fast.latents import SparseLatents
+
+
+@dataclass(frozen=True)
+class Fired:
+    """One token on which a feature was above the alarm's threshold.  row: of the call, batch-major."""
+
+    key: Key
+    feature: int
+    value: float
+    call: int
+    sequence: int
+    position: int
+    token_id: int
+
+
+def stop(call: Call, output: Any, stopped: set[int]) -> None:
+    """Leave EOS as the only choice for the next token of these sequences.  AttachError where there is none."""
+    generation, logits = call.group.generation, getattr(output, "logits", None)
+    if generation is None or not generation.eos or generation.beams > 1 or not isinstance(logits, Tensor):
+        raise AttachError("on_fire: only a sequence of generate that has an EOS token and no beams can be stopped")
+    logits = logits.clone()
+    rows = torch.tensor(sorted(stopped), device=logits.device) - call.group.base
+    logits[rows, -1] = -torch.inf
+    logits[rows, -1, generation.eos[0]] = 0
+    output.logits = logits
+
+
+class Alarm:
+    """Made by `run.on_fire`.  fired: events so far; dropped: events that a full queue refused (sync=False only);
+    errors: what fn raised in the background."""
+
+    def __init__(
+        self,
+        key: Key,
+        feature: int,
+        threshold: float,
+        fn: Callable[[Fired], Any],
+        sync: bool,
+        capacity: int,
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"capacity: expected at least 1, got {capacity}")
+        self.key, self.feature, self.threshold, self.fn, self.sync = key, feature, threshold, fn, sync
+        self.fired = self.dropped = 0
+        self.errors: list[Exception] = []
+        self._queue: queue.Queue[Fired | None] = queue.Queue(capacity)
+        self._worker: threading.Thread | None = None
+
+    def update(self, latents: SparseLatents, tokens: Tokens) -> set[int]:
+        """Call or queue the function for each token above the threshold; the sequences that it stops."""
+        values = latents.features([self.feature])[:, 0]
+        stopped: set[int] = set()
+        for row in (values > self.threshold).nonzero()[:, 0].tolist():
+            event = Fired(
+                self.key, self.feature, float(values[row]), int(tokens.call[row]), int(tokens.sequence[row]),
+                int(tokens.position[row]), int(tokens.token_id[row]),
+            )  # fmt: skip
+            self.fired += 1
+            if not self.sync:
+                self._put(event)
+            elif self.fn(event) is True:
+                stopped.add(event.sequence)
+        return stopped
+
+    def _put(self, event: Fired) -> None:
+        if self._worker is None:
+            self._worker = threading.Thread(target=self._work, name="gemmascope-fast alarm", daemon=True)
+            self._worker.start()
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self.dropped += 1
+
+    def _work(self) -> None:
+        while (event := self._queue.get()) is not None:
+            try:
+                self.fn(event)
+            except Exception as error:  # noqa: BLE001 kept for whoever asks; the model goes on
+                self.errors.append(error)
+
+    def close(self) -> None:
+        """Wait until what is queued has been handled; called when the run is left."""
+        if self._worker is not None:
+            self._queue.put(None)
+            self._worker.join()
+            self._worker = None
