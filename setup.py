@@ -44,7 +44,7 @@ def extension() -> dict:
                 # setuptools would otherwise copy an extension that does not exist
                 self.extensions = []
 
-    flags = ["-O3", "-std=c++17", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
     # The order and the rounding of every sum is part of the contract: no contraction, no fast-math.
     flags += ["-ffp-contract=off", "-fno-fast-math", "-fopenmp"]
     # GSF_SANITIZE=address,undefined: an instrumented build for `make sanitize`; the first finding ends the process
@@ -86,7 +86,7 @@ def cuda_extension(cxx_flags: list[str]) -> list:
             "gemmascope_fast._C_cuda",
             [str(p.relative_to(ROOT)) for p in sources],
             include_dirs=[str(ROOT / "csrc"), *pybind11_include()],
-            extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "-std=c++17", "--fmad=false"]},
+            extra_compile_args={"cxx": cxx_flags, "nvcc": ["-O3", "--fmad=false"]},
             extra_link_args=["-s"],
         )
     ]

@@ -75,7 +75,10 @@ def make_sae(
     step = max(1, standard.numel() // 4_000_000)
     part = standard[::step]
     cut = part.kthvalue(max(1, min(part.numel(), round(rank / step)))).values.clamp_min(0)
-    decoder = torch.randn(F, d_out, generator=g) / math.sqrt(d_out) if d_out else rows + 0.01 * torch.randn(F, d, generator=g)
+    if d_out:
+        decoder = torch.randn(F, d_out, generator=g) / math.sqrt(d_out)
+    else:
+        decoder = rows + 0.01 * torch.randn(F, d, generator=g)
     return JumpReLUSAE(
         rows.to(dtype).t(),
         decoder.to(dtype),

@@ -135,7 +135,7 @@ def matryoshka_specs() -> list[KernelSpec]:
             {"q": "i8", "s": "fp32", "qsum": "i32", "scale": "fp32", "zero": "u8", "bias": "fp32", "y": "fp32"}, ""
         ),
         **dict.fromkeys(("p0", "p1", "p2", "p3", "p4"), "*u8"),
-        **dict.fromkeys("T out blocks units groups group_units top".split(), "i32"),
+        **dict.fromkeys(["T", "out", "blocks", "units", "groups", "group_units", "top"], "i32"),
         "mid": "fp32",
     }
     specs = []

@@ -1,0 +1,185 @@
+// The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/gpu/register.py puts
+// under the package's own ops.  Tensors and checks live here, kernels in the .cu files.
+#include <ATen/core/Tensor.h>
+#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/cumsum.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/ops_common.h"
+#include "cuda/kernels.h"
+
+namespace gsf::cuda {
+namespace {
+
+// Bitmap of one pass; the slots take four times as much.  Also keeps every grid below 2^31 blocks.
+constexpr int64_t kChunkBytes = 16 << 20;
+
+using Csr = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+Launcher here() { return Launcher{at::cuda::getCurrentCUDAStream()}; }
+
+at::Tensor fp32(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+
+void check_device(const at::Tensor& t, const at::Tensor& like, const char* name) {
+  TORCH_CHECK_VALUE(t.is_cuda() && t.device() == like.device(), name, ": expected a tensor on ",
+                    like.device(), ", like the others, got ", t.device());
+}
+
+void check_capability() {
+  const cudaDeviceProp* p = at::cuda::getCurrentDeviceProperties();
+  TORCH_CHECK(p->major >= 8, "compute capability: expected 8.0 or newer, got ", p->major, ".", p->minor);
+}
+
+// One pass over a chunk of tokens; one number (the count of latents) is read back.
+Csr encode_chunk(const at::Tensor& x, const at::Tensor& rows, const at::Tensor& bias, const at::Tensor& theta,
+                 float half_bandwidth) {
+  const int64_t T = x.size(0), d = x.size(1), F = rows.size(0), words = (F + 31) / 32;
+  const auto ints = x.options().dtype(at::kInt), longs = x.options().dtype(at::kLong);
+  at::Tensor bitmap = at::empty({T, words}, ints), count = at::empty({T, words}, ints);
+  at::Tensor slots = at::empty({T, words, kSlots}, x.options());
+  EncodeArgs e{x.const_data_ptr<float>(),
+               rows.const_data_ptr(),
+               bias.const_data_ptr<float>(),
+               theta.const_data_ptr<float>(),
+               reinterpret_cast<uint32_t*>(bitmap.mutable_data_ptr<int32_t>()),
+               count.mutable_data_ptr<int32_t>(),
+               slots.mutable_data_ptr<float>(),
+               T,
+               F,
+               d,
+               words,
+               half_bandwidth};
+  const Dtype dtype = dtype_of(rows, "W_enc");
+  encode_words(here(), e, dtype);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const at::Tensor total = at::cumsum(count.flatten(), 0, at::kLong);
+  const int64_t nnz = total[-1].item<int64_t>();
+  at::Tensor crow = at::empty({T + 1}, longs), col = at::empty({nnz}, ints),
+             values = at::empty({nnz}, x.options());
+  GatherArgs g{e,
+               total.const_data_ptr<int64_t>(),
+               crow.mutable_data_ptr<int64_t>(),
+               col.mutable_data_ptr<int32_t>(),
+               values.mutable_data_ptr<float>(),
+               nnz};
+  gather_words(here(), g, dtype);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {crow, col, values};
+}
+
+Csr encode_cuda(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc,
+                const at::Tensor& threshold, std::optional<double> bandwidth) {
+  check_float(x, "x");
+  TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [N, d_in], got ", x.sizes());
+  TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
+  const int64_t T = x.size(0), d = W_enc.size(0), F = W_enc.size(1);
+  TORCH_CHECK_VALUE(x.size(1) == d, "x: expected d_in = ", d, " in its last dimension, got ", x.size(1));
+  check_shape(b_enc, {F}, "b_enc");
+  check_shape(threshold, {F}, "threshold");
+  check_device(W_enc, x, "W_enc");
+  check_device(b_enc, x, "b_enc");
+  check_device(threshold, x, "threshold");
+  TORCH_CHECK_TYPE(dtype_of(W_enc, "W_enc") != Dtype::i8,
+                   "W_enc: expected float32, bfloat16 or float16, got int8");
+  TORCH_CHECK_VALUE(!bandwidth || *bandwidth > 0, "bandwidth: expected a positive number, got ",
+                    bandwidth.value_or(0));
+  const c10::cuda::CUDAGuard guard(x.device());
+  check_capability();
+  const at::Tensor xs = fp32(x), rows = W_enc.t().contiguous(), bias = fp32(b_enc), theta = fp32(threshold);
+  const float half = bandwidth ? static_cast<float>(*bandwidth / 2) : 0.0f;
+  if (T == 0 || F == 0) {
+    return {at::zeros({T + 1}, x.options().dtype(at::kLong)), at::empty({0}, x.options().dtype(at::kInt)),
+            at::empty({0}, xs.options())};
+  }
+  const int64_t step = std::max<int64_t>(32, kChunkBytes / (4 * ((F + 31) / 32)));
+  std::vector<at::Tensor> crows, cols, values;
+  int64_t base = 0;
+  for (int64_t t = 0; t < T; t += step) {
+    auto [crow, col, value] = encode_chunk(xs.slice(0, t, std::min(T, t + step)), rows, bias, theta, half);
+    crows.push_back((t == 0 ? crow : crow.slice(0, 1)) + base);
+    base += col.numel();
+    cols.push_back(col);
+    values.push_back(value);
+  }
+  if (cols.size() == 1) return {crows[0], cols[0], values[0]};
+  return {at::cat(crows), at::cat(cols), at::cat(values)};
+}
+
+at::Tensor decode_cuda(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& values,
+                       const at::Tensor& W_dec, const std::optional<at::Tensor>& b_dec,
+                       const std::optional<at::Tensor>& row_scale) {
+  TORCH_CHECK_VALUE(W_dec.dim() == 2, "W_dec: expected [d_sae, d_out], got ", W_dec.sizes());
+  const int64_t F = W_dec.size(0), d = W_dec.size(1), N = crow.numel() - 1;
+  TORCH_CHECK_TYPE(crow.scalar_type() == at::kLong && col.scalar_type() == at::kInt,
+                   "crow_indices, col_indices: expected int64 and int32, got ", crow.scalar_type(), " and ",
+                   col.scalar_type());
+  TORCH_CHECK_VALUE(crow.dim() == 1 && N >= 0 && col.dim() == 1,
+                    "crow_indices: expected a vector [N+1], got ", crow.sizes());
+  check_float(values, "values");
+  check_shape(values, col.sizes(), "values");
+  check_device(crow, W_dec, "crow_indices");
+  check_device(col, W_dec, "col_indices");
+  check_device(values, W_dec, "values");
+  const c10::cuda::CUDAGuard guard(W_dec.device());
+  check_capability();
+  // one read: the pattern must be sound before a kernel follows it
+  const at::Tensor bad = (col < 0).logical_or(col >= F).any().logical_or((crow.diff() < 0).any());
+  const at::Tensor ends = at::stack({bad.to(at::kLong), crow[0], crow[-1]}).cpu();
+  const int64_t* seen = ends.const_data_ptr<int64_t>();
+  TORCH_CHECK_INDEX(seen[0] == 0 && seen[1] == 0 && seen[2] == col.numel(),
+                    "crow_indices, col_indices: expected ", "offsets from 0 to ", col.numel(),
+                    " that never fall and features in [0, ", F, ")");
+  const Dtype dtype = dtype_of(W_dec, "W_dec");
+  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: int8 rows need one");
+  at::Tensor bias, scale;
+  if (b_dec) {
+    check_shape(*b_dec, {d}, "b_dec");
+    check_device(*b_dec, W_dec, "b_dec");
+    bias = fp32(*b_dec);
+  }
+  if (row_scale) {
+    check_shape(*row_scale, {F}, "row_scale");
+    check_device(*row_scale, W_dec, "row_scale");
+    scale = fp32(*row_scale);
+  }
+  const at::Tensor crows = crow.contiguous(), cols = col.contiguous(), vals = fp32(values),
+                   rows = W_dec.contiguous();
+  at::Tensor out = at::empty({N, d}, W_dec.options().dtype(at::kFloat));
+  DecodeArgs a{crows.const_data_ptr<int64_t>(),
+               cols.const_data_ptr<int32_t>(),
+               vals.const_data_ptr<float>(),
+               rows.const_data_ptr(),
+               scale.defined() ? scale.const_data_ptr<float>() : nullptr,
+               bias.defined() ? bias.const_data_ptr<float>() : nullptr,
+               out.mutable_data_ptr<float>(),
+               N,
+               d,
+               col.numel()};
+  decode_rows(here(), a, dtype);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(gemmascope_fast_cuda, m) {
+  m.def(
+      "encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, float? bandwidth=None)"
+      " -> (Tensor crow_indices, Tensor col_indices, Tensor values)");
+  m.def(
+      "decode(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor W_dec, Tensor? b_dec=None,"
+      " Tensor? row_scale=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(gemmascope_fast_cuda, CUDA, m) {
+  m.impl("encode", encode_cuda);
+  m.impl("decode", decode_cuda);
+}
+
+}  // namespace gsf::cuda
