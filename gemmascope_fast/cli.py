@@ -46,6 +46,13 @@ COMMANDS = (
         "run_eval",
     ),
     Command(
+        "extract",
+        "latents of any amount of text as Parquet shards",
+        "gemmascope_fast.extraction.command",
+        "add_extract_arguments",
+        "run_extract",
+    ),
+    Command(
         "gpu-check",
         "compile the GPU kernels without a GPU, gate what they use, model what they could reach",
         "gemmascope_fast.gpu.check",

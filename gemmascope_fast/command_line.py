@@ -1,0 +1,60 @@
+"""What several sub-commands share: the arguments that name a model and an SAE, and how results are written."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser, *, sae: bool = True) -> None:
+    """--model, and with `sae` --sae, --sae-id and --layer: what `demo_model.load_pair` takes."""
+    parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
+    if sae:
+        parser.add_argument("--sae", default="demo", help="an SAE's repository, folder or file; 'demo': bundled")
+        parser.add_argument("--sae-id", help="the SAE within its repository")
+        parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, *, plot: bool = True) -> None:
+    """--json and --plot."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    if plot:
+        parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as .png, .svg or .pdf")
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """ValueError naming the extra where a module is not installed; asked before the minutes are spent."""
+    if find_spec(module) is None:
+        raise ValueError(f"{what}: expected {module}, which is not installed; pip install 'gemmascope-fast[{extra}]'")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """JSON has no NaN and no infinity: null says that there is no such figure.  The file appears whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.as_posix() if isinstance(value, Path) else value
+
+
+def shown(value: Any) -> str:
+    """A figure as tables show it."""
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
