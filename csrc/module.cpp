@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/measure_roof.h"
 
 namespace py = pybind11;
 
@@ -33,4 +34,11 @@ PYBIND11_MODULE(_C, m) {
     }
     throw py::value_error("isa: expected plain, avx2, avxvnni or avx512, got " + name);
   });
+  // Rates of single passes on torch's threads; the caller takes the best, for a roof is what is possible.
+  m.def("roof_read", &gsf::roof_read_rates, py::arg("bytes"), py::arg("passes"),
+        py::call_guard<py::gil_scoped_release>(), "Bytes read per second, [passes].");
+  m.def("roof_fma", &gsf::roof_fma_rates, py::arg("passes"), py::call_guard<py::gil_scoped_release>(),
+        "fp32 operations per second (a multiply-add is two), [passes].");
+  m.def("roof_int8", &gsf::roof_int8_rates, py::arg("passes"), py::call_guard<py::gil_scoped_release>(),
+        "Integer operations per second (a multiply-add is two), [passes].");
 }

@@ -81,6 +81,13 @@ COMMANDS = (
         "run_info",
     ),
     Command(
+        "roof",
+        "measured read bandwidth, fp32 and int8 peaks of this machine",
+        "gemmascope_fast.roof",
+        "add_roof_arguments",
+        "run_roof",
+    ),
+    Command(
         "quantize",
         "nested low-bit codes of a model's linear layers, and what each width costs",
         "gemmascope_fast.matryoshka.command",

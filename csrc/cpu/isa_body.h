@@ -14,8 +14,15 @@ namespace GSF_NAMESPACE {
 #include "cpu/matryoshka_vec.h"
 //
 #include "cpu/matryoshka.h"
+//
+#include "cpu/roof.h"
 
 extern const Kernels kTable;
-const Kernels kTable = {encode, decode, sampled_dot, matryoshka, matryoshka_quantize};
+const Kernels kTable = {encode,
+                        decode,
+                        sampled_dot,
+                        matryoshka,
+                        matryoshka_quantize,
+                        {roof_read, roof_fma, roof_int8, 16 * kRoofChains, 16 * kRoofChains* kRoofProducts}};
 }  // namespace GSF_NAMESPACE
 }  // namespace gsf

@@ -104,6 +104,14 @@ struct MatryoshkaToken {
   int64_t d, padded, group, width;
 };
 
+// Loops that measure the machine, and the multiply-adds of one of their steps.
+struct RoofLoops {
+  uint64_t (*read)(const uint8_t* p, int64_t bytes);   // bytes: a multiple of 512
+  float (*fma)(int64_t steps, const float* zeros);     // zeros: [fma_a_step], where the sums start
+  int64_t (*int8)(int64_t steps, const float* zeros);  // zeros: [fma_a_step]
+  int64_t fma_a_step, int8_a_step;
+};
+
 // One table per instruction set.
 struct Kernels {
   // Features [f0, f1) of all tokens; hits of one token are appended in ascending order of the feature.
@@ -116,6 +124,7 @@ struct Kernels {
   void (*matryoshka)(const MatryoshkaArgs&, int64_t b0, int64_t b1, uint8_t* raw);
   // One token's int8 codes.
   void (*matryoshka_quantize)(const MatryoshkaToken&);
+  RoofLoops roof;
 };
 
 const Kernels& kernels(Isa isa);

@@ -1,0 +1,149 @@
+// What the machine can do at best, for the roof that kernels are held against: loops that do nothing but
+// read, or nothing but multiply and add in registers.  Their answers are returned so that they are computed
+// at all.
+
+// Hides from the compiler that nothing changed an operand: the loops below would otherwise be folded.  On an
+// operand and not on the sums, which an asm statement would push to the stack.
+#if GSF_LEVEL == 3
+static inline void hide(V16& a) { asm volatile("" : "+v"(a.v)); }
+static inline void hide(I16& a) { asm volatile("" : "+v"(a.v)); }
+static inline I16 iload16(const void* p) { return {_mm512_loadu_si512(p)}; }
+#elif GSF_LEVEL >= 1
+static inline void hide(V16& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
+static inline void hide(I16& a) { asm volatile("" : "+x"(a.lo), "+x"(a.hi)); }
+static inline I16 iload16(const void* p) {
+  const __m256i* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+#else
+static inline void hide(V16& a) { asm volatile("" : "+m"(a)); }
+static inline void hide(I16& a) { asm volatile("" : "+m"(a)); }
+static inline I16 iload16(const void* p) {
+  I16 r;
+  memcpy(r.v, p, 64);
+  return r;
+}
+#endif
+
+// Independent sums: two multiply-adds a cycle of latency 4 want 8 registers in flight: 12 of 32 (AVX-512), 10
+// of 16 (AVX2, two to a V16).
+constexpr int kRoofChains = GSF_LEVEL == 3 ? 12 : 5;
+
+// N values by name and not in an array, which a compiler may leave in memory.  They start from memory it
+// cannot see into: equal constants would be one chain.
+template <int N, typename V>
+struct Chains {
+  V value;
+  Chains<N - 1, V> rest;
+};
+template <typename V>
+struct Chains<0, V> {};
+
+static inline void start(Chains<0, V16>&, const float*) {}
+template <int N>
+static inline void start(Chains<N, V16>& c, const float* p) {
+  c.value = load16(p);
+  start(c.rest, p + 16);
+}
+static inline void start(Chains<0, I16>&, const float*) {}
+template <int N>
+static inline void start(Chains<N, I16>& c, const float* p) {
+  c.value = iload16(p);
+  start(c.rest, p + 16);
+}
+
+// Reads `bytes`, a multiple of 512, once: 8 lines a step.
+static uint64_t roof_read(const uint8_t* p, int64_t bytes) {
+  I16 sum[8];
+  for (I16& s : sum) s = izero16();
+  for (int64_t i = 0; i < bytes; i += 512) {
+    for (int v = 0; v < 8; ++v) {
+      // 2 KiB ahead: 100 ns of DRAM latency at about 20 GB/s a core
+      __builtin_prefetch(p + i + 64 * v + 2048);
+      sum[v] = iadd16(sum[v], iload16(p + i + 64 * v));
+    }
+  }
+  for (int v = 1; v < 8; ++v) sum[0] = iadd16(sum[0], sum[v]);
+  uint32_t lanes[16];
+  memcpy(lanes, &sum[0], 64);
+  uint64_t total = 0;
+  for (uint32_t lane : lanes) total += lane;
+  return total;
+}
+
+static inline void multiply(Chains<0, V16>&, V16, V16) {}
+template <int N>
+static inline void multiply(Chains<N, V16>& c, V16 a, V16 b) {
+  c.value = fma16(c.value, a, b);
+  multiply(c.rest, a, b);
+}
+static inline V16 total(const Chains<1, V16>& c) { return c.value; }
+template <int N>
+static inline V16 total(const Chains<N, V16>& c) {
+  return add16(c.value, total(c.rest));
+}
+
+// steps * kRoofChains * 16 fp32 multiply-adds.
+static float roof_fma(int64_t steps, const float* zeros) {  // zeros: [kRoofChains * 16]
+  V16 a = set16(0.5f);
+  const V16 b = set16(1.0f);
+  Chains<kRoofChains, V16> sums;
+  start(sums, zeros);
+  for (int64_t i = 0; i < steps; ++i) {
+    hide(a);
+    multiply(sums, a, b);
+  }
+  return fold16(total(sums));
+}
+
+// acc[lane] += the exact products of the pair (a, a), by what this level sums integers with: 4 of u8 x s8
+// where there is VNNI, else 2 of int16 x int16 (bytes widened beforehand: nothing here saturates).
+constexpr int kRoofProducts = GSF_LEVEL >= 2 ? 4 : 2;
+#if GSF_LEVEL == 3
+static inline I16 roof_dot(I16 acc, I16 a) { return {_mm512_dpbusd_epi32(acc.v, a.v, a.v)}; }
+#elif GSF_LEVEL == 2
+static inline I16 roof_dot(I16 acc, I16 a) {
+  return {_mm256_dpbusd_avx_epi32(acc.lo, a.lo, a.lo), _mm256_dpbusd_avx_epi32(acc.hi, a.hi, a.hi)};
+}
+#elif GSF_LEVEL == 1
+static inline I16 roof_dot(I16 acc, I16 a) {
+  return iadd16(acc, {_mm256_madd_epi16(a.lo, a.lo), _mm256_madd_epi16(a.hi, a.hi)});
+}
+#else
+static inline I16 roof_dot(I16 acc, I16 a) {
+  for (int i = 0; i < 16; ++i) {
+    const int32_t low = static_cast<int16_t>(a.v[i]), high = a.v[i] >> 16;
+    acc.v[i] += low * low + high * high;
+  }
+  return acc;
+}
+#endif
+
+static inline void multiply(Chains<0, I16>&, I16&) {}
+template <int N>
+static inline void multiply(Chains<N, I16>& c, I16& a) {
+  hide(a);  // each time: the products of one operand would be computed once for all chains
+  c.value = roof_dot(c.value, a);
+  multiply(c.rest, a);
+}
+static inline I16 total(const Chains<1, I16>& c) { return c.value; }
+template <int N>
+static inline I16 total(const Chains<N, I16>& c) {
+  return iadd16(c.value, total(c.rest));
+}
+
+// steps * kRoofChains * 16 * kRoofProducts multiply-adds; few enough that int32 never overflows.
+static int64_t roof_int8(int64_t steps, const float* zeros) {  // zeros: [kRoofChains * 16]
+  int8_t ones[64];  // every byte is 1 for VNNI, every int16 for the others
+  for (int i = 0; i < 64; ++i) ones[i] = kRoofProducts == 4 || i % 2 == 0;
+  I16 a = iload16(ones);
+  Chains<kRoofChains, I16> sums;
+  start(sums, zeros);
+  for (int64_t i = 0; i < steps; ++i) multiply(sums, a);
+  int32_t lanes[16];
+  const I16 sum = total(sums);
+  memcpy(lanes, &sum, 64);
+  int64_t whole = 0;
+  for (int32_t lane : lanes) whole += lane;
+  return whole;
+}
