@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
+from gemmascope_fast.screen import Screen, pays
 
 if TYPE_CHECKING:
     from gemmascope_fast.sae import JumpReLUSAE
@@ -25,15 +26,31 @@ def fingerprint(*tensors: Tensor) -> Fingerprint:
 
 
 class Prepared:
-    """The packed state of one SAE, behind a lock."""
+    """The packed state of one SAE, behind a lock: its screen, and the weights it was seen with."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._seen: Fingerprint | None = None
+        self._screen: Screen | None = None
+        self._screen_of: Fingerprint | None = None  # the weights the screen was built from
+        self._centre: Tensor | None = None  # given by the user; None: the module's own choice
+        self._second_digit = True
+        self._edited: Fingerprint | None = None  # weights other than the screen's, as last seen
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy packs its own weights anew; locks do not travel
         return (Prepared, ())
+
+    @property
+    def screen(self) -> Screen | None:
+        """The screen that is there now."""
+        return self._screen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is packed beside the weights."""
+        screen = self._screen
+        return 0 if screen is None else screen.nbytes
 
     def refresh(self, sae: JumpReLUSAE, force: bool = False) -> None:
         """Check and lay out the weights anew where they were seen to change."""
@@ -49,9 +66,67 @@ class Prepared:
                 with torch.no_grad():
                     sae.W_enc.data = as_rows(sae.W_enc.data)
             self._seen = fingerprint(sae.W_enc, sae.b_enc, sae.threshold)
+            if force:
+                self._screen = self._screen_of = None
 
-    def encode(self, sae: JumpReLUSAE, x: Tensor, screen: bool | None) -> tuple[Tensor, Tensor, Tensor]:
+    def build(
+        self, sae: JumpReLUSAE, *, sample: Tensor | None = None, centre: Tensor | None = None, second_digit: bool = True
+    ) -> None:
+        """Build the screen with these options, which later rebuilds keep."""
+        if sample is not None and centre is not None:
+            raise ValueError("sample, centre: expected at most one of them")
+        if sample is not None:
+            if sample.shape[-1:] != (sae.d_in,) or not sample.is_floating_point():
+                raise ValueError(
+                    f"sample: expected floating activations [..., d_in = {sae.d_in}], got {tuple(sample.shape)}"
+                )
+            centre = sample.detach().reshape(-1, sae.d_in).double().mean(0).float()
+        with self._lock:
+            self._centre, self._second_digit = centre, second_digit
+            self._screen = self._screen_of = None
+            self._screened(sae)
+
+    def adopt(self, sae: JumpReLUSAE, screen: Screen) -> None:
+        """Take a screen that was stored with these very weights."""
+        self.refresh(sae)
+        with self._lock:
+            self._centre, self._second_digit = screen.centre, screen.code2 is not None
+            self._screen, self._screen_of = screen, self._seen
+
+    def _screened(self, sae: JumpReLUSAE) -> Screen:
+        """The screen of the weights last seen, built where it is of others."""
+        screen = self._screen
+        if screen is not None and self._screen_of == self._seen:
+            return screen
+        with self._lock:
+            if self.stale() or self._screen is None:
+                centre = sae.screen_centre() if self._centre is None else self._centre
+                self._screen = Screen.build(
+                    sae.W_enc, sae.b_enc, sae.threshold, centre=centre, second_digit=self._second_digit
+                )
+                self._screen_of = self._seen
+            return self._screen
+
+    def encode(
+        self, sae: JumpReLUSAE, x: Tensor, screen: bool | None, bandwidth: float | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(crow_indices, col_indices, values fp32) by the fastest route that `screen` allows."""
-        if screen:
-            raise NotImplementedError("the certified screen is not here yet")
-        return ops.encode(x, sae.W_enc, sae.b_enc, sae.threshold, None)
+        weights = (sae.W_enc, sae.b_enc, sae.threshold)
+        # with a bandwidth weights are being trained: a screen would be built for one use
+        if screen or (screen is None and bandwidth is None and self._pays(sae, x)):
+            return self._screened(sae).encode(x, *weights, bandwidth=bandwidth)
+        return ops.encode(x, *weights, bandwidth)
+
+    def _pays(self, sae: JumpReLUSAE, x: Tensor) -> bool:
+        """Whether the screen is the faster route: measured, see `screen.pays`; never the cost of a build at each call."""
+        if not pays(x, sae.W_enc):
+            return False
+        if self._screen is None or not self.stale():
+            return True
+        # weights edited since the screen was built may be edited again (training): build at the second sight
+        again, self._edited = self._edited == self._seen, self._seen
+        return again
+
+    def stale(self) -> bool:
+        """Whether there is no screen of the weights last seen."""
+        return self._screen is None or self._screen_of != self._seen

@@ -135,14 +135,14 @@ class JumpReLUSAE(nn.Module):
         traced = torch.compiler.is_compiling() and not screen
         if not traced:
             self._prepared.refresh(self)
-        if bandwidth is not None:
-            from gemmascope_fast.training.jumprelu import encode_with_bandwidth
-
-            csr = encode_with_bandwidth(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
-        elif traced:
-            csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, None)
+        if traced:
+            csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
         else:
-            csr = self._prepared.encode(self, flat, screen)
+            csr = self._prepared.encode(self, flat, screen, bandwidth)
+        if bandwidth is not None:
+            from gemmascope_fast.training.jumprelu import with_gradients
+
+            csr = with_gradients(csr, self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
 
@@ -184,13 +184,27 @@ class JumpReLUSAE(nn.Module):
         return self.decode(self.encode_sparse(x))
 
     def prepare(self, force: bool = False, **options: Any) -> JumpReLUSAE:
-        """Pack now instead of at first use; options go to the screen's builder (see `screen.build`).
+        """Pack now instead of at first use: lay out the rows and build the certified screen.
 
         force: build anew even where nothing was seen to change; needed after edits that nobody can see
         (`p.data.mul_()`, a numpy alias, inference tensors).
+        Options, kept for later rebuilds; answers depend on none of them: centre [d_in], a point near the mean of the
+        activations (default: b_dec where the SAE reconstructs its own input); sample [..., d_in], activations whose
+        mean is taken for it; second_digit (default True), another byte a weight that spares nearly all rows that do
+        not fire.
         """
-        self._prepared.refresh(self, force=force, **options)
+        self._prepared.refresh(self, force=force)
+        if options or self._prepared.stale():
+            self._prepared.build(self, **options)
         return self
+
+    def screen_centre(self) -> Tensor | None:
+        """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
+        return self.b_dec.detach().float() if self.kind == "sae" else None
+
+    def packed_bytes(self) -> int:
+        """Bytes held beside the parameters: the screen's codes and bounds."""
+        return self._prepared.nbytes
 
     # ---- module plumbing ----------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.sae import JumpReLUSAE
 
 # Share of the centred energy that the first n directions of Gemma 3 270M's layer-12 residual stream hold.
@@ -89,11 +90,6 @@ def make_sae(
 
 
 # ---- error bounds -----------------------------------------------------------------------------------
-
-
-def kappa(d: int) -> float:
-    """Relative bound of section 3a's dot of length d: 16 lanes of ⌈d/16⌉ terms, four folds, the bias."""
-    return 1.01 * (math.ceil(d / 16) + 6) * 2.0**-24
 
 
 def pre_activations64(x: Tensor, sae: JumpReLUSAE) -> Tensor:

@@ -11,7 +11,7 @@ Csr HitCollector::to_csr(int64_t T) const {
   int64_t* offsets = crow.mutable_data_ptr<int64_t>();
   std::fill(offsets, offsets + T + 1, 0);
   for (const HitBuffer& buffer : buffers_) {
-    const Hit* hits = buffer.data();
+    const Hit* hits = buffer.sink.begin;
     for (size_t i = 0, n = buffer.size(); i < n; ++i) ++offsets[hits[i].token + 1];
   }
   for (int64_t t = 0; t < T; ++t) offsets[t + 1] += offsets[t];
@@ -22,7 +22,7 @@ Csr HitCollector::to_csr(int64_t T) const {
   float* v = values.mutable_data_ptr<float>();
   std::vector<int64_t> next(offsets, offsets + T);
   for (const Span& span : spans_) {
-    const Hit* hits = buffers_[span.worker].data();
+    const Hit* hits = buffers_[span.worker].sink.begin;
     for (size_t i = span.begin; i < span.end; ++i) {
       const int64_t at = next[hits[i].token]++;
       c[at] = hits[i].feature;

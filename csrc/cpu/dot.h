@@ -32,3 +32,22 @@ static inline void dot_tile(const float* const* x,  // [TT] -> [d]
     for (int f = 0; f < FF; ++f) z[t * FF + f] = fold16(acc[t][f]);
   }
 }
+
+// Dots of P pairs that need have nothing in common, in the same order.
+template <int P, typename E>
+static inline void dot_pairs(const float* const* x,  // [P] -> [d]
+                             const E* const* w,      // [P] -> [d]
+                             int64_t d, float* z) {  // [P]
+  V16 acc[P];
+  for (int p = 0; p < P; ++p) acc[p] = zero16();
+  const int64_t whole = d & ~int64_t{15};
+  for (int64_t k = 0; k < whole; k += 16) {
+    for (int p = 0; p < P; ++p) acc[p] = fma16(load16(x[p] + k), load16(w[p] + k), acc[p]);
+  }
+  if (whole < d) {
+    for (int p = 0; p < P; ++p) {
+      acc[p] = fma16(load16_tail(x[p] + whole, d - whole), load16_tail(w[p] + whole, d - whole), acc[p]);
+    }
+  }
+  for (int p = 0; p < P; ++p) z[p] = fold16(acc[p]);
+}

@@ -20,7 +20,7 @@ static inline void encode_tile(const EncodeArgs& a, int64_t t0, int64_t f0, HitS
       const float zb = z[t * FF + f] + a.bias[f0 + f];
       const float theta = a.threshold[f0 + f];
       if (fires(zb, theta) || __builtin_fabsf(zb - theta) < a.half_bandwidth) {
-        sink.push(t0 + t, f0 + f, canonical(zb));
+        sink.push(a.ids ? a.ids[t0 + t] : t0 + t, f0 + f, canonical(zb));
       }
     }
   }

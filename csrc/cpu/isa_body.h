@@ -13,7 +13,12 @@ namespace GSF_NAMESPACE {
 //
 #include "cpu/matryoshka_vec.h"
 //
+#include "cpu/screen_vec.h"
+//
 #include "cpu/matryoshka.h"
+#include "cpu/screen.h"
+//
+#include "cpu/screen_build.h"
 //
 #include "cpu/roof.h"
 
@@ -21,6 +26,9 @@ extern const Kernels kTable;
 const Kernels kTable = {encode,
                         decode,
                         sampled_dot,
+                        encode_screened,
+                        screen_token,
+                        screen_rows,
                         matryoshka,
                         matryoshka_quantize,
                         {roof_read, roof_fma, roof_int8, 16 * kRoofChains, 16 * kRoofChains* kRoofProducts}};

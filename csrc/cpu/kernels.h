@@ -9,6 +9,10 @@
 
 namespace gsf {
 
+// Features of a chunk, the unit that a worker draws: 64 rows of 2304 fp32 are 590 KB, which stays in a 1 MiB L2
+// while the tokens pass; with few tokens each row is read once anyway.
+constexpr int64_t kChunkFeatures = 64;
+
 // Element types of weights and activations as they lie in memory.
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
 
@@ -23,6 +27,7 @@ static_assert(sizeof(Hit) == 12, "hits are appended as 12 packed bytes");
 // An append-only buffer.  Bodies write through `at` after making sure of the room; growing is a function of
 // the layer above, so that no library template is ever compiled with a body's target options.
 struct HitSink {
+  Hit* begin = nullptr;
   Hit* at = nullptr;
   Hit* end = nullptr;
   void* owner = nullptr;
@@ -44,6 +49,7 @@ struct EncodeArgs {
   int64_t T, F, d;
   Dtype w_dtype;
   float half_bandwidth;  // 0: only what fires; else the pairs with |z - threshold| < half_bandwidth too
+  const int32_t* ids;    // [T] the tokens' numbers in the hits, or null: 0 ... T - 1
 };
 
 struct DecodeArgs {
@@ -112,6 +118,95 @@ struct RoofLoops {
   int64_t fma_a_step, int8_a_step;
 };
 
+// ---- the certified screen (docs/screen.md names every quantity) ----
+
+// Per-feature numbers, rows of one fp32 table [kScreenRows][stride]; stride is F rounded up to 16, and the
+// columns past F never survive.
+enum ScreenRow : int {
+  kScale = 0,    // s of the first digit: the row is about s (code - zero)
+  kZero,         // its zero point, an integer in [0, 255]
+  kError,        // |e|, rounded up
+  kNorm,         // |w|, rounded up
+  kCentredBias,  // b' = b + w . mu
+  kSlack,        // beta
+  kStart,        // b' + beta - max(threshold, 0), rounded up; +inf: never discarded
+  kScale2,       // s2 of the second digit: e is about s2 (code2 - 128)
+  kError2,       // |e2|, rounded up
+  kScreenRows
+};
+
+// One token as the screen sees it.  r = x - mu is about t q1 + (t / 256) q2.
+struct ScreenToken {
+  float t;                    // scale of the first digit
+  float reach, error;         // R and E with the first digit alone
+  float reach2, error2;       // R and E with both
+  int32_t sum, sum2;          // of the digits
+  int32_t fits;               // 0: the token skips the screen
+};
+
+struct ScreenTokenArgs {
+  const float* x;   // [d]
+  const float* mu;  // [d] or null
+  int8_t* q1;       // [width], zeros after d
+  int8_t* q2;       // [width]
+  ScreenToken* out;
+  float* space;  // [width]
+  int64_t d, width;
+};
+
+struct ScreenRowArgs {
+  const void* w;  // [F][d] of w_dtype: the rows that refine
+  const float* mu;         // [d] or null
+  const float* bias;       // [F]
+  const float* threshold;  // [F]
+  uint8_t* code;           // [F][width]
+  uint8_t* code2;          // [F][width] or null
+  float* table;            // [kScreenRows][stride]
+  int64_t d, width, stride;
+  Dtype w_dtype;
+};
+
+// A pair that the screen could not discard, with the integers that said so, and then the estimate.
+struct Candidate {
+  int32_t token, feature;
+  int32_t n1, n2;  // (code - zero) . q1 and, where both digits were read, (code - zero) . q2
+  double z, bound;
+};
+
+// Appended to like a HitSink; begin stays with it, since the buffer may move.
+struct CandidateSink {
+  Candidate* begin = nullptr;
+  Candidate* at = nullptr;
+  Candidate* end = nullptr;
+  void* owner = nullptr;
+  void (*grow)(CandidateSink&, size_t) = nullptr;
+
+  void reserve(size_t n) {
+    if (static_cast<size_t>(end - at) < n) grow(*this, n);
+  }
+};
+
+struct ScreenArgs {
+  EncodeArgs encode;          // the screened tokens alone; `ids` says which they are
+  const int8_t* q1;           // [T][width]
+  const int8_t* q2;           // [T][width]
+  const ScreenToken* tokens;  // [T]
+  const float* lanes;         // [4][lane_stride][4]: scale, R, E and (as int32) digit sum of a token, four times each
+  int64_t lane_stride;        // tokens of a plane of `lanes`: T and three of zeros
+  const uint8_t* code;        // [F][width]
+  const uint8_t* code2;       // [F][width] or null: no second digit
+  const float* table;         // [kScreenRows][stride]
+  int64_t width, stride;      // width: d rounded up to 64
+  bool both;                  // the first stage reads both digits of the activations
+  void (*fetch)(const void* row, int64_t bytes);  // null, or told of every row before it is refined
+};
+
+struct ScreenStats {
+  int64_t survivors;   // pairs that the first stage left
+  int64_t refined;     // pairs whose row was read in full precision
+  int64_t violations;  // refined pairs outside their bound: the rows are not those the screen was built from
+};
+
 // One table per instruction set.
 struct Kernels {
   // Features [f0, f1) of all tokens; hits of one token are appended in ascending order of the feature.
@@ -120,6 +215,11 @@ struct Kernels {
   void (*decode)(const DecodeArgs&, int64_t n0, int64_t n1, int64_t d0, int64_t d1);
   // Rows [n0, n1).
   void (*sampled_dot)(const SampledDotArgs&, int64_t n0, int64_t n1);
+  // Features [f0, f1) of all tokens, screened first; `space` holds the candidates and their order.
+  void (*encode_screened)(const ScreenArgs&, int64_t f0, int64_t f1, CandidateSink& space, ScreenStats&, HitSink&);
+  void (*screen_token)(const ScreenTokenArgs&);
+  // Rows [f0, f1).
+  void (*screen_rows)(const ScreenRowArgs&, int64_t f0, int64_t f1, float* space);
   // Blocks [b0, b1) of 16 rows for all tokens; raw: space for one block's codes, [units][8][64].
   void (*matryoshka)(const MatryoshkaArgs&, int64_t b0, int64_t b1, uint8_t* raw);
   // One token's int8 codes.

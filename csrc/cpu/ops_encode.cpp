@@ -10,10 +10,6 @@
 namespace gsf {
 namespace {
 
-// Rows of a chunk: 64 rows of 2304 fp32 are 590 KB, which stays in a 1 MiB L2 while the tokens pass; with few
-// tokens each row is read once anyway, and a chunk is only the unit that a worker draws.
-constexpr int64_t kChunkFeatures = 64;
-
 Csr encode_cpu(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc,
                const at::Tensor& threshold, std::optional<double> bandwidth) {
   check_float(x, "x");

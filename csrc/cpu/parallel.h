@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -55,35 +56,38 @@ void run_chunks(int64_t chunks, const Fn& fn) {
   });
 }
 
-// A growing array of hits behind a HitSink.
-class HitBuffer {
+// A growing array behind a HitSink or a CandidateSink.
+template <typename Sink>
+class SinkBuffer {
  public:
-  HitBuffer() {
+  SinkBuffer() {
     sink.owner = this;
-    sink.grow = [](HitSink& s, size_t n) { static_cast<HitBuffer*>(s.owner)->enlarge(n); };
+    sink.grow = [](Sink& s, size_t n) { static_cast<SinkBuffer*>(s.owner)->enlarge(n); };
   }
-  ~HitBuffer() { std::free(data_); }
-  HitBuffer(const HitBuffer&) = delete;
-  HitBuffer& operator=(const HitBuffer&) = delete;
+  ~SinkBuffer() { std::free(sink.begin); }
+  SinkBuffer(const SinkBuffer&) = delete;
+  SinkBuffer& operator=(const SinkBuffer&) = delete;
 
-  size_t size() const { return static_cast<size_t>(sink.at - data_); }
-  const Hit* data() const { return data_; }
+  size_t size() const { return static_cast<size_t>(sink.at - sink.begin); }
 
-  HitSink sink;
+  Sink sink;
 
  private:
+  using Record = std::remove_pointer_t<decltype(Sink::at)>;
+
   void enlarge(size_t n) {
     const size_t used = size();
-    size_t capacity = std::max<size_t>(1024, 2 * static_cast<size_t>(sink.end - data_));
+    size_t capacity = std::max<size_t>(1024, 2 * static_cast<size_t>(sink.end - sink.begin));
     while (capacity < used + n) capacity *= 2;
-    Hit* grown = static_cast<Hit*>(std::realloc(data_, capacity * sizeof(Hit)));
+    Record* grown = static_cast<Record*>(std::realloc(sink.begin, capacity * sizeof(Record)));
     if (grown == nullptr) throw std::bad_alloc();
-    data_ = grown;
+    sink.begin = grown;
     sink.at = grown + used;
     sink.end = grown + capacity;
   }
-
-  Hit* data_ = nullptr;
 };
+
+using HitBuffer = SinkBuffer<HitSink>;
+using CandidateBuffer = SinkBuffer<CandidateSink>;
 
 }  // namespace gsf

@@ -7,6 +7,8 @@ pairs with |z - threshold| < ε/2 are stored too, fired or not: training needs t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,11 @@ SCHEMA = (
     "encode(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, float? bandwidth=None)"
     " -> (Tensor crow_indices, Tensor col_indices, Tensor values)"
 )
+
+
+def kappa(d: int) -> float:
+    """Relative bound of section 3a's dot of length d: 16 lanes of ⌈d/16⌉ terms, four folds, the bias, one to spare."""
+    return 1.01 * (math.ceil(d / 16) + 6) * 2.0**-24
 
 
 def fires(z: Tensor, threshold: Tensor) -> Tensor:
@@ -76,14 +83,12 @@ def _cost(x: Tensor, W_enc: Tensor, *_: object) -> Cost:
 encode = register(SCHEMA, encode_reference, _fake, _cost)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    x, W_enc, b_enc, _threshold, _bandwidth = inputs
-    crow, col, _values = output
-    ctx.save_for_backward(x, W_enc, b_enc, crow, col)
-    ctx.mark_non_differentiable(crow, col)
+def save_for_encode(ctx, inputs, output) -> None:
+    """Keep what `backward_of_encode` reads; inputs are x, W_enc, b_enc."""
+    ctx.save_for_backward(*inputs, output[0], output[1])
 
 
-def _backward(ctx, _grad_crow, _grad_col, grad):
+def backward_of_encode(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """z is linear in x, W_enc and b_enc on the stored pairs; the support has no gradient.
 
     dx[n] = sum over f of g · W_enc[:, f];  dW_enc[:, f] = sum over n of g · x[n];  db[f] = sum over n of g.
@@ -102,7 +107,16 @@ def _backward(ctx, _grad_crow, _grad_col, grad):
         if need_b:
             ones = torch.ones(x.shape[0], 1, device=x.device)
             db = decode(ccol, rows, by_feature, ones, None, None)[:, 0].to(b_enc.dtype)
-    return dx, dW, db, None, None
+    return dx, dW, db
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    save_for_encode(ctx, inputs[:3], output)
+    ctx.mark_non_differentiable(output[0], output[1])
+
+
+def _backward(ctx, _grad_crow, _grad_col, grad):
+    return (*backward_of_encode(ctx, grad), None, None)
 
 
 register_autograd(encode, _setup_context, _backward)

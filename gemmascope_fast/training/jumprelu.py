@@ -61,6 +61,13 @@ def encode_with_bandwidth(
     theta_to_input: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(crow_indices, col_indices, values): pairs that fired or lie within the bandwidth, 0 where not fired."""
-    crow, col, z = ops.encode(x, W_enc, b_enc, threshold, bandwidth)
+    return with_gradients(ops.encode(x, W_enc, b_enc, threshold, bandwidth), threshold, bandwidth, theta_to_input)
+
+
+def with_gradients(
+    pairs: tuple[Tensor, Tensor, Tensor], threshold: Tensor, bandwidth: float, theta_to_input: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `ops.encode` gave with this bandwidth, its pre-activations z through JumpReLU."""
+    crow, col, z = pairs
     theta = threshold.float()[col.long()]
     return crow, col, JumpReLU.apply(z, theta, bandwidth, theta_to_input)

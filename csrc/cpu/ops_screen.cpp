@@ -1,0 +1,249 @@
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "cpu/collect.h"
+#include "cpu/ops_common.h"
+
+namespace gsf {
+namespace {
+
+// 255 * 127 * 66,000 < 2^31: the largest integer dot still fits its 32 bits.
+constexpr int64_t kMostInputs = 66000;
+// Up to this many tokens the first stage waits for memory, and reading both digits of the activations costs nothing
+// while it leaves a third of the candidates.
+constexpr int64_t kBothDigits = 4;
+
+int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+void check_sizes(const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold) {
+  TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
+  TORCH_CHECK_VALUE(W_enc.size(0) <= kMostInputs, "W_enc: the screen takes d_in up to ", kMostInputs, ", got ",
+                    W_enc.size(0));
+  check_shape(b_enc, {W_enc.size(1)}, "b_enc");
+  check_shape(threshold, {W_enc.size(1)}, "threshold");
+  for (const at::Tensor* t : {&W_enc, &b_enc, &threshold}) check_cpu(*t, "encode_screened");
+  TORCH_CHECK_TYPE(dtype_of(W_enc, "W_enc") != Dtype::i8,
+                   "W_enc: expected float32, bfloat16 or float16, got int8");
+}
+
+void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
+  if (!centre) return;
+  check_shape(*centre, {d}, "centre");
+  check_cpu(*centre, "centre");
+  TORCH_CHECK_TYPE(centre->scalar_type() == at::kFloat && centre->is_contiguous(),
+                   "centre: expected contiguous float32, got ", centre->scalar_type());
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor& W_enc, const at::Tensor& b_enc,
+                                                               const at::Tensor& threshold,
+                                                               const std::optional<at::Tensor>& centre,
+                                                               bool second_digit) {
+  check_sizes(W_enc, b_enc, threshold);
+  const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = round_to(F, 16);
+  check_centre(centre, d);
+  const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
+  at::Tensor code = at::empty({F, width}, at::kByte);
+  at::Tensor code2 = at::empty({second_digit ? F : 0, width}, at::kByte);
+  at::Tensor table = at::zeros({kScreenRows, stride}, at::kFloat);
+  ScreenRowArgs args{};
+  args.w = rows.const_data_ptr();
+  args.w_dtype = dtype_of(W_enc, "W_enc");
+  args.mu = centre ? centre->const_data_ptr<float>() : nullptr;
+  args.bias = bias.const_data_ptr<float>();
+  args.threshold = theta.const_data_ptr<float>();
+  args.code = code.mutable_data_ptr<uint8_t>();
+  args.code2 = second_digit ? code2.mutable_data_ptr<uint8_t>() : nullptr;
+  args.table = table.mutable_data_ptr<float>();
+  args.d = d, args.width = width, args.stride = stride;
+  // the columns past F are discarded whatever the token
+  float* start = args.table + kStart * stride;
+  for (int64_t f = F; f < stride; ++f) start[f] = -std::numeric_limits<float>::infinity();
+  const Kernels& kernel = kernels();
+  std::vector<std::vector<float>> space(std::max(1, at::get_num_threads()), std::vector<float>(width));
+  run_chunks((F + kChunkFeatures - 1) / kChunkFeatures, [&](int worker, int64_t chunk) {
+    const int64_t f0 = chunk * kChunkFeatures;
+    kernel.screen_rows(args, f0, std::min(F, f0 + kChunkFeatures), space[worker].data());
+  });
+  return {code, code2, table};
+}
+
+// A token's numbers four times each, as the tiles of four features read them: planes of scale, R, E, digit sum.
+void fill_lanes(const std::vector<ScreenToken>& tokens, bool both, float* lanes, int64_t stride) {
+  for (size_t t = 0; t < tokens.size(); ++t) {
+    const ScreenToken& k = tokens[t];
+    const float numbers[3] = {both ? k.t * 0.00390625f : k.t, both ? k.reach2 : k.reach,
+                              both ? k.error2 : k.error};
+    for (int copy = 0; copy < 4; ++copy) {
+      for (int plane = 0; plane < 3; ++plane) lanes[4 * (plane * stride + t) + copy] = numbers[plane];
+      std::memcpy(&lanes[4 * (3 * stride + t) + copy], &k.sum, sizeof k.sum);
+    }
+  }
+}
+
+// The table's first bound against threshold - bandwidth / 2 in place of max(threshold, 0).
+at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F, float half) {
+  at::Tensor own = table.clone();
+  const int64_t stride = own.size(1);
+  float* p = own.mutable_data_ptr<float>();
+  for (int64_t f = 0; f < F; ++f) {
+    float& start = p[kStart * stride + f];
+    if (start == std::numeric_limits<float>::infinity()) continue;
+    const double edge = std::min(std::max<double>(theta[f], 0.0), static_cast<double>(theta[f]) - half);
+    const double exact =
+        static_cast<double>(p[kCentredBias * stride + f]) + p[kSlack * stride + f] - edge;
+    // 5u|edge| of slack for the epilogue, as the builder gave for |tau|
+    const double roomy = exact + 3e-7 * std::fabs(edge);
+    const float near = static_cast<float>(roomy);
+    start = near >= roomy ? near : std::nextafter(near, std::numeric_limits<float>::infinity());
+  }
+  return own;
+}
+
+struct Tokens {
+  at::Tensor x;                     // [T][d] of the tokens that are screened
+  at::Tensor digits;                // [2][T][width]
+  std::vector<ScreenToken> screen;  // [T]
+  std::vector<int32_t> ids;         // [T]; empty where all are screened
+  at::Tensor rest;                  // [R][d] of the others
+  std::vector<int32_t> rest_ids;    // [R]
+};
+
+at::Tensor chosen_rows(const at::Tensor& x, const std::vector<int32_t>& ids) {
+  const int64_t d = x.size(1);
+  at::Tensor out = at::empty({static_cast<int64_t>(ids.size()), d}, at::kFloat);
+  float* to = out.mutable_data_ptr<float>();
+  const float* from = x.const_data_ptr<float>();
+  for (size_t i = 0; i < ids.size(); ++i) std::copy_n(from + ids[i] * d, d, to + i * d);
+  return out;
+}
+
+Tokens quantised(const at::Tensor& x, const float* mu, int64_t width) {
+  const int64_t T = x.size(0), d = x.size(1);
+  Tokens out;
+  out.x = x;
+  out.digits = at::empty({2, T, width}, at::kChar);
+  out.screen.resize(T);
+  int8_t* q = out.digits.mutable_data_ptr<int8_t>();
+  const Kernels& kernel = kernels();
+  const int workers = static_cast<int>(std::min<int64_t>(std::max(1, at::get_num_threads()), T));
+  std::vector<float> space(workers * width);
+  const auto token = [&](int worker, int64_t t) {
+    kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, mu, q + t * width, q + (T + t) * width,
+                                        &out.screen[t], space.data() + worker * width, d, width});
+  };
+  if (T == 1) {
+    SubnormalsOn guard;
+    token(0, 0);
+  } else {
+    run_chunks(T, token);
+  }
+  int64_t kept = 0;
+  for (int64_t t = 0; t < T; ++t) kept += out.screen[t].fits;
+  if (kept == T) return out;
+  // rare: NaN, infinities, or nothing at all; the others close ranks
+  for (int64_t t = 0; t < T; ++t) {
+    (out.screen[t].fits ? out.ids : out.rest_ids).push_back(static_cast<int32_t>(t));
+  }
+  out.rest = chosen_rows(x, out.rest_ids);
+  out.x = chosen_rows(x, out.ids);
+  at::Tensor digits = at::empty({2, kept, width}, at::kChar);
+  int8_t* to = digits.mutable_data_ptr<int8_t>();
+  std::vector<ScreenToken> screen(kept);
+  for (int64_t i = 0; i < kept; ++i) {
+    const int64_t t = out.ids[i];
+    screen[i] = out.screen[t];
+    for (int64_t digit = 0; digit < 2; ++digit) {
+      std::copy_n(q + (digit * T + t) * width, width, to + (digit * kept + i) * width);
+    }
+  }
+  out.digits = digits;
+  out.screen = std::move(screen);
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
+    const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
+    const at::Tensor& code, const std::optional<at::Tensor>& code2, const at::Tensor& table,
+    const std::optional<at::Tensor>& centre, int64_t digits, std::optional<double> bandwidth) {
+  check_float(x, "x");
+  check_cpu(x, "x");
+  check_sizes(W_enc, b_enc, threshold);
+  const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = round_to(F, 16);
+  TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == d, "x: expected [N, d_in = ", d, "], got ", x.sizes());
+  TORCH_CHECK_VALUE(x.size(0) < INT32_MAX && F < INT32_MAX, "x: more than 2^31 tokens or features");
+  check_shape(code, {F, width}, "code");
+  check_shape(table, {kScreenRows, stride}, "table");
+  if (code2) check_shape(*code2, {F, width}, "code2");
+  check_centre(centre, d);
+  TORCH_CHECK_TYPE(code.scalar_type() == at::kByte && (!code2 || code2->scalar_type() == at::kByte) &&
+                       table.scalar_type() == at::kFloat,
+                   "code, code2, table: expected uint8, uint8 and float32");
+  TORCH_CHECK_VALUE(code.is_contiguous() && (!code2 || code2->is_contiguous()) && table.is_contiguous(),
+                    "code, code2, table: expected contiguous tensors");
+  TORCH_CHECK_VALUE(digits >= 0 && digits <= 2, "digits: expected 0 (choose), 1 or 2, got ", digits);
+  TORCH_CHECK_VALUE(!bandwidth || *bandwidth > 0, "bandwidth: expected a positive number, got ",
+                    bandwidth.value_or(0));
+
+  const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
+  const Tokens tokens = quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, width);
+  const int64_t T = x.size(0), kept = static_cast<int64_t>(tokens.screen.size());
+  ScreenArgs a{};
+  EncodeArgs& e = a.encode;
+  e.x = tokens.x.const_data_ptr<float>();
+  e.w = rows.const_data_ptr();
+  e.bias = bias.const_data_ptr<float>();
+  e.threshold = theta.const_data_ptr<float>();
+  e.T = kept, e.F = F, e.d = d;
+  e.w_dtype = dtype_of(W_enc, "W_enc");
+  e.half_bandwidth = bandwidth ? static_cast<float>(*bandwidth / 2) : 0.0f;
+  e.ids = tokens.ids.empty() ? nullptr : tokens.ids.data();
+  a.both = digits == 0 ? kept <= kBothDigits : digits == 2;
+  a.lane_stride = kept + 3;
+  std::vector<float> lanes(16 * a.lane_stride);
+  fill_lanes(tokens.screen, a.both, lanes.data(), a.lane_stride);
+  const at::Tensor own_table = bandwidth ? with_bandwidth(table, e.threshold, F, e.half_bandwidth) : table;
+  a.lanes = lanes.data();
+  a.q1 = tokens.digits.const_data_ptr<int8_t>();
+  a.q2 = a.q1 + kept * width;
+  a.tokens = tokens.screen.data();
+  a.code = code.const_data_ptr<uint8_t>();
+  a.code2 = code2 ? code2->const_data_ptr<uint8_t>() : nullptr;
+  a.table = own_table.const_data_ptr<float>();
+  a.width = width, a.stride = stride;
+  EncodeArgs rest = e;
+  rest.T = T - kept;
+  if (rest.T) rest.x = tokens.rest.const_data_ptr<float>(), rest.ids = tokens.rest_ids.data();
+
+  const int64_t chunks = T == 0 ? 0 : (F + kChunkFeatures - 1) / kChunkFeatures;
+  const int workers = std::max(1, at::get_num_threads());
+  HitCollector hits(workers, chunks);
+  std::vector<CandidateBuffer> space(workers);
+  std::vector<ScreenStats> counts(workers);
+  const Kernels& kernel = kernels();
+  run_chunks(chunks, [&](int worker, int64_t chunk) {
+    const int64_t f0 = chunk * kChunkFeatures, f1 = std::min(F, f0 + kChunkFeatures);
+    hits.fill(worker, chunk, [&](HitSink& sink) {
+      if (kept) kernel.encode_screened(a, f0, f1, space[worker].sink, counts[worker], sink);
+      if (rest.T) kernel.encode(rest, f0, f1, sink);
+    });
+  });
+  at::Tensor stats = at::zeros({4}, at::kLong);
+  int64_t* s = stats.mutable_data_ptr<int64_t>();
+  for (const ScreenStats& c : counts) s[0] += c.survivors, s[1] += c.refined, s[2] += c.violations;
+  s[3] = rest.T;
+  auto [crow, col, values] = hits.to_csr(T);
+  return {crow, col, values, stats};
+}
+
+TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
+  m.impl("screen_rows", screen_rows_cpu);
+  m.impl("encode_screened", encode_screened_cpu);
+}
+
+}  // namespace
+}  // namespace gsf

@@ -1,0 +1,220 @@
+// Building the screen: one feature row's two digits and bounds, and one token's.  Norms are sums in fp64,
+// rounded up.  docs/screen.md derives every constant; the names here are its names.
+
+constexpr double kU = 5.9604644775390625e-08;  // 2^-24, half an ulp of 1 in fp32
+// Rounded up and then some: what the fp32 epilogue's three roundings can take away (docs/screen.md, "Epilogue").
+constexpr double kUp = 1.0 + 8 * kU;
+// Sums of d <= 66,000 squares in fp64 err by less than 2^-36 of their value; roots halve that.
+constexpr double kSumUp = 1.0 + 1.0 / (1 << 30);
+constexpr double kTiny = 8.673617379884035e-19;      // 2^-60: norms outside [2^-60, 2^60] skip the screen
+constexpr double kHuge = 1.152921504606847e+18;      // 2^60
+constexpr double kCancel = 8.881784197001252e-16;    // 2^-50: fp64 cancellation in e and e_r
+constexpr double kUnderflow = 2.350988701644575e-38;  // 2^-125
+
+// The least float that is not below v.
+static inline float round_up(double v) {
+  const float f = static_cast<float>(v);
+  return static_cast<double>(f) >= v ? f : __builtin_nextafterf(f, __builtin_inff());
+}
+
+// Relative bound of the deciding dot: ceil(d/16) fused steps a lane, four folds, the bias, and one to spare.
+static inline double dot_kappa(int64_t d) { return 1.01 * static_cast<double>((d + 15) / 16 + 6) * kU; }
+
+// Sixteen running sums: an order that vectorises; the norms' last bits may differ between instruction sets, the
+// answers cannot.
+struct Sum16 {
+  double v[16] = {};
+  double total() const {
+    double s = 0;
+    for (int i = 0; i < 16; ++i) s += v[i];
+    return s;
+  }
+};
+
+static inline float clamp_digit(float v) { return v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v); }
+
+static void screen_token(const ScreenTokenArgs& a) {
+  ScreenToken& out = *a.out;
+  out = ScreenToken{};
+  float* r = a.space;
+  Sum16 xx, rr;
+  float most[16] = {};
+  const int64_t d = a.d;
+  for (int64_t k = 0; k < a.width; k += 16) {
+    float x[16] = {}, mu[16] = {};
+    const int64_t n = d - k < 16 ? d - k : 16;
+    if (n == 16) {
+      memcpy(x, a.x + k, sizeof x);
+      if (a.mu) memcpy(mu, a.mu + k, sizeof mu);
+    } else if (n > 0) {
+      memcpy(x, a.x + k, static_cast<size_t>(n) * sizeof(float));
+      if (a.mu) memcpy(mu, a.mu + k, static_cast<size_t>(n) * sizeof(float));
+    }
+    for (int i = 0; i < 16; ++i) {
+      const float ri = x[i] - mu[i], size = __builtin_fabsf(ri);
+      r[k + i] = ri;
+      // NaN keeps the larger side false, and the sums below turn NaN: `fits` sees it there
+      most[i] = size > most[i] ? size : most[i];
+      xx.v[i] += static_cast<double>(x[i]) * x[i];
+      rr.v[i] += static_cast<double>(ri) * ri;
+    }
+  }
+  float top = 0;
+  for (float m : most) top = m > top ? m : top;
+  const double norm_x = __builtin_sqrt(xx.total()) * kSumUp, norm_r = __builtin_sqrt(rr.total()) * kSumUp;
+  // written so that NaN fails
+  if (!(top >= kTiny && top <= kHuge && norm_x <= kHuge && norm_r <= kHuge)) {
+    memset(a.q1, 0, static_cast<size_t>(a.width));
+    memset(a.q2, 0, static_cast<size_t>(a.width));
+    return;
+  }
+  const float t = top / 127.0f, per_t = 1.0f / t, t2 = t * 0.00390625f, per_t2 = per_t * 256.0f;
+  Sum16 r1r1, rhat, r2r2, left1, left2;
+  int32_t sum[16] = {}, sum2[16] = {};
+  for (int64_t k = 0; k < a.width; k += 16) {
+    for (int i = 0; i < 16; ++i) {
+      const float ri = r[k + i];
+      const float d1 = clamp_digit(__builtin_rintf(ri * per_t));
+      const float rest = __builtin_fmaf(-t, d1, ri);
+      const float d2 = clamp_digit(__builtin_rintf(rest * per_t2));
+      a.q1[k + i] = static_cast<int8_t>(static_cast<int32_t>(d1));
+      a.q2[k + i] = static_cast<int8_t>(static_cast<int32_t>(d2));
+      sum[i] += static_cast<int32_t>(d1);
+      sum2[i] += static_cast<int32_t>(d2);
+      const double r1 = static_cast<double>(t) * d1, r2 = static_cast<double>(t2) * d2;
+      const double e1 = ri - r1, e2 = e1 - r2, both = r1 + r2;
+      r1r1.v[i] += r1 * r1;
+      r2r2.v[i] += r2 * r2;
+      rhat.v[i] += both * both;
+      left1.v[i] += e1 * e1;
+      left2.v[i] += e2 * e2;
+    }
+  }
+  const double n1 = __builtin_sqrt(r1r1.total()) * kSumUp, n2 = __builtin_sqrt(r2r2.total()) * kSumUp;
+  const double nb = __builtin_sqrt(rhat.total()) * kSumUp;
+  const double l1 = __builtin_sqrt(left1.total()) * kSumUp + kCancel * norm_r;
+  const double l2 = __builtin_sqrt(left2.total()) * kSumUp + kCancel * norm_r;
+  const double rounding = dot_kappa(d) * norm_x + 1.01 * kU * norm_r;
+  out.t = t;
+  out.reach = round_up((n1 + 7 * kU * n1) * kUp);
+  out.error = round_up((l1 + rounding + 7 * kU * n1) * kUp);
+  out.reach2 = round_up((nb + 7 * kU * (n1 + n2)) * kUp);
+  out.error2 = round_up((l2 + rounding + 7 * kU * (n1 + n2)) * kUp);
+  for (int i = 0; i < 16; ++i) out.sum += sum[i], out.sum2 += sum2[i];
+  out.fits = 1;
+}
+
+template <typename E>
+static inline void widen_row(const E* w, int64_t d, int64_t width, float* out) {
+  for (int64_t k = 0; k < width; k += 16) {
+    const V16 v = k + 16 <= d ? load16(w + k) : (k < d ? load16_tail(w + k, d - k) : zero16());
+    store16(out + k, v);
+  }
+}
+
+static inline void widen_any(const ScreenRowArgs& a, int64_t f, float* out) {
+  switch (a.w_dtype) {
+    case Dtype::f32:
+      return widen_row(static_cast<const float*>(a.w) + f * a.d, a.d, a.width, out);
+    case Dtype::bf16:
+      return widen_row(static_cast<const BF16*>(a.w) + f * a.d, a.d, a.width, out);
+    case Dtype::f16:
+      return widen_row(static_cast<const F16*>(a.w) + f * a.d, a.d, a.width, out);
+    case Dtype::i8:
+      return;  // refused by the checks above this layer
+  }
+}
+
+static inline void refine_always(const ScreenRowArgs& a, int64_t f) {
+  memset(a.code + f * a.width, 0, static_cast<size_t>(a.width));
+  if (a.code2) memset(a.code2 + f * a.width, 0, static_cast<size_t>(a.width));
+  for (int row = 0; row < kScreenRows; ++row) a.table[row * a.stride + f] = 0.0f;
+  a.table[kStart * a.stride + f] = __builtin_inff();
+}
+
+// The first digit of a row: the 8-bit min-max code of gemmascope_fast/matryoshka/codes.py, per channel.
+static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w, double norm_mu) {
+  float low[16] = {}, high[16] = {};
+  Sum16 ww, wmu;
+  for (int64_t k = 0; k < a.width; k += 16) {
+    float mu[16] = {};
+    const int64_t n = a.d - k < 16 ? a.d - k : 16;
+    if (a.mu && n > 0) memcpy(mu, a.mu + k, static_cast<size_t>(n) * sizeof(float));
+    for (int i = 0; i < 16; ++i) {
+      const float v = w[k + i];
+      low[i] = v < low[i] ? v : low[i];
+      high[i] = v > high[i] ? v : high[i];
+      ww.v[i] += static_cast<double>(v) * v;
+      wmu.v[i] += static_cast<double>(v) * mu[i];
+    }
+  }
+  float least = 0, most = 0;
+  for (int i = 0; i < 16; ++i) {
+    least = low[i] < least ? low[i] : least;
+    most = high[i] > most ? high[i] : most;
+  }
+  const double norm = __builtin_sqrt(ww.total()) * kSumUp;
+  const double b = a.bias[f], centred = b + wmu.total();
+  const double tau = a.threshold[f] > 0.0f ? a.threshold[f] : 0.0;
+  // written so that NaN fails; a bias near the end of fp32's range is left to the full dot
+  if (!(norm >= kTiny && norm <= kHuge && __builtin_fabs(b) <= 1e38 && __builtin_fabs(centred) <= 1e38)) {
+    return refine_always(a, f);
+  }
+  const float s = (most - least) / 255.0f, zero = __builtin_rintf(-least / s);
+  uint8_t* code = a.code + f * a.width;
+  float rest_most[16] = {};
+  Sum16 ee;
+  for (int64_t k = 0; k < a.width; k += 16) {
+    for (int i = 0; i < 16; ++i) {
+      float c = __builtin_rintf(w[k + i] / s) + zero;
+      c = c > 255.0f ? 255.0f : (c < 0.0f ? 0.0f : c);
+      code[k + i] = static_cast<uint8_t>(static_cast<int32_t>(c));
+      const double e = w[k + i] - static_cast<double>(s) * (c - zero);
+      const float size = __builtin_fabsf(static_cast<float>(e));
+      rest_most[i] = size > rest_most[i] ? size : rest_most[i];
+      // columns past d hold w = 0, whose code is the zero point: e is 0 there
+      ee.v[i] += e * e;
+    }
+  }
+  float top = 0;
+  for (float m : rest_most) top = m > top ? m : top;
+  const double error = __builtin_sqrt(ee.total()) * kSumUp + kCancel * norm;
+  const double beta = (dot_kappa(a.d) * __builtin_fabs(b) + 5 * kU * (__builtin_fabs(centred) + tau) +
+                       9.1e-13 * (__builtin_fabs(b) + norm * norm_mu) + static_cast<double>(a.d) * kUnderflow) *
+                      kUp;
+  float* table = a.table + f;
+  table[kScale * a.stride] = s;
+  table[kZero * a.stride] = zero;
+  table[kError * a.stride] = round_up(error * kUp);
+  table[kNorm * a.stride] = round_up(norm * kUp);
+  table[kCentredBias * a.stride] = static_cast<float>(centred);
+  table[kSlack * a.stride] = round_up(beta);
+  table[kStart * a.stride] =
+      round_up(static_cast<double>(static_cast<float>(centred)) + round_up(beta) - tau);
+  if (!a.code2) return;
+  // a residual of nothing (rows that lie on the grid) has digits of nothing
+  const float s2 = top / 127.0f, per_s2 = s2 > 1e-30f ? 1.0f / s2 : 0.0f;
+  uint8_t* code2 = a.code2 + f * a.width;
+  Sum16 ee2;
+  for (int64_t k = 0; k < a.width; k += 16) {
+    for (int i = 0; i < 16; ++i) {
+      const double e = w[k + i] - static_cast<double>(s) * (static_cast<int32_t>(code[k + i]) - zero);
+      const float c = clamp_digit(__builtin_rintf(static_cast<float>(e) * per_s2));
+      code2[k + i] = static_cast<uint8_t>(static_cast<int32_t>(c) + 128);
+      const double left = e - static_cast<double>(s2) * c;
+      ee2.v[i] += left * left;
+    }
+  }
+  table[kScale2 * a.stride] = s2;
+  table[kError2 * a.stride] = round_up((__builtin_sqrt(ee2.total()) * kSumUp + kCancel * norm) * kUp);
+}
+
+static void screen_rows(const ScreenRowArgs& a, int64_t f0, int64_t f1, float* space) {
+  Sum16 mumu;
+  for (int64_t k = 0; a.mu && k < a.d; ++k) mumu.v[k & 15] += static_cast<double>(a.mu[k]) * a.mu[k];
+  const double norm_mu = __builtin_sqrt(mumu.total()) * kSumUp;
+  for (int64_t f = f0; f < f1; ++f) {
+    widen_any(a, f, space);
+    screen_row(a, f, space, norm_mu);
+  }
+}

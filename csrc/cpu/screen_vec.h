@@ -1,0 +1,120 @@
+// What the screen needs beside vec.h and matryoshka_vec.h: dots of 64 codes with 64 digits, the sums of sixteen
+// accumulators at once, and four numbers repeated four times.  Included by isa_body.h.
+
+#if GSF_LEVEL == 3
+// acc's lanes together gain the sum of code[i] * digit[i]; which lane takes what is nobody's concern.
+static inline I16 dot64(I16 acc, B64 code, B64 digit) { return {_mm512_dpbusd_epi32(acc.v, code.v, digit.v)}; }
+static inline I16 load16i(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+static inline void store16i(int32_t* p, I16 a) { _mm512_storeu_si512(p, a.v); }
+static inline I16 imul16(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+static inline I16 to_int16(V16 a) { return {_mm512_cvttps_epi32(a.v)}; }
+static inline V16 mul16(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+static inline V16 repeat4(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
+// Bit i: lane i is not <= 0, so NaN is set.
+static inline uint32_t not_below16(V16 a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+static inline __m512i sums_of_4(const I16* a) {
+  const __m512i ab =
+      _mm512_add_epi32(_mm512_unpacklo_epi32(a[0].v, a[1].v), _mm512_unpackhi_epi32(a[0].v, a[1].v));
+  const __m512i cd =
+      _mm512_add_epi32(_mm512_unpacklo_epi32(a[2].v, a[3].v), _mm512_unpackhi_epi32(a[2].v, a[3].v));
+  return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+// Lane i of the result is the sum of the lanes of a[i].
+static inline I16 sums16(const I16* a) {
+  const __m512i s0 = sums_of_4(a), s1 = sums_of_4(a + 4), s2 = sums_of_4(a + 8), s3 = sums_of_4(a + 12);
+  const __m512i lo = _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x44), _mm512_shuffle_i32x4(s0, s1, 0xEE));
+  const __m512i hi = _mm512_add_epi32(_mm512_shuffle_i32x4(s2, s3, 0x44), _mm512_shuffle_i32x4(s2, s3, 0xEE));
+  return {_mm512_add_epi32(_mm512_shuffle_i32x4(lo, hi, 0x88), _mm512_shuffle_i32x4(lo, hi, 0xDD))};
+}
+#elif GSF_LEVEL >= 1
+#if GSF_LEVEL == 2
+static inline __m256i dot32(__m256i acc, __m256i code, __m256i digit) {
+  return _mm256_dpbusd_avx_epi32(acc, code, digit);
+}
+#else
+// even and odd bytes as int16, which madd_epi16 sums exactly; maddubs would saturate (2·255·127 > 32,767)
+static inline __m256i dot32(__m256i acc, __m256i code, __m256i digit) {
+  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(code, _mm256_set1_epi16(255)),
+                                         _mm256_srai_epi16(_mm256_slli_epi16(digit, 8), 8));
+  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(code, 8), _mm256_srai_epi16(digit, 8));
+  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+}
+#endif
+static inline I16 dot64(I16 acc, B64 code, B64 digit) {
+  return {dot32(acc.lo, code.lo, digit.lo), dot32(acc.hi, code.hi, digit.hi)};
+}
+static inline I16 load16i(const int32_t* p) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+static inline void store16i(int32_t* p, I16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.lo);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p) + 1, a.hi);
+}
+static inline I16 imul16(I16 a, I16 b) {
+  return {_mm256_mullo_epi32(a.lo, b.lo), _mm256_mullo_epi32(a.hi, b.hi)};
+}
+static inline I16 to_int16(V16 a) { return {_mm256_cvttps_epi32(a.lo), _mm256_cvttps_epi32(a.hi)}; }
+static inline V16 mul16(V16 a, V16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+static inline V16 repeat4(const float* p) {
+  const __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+  return {v, v};
+}
+static inline uint32_t not_below16(V16 a) {
+  const __m256 zero = _mm256_setzero_ps();
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, zero, _CMP_NLE_UQ))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, zero, _CMP_NLE_UQ))) << 8;
+}
+static inline __m128i sums_of_4(const I16* a) {
+  __m256i s[4];
+  for (int i = 0; i < 4; ++i) s[i] = _mm256_add_epi32(a[i].lo, a[i].hi);
+  const __m256i h = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
+  return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+}
+static inline I16 sums16(const I16* a) {
+  return {_mm256_set_m128i(sums_of_4(a + 4), sums_of_4(a)), _mm256_set_m128i(sums_of_4(a + 12), sums_of_4(a + 8))};
+}
+#else
+static inline I16 dot64(I16 acc, const B64& code, const B64& digit) {
+  for (int i = 0; i < 64; ++i) acc.v[i & 15] += code.v[i] * static_cast<int8_t>(digit.v[i]);
+  return acc;
+}
+static inline I16 load16i(const int32_t* p) {
+  I16 r;
+  memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+static inline void store16i(int32_t* p, const I16& a) { memcpy(p, a.v, sizeof a.v); }
+static inline I16 imul16(I16 a, const I16& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+static inline I16 to_int16(const V16& a) {
+  I16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = static_cast<int32_t>(a.v[i]);
+  return r;
+}
+static inline V16 mul16(V16 a, const V16& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+static inline V16 repeat4(const float* p) {
+  V16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = p[i & 3];
+  return r;
+}
+static inline uint32_t not_below16(const V16& a) {
+  uint32_t set = 0;
+  for (int i = 0; i < 16; ++i) set |= static_cast<uint32_t>(!(a.v[i] <= 0.0f)) << i;
+  return set;
+}
+static inline I16 sums16(const I16* a) {
+  I16 r{};
+  for (int i = 0; i < 16; ++i) {
+    for (int lane = 0; lane < 16; ++lane) r.v[i] += a[i].v[lane];
+  }
+  return r;
+}
+#endif
+
+static inline B64 load_digits64(const int8_t* p) { return load64(reinterpret_cast<const uint8_t*>(p)); }

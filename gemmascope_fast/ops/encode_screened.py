@@ -1,0 +1,73 @@
+"""Op `encode_screened`: op `encode`, byte for byte, for about the price of its 8-bit copy.
+
+Pairs that the codes of `screen_rows` prove to stay below threshold are discarded; `encode`'s dot answers for the rest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops.encode import backward_of_encode, check_encode, encode_reference, save_for_encode
+
+SCHEMA = (
+    "encode_screened(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor code, Tensor? code2, Tensor table,"
+    " Tensor? centre, int digits=0, float? bandwidth=None)"
+    " -> (Tensor crow_indices, Tensor col_indices, Tensor values, Tensor stats)"
+)
+Screened = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def encode_screened_reference(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    code: Tensor,
+    code2: Tensor | None,
+    table: Tensor,
+    centre: Tensor | None,
+    digits: int = 0,
+    bandwidth: float | None = None,
+) -> Screened:
+    """What `encode` gives, and stats int64 [4]: pairs left by the first stage, pairs refined in full precision,
+    refined pairs outside their bound (more than none: the screen is of other weights), tokens that skipped the screen.
+
+    code, code2, table, centre: of `screen_rows` on these weights.  digits: 1 or 2 digits of the activations in the
+    first stage, 0 to choose by the number of tokens.  The reference screens nothing: every pair is refined.
+    """
+    check_encode(x, W_enc, b_enc, threshold, bandwidth)
+    pairs = x.shape[0] * W_enc.shape[1]
+    stats = torch.tensor([pairs, pairs, 0, 0], dtype=torch.int64, device=x.device)
+    return (*encode_reference(x, W_enc, b_enc, threshold, bandwidth), stats)
+
+
+def _fake(x: Tensor, W_enc: Tensor, *_: object) -> Screened:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
+        x.new_empty(nnz, dtype=torch.int32),
+        x.new_empty(nnz, dtype=torch.float32),
+        x.new_empty(4, dtype=torch.int64),
+    )
+
+
+def _cost(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, code: Tensor, *_: object) -> Cost:
+    """Without the rows that refine: their number depends on the data (`stats`)."""
+    return Cost(bytes=code.numel() + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
+
+
+encode_screened = register(SCHEMA, encode_screened_reference, _fake, _cost)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    save_for_encode(ctx, inputs[:3], output)
+    ctx.mark_non_differentiable(output[0], output[1], output[3])
+
+
+def _backward(ctx, _grad_crow, _grad_col, grad, _grad_stats):
+    return (*backward_of_encode(ctx, grad), None, None, None, None, None, None, None)
+
+
+register_autograd(encode_screened, _setup_context, _backward)

@@ -1,0 +1,129 @@
+"""Op `screen_rows`: the two 8-bit digits of an encoder's rows and what bounds them.
+
+With w a row, s its scale and z its zero point, w = s (code - z) + e and e = s2 (code2 - 128) + e2.  The first digit is
+the 8-bit min–max code of `matryoshka.codes.quantize`, per channel.  Norms are summed in fp64 and rounded up;
+docs/screen.md derives every number of the table and gives the names used here.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops._library import Cost, register
+from gemmascope_fast.ops.encode import kappa
+
+SCHEMA = (
+    "screen_rows(Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? centre, bool second_digit)"
+    " -> (Tensor code, Tensor code2, Tensor table)"
+)
+U = 2.0**-24
+UP = 1 + 8 * U
+SUM_UP = 1 + 2.0**-30
+CANCEL, NORM_MU_ERROR, UNDERFLOW = 2.0**-50, 9.1e-13, 2.0**-125
+TINY, HUGE, MOST_BIAS = 2.0**-60, 2.0**60, 1e38
+BLOCK = 1024  # rows at a time in fp64
+
+
+class Row(IntEnum):
+    """Rows of the table, as `ScreenRow` in csrc/cpu/kernels.h."""
+
+    SCALE = 0
+    ZERO = 1
+    ERROR = 2
+    NORM = 3
+    CENTRED_BIAS = 4
+    SLACK = 5
+    START = 6
+    SCALE2 = 7
+    ERROR2 = 8
+
+
+def up32(v: Tensor) -> Tensor:
+    """fp64 → the least fp32 that is not below it."""
+    near = v.float()
+    return torch.where(near.double() >= v, near, torch.nextafter(near, torch.full_like(near, math.inf)))
+
+
+def screen_rows_reference(
+    W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None, second_digit: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None.
+
+    Gives code and code2 uint8 [d_sae, d_in rounded up to 64] (code2 [0, …] without the second digit) and the table
+    fp32 [9, d_sae rounded up to 16].  A row whose norm or bias is out of range has START = +inf: it is never
+    discarded.  Norms may differ from the native kernel's in their last bits.
+    """
+    d, F = W_enc.shape
+    width, stride = -(-d // 64) * 64, -(-F // 16) * 16
+    device = W_enc.device
+    code = torch.zeros(F, width, dtype=torch.uint8, device=device)
+    code2 = torch.zeros(F if second_digit else 0, width, dtype=torch.uint8, device=device)
+    table = torch.zeros(len(Row), stride, device=device)
+    table[Row.START, F:] = -math.inf
+    for start in range(0, F, BLOCK):
+        rows = slice(start, min(F, start + BLOCK))
+        out = (code[rows], code2[rows] if second_digit else None, table[:, rows])
+        _block(W_enc[:, rows].t().float(), b_enc[rows].double(), threshold[rows].double(), centre, out)
+    return code, code2, table
+
+
+def _block(w: Tensor, b: Tensor, theta: Tensor, mu: Tensor | None, out: tuple[Tensor, Tensor | None, Tensor]) -> None:
+    code, code2, table = out
+    d = w.shape[1]
+    w64 = w.double()
+    norm = w64.norm(dim=1) * SUM_UP
+    mu64 = torch.zeros(d, dtype=torch.float64, device=w.device) if mu is None else mu.double()
+    centred = b + w64 @ mu64
+    good = (norm >= TINY) & (norm <= HUGE) & (b.abs() <= MOST_BIAS) & (centred.abs() <= MOST_BIAS)
+    w = torch.where(good[:, None], w, 1.0)  # any rows that have a code: their table says that it is not used
+    w64 = w.double()
+    s = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)) / 255
+    zero = (-w.amin(1).clamp(max=0) / s).round()
+    c = ((w / s[:, None]).round() + zero[:, None]).clamp(0, 255)
+    e = w64 - s.double()[:, None] * (c - zero[:, None]).double()
+    tau = theta.clamp(min=0)
+    beta = kappa(d) * b.abs() + 5 * U * (centred.abs() + tau) + d * UNDERFLOW
+    beta = (beta + NORM_MU_ERROR * (b.abs() + norm * mu64.norm() * SUM_UP)) * UP
+    made = torch.zeros_like(table)
+    made[Row.SCALE], made[Row.ZERO] = s, zero
+    made[Row.ERROR] = up32((e.norm(dim=1) * SUM_UP + CANCEL * norm) * UP)
+    made[Row.NORM] = up32(norm * UP)
+    made[Row.CENTRED_BIAS] = centred.float()
+    made[Row.SLACK] = up32(beta)
+    made[Row.START] = up32(centred.float().double() + up32(beta).double() - tau)
+    code[:, :d] = torch.where(good[:, None], c, 0.0).to(torch.uint8)
+    code[:, d:] = torch.where(good, zero, 0.0).to(torch.uint8)[:, None]
+    if code2 is not None:
+        s2 = e.float().abs().amax(1) / 127
+        per = torch.where(s2 > 1e-30, 1 / s2, 0.0)
+        c2 = (e.float() * per[:, None]).round().clamp(-127, 127)
+        left = e - s2.double()[:, None] * c2.double()
+        made[Row.SCALE2] = s2
+        made[Row.ERROR2] = up32((left.norm(dim=1) * SUM_UP + CANCEL * norm) * UP)
+        code2[:, :d] = torch.where(good[:, None], c2 + 128, 0.0).to(torch.uint8)
+        code2[:, d:] = torch.where(good, 128, 0).to(torch.uint8)[:, None]
+    never = torch.zeros_like(table)
+    never[Row.START] = math.inf
+    table.copy_(torch.where(good, made, never))
+
+
+def _fake(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None, second_digit: bool):
+    d, F = W_enc.shape
+    width, stride = -(-d // 64) * 64, -(-F // 16) * 16
+    return (
+        W_enc.new_empty(F, width, dtype=torch.uint8),
+        W_enc.new_empty(F if second_digit else 0, width, dtype=torch.uint8),
+        W_enc.new_empty(len(Row), stride, dtype=torch.float32),
+    )
+
+
+def _cost(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None, second_digit: bool) -> Cost:
+    made = (2 if second_digit else 1) * W_enc.numel()
+    return Cost(bytes=W_enc.numel() * W_enc.element_size() + made, flops=20 * W_enc.numel())
+
+
+screen_rows = register(SCHEMA, screen_rows_reference, _fake, _cost)

@@ -1,0 +1,104 @@
+"""The certified screen: 8-bit rows that prove which features stay below threshold, so that only the rest are computed.
+
+docs/screen.md derives the bound; `ops.screen_rows` builds what is kept per feature, `ops.encode_screened` uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast import backends, ops
+from gemmascope_fast.errors import StaleScreenError
+
+MOST_INPUTS = 66_000  # 255 · 127 · 66,000 < 2^31: integer dots of longer rows could overflow
+BLOCK = 1024  # rows hashed at a time
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What the screen of one encoder keeps.
+
+    code, code2: uint8 [d_sae, d_in rounded up to 64], the two digits of the rows; code2 None without the second.
+    table: fp32 [9, d_sae rounded up to 16] of `ops.screen_rows`.  centre: fp32 [d_in] or None, the fixed μ.
+    """
+
+    code: Tensor
+    code2: Tensor | None
+    table: Tensor
+    centre: Tensor | None
+
+    @classmethod
+    def build(
+        cls,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor,
+        *,
+        centre: Tensor | None = None,
+        second_digit: bool = True,
+    ) -> Screen:
+        """From W_enc [d_in, d_sae], b_enc and threshold [d_sae]; any of float32, bfloat16 and float16.
+
+        centre: [d_in] near the mean of the activations; the nearer, the fewer features are left.  Answers do not
+        depend on it.  second_digit: another byte a weight that takes away nearly all false candidates.
+        Raises ValueError for d_in above 66,000, for a centre of another shape or with entries that are not finite.
+        """
+        if W_enc.shape[0] > MOST_INPUTS:
+            raise ValueError(f"W_enc: the screen takes d_in up to {MOST_INPUTS}, got {W_enc.shape[0]}")
+        if centre is not None:
+            if centre.shape != W_enc.shape[:1]:
+                raise ValueError(f"centre: expected [d_in = {W_enc.shape[0]}], got {tuple(centre.shape)}")
+            centre = centre.detach().to(W_enc.device, torch.float32).contiguous()
+            if not bool(torch.isfinite(centre).all()):
+                raise ValueError("centre: expected finite values")
+        with torch.no_grad():
+            code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit)
+        return cls(code, code2 if second_digit else None, table, centre)
+
+    def encode(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor,
+        digits: int = 0,
+        bandwidth: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(crow_indices, col_indices, values fp32): the bytes of `ops.encode` on the same arguments.
+
+        Raises StaleScreenError where a refined pair lies outside its bound: these are not the weights it was built from.
+        """
+        crow, col, values, stats = ops.encode_screened(
+            x, W_enc, b_enc, threshold, self.code, self.code2, self.table, self.centre, digits, bandwidth
+        )
+        _survivors, refined, violations, _rest = stats.tolist()
+        if violations:
+            raise StaleScreenError(
+                f"{violations} of {refined} refined pairs lie outside the screen's bound: the weights were changed in a"
+                " way that nobody can see; call sae.prepare(force=True) after such an edit"
+            )
+        return crow, col, values
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.code, self.code2, self.table, self.centre) if t is not None)
+
+
+def weights_digest(W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> str:
+    """sha256 of what a screen depends on: dtype, shape and bytes of the rows, biases and thresholds."""
+    digest = hashlib.sha256()
+    for t in (W_enc.detach().t(), b_enc.detach(), threshold.detach()):
+        digest.update(f"{t.dtype} {tuple(t.shape)}".encode())
+        for start in range(0, t.shape[0], BLOCK):
+            block = t[start : start + BLOCK].contiguous().cpu()
+            digest.update(block.view(torch.uint8).numpy().data if block.numel() else b"")
+    return digest.hexdigest()
+
+
+def pays(x: Tensor, W_enc: Tensor) -> bool:
+    """Whether the screened encode of x [N, d_in] is faster than the full one, built already."""
+    return backends.requested() is None and backends.unavailable('encode_screened', 'native', x.device) is None and W_enc.numel() >= 1
