@@ -22,7 +22,7 @@ BLOCK = 1024  # rows hashed at a time
 class Screen:
     """What the screen of one encoder keeps.
 
-    code, code2: uint8 [d_sae, d_in rounded up to 64], the two digits of the rows; code2 None without the second.
+    code, code2: uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64], the rows' two digits in tiles; code2 None without the second.
     table: fp32 [9, d_sae rounded up to 16] of `ops.screen_rows`.  centre: fp32 [d_in] or None, the fixed μ.
     """
 

@@ -135,6 +135,16 @@ enum ScreenRow : int {
   kScreenRows
 };
 
+// Codes and digits lie in tiles of four rows, 64 columns of each in turn, so that a tile is one stream:
+// [rows/4][width/64][4][64], width being d rounded up to 64.
+constexpr int64_t kTileRows = 4, kTileColumns = 64, kTileStep = kTileRows * kTileColumns;
+static_assert(kTileStep == 256, "four cache lines a step");
+
+// First byte of a row; column k of it is (k / 64) * 256 + k % 64 further on.
+inline int64_t tile_offset(int64_t row, int64_t width) {
+  return row / kTileRows * kTileRows * width + row % kTileRows * kTileColumns;
+}
+
 // One token as the screen sees it.  r = x - mu is about t q1 + (t / 256) q2.
 struct ScreenToken {
   float t;                    // scale of the first digit
@@ -147,8 +157,8 @@ struct ScreenToken {
 struct ScreenTokenArgs {
   const float* x;   // [d]
   const float* mu;  // [d] or null
-  int8_t* q1;       // [width], zeros after d
-  int8_t* q2;       // [width]
+  int8_t* q1;       // [width] in a tile, zeros after d
+  int8_t* q2;       // [width] in a tile
   ScreenToken* out;
   float* space;  // [width]
   int64_t d, width;
@@ -159,8 +169,8 @@ struct ScreenRowArgs {
   const float* mu;         // [d] or null
   const float* bias;       // [F]
   const float* threshold;  // [F]
-  uint8_t* code;           // [F][width]
-  uint8_t* code2;          // [F][width] or null
+  uint8_t* code;           // [F/4][width/64][4][64]
+  uint8_t* code2;          // the same or null
   float* table;            // [kScreenRows][stride]
   int64_t d, width, stride;
   Dtype w_dtype;
@@ -188,16 +198,16 @@ struct CandidateSink {
 
 struct ScreenArgs {
   EncodeArgs encode;          // the screened tokens alone; `ids` says which they are
-  const int8_t* q1;           // [T][width]
-  const int8_t* q2;           // [T][width]
+  const int8_t* q1;           // [T/4][width/64][4][64]; with `both` the rows of a tile are the first digits of two
+  const int8_t* q2;           // tokens and then their second ones, and q2 is null
   const ScreenToken* tokens;  // [T]
   const float* lanes;         // [4][lane_stride][4]: scale, R, E and (as int32) digit sum of a token, four times each
-  int64_t lane_stride;        // tokens of a plane of `lanes`: T and three of zeros
-  const uint8_t* code;        // [F][width]
-  const uint8_t* code2;       // [F][width] or null: no second digit
+  int64_t lane_stride;        // tokens of a plane of `lanes`: T rounded up to four
+  const uint8_t* code;        // [F/4][width/64][4][64]
+  const uint8_t* code2;       // the same or null: no second digit
   const float* table;         // [kScreenRows][stride]
-  int64_t width, stride;      // width: d rounded up to 64
-  bool both;                  // the first stage reads both digits of the activations
+  int64_t width, stride;
+  bool both;                                      // the first stage reads both digits of the activations
   void (*fetch)(const void* row, int64_t bytes);  // null, or told of every row before it is refined
 };
 

@@ -47,8 +47,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor&
   const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = round_to(F, 16);
   check_centre(centre, d);
   const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
-  at::Tensor code = at::empty({F, width}, at::kByte);
-  at::Tensor code2 = at::empty({second_digit ? F : 0, width}, at::kByte);
+  const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
+  at::Tensor code = at::zeros({tiles, steps, kTileRows, kTileColumns}, at::kByte);
+  at::Tensor code2 = at::zeros({second_digit ? tiles : 0, steps, kTileRows, kTileColumns}, at::kByte);
   at::Tensor table = at::zeros({kScreenRows, stride}, at::kFloat);
   ScreenRowArgs args{};
   args.w = rows.const_data_ptr();
@@ -106,7 +107,7 @@ at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F
 
 struct Tokens {
   at::Tensor x;                     // [T][d] of the tokens that are screened
-  at::Tensor digits;                // [2][T][width]
+  at::Tensor digits;                // as ScreenArgs::q1 says, and after it q2
   std::vector<ScreenToken> screen;  // [T]
   std::vector<int32_t> ids;         // [T]; empty where all are screened
   at::Tensor rest;                  // [R][d] of the others
@@ -122,19 +123,21 @@ at::Tensor chosen_rows(const at::Tensor& x, const std::vector<int32_t>& ids) {
   return out;
 }
 
-Tokens quantised(const at::Tensor& x, const float* mu, int64_t width) {
-  const int64_t T = x.size(0), d = x.size(1);
+Tokens quantised(const at::Tensor& x, const float* mu, int64_t width, bool both) {
+  const int64_t T = x.size(0), d = x.size(1), second = round_to(T, kTileRows) * width;
   Tokens out;
   out.x = x;
-  out.digits = at::empty({2, T, width}, at::kChar);
+  out.digits = at::zeros({both ? round_to(T, 2) * 2 * width : 2 * second}, at::kChar);
   out.screen.resize(T);
   int8_t* q = out.digits.mutable_data_ptr<int8_t>();
   const Kernels& kernel = kernels();
   const int workers = static_cast<int>(std::min<int64_t>(std::max(1, at::get_num_threads()), T));
   std::vector<float> space(workers * width);
   const auto token = [&](int worker, int64_t t) {
-    kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, mu, q + t * width, q + (T + t) * width,
-                                        &out.screen[t], space.data() + worker * width, d, width});
+    int8_t* q1 = q + (both ? t / 2 * kTileRows * width + t % 2 * kTileColumns : tile_offset(t, width));
+    kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, mu, q1,
+                                        q1 + (both ? 2 * kTileColumns : second), &out.screen[t],
+                                        space.data() + worker * width, d, width});
   };
   if (T == 1) {
     SubnormalsOn guard;
@@ -142,28 +145,19 @@ Tokens quantised(const at::Tensor& x, const float* mu, int64_t width) {
   } else {
     run_chunks(T, token);
   }
-  int64_t kept = 0;
-  for (int64_t t = 0; t < T; ++t) kept += out.screen[t].fits;
-  if (kept == T) return out;
-  // rare: NaN, infinities, or nothing at all; the others close ranks
   for (int64_t t = 0; t < T; ++t) {
     (out.screen[t].fits ? out.ids : out.rest_ids).push_back(static_cast<int32_t>(t));
   }
-  out.rest = chosen_rows(x, out.rest_ids);
-  out.x = chosen_rows(x, out.ids);
-  at::Tensor digits = at::empty({2, kept, width}, at::kChar);
-  int8_t* to = digits.mutable_data_ptr<int8_t>();
-  std::vector<ScreenToken> screen(kept);
-  for (int64_t i = 0; i < kept; ++i) {
-    const int64_t t = out.ids[i];
-    screen[i] = out.screen[t];
-    for (int64_t digit = 0; digit < 2; ++digit) {
-      std::copy_n(q + (digit * T + t) * width, width, to + (digit * kept + i) * width);
-    }
+  if (out.rest_ids.empty()) {
+    out.ids.clear();
+    return out;
   }
-  out.digits = digits;
-  out.screen = std::move(screen);
-  return out;
+  // rare: NaN, infinities, or nothing at all; the others close ranks
+  Tokens kept = quantised(chosen_rows(x, out.ids), mu, width, both);
+  kept.ids = std::move(out.ids);
+  kept.rest = chosen_rows(x, out.rest_ids);
+  kept.rest_ids = std::move(out.rest_ids);
+  return kept;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
@@ -176,9 +170,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = round_to(F, 16);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == d, "x: expected [N, d_in = ", d, "], got ", x.sizes());
   TORCH_CHECK_VALUE(x.size(0) < INT32_MAX && F < INT32_MAX, "x: more than 2^31 tokens or features");
-  check_shape(code, {F, width}, "code");
+  const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
+  check_shape(code, {tiles, steps, kTileRows, kTileColumns}, "code");
   check_shape(table, {kScreenRows, stride}, "table");
-  if (code2) check_shape(*code2, {F, width}, "code2");
+  if (code2) check_shape(*code2, code.sizes(), "code2");
   check_centre(centre, d);
   TORCH_CHECK_TYPE(code.scalar_type() == at::kByte && (!code2 || code2->scalar_type() == at::kByte) &&
                        table.scalar_type() == at::kFloat,
@@ -190,9 +185,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
                     bandwidth.value_or(0));
 
   const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
-  const Tokens tokens = quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, width);
-  const int64_t T = x.size(0), kept = static_cast<int64_t>(tokens.screen.size());
   ScreenArgs a{};
+  const int64_t T = x.size(0);
+  a.both = digits == 0 ? T <= kBothDigits : digits == 2;
+  const Tokens tokens = quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, width, a.both);
+  const int64_t kept = static_cast<int64_t>(tokens.screen.size());
   EncodeArgs& e = a.encode;
   e.x = tokens.x.const_data_ptr<float>();
   e.w = rows.const_data_ptr();
@@ -202,14 +199,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   e.w_dtype = dtype_of(W_enc, "W_enc");
   e.half_bandwidth = bandwidth ? static_cast<float>(*bandwidth / 2) : 0.0f;
   e.ids = tokens.ids.empty() ? nullptr : tokens.ids.data();
-  a.both = digits == 0 ? kept <= kBothDigits : digits == 2;
-  a.lane_stride = kept + 3;
+  a.lane_stride = round_to(kept, kTileRows);
   std::vector<float> lanes(16 * a.lane_stride);
   fill_lanes(tokens.screen, a.both, lanes.data(), a.lane_stride);
   const at::Tensor own_table = bandwidth ? with_bandwidth(table, e.threshold, F, e.half_bandwidth) : table;
   a.lanes = lanes.data();
   a.q1 = tokens.digits.const_data_ptr<int8_t>();
-  a.q2 = a.q1 + kept * width;
+  a.q2 = a.both ? nullptr : a.q1 + round_to(kept, kTileRows) * width;
   a.tokens = tokens.screen.data();
   a.code = code.const_data_ptr<uint8_t>();
   a.code2 = code2 ? code2->const_data_ptr<uint8_t>() : nullptr;

@@ -1,132 +1,125 @@
 // Screened JumpReLU encode: 8-bit rows discard what provably does not fire, a second digit most of the rest, and
 // the deciding dot of dot.h answers for what is left.  The bounds are derived in docs/screen.md.
 
-// Tokens whose first digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk pass.
+// Rows of codes that stay in L1 while the tokens' digits stream past them: 18 KiB of 32, the rest for a tile of
+// digits.  Each tile of digits then comes from L2 once for all of them.
+constexpr int64_t kRowBytes = 18432;
+// Tokens whose digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk pass.
 constexpr int64_t kTokenBlock = 64;
-// Candidates that follow each other with one row: with fewer tokens than this a row hardly has two.
+// Up to this many tokens a row hardly has two candidates, and they are refined in the order in which they came.
 constexpr int64_t kFewTokens = 8;
 
-// The sums of (code - zero) . digit of up to four tokens (or two, both digits of each) with four rows.
-// ROWS digit rows; n[4 * r + f].
-template <int ROWS>
-static inline I16 screen_sums(const int8_t* const* q,     // [ROWS] -> [width]
-                              const uint8_t* const* code,  // [4] -> [width]
-                              int64_t width) {
+// The dots of four digit rows with four code rows: lane 4 r + f.  AHEAD lines of `ahead` are prefetched a step.
+template <int AHEAD>
+static inline I16 screen_sums(const int8_t* q,      // [width/64][4][64]
+                              const uint8_t* code,  // [width/64][4][64]
+                              const char* ahead, int64_t width) {
   I16 acc[16];
   for (I16& v : acc) v = izero16();
-  for (int64_t k = 0; k < width; k += 64) {
+  for (int64_t k = 0; k < width; k += kTileColumns) {
+    for (int line = 0; line < AHEAD; ++line) __builtin_prefetch(ahead + (k * AHEAD + line * 64), 0, 2);
     B64 c[4];
-    for (int f = 0; f < 4; ++f) c[f] = load64(code[f] + k);
-    for (int r = 0; r < ROWS; ++r) {
-      const B64 x = load_digits64(q[r] + k);
+    for (int f = 0; f < 4; ++f) c[f] = load64(code + 4 * k + 64 * f);
+    for (int r = 0; r < 4; ++r) {
+      const B64 x = load_digits64(q + 4 * k + 64 * r);
       for (int f = 0; f < 4; ++f) acc[4 * r + f] = dot64(acc[4 * r + f], c[f], x);
     }
   }
   return sums16(acc);
 }
 
+// v = z^ + B - tau in one chain; bit i is clear, and the pair discarded, only where v <= 0.
+static inline uint32_t left_over(const ScreenArgs& a, V16 n, int64_t t0, int64_t f0) {
+  const float* table = a.table + f0;
+  const float* lanes = a.lanes + 4 * t0;
+  const int64_t plane = 4 * a.lane_stride;
+  V16 v = fma16(mul16(repeat4(table + kScale * a.stride), load16(lanes)), n,
+                repeat4(table + kStart * a.stride));
+  v = fma16(repeat4(table + kNorm * a.stride), load16(lanes + 2 * plane), v);
+  v = fma16(repeat4(table + kError * a.stride), load16(lanes + plane), v);
+  return not_below16(v);
+}
+
 static inline void push_candidates(uint32_t left, const int32_t* n1, const int32_t* n2, int64_t t0, int64_t f0,
                                    CandidateSink& out) {
+  out.reserve(16);
   for (; left; left &= left - 1) {
     const int i = __builtin_ctz(left);
     *out.at++ = Candidate{static_cast<int32_t>(t0 + i / 4), static_cast<int32_t>(f0 + i % 4), n1[i], n2[i], 0, 0};
   }
 }
 
-// v = z^ + B - tau in one chain; a pair is discarded only where v <= 0.
-static inline uint32_t left_over(const ScreenArgs& a, V16 n, int64_t t0, int64_t f0) {
-  const float* table = a.table + f0;
-  const float* lanes = a.lanes + 4 * t0;
-  const int64_t L = 4 * a.lane_stride;
-  V16 v = fma16(mul16(repeat4(table + kScale * a.stride), load16(lanes)), n,
-                repeat4(table + kStart * a.stride));
-  v = fma16(repeat4(table + kNorm * a.stride), load16(lanes + 2 * L), v);
-  v = fma16(repeat4(table + kError * a.stride), load16(lanes + L), v);
-  return not_below16(v);
-}
-
-// (code - zero) . q out of code . q, for four rows and the tokens whose digit sums follow each other at `sums`.
-static inline I16 without_zero(const ScreenArgs& a, I16 n, const float* sums, int64_t f0) {
+// Four tokens and four features, first digits alone.
+static inline void first_digits(const ScreenArgs& a, I16 raw, int64_t t0, int64_t f0, uint32_t wanted,
+                                CandidateSink& out) {
   const I16 zero = to_int16(repeat4(a.table + kZero * a.stride + f0));
-  return isub16(n, imul16(zero, load16i(reinterpret_cast<const int32_t*>(sums))));
-}
-
-template <int TOKENS>
-static inline void screen_tile(const ScreenArgs& a, int64_t t0, int64_t f0, uint32_t wanted, CandidateSink& out) {
-  const int8_t* q[TOKENS];
-  const uint8_t* code[4];
-  for (int t = 0; t < TOKENS; ++t) q[t] = a.q1 + (t0 + t) * a.width;
-  // the columns past F never survive: any row serves for them
-  for (int64_t f = 0; f < 4; ++f) {
-    code[f] = a.code + (f0 + f < a.encode.F ? f0 + f : a.encode.F - 1) * a.width;
-  }
   const float* sums = a.lanes + 4 * (3 * a.lane_stride + t0);
-  const I16 n = without_zero(a, screen_sums<TOKENS>(q, code, a.width), sums, f0);
-  const uint32_t left = left_over(a, to_float16(n), t0, f0) & wanted & ((1u << (4 * TOKENS)) - 1);
+  const I16 n = isub16(raw, imul16(zero, load16i(reinterpret_cast<const int32_t*>(sums))));
+  const uint32_t left = left_over(a, to_float16(n), t0, f0) & wanted;
   if (!left) return;
   int32_t n1[16];
   store16i(n1, n);
-  out.reserve(16);
   push_candidates(left, n1, n1, t0, f0, out);
 }
 
-// Both digits of two tokens (or of one): 256 n1 + n2 in fp32, its rounding in the bound.
-template <int TOKENS>
-static inline void screen_tile_both(const ScreenArgs& a, int64_t t0, int64_t f0, uint32_t wanted,
-                                    CandidateSink& out) {
-  const int8_t* q[2 * TOKENS];
-  const uint8_t* code[4];
-  for (int t = 0; t < TOKENS; ++t) {
-    q[t] = a.q1 + (t0 + t) * a.width;
-    q[TOKENS + t] = a.q2 + (t0 + t) * a.width;
-  }
-  for (int64_t f = 0; f < 4; ++f) {
-    code[f] = a.code + (f0 + f < a.encode.F ? f0 + f : a.encode.F - 1) * a.width;
-  }
+// Two tokens and four features, both digits: 256 n1 + n2 in fp32, whose rounding is in the bound.
+static inline void both_digits(const ScreenArgs& a, I16 sums, int64_t t0, int64_t f0, uint32_t wanted,
+                               CandidateSink& out) {
   int32_t raw[16], n1[16] = {}, n2[16] = {};
-  store16i(raw, screen_sums<2 * TOKENS>(q, code, a.width));
   float n[16] = {};
-  for (int i = 0; i < 4 * TOKENS; ++i) {
-    const ScreenToken& token = a.tokens[t0 + i / 4];
+  store16i(raw, sums);
+  for (int i = 0; i < 8; ++i) {
+    const int64_t t = t0 + i / 4 < a.encode.T ? t0 + i / 4 : t0;
     const int32_t zero = static_cast<int32_t>(a.table[kZero * a.stride + f0 + i % 4]);
-    n1[i] = raw[i] - zero * token.sum;
-    n2[i] = raw[4 * TOKENS + i] - zero * token.sum2;
+    n1[i] = raw[i] - zero * a.tokens[t].sum;
+    n2[i] = raw[8 + i] - zero * a.tokens[t].sum2;
     n[i] = __builtin_fmaf(256.0f, static_cast<float>(n1[i]), static_cast<float>(n2[i]));
   }
-  const uint32_t left = left_over(a, load16(n), t0, f0) & wanted & ((1u << (4 * TOKENS)) - 1);
-  if (!left) return;
-  out.reserve(16);
-  push_candidates(left, n1, n2, t0, f0, out);
+  const uint32_t left = left_over(a, load16(n), t0, f0) & wanted & 0xFFu;
+  if (left) push_candidates(left, n1, n2, t0, f0, out);
 }
 
-// Four features, tokens [t0, t1).
-static inline void screen_tokens(const ScreenArgs& a, int64_t t0, int64_t t1, int64_t f0, uint32_t wanted,
-                                 CandidateSink& out) {
-  int64_t t = t0;
-  if (a.both) {
-    for (; t + 2 <= t1; t += 2) screen_tile_both<2>(a, t, f0, wanted, out);
-    if (t < t1) screen_tile_both<1>(a, t, f0, wanted, out);
-    return;
-  }
-  for (; t + 4 <= t1; t += 4) screen_tile<4>(a, t, f0, wanted, out);
-  switch (t1 - t) {
-    case 3:
-      return screen_tile<3>(a, t, f0, wanted, out);
-    case 2:
-      return screen_tile<2>(a, t, f0, wanted, out);
-    case 1:
-      return screen_tile<1>(a, t, f0, wanted, out);
-    default:
-      return;
+// The rows [f0, f1) against tokens [t0, t1); the codes at `ahead` are on their way meanwhile.
+template <int AHEAD>
+static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int64_t f0, int64_t f1,
+                                const uint8_t* next, CandidateSink& out) {
+  const char* ahead = reinterpret_cast<const char*>(next);
+  const int64_t step = a.both ? 2 : 4;
+  for (int64_t t = t0; t < t1; t += step) {
+    const int8_t* q = a.q1 + t / step * kTileRows * a.width;
+    const uint32_t rows = t1 - t < 4 ? (1u << (4 * (t1 - t))) - 1 : 0xFFFFu;
+    for (int64_t f = f0; f < f1; f += 4) {
+      const I16 sums = screen_sums<AHEAD>(q, a.code + f * a.width, ahead, a.width);
+      ahead += AHEAD * a.width;
+      // the table's columns past F never survive
+      if (a.both) {
+        both_digits(a, sums, t, f, rows, out);
+      } else {
+        first_digits(a, sums, t, f, rows, out);
+      }
+    }
   }
 }
 
 static inline void screen_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& out) {
+  const int64_t rows = kRowBytes / a.width / 4 > 0 ? kRowBytes / a.width / 4 * 4 : 4;
+  // how often a block of rows is walked: that many of its lines are fetched in each of its steps
+  const int64_t tiles = (a.encode.T + (a.both ? 1 : 3)) / (a.both ? 2 : 4);
+  const int64_t end = (a.encode.F + 3) / 4 * 4;
   for (int64_t t = 0; t < a.encode.T; t += kTokenBlock) {
     const int64_t t1 = t + kTokenBlock < a.encode.T ? t + kTokenBlock : a.encode.T;
-    for (int64_t f = f0; f < f1; f += 4) {
-      const uint32_t columns = f1 - f >= 4 ? 15u : (1u << (f1 - f)) - 1;
-      screen_tokens(a, t, t1, f, columns * 0x1111u, out);
+    for (int64_t f = f0; f < f1; f += rows) {
+      const int64_t last = f + rows < f1 ? f + rows : f1;
+      const uint8_t* next = a.code + last * a.width;
+      if (t > 0 || tiles > 4 || last + rows > end) {
+        screen_block<0>(a, t, t1, f, last, next, out);
+      } else if (tiles == 1) {
+        screen_block<4>(a, t, t1, f, last, next, out);
+      } else if (tiles == 2) {
+        screen_block<2>(a, t, t1, f, last, next, out);
+      } else {
+        screen_block<1>(a, t, t1, f, last, next, out);
+      }
     }
   }
 }
@@ -145,13 +138,20 @@ static inline void first_estimate(const ScreenArgs& a, Candidate& c) {
 static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) {  // [4]
   I16 acc[16];
   for (I16& v : acc) v = izero16();
-  for (int64_t k = 0; k < a.width; k += 64) {
+  const int8_t *q1[4], *q2[4];
+  int64_t row[4];
+  for (int p = 0; p < 4; ++p) {
+    const int64_t t = c[p]->token;
+    q1[p] = a.q1 + (a.both ? t / 2 * kTileRows * a.width + t % 2 * kTileColumns : tile_offset(t, a.width));
+    q2[p] = a.both ? q1[p] + 2 * kTileColumns : a.q2 + tile_offset(t, a.width);
+    row[p] = tile_offset(c[p]->feature, a.width);
+  }
+  for (int64_t k = 0; k < 4 * a.width; k += kTileStep) {
     for (int p = 0; p < 4; ++p) {
-      const int64_t token = c[p]->token * a.width + k, row = c[p]->feature * a.width + k;
-      const B64 x1 = load_digits64(a.q1 + token), x2 = load_digits64(a.q2 + token), c2 = load64(a.code2 + row);
+      const B64 x1 = load_digits64(q1[p] + k), x2 = load_digits64(q2[p] + k), c2 = load64(a.code2 + row[p] + k);
       acc[p] = dot64(acc[p], c2, x1);
       acc[4 + p] = dot64(acc[4 + p], c2, x2);
-      if (!a.both) acc[8 + p] = dot64(acc[8 + p], load64(a.code + row), x2);
+      if (!a.both) acc[8 + p] = dot64(acc[8 + p], load64(a.code + row[p] + k), x2);
     }
   }
   int32_t sums[16];

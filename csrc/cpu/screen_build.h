@@ -31,6 +31,8 @@ struct Sum16 {
   }
 };
 
+static inline int64_t column_offset(int64_t k) { return k / kTileColumns * kTileStep + k % kTileColumns; }
+
 static inline float clamp_digit(float v) { return v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v); }
 
 static void screen_token(const ScreenTokenArgs& a) {
@@ -64,21 +66,20 @@ static void screen_token(const ScreenTokenArgs& a) {
   const double norm_x = __builtin_sqrt(xx.total()) * kSumUp, norm_r = __builtin_sqrt(rr.total()) * kSumUp;
   // written so that NaN fails
   if (!(top >= kTiny && top <= kHuge && norm_x <= kHuge && norm_r <= kHuge)) {
-    memset(a.q1, 0, static_cast<size_t>(a.width));
-    memset(a.q2, 0, static_cast<size_t>(a.width));
-    return;
+    return;  // its digits are zeros already
   }
   const float t = top / 127.0f, per_t = 1.0f / t, t2 = t * 0.00390625f, per_t2 = per_t * 256.0f;
   Sum16 r1r1, rhat, r2r2, left1, left2;
   int32_t sum[16] = {}, sum2[16] = {};
   for (int64_t k = 0; k < a.width; k += 16) {
+    int8_t *q1 = a.q1 + column_offset(k), *q2 = a.q2 + column_offset(k);
     for (int i = 0; i < 16; ++i) {
       const float ri = r[k + i];
       const float d1 = clamp_digit(__builtin_rintf(ri * per_t));
       const float rest = __builtin_fmaf(-t, d1, ri);
       const float d2 = clamp_digit(__builtin_rintf(rest * per_t2));
-      a.q1[k + i] = static_cast<int8_t>(static_cast<int32_t>(d1));
-      a.q2[k + i] = static_cast<int8_t>(static_cast<int32_t>(d2));
+      q1[i] = static_cast<int8_t>(static_cast<int32_t>(d1));
+      q2[i] = static_cast<int8_t>(static_cast<int32_t>(d2));
       sum[i] += static_cast<int32_t>(d1);
       sum2[i] += static_cast<int32_t>(d2);
       const double r1 = static_cast<double>(t) * d1, r2 = static_cast<double>(t2) * d2;
@@ -126,8 +127,7 @@ static inline void widen_any(const ScreenRowArgs& a, int64_t f, float* out) {
 }
 
 static inline void refine_always(const ScreenRowArgs& a, int64_t f) {
-  memset(a.code + f * a.width, 0, static_cast<size_t>(a.width));
-  if (a.code2) memset(a.code2 + f * a.width, 0, static_cast<size_t>(a.width));
+  // its codes stay zeros
   for (int row = 0; row < kScreenRows; ++row) a.table[row * a.stride + f] = 0.0f;
   a.table[kStart * a.stride + f] = __builtin_inff();
 }
@@ -161,14 +161,15 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
     return refine_always(a, f);
   }
   const float s = (most - least) / 255.0f, zero = __builtin_rintf(-least / s);
-  uint8_t* code = a.code + f * a.width;
+  uint8_t* code = a.code + tile_offset(f, a.width);
   float rest_most[16] = {};
   Sum16 ee;
   for (int64_t k = 0; k < a.width; k += 16) {
+    uint8_t* to = code + column_offset(k);
     for (int i = 0; i < 16; ++i) {
       float c = __builtin_rintf(w[k + i] / s) + zero;
       c = c > 255.0f ? 255.0f : (c < 0.0f ? 0.0f : c);
-      code[k + i] = static_cast<uint8_t>(static_cast<int32_t>(c));
+      to[i] = static_cast<uint8_t>(static_cast<int32_t>(c));
       const double e = w[k + i] - static_cast<double>(s) * (c - zero);
       const float size = __builtin_fabsf(static_cast<float>(e));
       rest_most[i] = size > rest_most[i] ? size : rest_most[i];
@@ -194,13 +195,15 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   if (!a.code2) return;
   // a residual of nothing (rows that lie on the grid) has digits of nothing
   const float s2 = top / 127.0f, per_s2 = s2 > 1e-30f ? 1.0f / s2 : 0.0f;
-  uint8_t* code2 = a.code2 + f * a.width;
+  uint8_t* code2 = a.code2 + tile_offset(f, a.width);
   Sum16 ee2;
   for (int64_t k = 0; k < a.width; k += 16) {
+    const uint8_t* from = code + column_offset(k);
+    uint8_t* to = code2 + column_offset(k);
     for (int i = 0; i < 16; ++i) {
-      const double e = w[k + i] - static_cast<double>(s) * (static_cast<int32_t>(code[k + i]) - zero);
+      const double e = w[k + i] - static_cast<double>(s) * (static_cast<int32_t>(from[i]) - zero);
       const float c = clamp_digit(__builtin_rintf(static_cast<float>(e) * per_s2));
-      code2[k + i] = static_cast<uint8_t>(static_cast<int32_t>(c) + 128);
+      to[i] = static_cast<uint8_t>(static_cast<int32_t>(c) + 128);
       const double left = e - static_cast<double>(s2) * c;
       ee2.v[i] += left * left;
     }

@@ -53,22 +53,33 @@ def screen_rows_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None.
 
-    Gives code and code2 uint8 [d_sae, d_in rounded up to 64] (code2 [0, …] without the second digit) and the table
-    fp32 [9, d_sae rounded up to 16].  A row whose norm or bias is out of range has START = +inf: it is never
+    Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four rows
+    (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9, d_sae rounded up to 16].  A row whose norm or bias is out of range has START = +inf: it is never
     discarded.  Norms may differ from the native kernel's in their last bits.
     """
     d, F = W_enc.shape
     width, stride = -(-d // 64) * 64, -(-F // 16) * 16
     device = W_enc.device
-    code = torch.zeros(F, width, dtype=torch.uint8, device=device)
-    code2 = torch.zeros(F if second_digit else 0, width, dtype=torch.uint8, device=device)
+    tiled = -(-F // 4) * 4
+    code = torch.zeros(tiled, width, dtype=torch.uint8, device=device)
+    code2 = torch.zeros(tiled if second_digit else 0, width, dtype=torch.uint8, device=device)
     table = torch.zeros(len(Row), stride, device=device)
     table[Row.START, F:] = -math.inf
     for start in range(0, F, BLOCK):
         rows = slice(start, min(F, start + BLOCK))
         out = (code[rows], code2[rows] if second_digit else None, table[:, rows])
         _block(W_enc[:, rows].t().float(), b_enc[rows].double(), threshold[rows].double(), centre, out)
-    return code, code2, table
+    return tiles(code), tiles(code2), table
+
+
+def tiles(rows: Tensor) -> Tensor:
+    """uint8 [d_sae, width], both multiples of the tile → [d_sae/4, width/64, 4, 64], four rows as one stream."""
+    return rows.reshape(-1, 4, rows.shape[1] // 64, 64).transpose(1, 2).contiguous()
+
+
+def rows_of(tiles: Tensor) -> Tensor:
+    """The inverse of `tiles`."""
+    return tiles.transpose(1, 2).reshape(tiles.shape[0] * 4, -1)
 
 
 def _block(w: Tensor, b: Tensor, theta: Tensor, mu: Tensor | None, out: tuple[Tensor, Tensor | None, Tensor]) -> None:
@@ -115,8 +126,8 @@ def _fake(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None
     d, F = W_enc.shape
     width, stride = -(-d // 64) * 64, -(-F // 16) * 16
     return (
-        W_enc.new_empty(F, width, dtype=torch.uint8),
-        W_enc.new_empty(F if second_digit else 0, width, dtype=torch.uint8),
+        W_enc.new_empty(-(-F // 4), width // 64, 4, 64, dtype=torch.uint8),
+        W_enc.new_empty(-(-F // 4) if second_digit else 0, width // 64, 4, 64, dtype=torch.uint8),
         W_enc.new_empty(len(Row), stride, dtype=torch.float32),
     )
 
