@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/memory.h"
 #include "cpu/measure_roof.h"
 
 namespace py = pybind11;
@@ -17,6 +18,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return std::string(gsf::isa_name(gsf::current_isa())); },
       "The instruction-set level in use: plain, avx2, avxvnni or avx512.");
+  m.def(
+      "advise_large_pages",
+      [](uintptr_t address, size_t bytes) {
+        gsf::advise_large_pages(reinterpret_cast<void*>(address), bytes);
+      },
+      "Ask for large pages in this range, and to gather the pages already touched; an advice.");
   m.def("supported_isas", [] {
     std::vector<std::string> names;
     for (int i = 0; i < gsf::kIsaCount; ++i) {

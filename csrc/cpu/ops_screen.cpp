@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "cpu/collect.h"
+#include "cpu/memory.h"
 #include "cpu/ops_common.h"
 
 namespace gsf {
@@ -39,6 +40,12 @@ void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
                    "centre: expected contiguous float32, got ", centre->scalar_type());
 }
 
+at::Tensor zero_codes(at::IntArrayRef shape) {
+  at::Tensor t = at::empty(shape, at::kByte);
+  advise_large_pages(t.mutable_data_ptr(), t.nbytes());  // before the first touch: nothing to gather then
+  return t.zero_();
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor& W_enc, const at::Tensor& b_enc,
                                                                const at::Tensor& threshold,
                                                                const std::optional<at::Tensor>& centre,
@@ -48,8 +55,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor&
   check_centre(centre, d);
   const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
   const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
-  at::Tensor code = at::zeros({tiles, steps, kTileRows, kTileColumns}, at::kByte);
-  at::Tensor code2 = at::zeros({second_digit ? tiles : 0, steps, kTileRows, kTileColumns}, at::kByte);
+  const at::Tensor code = zero_codes({tiles, steps, kTileRows, kTileColumns});
+  const at::Tensor code2 = zero_codes({second_digit ? tiles : 0, steps, kTileRows, kTileColumns});
   at::Tensor table = at::zeros({kScreenRows, stride}, at::kFloat);
   ScreenRowArgs args{};
   args.w = rows.const_data_ptr();

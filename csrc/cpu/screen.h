@@ -10,7 +10,8 @@ constexpr int64_t kTokenBlock = 64;
 constexpr int64_t kFewTokens = 8;
 
 // The dots of four digit rows with four code rows: lane 4 r + f.  AHEAD lines of `ahead` are prefetched a step.
-template <int AHEAD>
+// STRIDE 4 reads row 0 alone, 2 rows 0 and 2: what one token has.
+template <int AHEAD, int STRIDE>
 static inline I16 screen_sums(const int8_t* q,      // [width/64][4][64]
                               const uint8_t* code,  // [width/64][4][64]
                               const char* ahead, int64_t width) {
@@ -20,7 +21,7 @@ static inline I16 screen_sums(const int8_t* q,      // [width/64][4][64]
     for (int line = 0; line < AHEAD; ++line) __builtin_prefetch(ahead + (k * AHEAD + line * 64), 0, 2);
     B64 c[4];
     for (int f = 0; f < 4; ++f) c[f] = load64(code + 4 * k + 64 * f);
-    for (int r = 0; r < 4; ++r) {
+    for (int r = 0; r < 4; r += STRIDE) {
       const B64 x = load_digits64(q + 4 * k + 64 * r);
       for (int f = 0; f < 4; ++f) acc[4 * r + f] = dot64(acc[4 * r + f], c[f], x);
     }
@@ -89,7 +90,10 @@ static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int
     const int8_t* q = a.q1 + t / step * kTileRows * a.width;
     const uint32_t rows = t1 - t < 4 ? (1u << (4 * (t1 - t))) - 1 : 0xFFFFu;
     for (int64_t f = f0; f < f1; f += 4) {
-      const I16 sums = screen_sums<AHEAD>(q, a.code + f * a.width, ahead, a.width);
+      const uint8_t* code = a.code + f * a.width;
+      const I16 sums = t1 - t > 1 ? screen_sums<AHEAD, 1>(q, code, ahead, a.width)
+                       : a.both   ? screen_sums<AHEAD, 2>(q, code, ahead, a.width)
+                                  : screen_sums<AHEAD, 4>(q, code, ahead, a.width);
       ahead += AHEAD * a.width;
       // the table's columns past F never survive
       if (a.both) {
