@@ -52,7 +52,8 @@ class Screen:
         if centre is not None:
             if centre.shape != W_enc.shape[:1]:
                 raise ValueError(f"centre: expected [d_in = {W_enc.shape[0]}], got {tuple(centre.shape)}")
-            centre = centre.detach().to(W_enc.device, torch.float32).contiguous()
+            # a copy: the caller may edit its own, b_dec say
+            centre = centre.detach().to(W_enc.device, torch.float32, copy=True).contiguous()
             if not bool(torch.isfinite(centre).all()):
                 raise ValueError("centre: expected finite values")
         with torch.no_grad():
@@ -101,4 +102,8 @@ def weights_digest(W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> str:
 
 def pays(x: Tensor, W_enc: Tensor) -> bool:
     """Whether the screened encode of x [N, d_in] is faster than the full one, built already."""
-    return backends.requested() is None and backends.unavailable('encode_screened', 'native', x.device) is None and W_enc.numel() >= 1
+    return (
+        backends.requested() is None
+        and backends.unavailable("encode_screened", "native", x.device) is None
+        and W_enc.numel() >= 1
+    )

@@ -9,8 +9,8 @@
 
 namespace gsf {
 
-// Features of a chunk, the unit that a worker draws: 64 rows of 2304 fp32 are 590 KB, which stays in a 1 MiB L2
-// while the tokens pass; with few tokens each row is read once anyway.
+// Features of a chunk, the unit that a worker draws: 64 rows of 2304 fp32 are 590 KB, which stays in a 1 MiB
+// L2 while the tokens pass; with few tokens each row is read once anyway.
 constexpr int64_t kChunkFeatures = 64;
 
 // Element types of weights and activations as they lie in memory.
@@ -147,11 +147,11 @@ inline int64_t tile_offset(int64_t row, int64_t width) {
 
 // One token as the screen sees it.  r = x - mu is about t q1 + (t / 256) q2.
 struct ScreenToken {
-  float t;                    // scale of the first digit
-  float reach, error;         // R and E with the first digit alone
-  float reach2, error2;       // R and E with both
-  int32_t sum, sum2;          // of the digits
-  int32_t fits;               // 0: the token skips the screen
+  float t;               // scale of the first digit
+  float reach, error;    // R and E with the first digit alone
+  float reach2, error2;  // R and E with both
+  int32_t sum, sum2;     // of the digits
+  int32_t fits;          // 0: the token skips the screen
 };
 
 struct ScreenTokenArgs {
@@ -165,7 +165,7 @@ struct ScreenTokenArgs {
 };
 
 struct ScreenRowArgs {
-  const void* w;  // [F][d] of w_dtype: the rows that refine
+  const void* w;           // [F][d] of w_dtype: the rows that refine
   const float* mu;         // [d] or null
   const float* bias;       // [F]
   const float* threshold;  // [F]
@@ -197,15 +197,16 @@ struct CandidateSink {
 };
 
 struct ScreenArgs {
-  EncodeArgs encode;          // the screened tokens alone; `ids` says which they are
-  const int8_t* q1;           // [T/4][width/64][4][64]; with `both` the rows of a tile are the first digits of two
-  const int8_t* q2;           // tokens and then their second ones, and q2 is null
+  EncodeArgs encode;  // the screened tokens alone; `ids` says which they are
+  const int8_t* q1;   // [T/4][width/64][4][64]; with `both` the rows of a tile are the first digits of two
+  const int8_t* q2;   // tokens and then their second ones, and q2 is null
   const ScreenToken* tokens;  // [T]
-  const float* lanes;         // [4][lane_stride][4]: scale, R, E and (as int32) digit sum of a token, four times each
-  int64_t lane_stride;        // tokens of a plane of `lanes`: T rounded up to four
-  const uint8_t* code;        // [F/4][width/64][4][64]
-  const uint8_t* code2;       // the same or null: no second digit
-  const float* table;         // [kScreenRows][stride]
+  const float*
+      lanes;  // [4][lane_stride][4]: scale, R, E and (as int32) digit sum of a token, four times each
+  int64_t lane_stride;   // tokens of a plane of `lanes`: T rounded up to four
+  const uint8_t* code;   // [F/4][width/64][4][64]
+  const uint8_t* code2;  // the same or null: no second digit
+  const float* table;    // [kScreenRows][stride]
   int64_t width, stride;
   bool both;                                      // the first stage reads both digits of the activations
   void (*fetch)(const void* row, int64_t bytes);  // null, or told of every row before it is refined
@@ -226,7 +227,8 @@ struct Kernels {
   // Rows [n0, n1).
   void (*sampled_dot)(const SampledDotArgs&, int64_t n0, int64_t n1);
   // Features [f0, f1) of all tokens, screened first; `space` holds the candidates and their order.
-  void (*encode_screened)(const ScreenArgs&, int64_t f0, int64_t f1, CandidateSink& space, ScreenStats&, HitSink&);
+  void (*encode_screened)(const ScreenArgs&, int64_t f0, int64_t f1, CandidateSink& space, ScreenStats&,
+                          HitSink&);
   void (*screen_token)(const ScreenTokenArgs&);
   // Rows [f0, f1).
   void (*screen_rows)(const ScreenRowArgs&, int64_t f0, int64_t f1, float* space);

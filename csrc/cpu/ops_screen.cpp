@@ -15,16 +15,16 @@ namespace {
 
 // 255 * 127 * 66,000 < 2^31: the largest integer dot still fits its 32 bits.
 constexpr int64_t kMostInputs = 66000;
-// Up to this many tokens the first stage waits for memory, and reading both digits of the activations costs nothing
-// while it leaves a third of the candidates.
+// Up to this many tokens the first stage waits for memory, and reading both digits of the activations costs
+// nothing while it leaves a third of the candidates.
 constexpr int64_t kBothDigits = 4;
 
 int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 void check_sizes(const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold) {
   TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
-  TORCH_CHECK_VALUE(W_enc.size(0) <= kMostInputs, "W_enc: the screen takes d_in up to ", kMostInputs, ", got ",
-                    W_enc.size(0));
+  TORCH_CHECK_VALUE(W_enc.size(0) <= kMostInputs, "W_enc: the screen takes d_in up to ", kMostInputs,
+                    ", got ", W_enc.size(0));
   check_shape(b_enc, {W_enc.size(1)}, "b_enc");
   check_shape(threshold, {W_enc.size(1)}, "threshold");
   for (const at::Tensor* t : {&W_enc, &b_enc, &threshold}) check_cpu(*t, "encode_screened");
@@ -46,7 +46,8 @@ at::Tensor zero_codes(at::IntArrayRef shape) {
   return t.zero_();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor& W_enc, const at::Tensor& b_enc,
+std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor& W_enc,
+                                                               const at::Tensor& b_enc,
                                                                const at::Tensor& threshold,
                                                                const std::optional<at::Tensor>& centre,
                                                                bool second_digit) {
@@ -80,7 +81,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor&
   return {code, code2, table};
 }
 
-// A token's numbers four times each, as the tiles of four features read them: planes of scale, R, E, digit sum.
+// A token's numbers four times each, as the tiles of four features read them: planes of scale, R, E, digit
+// sum.
 void fill_lanes(const std::vector<ScreenToken>& tokens, bool both, float* lanes, int64_t stride) {
   for (size_t t = 0; t < tokens.size(); ++t) {
     const ScreenToken& k = tokens[t];
@@ -102,8 +104,7 @@ at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F
     float& start = p[kStart * stride + f];
     if (start == std::numeric_limits<float>::infinity()) continue;
     const double edge = std::min(std::max<double>(theta[f], 0.0), static_cast<double>(theta[f]) - half);
-    const double exact =
-        static_cast<double>(p[kCentredBias * stride + f]) + p[kSlack * stride + f] - edge;
+    const double exact = static_cast<double>(p[kCentredBias * stride + f]) + p[kSlack * stride + f] - edge;
     // 5u|edge| of slack for the epilogue, as the builder gave for |tau|
     const double roomy = exact + 3e-7 * std::fabs(edge);
     const float near = static_cast<float>(roomy);
@@ -195,7 +196,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   ScreenArgs a{};
   const int64_t T = x.size(0);
   a.both = digits == 0 ? T <= kBothDigits : digits == 2;
-  const Tokens tokens = quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, width, a.both);
+  const Tokens tokens =
+      quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, width, a.both);
   const int64_t kept = static_cast<int64_t>(tokens.screen.size());
   EncodeArgs& e = a.encode;
   e.x = tokens.x.const_data_ptr<float>();

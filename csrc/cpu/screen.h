@@ -1,16 +1,17 @@
-// Screened JumpReLU encode: 8-bit rows discard what provably does not fire, a second digit most of the rest, and
-// the deciding dot of dot.h answers for what is left.  The bounds are derived in docs/screen.md.
+// Screened JumpReLU encode: 8-bit rows discard what provably does not fire, a second digit most of the rest,
+// and the deciding dot of dot.h answers for what is left.  The bounds are derived in docs/screen.md.
 
-// Rows of codes that stay in L1 while the tokens' digits stream past them: 18 KiB of 32, the rest for a tile of
-// digits.  Each tile of digits then comes from L2 once for all of them.
+// Rows of codes that stay in L1 while the tokens' digits stream past them: 18 KiB of 32, the rest for a tile
+// of digits.  Each tile of digits then comes from L2 once for all of them.
 constexpr int64_t kRowBytes = 18432;
 // Tokens whose digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk pass.
 constexpr int64_t kTokenBlock = 64;
-// Up to this many tokens a row hardly has two candidates, and they are refined in the order in which they came.
+// Up to this many tokens a row hardly has two candidates, and they are refined in the order in which they
+// came.
 constexpr int64_t kFewTokens = 8;
 
-// The dots of four digit rows with four code rows: lane 4 r + f.  AHEAD lines of `ahead` are prefetched a step.
-// STRIDE 4 reads row 0 alone, 2 rows 0 and 2: what one token has.
+// The dots of four digit rows with four code rows: lane 4 r + f.  AHEAD lines of `ahead` are prefetched a
+// step. STRIDE 4 reads row 0 alone, 2 rows 0 and 2: what one token has.
 template <int AHEAD, int STRIDE>
 static inline I16 screen_sums(const int8_t* q,      // [width/64][4][64]
                               const uint8_t* code,  // [width/64][4][64]
@@ -34,19 +35,20 @@ static inline uint32_t left_over(const ScreenArgs& a, V16 n, int64_t t0, int64_t
   const float* table = a.table + f0;
   const float* lanes = a.lanes + 4 * t0;
   const int64_t plane = 4 * a.lane_stride;
-  V16 v = fma16(mul16(repeat4(table + kScale * a.stride), load16(lanes)), n,
-                repeat4(table + kStart * a.stride));
+  V16 v =
+      fma16(mul16(repeat4(table + kScale * a.stride), load16(lanes)), n, repeat4(table + kStart * a.stride));
   v = fma16(repeat4(table + kNorm * a.stride), load16(lanes + 2 * plane), v);
   v = fma16(repeat4(table + kError * a.stride), load16(lanes + plane), v);
   return not_below16(v);
 }
 
-static inline void push_candidates(uint32_t left, const int32_t* n1, const int32_t* n2, int64_t t0, int64_t f0,
-                                   CandidateSink& out) {
+static inline void push_candidates(uint32_t left, const int32_t* n1, const int32_t* n2, int64_t t0,
+                                   int64_t f0, CandidateSink& out) {
   out.reserve(16);
   for (; left; left &= left - 1) {
     const int i = __builtin_ctz(left);
-    *out.at++ = Candidate{static_cast<int32_t>(t0 + i / 4), static_cast<int32_t>(f0 + i % 4), n1[i], n2[i], 0, 0};
+    *out.at++ =
+        Candidate{static_cast<int32_t>(t0 + i / 4), static_cast<int32_t>(f0 + i % 4), n1[i], n2[i], 0, 0};
   }
 }
 
@@ -152,7 +154,8 @@ static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) { 
   }
   for (int64_t k = 0; k < 4 * a.width; k += kTileStep) {
     for (int p = 0; p < 4; ++p) {
-      const B64 x1 = load_digits64(q1[p] + k), x2 = load_digits64(q2[p] + k), c2 = load64(a.code2 + row[p] + k);
+      const B64 x1 = load_digits64(q1[p] + k), x2 = load_digits64(q2[p] + k),
+                c2 = load64(a.code2 + row[p] + k);
       acc[p] = dot64(acc[p], c2, x1);
       acc[4 + p] = dot64(acc[4 + p], c2, x2);
       if (!a.both) acc[8 + p] = dot64(acc[8 + p], load64(a.code + row[p] + k), x2);
@@ -205,7 +208,8 @@ static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, C
 
 // Full precision for up to four pairs; what is stored stays in the order of the candidates.
 template <typename E>
-static inline void refine(const ScreenArgs& a, const Candidate* c, int count, ScreenStats& stats, HitSink& sink) {
+static inline void refine(const ScreenArgs& a, const Candidate* c, int count, ScreenStats& stats,
+                          HitSink& sink) {
   const EncodeArgs& e = a.encode;
   const float* x[4];
   const E* w[4];
@@ -251,7 +255,8 @@ static inline void refine_all(const ScreenArgs& a, const Candidate* begin, const
   stats.refined += end - begin;
 }
 
-// By feature, and by token within one: a row is read once for all its tokens.  A feature's tokens come ascending.
+// By feature, and by token within one: a row is read once for all its tokens.  A feature's tokens come
+// ascending.
 static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0) {
   const int64_t count = space.at - space.begin;
   space.reserve(static_cast<size_t>(count));
@@ -264,8 +269,8 @@ static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0) {
   return sorted;
 }
 
-static void encode_screened(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& space, ScreenStats& stats,
-                            HitSink& sink) {
+static void encode_screened(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& space,
+                            ScreenStats& stats, HitSink& sink) {
   space.at = space.begin;
   screen_chunk(a, f0, f1, space);
   const int64_t count = space.at - space.begin;

@@ -2,13 +2,14 @@
 // rounded up.  docs/screen.md derives every constant; the names here are its names.
 
 constexpr double kU = 5.9604644775390625e-08;  // 2^-24, half an ulp of 1 in fp32
-// Rounded up and then some: what the fp32 epilogue's three roundings can take away (docs/screen.md, "Epilogue").
+// Rounded up and then some: what the fp32 epilogue's three roundings can take away (docs/screen.md,
+// "Epilogue").
 constexpr double kUp = 1.0 + 8 * kU;
 // Sums of d <= 66,000 squares in fp64 err by less than 2^-36 of their value; roots halve that.
 constexpr double kSumUp = 1.0 + 1.0 / (1 << 30);
-constexpr double kTiny = 8.673617379884035e-19;      // 2^-60: norms outside [2^-60, 2^60] skip the screen
-constexpr double kHuge = 1.152921504606847e+18;      // 2^60
-constexpr double kCancel = 8.881784197001252e-16;    // 2^-50: fp64 cancellation in e and e_r
+constexpr double kTiny = 8.673617379884035e-19;       // 2^-60: norms outside [2^-60, 2^60] skip the screen
+constexpr double kHuge = 1.152921504606847e+18;       // 2^60
+constexpr double kCancel = 8.881784197001252e-16;     // 2^-50: fp64 cancellation in e and e_r
 constexpr double kUnderflow = 2.350988701644575e-38;  // 2^-125
 
 // The least float that is not below v.
@@ -20,8 +21,8 @@ static inline float round_up(double v) {
 // Relative bound of the deciding dot: ceil(d/16) fused steps a lane, four folds, the bias, and one to spare.
 static inline double dot_kappa(int64_t d) { return 1.01 * static_cast<double>((d + 15) / 16 + 6) * kU; }
 
-// Sixteen running sums: an order that vectorises; the norms' last bits may differ between instruction sets, the
-// answers cannot.
+// Sixteen running sums: an order that vectorises; the norms' last bits may differ between instruction sets,
+// the answers cannot.
 struct Sum16 {
   double v[16] = {};
   double total() const {
@@ -180,9 +181,10 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   float top = 0;
   for (float m : rest_most) top = m > top ? m : top;
   const double error = __builtin_sqrt(ee.total()) * kSumUp + kCancel * norm;
-  const double beta = (dot_kappa(a.d) * __builtin_fabs(b) + 5 * kU * (__builtin_fabs(centred) + tau) +
-                       9.1e-13 * (__builtin_fabs(b) + norm * norm_mu) + static_cast<double>(a.d) * kUnderflow) *
-                      kUp;
+  const double beta =
+      (dot_kappa(a.d) * __builtin_fabs(b) + 5 * kU * (__builtin_fabs(centred) + tau) +
+       9.1e-13 * (__builtin_fabs(b) + norm * norm_mu) + static_cast<double>(a.d) * kUnderflow) *
+      kUp;
   float* table = a.table + f;
   table[kScale * a.stride] = s;
   table[kZero * a.stride] = zero;

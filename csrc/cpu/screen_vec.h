@@ -1,9 +1,10 @@
-// What the screen needs beside vec.h and matryoshka_vec.h: dots of 64 codes with 64 digits, the sums of sixteen
-// accumulators at once, and four numbers repeated four times.  Included by isa_body.h.
+// What the screen needs beside vec.h and matryoshka_vec.h: dots of 64 codes with 64 digits, the sums of
+// sixteen accumulators at once, and four numbers repeated four times.  Included by isa_body.h.
 
 #if GSF_LEVEL == 3
 // acc's lanes together gain the sum of code[i] * digit[i]; which lane takes what is nobody's concern.
-// In assembly since GCC 12 copies the accumulator before each intrinsic of this kind: two instructions for one.
+// In assembly since GCC 12 copies the accumulator before each intrinsic of this kind: two instructions for
+// one.
 static inline I16 dot64(I16 acc, B64 code, B64 digit) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(code.v), "v"(digit.v));
   return acc;
@@ -15,7 +16,9 @@ static inline I16 to_int16(V16 a) { return {_mm512_cvttps_epi32(a.v)}; }
 static inline V16 mul16(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline V16 repeat4(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
 // Bit i: lane i is not <= 0, so NaN is set.
-static inline uint32_t not_below16(V16 a) { return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+static inline uint32_t not_below16(V16 a) {
+  return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+}
 static inline __m512i sums_of_4(const I16* a) {
   const __m512i ab =
       _mm512_add_epi32(_mm512_unpacklo_epi32(a[0].v, a[1].v), _mm512_unpackhi_epi32(a[0].v, a[1].v));
@@ -76,7 +79,8 @@ static inline __m128i sums_of_4(const I16* a) {
   return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
 }
 static inline I16 sums16(const I16* a) {
-  return {_mm256_set_m128i(sums_of_4(a + 4), sums_of_4(a)), _mm256_set_m128i(sums_of_4(a + 12), sums_of_4(a + 8))};
+  return {_mm256_set_m128i(sums_of_4(a + 4), sums_of_4(a)),
+          _mm256_set_m128i(sums_of_4(a + 12), sums_of_4(a + 8))};
 }
 #else
 static inline I16 dot64(I16 acc, const B64& code, const B64& digit) {
