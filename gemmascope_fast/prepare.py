@@ -118,7 +118,7 @@ class Prepared:
         return ops.encode(x, *weights, bandwidth)
 
     def _pays(self, sae: JumpReLUSAE, x: Tensor) -> bool:
-        """Whether the screen is the faster route: measured, see `screen.pays`; never the cost of a build at each call."""
+        """Whether the screen is the faster route (`screen.pays`), a build at each call not among its costs."""
         if not pays(x, sae.W_enc):
             return False
         if self._screen is None or not self.stale():

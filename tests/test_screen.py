@@ -504,7 +504,7 @@ def test_edits_are_noticed(edit):
     edit(sae)
     after = sae.encode_sparse(x, screen=True)
     assert after == sae.encode_sparse(x, screen=False)
-    assert not after == before
+    assert after != before
 
 
 def test_weights_edited_at_each_step_are_not_packed_at_each_step(monkeypatch):

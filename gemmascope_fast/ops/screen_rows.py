@@ -53,9 +53,10 @@ def screen_rows_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None.
 
-    Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four rows
-    (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9, d_sae rounded up to 16].  A row whose norm or bias is out of range has START = +inf: it is never
-    discarded.  Norms may differ from the native kernel's in their last bits.
+    Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four
+    rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9, d_sae rounded up to 16].  A row
+    whose norm or bias is out of range has START = +inf: it is never discarded.  Norms may differ from the native
+    kernel's in their last bits.
     """
     d, F = W_enc.shape
     width, stride = -(-d // 64) * 64, -(-F // 16) * 16
