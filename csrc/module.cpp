@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "cpu/isa.h"
-#include "cpu/memory.h"
 #include "cpu/measure_roof.h"
+#include "cpu/memory.h"
 
 namespace py = pybind11;
 
