@@ -44,25 +44,36 @@ class Case:
 SMALL = Case("640x4096", 640, 4096, 73)
 GEMMA_SCOPE = Case("2304x16384", 2304, 16384, 76)
 WIDE = Case("2304x65536", 2304, 65536, 80, (1, 16))
-CASES = {c.name: c for c in (SMALL, GEMMA_SCOPE, WIDE)}
+BROAD = Case("3584x16384", 3584, 16384, 76)
+CASES = {c.name: c for c in (SMALL, GEMMA_SCOPE, WIDE, BROAD)}
 # what `make bench` times; GSF_BENCH_CASES=640x4096,2304x65536 names others
 CHOSEN = os.environ.get("GSF_BENCH_CASES", "640x4096,2304x16384").split(",")
 RUNS = [(CASES[name], tokens) for name in CHOSEN for tokens in CASES[name].tokens]
 IDS = [f"{case.name}-T{tokens}" for case, tokens in RUNS]
 
 
-def rotated(sae: JumpReLUSAE, tokens: int, dtype: torch.dtype = torch.float32) -> Callable[[], JumpReLUSAE]:
-    """Each call gives the next of several equal SAEs, in `dtype`.
-
-    Where tokens are few there are enough of them that even their 8-bit encoder rows exceed four times L3.
-    """
-    count = 1 if tokens > FEW_TOKENS else -(-4 * L3_BYTES // sae.W_enc.numel())
+def copies(
+    sae: JumpReLUSAE,
+    count: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    bytes_each: int | None = None,
+    prepare: bool = True,
+) -> list[JumpReLUSAE]:
+    """Equal SAEs in `dtype`; unless told how many, so many that `bytes_each` (default: their 8-bit encoder rows)
+    together exceed four times the last-level cache."""
+    if count is None:
+        count = -(-4 * L3_BYTES // (bytes_each or sae.W_enc.numel()))
     names = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-    copies = []
+    made = []
     for _ in range(count):
-        copy = JumpReLUSAE(*(getattr(sae, n).detach().to(dtype, copy=True) for n in names))
-        copies.append(copy.requires_grad_(False).prepare())
-    return itertools.cycle(copies).__next__
+        copy = JumpReLUSAE(*(getattr(sae, n).detach().to(dtype, copy=True) for n in names)).requires_grad_(False)
+        made.append(copy.prepare() if prepare else copy)
+    return made
+
+
+def rotated(sae: JumpReLUSAE, tokens: int, dtype: torch.dtype = torch.float32) -> Callable[[], JumpReLUSAE]:
+    """Each call gives the next of several equal SAEs; where tokens are few, enough of them to exceed the cache."""
+    return itertools.cycle(copies(sae, 1 if tokens > FEW_TOKENS else None, dtype)).__next__
 
 
 # ---- peers: the same tensors, in the same process ---------------------------------------------------
