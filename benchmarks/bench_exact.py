@@ -98,7 +98,7 @@ class Rotated:
 
 def real_case() -> tuple[JumpReLUSAE, Tensor]:
     """The bundled SAE and layer-12 activations of a standard-library text."""
-    import pydoc_data.topics as topics
+    from pydoc_data import topics
 
     model, tokenizer, sae, _layer = gsf.load_demo()
     text = "\n".join(topics.topics.values())[-60_000:]
@@ -201,7 +201,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 x = sample[:T] if sample is not None else CASES[name].x(T)
                 rows.append(measure(name, sae, x, roofs, set(args.peers.split(","))))
                 show(rows[-1])
-    machine = {"processor": platform.processor() or platform.machine(), "isa": backends.isa(), "torch": torch.__version__}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "isa": backends.isa(),
+        "torch": torch.__version__,
+    }
     return {"machine": machine, "threads": torch.get_num_threads(), "roof": vars(roofs), "call_us": cost, "rows": rows}
 
 

@@ -66,7 +66,12 @@ def from_pretrained(
         if named.scale is not None and checkpoint.normalisation == "expected_average_only_in":
             checkpoint = _scaled(checkpoint, named.scale)
     with _bar(checkpoint, progress):
-        return build(checkpoint, torch.device(device), wanted)
+        made = build(checkpoint, torch.device(device), wanted)
+    if checkpoint.format == "native" and isinstance(made, JumpReLUSAE):
+        screen = native.read_screen(made, checkpoint.path)
+        if screen is not None:
+            made._prepared.adopt(made, screen)
+    return made
 
 
 class SAE:

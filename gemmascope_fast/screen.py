@@ -6,6 +6,7 @@ docs/screen.md derives the bound; `ops.screen_rows` builds what is kept per feat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -84,15 +85,28 @@ class Screen:
             )
         return crow, col, values
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What there is of code, code2, table and centre, by name."""
+        named = {"code": self.code, "code2": self.code2, "table": self.table, "centre": self.centre}
+        return {name: t for name, t in named.items() if t is not None}
+
+    def digest(self) -> str:
+        """sha256 of the tensors: a stored screen that was damaged must not decide anything."""
+        return _sha256(self.tensors().values())
+
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.code, self.code2, self.table, self.centre) if t is not None)
+        return sum(t.nbytes for t in self.tensors().values())
 
 
 def weights_digest(W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> str:
     """sha256 of what a screen depends on: dtype, shape and bytes of the rows, biases and thresholds."""
+    return _sha256((W_enc.detach().t(), b_enc.detach(), threshold.detach()))
+
+
+def _sha256(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
-    for t in (W_enc.detach().t(), b_enc.detach(), threshold.detach()):
+    for t in tensors:
         digest.update(f"{t.dtype} {tuple(t.shape)}".encode())
         for start in range(0, t.shape[0], BLOCK):
             block = t[start : start + BLOCK].contiguous().cpu()

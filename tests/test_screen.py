@@ -1,6 +1,7 @@
 """The certified screen: the bytes of the unscreened encode for every input, and a bound whose every term is needed."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
+from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.matryoshka.codes import quantize
 from gemmascope_fast.ops.screen_rows import Row, rows_of
 from gemmascope_fast.screen import Screen, weights_digest
@@ -546,6 +548,42 @@ def test_prepare_keeps_its_options():
     for wrong in ({"sample": x, "centre": x[0]}, {"sample": x[:, 1:]}, {"centre": x[0, 1:]}):
         with pytest.raises(ValueError, match=r"sample|centre"):
             sae.prepare(**wrong)
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_a_stored_screen_is_taken_and_not_built(tmp_path, monkeypatch, second):
+    sae, x = make_sae(1, 200, 302, 20), make_activations(2, 40, 200)
+    sae.prepare(sample=x, second_digit=second)
+    save(sae, tmp_path / "sae.safetensors", screen=True)
+    monkeypatch.setattr(Screen, "build", None)  # a build would fail
+    loaded = gsf.SAE.from_pretrained(tmp_path)
+    assert loaded.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
+    for name, tensor in sae._prepared.screen.tensors().items():
+        assert torch.equal(loaded._prepared.screen.tensors()[name], tensor)
+
+
+def test_a_stored_screen_follows_a_cast_by_being_built_anew(tmp_path):
+    sae, x = make_sae(1, 200, 302, 20), make_activations(2, 40, 200)
+    save(sae, tmp_path / "sae.safetensors", screen=True)
+    loaded = gsf.SAE.from_pretrained(tmp_path, dtype="bfloat16")
+    assert loaded._prepared.screen is None
+    assert loaded.encode_sparse(x, screen=True) == loaded.encode_sparse(x, screen=False)
+    with pytest.raises(ValueError, match="screen"):
+        save(sae, tmp_path / "other.safetensors", torch.bfloat16, screen=True)
+
+
+@pytest.mark.parametrize("name", ["W_enc", "threshold", "screen.code", "screen.code2", "screen.table"])
+def test_a_stored_screen_of_other_weights_is_refused(tmp_path, name):
+    path = tmp_path / "sae.safetensors"
+    save(make_sae(1, 200, 302, 20), path, screen=True)
+    data = bytearray(path.read_bytes())
+    length = int.from_bytes(data[:8], "little")
+    begin, end = json.loads(data[8 : 8 + length])[name]["data_offsets"]
+    at = 8 + length + (begin + end) // 2 // 4 * 4
+    data[at] ^= 1  # the lowest bit of a mantissa, or of a code
+    path.write_bytes(data)
+    with pytest.raises(gsf.CheckpointError, match="screen"):
+        gsf.SAE.from_pretrained(tmp_path)
 
 
 def test_digest_sees_every_array():

@@ -214,6 +214,8 @@ struct ScreenArgs {
 
 struct ScreenStats {
   int64_t survivors;   // pairs that the first stage left
+  int64_t undecided;   // those of them that the second digit looked at
+  int64_t discarded;   // and those of these that it discarded
   int64_t refined;     // pairs whose row was read in full precision
   int64_t violations;  // refined pairs outside their bound: the rows are not those the screen was built from
 };

@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t kBlockColumns = 64;
 // Rows of a task within a block: enough work for one draw of a chunk.
 constexpr int64_t kBlockRows = 32;
-// Under this many rows there is nothing to share, and long segments of a row stream best.
-constexpr int64_t kFewRows = 8;
+// Under this many rows there is little to share, and whole rows stream best.
+constexpr int64_t kFewRows = 64;
 
 at::Tensor decode_cpu(const at::Tensor& crow, const at::Tensor& col, const at::Tensor& values,
                       const at::Tensor& W_dec, const std::optional<at::Tensor>& b_dec,
@@ -55,11 +55,12 @@ at::Tensor decode_cpu(const at::Tensor& crow, const at::Tensor& col, const at::T
   const Kernels& table = kernels();
   const int threads = std::max(1, at::get_num_threads());
   if (N == 0 || d == 0) return out;
-  // Few rows: each thread takes whole cache lines of the columns.  Many: blocks of columns, and of rows.
+  // Few rows: a row a draw, and where there are fewer than threads, whole cache lines of the columns each.
+  // Many: blocks of columns, and of rows.
   const bool few = N < kFewRows;
-  const int64_t share = (d + threads - 1) / threads;
+  const int64_t share = N >= 2 * threads ? d : (d + threads - 1) / threads;
   const int64_t columns = few ? (share + 63) / 64 * 64 : kBlockColumns;
-  const int64_t row_step = few ? N : kBlockRows;
+  const int64_t row_step = few ? 1 : kBlockRows;
   const int64_t row_chunks = (N + row_step - 1) / row_step, column_chunks = (d + columns - 1) / columns;
   run_chunks(row_chunks * column_chunks, [&](int, int64_t chunk) {
     // rows vary fastest: the threads work in one block of columns at a time

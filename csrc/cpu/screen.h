@@ -10,8 +10,8 @@ constexpr int64_t kTokenBlock = 64;
 // came.
 constexpr int64_t kFewTokens = 8;
 
-// The dots of four digit rows with four code rows: lane 4 r + f.  AHEAD lines of `ahead` are prefetched a
-// step. STRIDE 4 reads row 0 alone, 2 rows 0 and 2: what one token has.
+// The dots of four digit rows with four code rows: lane 4 r + f.  AHEAD lines of `ahead` are prefetched into
+// L2 a step.  STRIDE 4 reads row 0 alone, 2 rows 0 and 2: what one token has.
 template <int AHEAD, int STRIDE>
 static inline I16 screen_sums(const int8_t* q,      // [width/64][4][64]
                               const uint8_t* code,  // [width/64][4][64]
@@ -82,7 +82,8 @@ static inline void both_digits(const ScreenArgs& a, I16 sums, int64_t t0, int64_
   if (left) push_candidates(left, n1, n2, t0, f0, out);
 }
 
-// The rows [f0, f1) against tokens [t0, t1); the codes at `ahead` are on their way meanwhile.
+// The rows [f0, f1) against tokens [t0, t1).  Few tokens wait for the codes: the next block's, at `next`, are
+// on their way into L2 meanwhile, AHEAD lines a step.
 template <int AHEAD>
 static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int64_t f0, int64_t f1,
                                 const uint8_t* next, CandidateSink& out) {
@@ -180,27 +181,47 @@ static inline bool never_discarded(const ScreenArgs& a, int64_t f) {
   return a.table[kStart * a.stride + f] == __builtin_inff();
 }
 
-// Whether the estimate proves that the pair is not stored, in any way.
+// What a pre-activation must exceed for the pair to be stored, in any way.
+static inline double least_stored(const EncodeArgs& a, int64_t f) {
+  const double theta = a.threshold[f], edge = theta - a.half_bandwidth, tau = theta > 0 ? theta : 0;
+  return a.half_bandwidth > 0.0f && edge < tau ? edge : tau;
+}
+
 static inline bool discarded(const ScreenArgs& a, const Candidate& c) {
-  const double theta = a.encode.threshold[c.feature], edge = theta - a.encode.half_bandwidth;
-  double least = theta > 0 ? theta : 0;
-  if (a.encode.half_bandwidth > 0.0f && edge < least) least = edge;
-  return c.z + c.bound <= least && !never_discarded(a, c.feature);
+  return c.z + c.bound <= least_stored(a.encode, c.feature) && !never_discarded(a, c.feature);
+}
+
+// Whether the second digit is worth reading: of the pairs that the first could not decide, at least half were
+// discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows are dear.
+static inline bool second_pays(const ScreenArgs& a, const ScreenStats& stats) {
+  return a.code2 && (a.fetch || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
 }
 
 // Candidates [begin, end) with their estimates; those that the second digit discards are left out.
-static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, Candidate* end) {
-  if (!a.code2) {
-    for (Candidate* c = begin; c < end; ++c) first_estimate(a, *c);
-    return end;
-  }
-  Candidate* kept = begin;
-  for (Candidate* c = begin; c < end; c += 4) {
-    Candidate* four[4];
-    for (int p = 0; p < 4; ++p) four[p] = c + p < end ? c + p : end - 1;
+static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, Candidate* end,
+                                        ScreenStats& stats) {
+  for (Candidate* c = begin; c < end; ++c) first_estimate(a, *c);
+  if (!second_pays(a, stats)) return end;
+  Candidate *kept = begin, *four[4];
+  int waiting = 0;
+  const auto decide = [&] {
+    for (int p = waiting; p < 4; ++p) four[p] = four[waiting - 1];
     second_estimates(a, four);
-    for (int p = 0; p < 4 && c + p < end; ++p) {
-      if (!discarded(a, c[p])) *kept++ = c[p];
+    stats.undecided += waiting;
+    waiting = 0;
+  };
+  // pairs that fire whatever the bound are not worth a second look
+  for (Candidate* c = begin; c < end; ++c) {
+    if (c->z - c->bound > least_stored(a.encode, c->feature)) continue;
+    four[waiting++] = c;
+    if (waiting == 4) decide();
+  }
+  if (waiting) decide();
+  for (Candidate* c = begin; c < end; ++c) {
+    if (discarded(a, *c)) {
+      ++stats.discarded;
+    } else {
+      *kept++ = *c;
     }
   }
   return kept;
@@ -276,7 +297,7 @@ static void encode_screened(const ScreenArgs& a, int64_t f0, int64_t f1, Candida
   const int64_t count = space.at - space.begin;
   stats.survivors += count;
   Candidate* begin = a.encode.T > kFewTokens ? sorted_by_feature(space, f0) : space.begin;
-  const Candidate* end = with_estimates(a, begin, begin + count);
+  const Candidate* end = with_estimates(a, begin, begin + count, stats);
   switch (a.encode.w_dtype) {
     case Dtype::f32:
       return refine_all<float>(a, begin, end, stats, sink);

@@ -22,6 +22,7 @@ BLOCK_BYTES = 1 << 20  # a block lives in several copies at once (raw, cast, fin
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 50
 MAX_HEADER = 100 << 20  # safetensors' own limit
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_TORCH["U8"] = torch.uint8  # codes of the package's own files
 _NUMPY = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
 
 
@@ -64,10 +65,10 @@ class Entry:
         both = block if inner is None else lambda rows, start: block(inner(rows, start), start)
         return replace(self, shape=shape or self.shape, stored=self.stored or self.shape, block=both)
 
-    def blocks(self, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, dtype: torch.dtype, finite: bool = True) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in `dtype`) of the array as stored; of one that is flipped, of its transpose.
 
-        Raises CheckpointError where the file ends early or a value is not finite (before or after the cast).
+        Raises CheckpointError where the file ends early or, if `finite`, a value is not (before or after the cast).
         """
         stored = self.stored or self.shape
         rows, width = (stored[0] if stored else 1), math.prod(stored[1:])
@@ -82,24 +83,24 @@ class Entry:
                 if self.block is not None:
                     block = self.block(block, start)
                 block = block.to(dtype)
-                if not bool(torch.isfinite(block).all()):
+                if finite and not bool(torch.isfinite(block).all()):
                     raise CheckpointError(
                         f"{self.file}: {self.name}: expected finite values in {dtype}, got NaN or Inf"
                     )
                 yield start, block
 
-    def read(self, device: torch.device, dtype: torch.dtype, transposed: bool = False) -> Tensor:
+    def read(self, device: torch.device, dtype: torch.dtype, transposed: bool = False, finite: bool = True) -> Tensor:
         """The array on `device` in `dtype`; `transposed` [m, n] → a view of that shape over contiguous [n, m]."""
         shape = self.shape[::-1] if transposed else self.shape
         out = torch.empty(shape, dtype=dtype, device=device)
         target = out.t() if transposed else out
-        self.read_into(target)
+        self.read_into(target, finite)
         return target
 
-    def read_into(self, target: Tensor) -> None:
+    def read_into(self, target: Tensor, finite: bool = True) -> None:
         """Fill `target`, of this shape and any strides, block by block."""
         rows = target.t() if self.flip else target.reshape(1) if target.dim() == 0 else target
-        for start, block in self.blocks(target.dtype):
+        for start, block in self.blocks(target.dtype, finite):
             rows[start : start + block.shape[0]].copy_(block.reshape(-1, *rows.shape[1:]))
 
     def _block(self, stream: IO[bytes], size: int) -> Tensor:

@@ -12,6 +12,8 @@ from gemmascope_fast.checkpoints.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site
 from gemmascope_fast.checkpoints.write import Source, write_safetensors
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.ops.screen_rows import Row
+from gemmascope_fast.screen import Screen, weights_digest
 
 if TYPE_CHECKING:
     from gemmascope_fast.sae import JumpReLUSAE
@@ -21,7 +23,7 @@ FILE = "sae.safetensors"
 
 
 def read(path: Path) -> Checkpoint:
-    """A file written by `save`; tensors under "screen." are left to the screen."""
+    """A file written by `save`; tensors under "screen." are read by `read_screen`."""
     entries, metadata = open_safetensors(path)
     try:
         about = json.loads(metadata[KEY])
@@ -48,10 +50,45 @@ def read(path: Path) -> Checkpoint:
     )
 
 
-def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = None) -> None:
+def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
+    """The screen stored beside the weights that `sae` was just loaded with; None where there is none, or where the
+    weights were cast on the way and are no longer those it was built from.
+
+    Raises CheckpointError where it is of other weights than the file's.
+    """
+    entries, metadata = open_safetensors(path)
+    about = json.loads(metadata[KEY])
+    digest = about.get("screen")
+    if digest is None:
+        return None
+    held = {name.removeprefix("screen."): e for name, e in entries.items() if name.startswith("screen.")}
+    if entries["W_enc"].dtype != sae.dtype or sae.device.type != "cpu":
+        return None
+    if digest != weights_digest(sae.W_enc, sae.b_enc, sae.threshold):
+        raise CheckpointError(f"{path}: screen: built from other weights than those of the file")
+    d, F = sae.d_in, sae.d_sae
+    tiles, table = (-(-F // 4), -(-d // 64), 4, 64), (len(Row), -(-F // 16) * 16)
+    want = {"code": (tiles, torch.uint8), "table": (table, torch.float32)}
+    want |= {"code2": (tiles, torch.uint8), "centre": ((d,), torch.float32)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, entry in held.items():
+        if name not in want or (entry.shape, entry.dtype) != want[name]:
+            raise CheckpointError(f"{path}: screen.{name}: expected {want.get(name)}, got {entry.shape} {entry.dtype}")
+        # START may be infinite: the table is checked by its digest, not for finite values
+        tensors[name] = entry.read(sae.device, entry.dtype, finite=False)
+    if not {"code", "table"} <= set(tensors):
+        raise CheckpointError(f"{path}: screen: expected code and table, got {sorted(tensors)}")
+    screen = Screen(tensors["code"], tensors.get("code2"), tensors["table"], tensors.get("centre"))
+    if screen.digest() != about.get("screen_data"):
+        raise CheckpointError(f"{path}: screen: damaged")
+    return screen
+
+
+def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = None, screen: bool = False) -> None:
     """Write atomically and block by block: under the final name only when complete.
 
     matrix_dtype: what W_enc, W_dec and W_skip are stored in (None: as held); vectors stay as held.
+    screen: store the certified screen too, with a hash of the weights it is of, so that loading builds nothing.
     """
     if sae.kind not in SINGLE:
         raise CheckpointError(f"{path}: expected one of {', '.join(SINGLE)}, got a {sae.kind}")
@@ -59,6 +96,13 @@ def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = 
     about = _about(sae.kind, sae.cfg.hook_name, sae.cfg.hook_name_out, sae.cfg.metadata.model_name)
     about |= {"figures": sae.cfg.metadata.extra.get("figures", {}), "k": getattr(sae, "k", None)}
     arrays: dict[str, Source] = {name: getattr(sae, name).detach() for name in names}
+    if screen:
+        if matrix_dtype not in (None, sae.dtype):
+            raise ValueError(f"screen: it is of the weights as held, {sae.dtype}; matrix_dtype asks for {matrix_dtype}")
+        made = sae.prepare()._prepared.screen
+        assert made is not None
+        arrays |= {f"screen.{name}": tensor for name, tensor in made.tensors().items()}
+        about |= {"screen": weights_digest(sae.W_enc, sae.b_enc, sae.threshold), "screen_data": made.digest()}
     write_safetensors(Path(path), arrays, {KEY: json.dumps(about)}, matrix_dtype, only_matrices=True)
 
 
