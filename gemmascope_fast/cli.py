@@ -53,6 +53,13 @@ COMMANDS = (
         "run_extract",
     ),
     Command(
+        "dashboard",
+        "pages about every feature, from extracted latents",
+        "gemmascope_fast.dashboard.command",
+        "add_dashboard_arguments",
+        "run_dashboard",
+    ),
+    Command(
         "gpu-check",
         "compile the GPU kernels without a GPU, gate what they use, model what they could reach",
         "gemmascope_fast.gpu.check",
