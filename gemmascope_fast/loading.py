@@ -121,7 +121,7 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
     (d_in, d_sae), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
     cfg = SAEConfig(d_in, d_sae, d_out, checkpoint.site, checkpoint.site_out, _metadata(checkpoint))
     weights = {name: entry.read(device, dtype, transposed=name == "W_enc") for name, entry in arrays.items()}
-    if "threshold" not in weights:
+    if checkpoint.threshold_value is not None and "threshold" not in weights:
         weights["threshold"] = torch.full((d_sae,), checkpoint.threshold_value, dtype=dtype, device=device)
     if checkpoint.subtracts_b_dec:
         weights["b_enc"] = _folded(weights, arrays["b_enc"])

@@ -13,6 +13,7 @@ from gemmascope_fast.evaluation import command as eval_command
 from gemmascope_fast.evaluation.run import pieces
 from gemmascope_fast.loading import open_checkpoint
 from gemmascope_fast.sites import Site
+from gemmascope_fast.training import activations as training_activations
 from gemmascope_fast.training import text as texts
 from gemmascope_fast.training.activations import activations, collect, first_layers, windows
 
@@ -201,7 +202,7 @@ def test_windows_hold_every_token_once():
 def test_collecting_is_written_once_and_equals_hidden_states(loaded, tmp_path):
     model, tokenizer = loaded
     layers = len(model.model.layers)
-    x = collect(model, tokenizer, LAYER, TEXT, tmp_path, "text")
+    (x,) = collect(model, tokenizer, LAYER, TEXT, tmp_path, "text")
     assert len(model.model.layers) == layers
     with torch.no_grad():
         want = torch.cat(
@@ -212,15 +213,39 @@ def test_collecting_is_written_once_and_equals_hidden_states(loaded, tmp_path):
         )
     # a batch of several windows is another shape of the same GEMMs: rounding only
     assert torch.allclose(x, want, rtol=0, atol=64 * 2.0**-23 * float(want.abs().max()))
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.rglob("*.npy")
     stamp = file.stat().st_mtime_ns
-    again = collect(model, tokenizer, LAYER, TEXT, tmp_path, "text")
+    (again,) = collect(model, tokenizer, LAYER, TEXT, tmp_path, "text")
     assert torch.equal(x, again)
     assert file.stat().st_mtime_ns == stamp
     collect(model, tokenizer, LAYER - 1, TEXT, tmp_path, "text")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.rglob("*.npy"))) == 2
     with pytest.raises(ValueError, match="layer: expected"):
         collect(model, tokenizer, layers, TEXT, tmp_path, "text")
+
+
+def test_collecting_goes_on_with_the_part_that_is_missing(loaded, tmp_path, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(training_activations, "PART", 16)
+    text, every = TEXT[:40], training_activations.activations
+    whole = collect(model, tokenizer, LAYER, text, tmp_path / "whole", "text")
+    assert [part.shape[0] for part in whole[:-1]] == [16] * (len(whole) - 1)
+    assert len(whole) > 2
+    calls = []
+
+    def cut_off(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise Interrupted
+        return every(*args)
+
+    monkeypatch.setattr(training_activations, "activations", cut_off)
+    with pytest.raises(Interrupted):
+        collect(model, tokenizer, LAYER, text, tmp_path / "cut", "text")
+    assert [p.name for p in (tmp_path / "cut").rglob("*") if p.is_file()] == ["00000.npy"]
+    parts = collect(model, tokenizer, LAYER, text, tmp_path / "cut", "text")
+    assert len(calls) == 2 + len(whole) - 1
+    assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
 
 
 def test_layers_come_back_after_an_error(loaded):

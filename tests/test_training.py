@@ -210,6 +210,32 @@ def test_every_epoch_is_a_permutation_over_all_parts():
         Batches(parts, 38, seed=1)
 
 
+def test_the_nudge_moves_rare_features_alone():
+    trainer = Trainer(dataclasses.replace(CONFIG, nudge=0.25, rare_after=128), Scaling.of([data()]))
+    trainer.silent[:3] = torch.tensor([128, 129, 10_000])
+    with torch.no_grad():
+        trainer._nudge()
+    want = torch.zeros(F)
+    want[1:3] = 0.25 * CONFIG.lr / CONFIG.lr_warmup  # the learning rate of the first step
+    assert torch.allclose(trainer.params["b_enc"], want, rtol=2.0**-22, atol=0)
+
+
+def test_a_silent_feature_is_raised_until_it_fires():
+    """Biased below every token it would stay silent for good: no gradient reaches it."""
+    x = data()
+
+    def silent_at_the_end(nudge):
+        config = dataclasses.replace(CONFIG, nudge=nudge, rare_after=128, dead_after=10**9, lr_decay=0.0)
+        trainer, batches = Trainer(config, Scaling.of([x])), Batches([x], config.batch, 0)
+        trainer.params["b_enc"].detach()[:8] -= 1.0
+        for i in range(300):
+            trainer.step(trainer.scaling.apply(batches[i]))
+        return int((trainer.silent[:8] >= 300 * config.batch).sum())
+
+    assert silent_at_the_end(0.0) == 8
+    assert silent_at_the_end(2.0) == 0
+
+
 SCRIPT = """
 import sys, torch
 from pathlib import Path

@@ -21,7 +21,8 @@ KINDS = SINGLE + MULTI
 class Checkpoint:
     """A checkpoint before its weights are read.
 
-    arrays: Gemma Scope's names and shapes, W_skip as [d_in, d_out].  A missing threshold is `threshold_value`.
+    arrays: Gemma Scope's names and shapes, W_skip as [d_in, d_out].
+    threshold_value: the threshold of every feature where the format says so and stores none (ReLU, BatchTopK).
     layers: for a cross-layer transcoder one checkpoint a layer, W_dec [d_sae, n_outputs · d] and b_dec padded to
     n_outputs · d; for a crosscoder the layers' own parts of one set of latents; otherwise empty.
     normalisation: what SAELens calls normalize_activations; only "none" is computed.
@@ -41,7 +42,7 @@ class Checkpoint:
     normalisation: str = "none"
     kind_known: bool = True
     subtracts_b_dec: bool = False
-    threshold_value: float = 0.0
+    threshold_value: float | None = None
     k: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     format: str = ""
@@ -56,6 +57,8 @@ class Checkpoint:
         names = set(REQUIRED) | ({"W_skip"} if self.kind == "skip_transcoder" else set())
         if set(self.arrays) | {"threshold"} != names:
             raise CheckpointError(f"{self.path}: expected arrays {sorted(names)}, got {sorted(self.arrays)}")
+        if "threshold" not in self.arrays and self.threshold_value is None:
+            raise CheckpointError(f"{self.path}: threshold: expected one number a feature, got none")
         if any(len(self.arrays[n].shape) != 2 for n in ("W_enc", "W_dec")):
             raise CheckpointError(f"{self.path}: W_enc and W_dec: expected two dimensions")
         (d_in, d_sae), (_, d_out) = self.arrays["W_enc"].shape, self.arrays["W_dec"].shape

@@ -28,13 +28,14 @@ class Losses:
         self.sums = torch.zeros(len(KINDS), dtype=torch.float64)
 
     def add(self, model: Any, ids: Tensor, content: Tensor) -> None:
-        """One batch: ids [B, S], content bool [B, S]."""
-        for i, coder in enumerate(self.coders):
-            if coder is None:
-                self.sums[i] += _loss(model, ids, content)
-                continue
-            with attach(model, {self.key: coder}, mode="splice", tokens=content):
-                self.sums[i] += _loss(model, ids, content)
+        """One batch: ids [B, S], content bool [B, S]; a sequence at a time, for S × vocabulary logits are large."""
+        for row, counts in zip(ids[:, None], content[:, None], strict=True):
+            for i, coder in enumerate(self.coders):
+                if coder is None:
+                    self.sums[i] += _loss(model, row, counts)
+                    continue
+                with attach(model, {self.key: coder}, mode="splice", tokens=counts):
+                    self.sums[i] += _loss(model, row, counts)
         self.tokens += int(content[:, 1:].sum())
 
     def figures(self) -> dict[str, float]:
@@ -50,10 +51,7 @@ class Losses:
 
 
 def _loss(model: Any, ids: Tensor, content: Tensor) -> float:
-    """Sum of -log p(token | before) over content tokens from the second position on."""
-    total = 0.0
-    logits = model(ids, use_cache=False).logits
-    for row, tokens, counts in zip(logits, ids, content, strict=True):  # one at a time: fp32 logits are large
-        each = torch.nn.functional.cross_entropy(row[:-1].float(), tokens[1:], reduction="none")
-        total += float(each[counts[1:]].double().sum())
-    return total
+    """Sum of -log p(token | before) over content tokens from the second position on; ids and content [1, S]."""
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
+    each = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    return float(each[content[0, 1:]].double().sum())

@@ -68,7 +68,7 @@ class Evaluation:
         window: int = 255,
         state: Path | None = None,
         about: dict[str, Any] | None = None,
-        save_every: int = 16,
+        save_every: int = 1,
     ) -> None:
         if window < 2:
             raise ValueError(f"window: expected at least 2 tokens, got {window}")

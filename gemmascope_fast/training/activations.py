@@ -16,6 +16,7 @@ from torch import Tensor
 
 WINDOW = 255  # content tokens after the BOS
 WINDOWS_AT_ONCE = 8
+PART = 4 * WINDOWS_AT_ONCE * WINDOW  # tokens in one file: a kill costs the seconds that one of them takes
 
 
 def windows(ids: list[int], bos: int | None, length: int = WINDOW) -> Iterator[Tensor]:
@@ -60,48 +61,36 @@ def activations(model: Any, layer: int, batches: Iterable[Tensor]) -> Iterator[T
             seen.clear()
 
 
-def collect(model: Any, tokenizer: Any, layer: int, text: str, folder: Path, name: str) -> Tensor:
-    """Activations of a text, fp32 [N, d_in], memory-mapped from a file in `folder` that is written once.
+def collect(model: Any, tokenizer: Any, layer: int, text: str, folder: Path, name: str) -> list[Tensor]:
+    """Activations of a text as parts fp32 [N_i, d_in], each memory-mapped from a file in `folder`.
 
-    The file's name has a hash of the text, the model and the layer; it appears whole or not at all.
+    The folder's name has a hash of the text, the model, its dtype and the layer.  Each part appears whole or not at
+    all, and one that is there is not computed again: what was cut off goes on with the first part that is missing.
     """
     from tqdm import tqdm
 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    key = json.dumps([getattr(model.config, "_name_or_path", ""), layer, WINDOW, ids])
-    path = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with tqdm(total=len(ids), desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
-                count = _write(temporary, activations(model, layer, windows(ids, tokenizer.bos_token_id)), bar)
-            _with_header(temporary, path, count)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return torch.from_numpy(np.load(path, mmap_mode="c"))  # copy on write: the file stays as it is
+    key = json.dumps([getattr(model.config, "_name_or_path", ""), str(model.dtype), layer, WINDOW, PART, ids])
+    own = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    own.mkdir(parents=True, exist_ok=True)
+    parts = []
+    with tqdm(total=len(ids), desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
+        for start in range(0, len(ids), PART):
+            path, some = own / f"{start // PART:05}.npy", ids[start : start + PART]
+            if not path.exists():
+                blocks = list(activations(model, layer, windows(some, tokenizer.bos_token_id)))
+                _write(path, torch.cat(blocks))
+            parts.append(torch.from_numpy(np.load(path, mmap_mode="c")))  # copy on write: the file stays as it is
+            bar.update(len(some))
+    return parts
 
 
-def _write(path: Path, parts: Iterable[Tensor], bar: Any) -> tuple[int, int]:
-    """Raw rows to a file; returns the shape."""
-    rows = width = 0
-    with open(path, "wb") as file:
-        for part in parts:
-            file.write(part.contiguous().numpy().data)
-            rows, width = rows + part.shape[0], part.shape[1]
-            bar.update(part.shape[0])
-    return rows, width
-
-
-def _with_header(raw: Path, path: Path, shape: tuple[int, int]) -> None:
-    """The raw rows as an .npy file: a copy under another name, renamed when complete."""
-    temporary = raw.with_suffix(".npy.tmp")
+def _write(path: Path, rows: Tensor) -> None:
+    """An .npy file under another name, renamed when complete."""
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        if shape[0]:
-            out[:] = np.memmap(raw, dtype=np.float32, mode="r", shape=shape)
-        out.flush()
-        del out
+        with open(temporary, "wb") as file:
+            np.save(file, rows.numpy())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

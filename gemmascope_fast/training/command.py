@@ -13,6 +13,12 @@ DEFAULTS = {"d_sae": 4096, "l0": 60.0, "steps": 3000, "batch": 1024, "lr": 2e-3,
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
+    parser.add_argument(
+        "--model-dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="in which the model computes the activations (default: %(default)s)",
+    )
     parser.add_argument("--layer", type=int, required=True, help="the layer whose output the SAE reads")
     parser.add_argument("--d-sae", type=int, default=DEFAULTS["d_sae"], help="features (default: %(default)s)")
     parser.add_argument("--l0", type=float, default=DEFAULTS["l0"], help="target L0 (default: %(default)s)")
@@ -47,6 +53,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    import torch
     from rich.console import Console
 
     from gemmascope_fast.demo_model import load_model
@@ -59,16 +66,23 @@ def run_train(args: argparse.Namespace) -> int:
     state = args.out.with_name(args.out.name + ".run")
     _check(args, state)
     model, tokenizer = load_model(args.model)
+    model.to(getattr(torch, args.model_dtype))
     texts = read_texts(args.text, model, tokenizer)
     folder = args.activations or args.out.with_name(args.out.name + ".activations")
     train, held = [], {}
     for text in texts:
         first, last = text.split()
         name = Path(text.name).stem
-        train.append(collect(model, tokenizer, args.layer, first, folder, name))
+        train += collect(model, tokenizer, args.layer, first, folder, name)
         held[text.name] = collect(model, tokenizer, args.layer, last, folder, f"{name}-held-out")
     batches = Batches(train, config.batch, config.seed)
-    about = {"model": args.model, "layer": args.layer, "text": args.text, "data": _fingerprint(train)}
+    about = {
+        "model": args.model,
+        "dtype": args.model_dtype,
+        "layer": args.layer,
+        "text": args.text,
+        "data": _fingerprint(train),
+    }
     if args.resume:
         trainer = _resume(state, config, about)
         console.print(f"Resumed at step {trainer.steps_done} of {config.steps}.")
@@ -158,12 +172,16 @@ def _finish(trainer: Any, args: argparse.Namespace, held: dict[str, Any], model:
     total = Reconstruction(sae)
     for text, x in held.items():
         own = Reconstruction(sae)
-        for part in x.split(1024):
+        for part in (rows for file in x for rows in file.split(1024)):
             own.add(part)
             total.add(part)
         figures["held_out"][text] = own.figures()
     figures["held_out"]["all"] = total.figures()
-    figures["settings"] = asdict(trainer.config) | {"text": args.text, "revived": trainer.revived}
+    figures["settings"] = asdict(trainer.config) | {
+        "text": args.text,
+        "model_dtype": args.model_dtype,
+        "revived": trainer.revived,
+    }
     cfg.metadata.extra["figures"] = figures
     save(sae, args.out, matrix_dtype=getattr(torch, args.dtype))
     return figures

@@ -39,18 +39,33 @@ class TrainConfig:
     control: float = 0.01  # change of log λ per step and per unit of L0 / target - 1
     betas: tuple[float, float] = (0.9, 0.999)
     theta_to_input: bool = False  # send the negated θ-term into the pre-activation too (facts: Anthropic's option)
+    rare_after: int = 3000  # tokens without firing after which a feature's bias is raised, step by step
+    nudge: float = 0.5  # by how much, in learning rates
     dead_after: int = 100_000  # tokens without firing after which a feature is dead
     revive_every: int = 250  # steps
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("d_sae", "l0", "steps", "batch", "lr", "bandwidth", "threshold", "sparsity", "dead_after"):
+        for name in (
+            "d_sae",
+            "l0",
+            "steps",
+            "batch",
+            "lr",
+            "bandwidth",
+            "threshold",
+            "sparsity",
+            "rare_after",
+            "dead_after",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         if self.l0 >= self.d_sae:
             raise ValueError(f"l0: expected a target below d_sae = {self.d_sae}, got {self.l0}")
         if not 0 <= self.lr_decay <= 1:
             raise ValueError(f"lr_decay: expected a share of the steps in [0, 1], got {self.lr_decay}")
+        if not self.nudge >= 0:
+            raise ValueError(f"nudge: expected a number of learning rates, got {self.nudge}")
         if self.revive_every < 1:
             raise ValueError(f"revive_every: expected a number of steps, got {self.revive_every}")
 
@@ -153,6 +168,7 @@ class Trainer:
             # At θ = 0 a JumpReLU is a ReLU and θ's gradient vanishes for good.
             p["threshold"].clamp_(min=config.threshold * 1e-3)
             self._count_silent(x.shape[0], col, fired)
+            self._nudge()
             self._steer(float(l0.detach()))
             self.steps_done += 1
             # Features revived late would not be trained any more: none after the learning rate's fall began.
@@ -182,6 +198,16 @@ class Trainer:
     def _count_silent(self, tokens: int, col: Tensor, fired: Tensor) -> None:
         self.silent += tokens
         self.silent[col[fired > 0].long()] = 0
+
+    def _nudge(self) -> None:
+        """Raise the bias of each feature that has been silent for a while, until it fires.
+
+        A feature that never fires has no gradient of its own, and one that fires on a handful of training tokens is
+        silent on most other texts.  Firing once in `rare_after` tokens costs all of them together
+        d_sae / rare_after of L0, which is little.  The step shrinks with the learning rate.
+        """
+        rare = (self.silent > self.config.rare_after).nonzero()[:, 0]
+        self.params["b_enc"][rare] += self.config.nudge * self._lr()
 
     def _revive(self, x: Tensor, error: Tensor) -> None:
         """Point each dead feature at the reconstruction error of a token, drawn by its squared norm.
