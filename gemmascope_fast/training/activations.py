@@ -61,8 +61,12 @@ def activations(model: Any, layer: int, batches: Iterable[Tensor]) -> Iterator[T
             seen.clear()
 
 
-def collect(model: Any, tokenizer: Any, layer: int, text: str, folder: Path, name: str) -> list[Tensor]:
+def collect(
+    model: Any, tokenizer: Any, layer: int, text: str, folder: Path, name: str, limit: int | None = None
+) -> list[Tensor]:
     """Activations of a text as parts fp32 [N_i, d_in], each memory-mapped from a file in `folder`.
+
+    limit: no part begins after that many tokens (a part has `PART` of them).
 
     The folder's name has a hash of the text, the model, its dtype and the layer.  Each part appears whole or not at
     all, and one that is there is not computed again: what was cut off goes on with the first part that is missing.
@@ -70,12 +74,13 @@ def collect(model: Any, tokenizer: Any, layer: int, text: str, folder: Path, nam
     from tqdm import tqdm
 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = len(ids) if limit is None else min(len(ids), -(-limit // PART) * PART)
     key = json.dumps([getattr(model.config, "_name_or_path", ""), str(model.dtype), layer, WINDOW, PART, ids])
     own = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     own.mkdir(parents=True, exist_ok=True)
     parts = []
-    with tqdm(total=len(ids), desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
-        for start in range(0, len(ids), PART):
+    with tqdm(total=end, desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
+        for start in range(0, end, PART):
             path, some = own / f"{start // PART:05}.npy", ids[start : start + PART]
             if not path.exists():
                 blocks = list(activations(model, layer, windows(some, tokenizer.bos_token_id)))

@@ -30,6 +30,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="UTF-8 files, or 'pydoc' (the language reference), 'stdlib' (docstrings), 'sampled' (the model writes);"
         " named twice it counts twice; the last tenth of each is held out (default: pydoc stdlib)",
     )
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="train on the first N tokens of each text, measure on a ninth as many held-out ones (default: all)",
+    )
     parser.add_argument("--steps", type=int, default=DEFAULTS["steps"], help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=DEFAULTS["batch"], help="tokens per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=DEFAULTS["lr"], help="default: %(default)s")
@@ -73,8 +79,10 @@ def run_train(args: argparse.Namespace) -> int:
     for text in texts:
         first, last = text.split()
         name = Path(text.name).stem
-        train += collect(model, tokenizer, args.layer, first, folder, name)
-        held[text.name] = collect(model, tokenizer, args.layer, last, folder, f"{name}-held-out")
+        train += collect(model, tokenizer, args.layer, first, folder, name, args.max_tokens)
+        # what is held out is a ninth of what is trained on
+        ninth = args.max_tokens and -(-args.max_tokens // 9)
+        held[text.name] = collect(model, tokenizer, args.layer, last, folder, f"{name}-held-out", ninth)
     batches = Batches(train, config.batch, config.seed)
     about = {
         "model": args.model,
@@ -122,6 +130,8 @@ def _config(args: argparse.Namespace) -> Any:
 
 def _check(args: argparse.Namespace, state: Path) -> None:
     """What can be wrong is found before the minutes are spent."""
+    if args.max_tokens is not None and args.max_tokens < args.batch:
+        raise ValueError(f"--max-tokens: expected at least one batch of {args.batch} tokens, got {args.max_tokens}")
     if args.save_every < 1:
         raise ValueError(f"--save-every: expected a number of steps, got {args.save_every}")
     if args.out.suffix != ".safetensors":
@@ -179,6 +189,7 @@ def _finish(trainer: Any, args: argparse.Namespace, held: dict[str, Any], model:
     figures["held_out"]["all"] = total.figures()
     figures["settings"] = asdict(trainer.config) | {
         "text": args.text,
+        "max_tokens": args.max_tokens,
         "model_dtype": args.model_dtype,
         "revived": trainer.revived,
     }
