@@ -98,6 +98,15 @@ def test_bad_npz(tmp_path, change):
         from_pretrained(tmp_path)
 
 
+def test_a_jumprelu_without_thresholds_is_no_relu(tmp_path):
+    w = {n: a for n, a in weights().items() if n != "threshold"}
+    np.savez(tmp_path / "params.npz", **w)
+    save_file({n.replace("W", "w"): a for n, a in w.items()}, tmp_path / "params.safetensors")
+    for name in ("params.npz", "params.safetensors"):
+        with pytest.raises(gsf.CheckpointError, match="threshold: expected"):
+            from_pretrained(tmp_path / name)
+
+
 def test_mutated_files_give_the_packages_own_error(tmp_path):
     rng = np.random.default_rng(1)
     sources = {"params.npz": tmp_path / "a", "params.safetensors": tmp_path / "b"}
