@@ -84,6 +84,11 @@ def load_model(name: str) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval(), AutoTokenizer.from_pretrained(name)
 
 
+def sae_place(name: str) -> str:
+    """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
+    return str(SAE_FILE) if name == "demo" else name
+
+
 def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
     """The SAE for a command line's --sae: "demo", or a file, folder or repository; any kind."""
     if name == "demo":

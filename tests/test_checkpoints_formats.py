@@ -404,6 +404,8 @@ def test_convert_and_ls_on_the_command_line(tmp_path, capsys):
     capsys.readouterr()
     assert cli.main(["ls", str(tmp_path)]) == 0
     assert "3 checkpoints" in capsys.readouterr().out
+    assert cli.main(["convert", "demo", str(tmp_path / "demo"), "--to", "saelens"]) == 0
+    assert from_pretrained(tmp_path / "demo").cfg.site == gsf.Site("resid", 12)
     # names of a converted Gemma Scope 1 file are numpy's own again
     convert(tmp_path / "out", tmp_path / "one", "gemma-scope-1")
     loaded = np.load(tmp_path / "one" / "params.npz")

@@ -117,7 +117,7 @@ def test_whole_evaluation_agrees_with_plain_forwards(loaded, sae):
                 handle.remove()
             count += ids.shape[1] - 1
     base, spliced, by_mean, by_zero = (losses / count).tolist()
-    assert got["tokens"] == count == len(TEXT)
+    assert got["tokens"] == got["loss_tokens"] == count == len(TEXT)
     assert got["l0"] == pytest.approx((f != 0).sum(1).double().mean().item())
     assert got["fvu"] == pytest.approx(
         ((x - x_hat) ** 2).sum().item() / ((x - mean).double() ** 2).sum().item(), rel=1e-4
@@ -132,6 +132,22 @@ def test_whole_evaluation_agrees_with_plain_forwards(loaded, sae):
     assert got["loss_recovered_zero"] == pytest.approx(
         (got["ce_zero_ablated"] - got["ce_spliced"]) / (got["ce_zero_ablated"] - got["ce_base"])
     )
+
+
+def test_the_second_pass_may_end_early(loaded, sae):
+    model, tokenizer = loaded
+
+    def figures(loss_tokens):
+        return Evaluation(model, tokenizer, sae, LAYER, lambda: [TEXT], window=20, loss_tokens=loss_tokens).run()
+
+    # a batch is eight windows of 20 tokens
+    part, whole = figures(161), figures(None)
+    assert (part["tokens"], part["loss_tokens"]) == (len(TEXT), 320)
+    assert (whole["tokens"], whole["loss_tokens"]) == (len(TEXT), len(TEXT))
+    assert part["ce_base"] != whole["ce_base"]
+    assert part["fvu"] == whole["fvu"]
+    with pytest.raises(ValueError, match="loss_tokens: expected"):
+        figures(0)
 
 
 def test_special_tokens_in_the_text_do_not_count(loaded):

@@ -7,16 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+PLACE = "a file, a folder, a Hugging Face repository, or a SAELens release; 'demo' is the bundled SAE"
+
 
 def add_ls_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("place", help="a file, a folder, a Hugging Face repository, or a SAELens release")
+    parser.add_argument("place", help=PLACE)
     parser.add_argument("--revision", help="of the repository")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run_ls(args: argparse.Namespace) -> int:
     """One line a checkpoint: its path (what sae_id takes), and, of local ones, what they hold."""
-    rows = listing(args.place, args.revision)
+    from gemmascope_fast.demo_model import sae_place
+
+    rows = listing(sae_place(args.place), args.revision)
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
@@ -94,7 +98,7 @@ def _local(path: Path, sae_id: str) -> dict[str, Any]:
 
 
 def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a file, a folder, a Hugging Face repository, or a SAELens release")
+    parser.add_argument("source", help=PLACE)
     parser.add_argument("target", type=Path, help="the folder to write")
     parser.add_argument("--sae-id", help="the checkpoint in it")
     parser.add_argument("--revision", help="of the repository")
@@ -103,7 +107,9 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    written = convert(args.source, args.target, args.to, args.sae_id, args.dtype, args.revision)
+    from gemmascope_fast.demo_model import sae_place
+
+    written = convert(sae_place(args.source), args.target, args.to, args.sae_id, args.dtype, args.revision)
     print(f"{args.target}: {', '.join(written)}")
     return 0
 

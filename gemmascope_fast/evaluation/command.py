@@ -20,6 +20,12 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", action="store_true", help="read its last tenth only, which `train` never sees")
     parser.add_argument("--window", type=int, default=255, help="tokens after each BOS (default: %(default)s)")
     parser.add_argument("--no-losses", action="store_true", help="leave out the second pass: cross-entropies")
+    parser.add_argument(
+        "--loss-tokens",
+        type=int,
+        metavar="N",
+        help="end the second pass after about N tokens (default: the whole text)",
+    )
     parser.add_argument("--state", type=Path, metavar="FILE", help="save progress there, and go on from it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and firing frequencies there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="firing frequencies as .png, .svg or .pdf")
@@ -38,7 +44,17 @@ def run_eval(args: argparse.Namespace) -> int:
     from gemmascope_fast.evaluation.run import Evaluation
 
     about = {"model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": label}
-    run = Evaluation(model, tokenizer, sae, layer, text, window=args.window, state=args.state, about=about)
+    run = Evaluation(
+        model,
+        tokenizer,
+        sae,
+        layer,
+        text,
+        window=args.window,
+        state=args.state,
+        about=about,
+        loss_tokens=args.loss_tokens,
+    )
     figures = _with_bars(run, not args.no_losses)
     table = Table("figure", "value", title=f"{args.sae} at layer {layer} of {args.model}, {label}")
     for key, value in figures.items():

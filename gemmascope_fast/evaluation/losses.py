@@ -39,10 +39,12 @@ class Losses:
         self.tokens += int(content[:, 1:].sum())
 
     def figures(self) -> dict[str, float]:
-        """ce_* means in nats, delta_loss = ce_spliced - ce_base, and which share of the loss that an ablation costs
-        the SAE recovers: (ce_ablated - ce_spliced) / (ce_ablated - ce_base); NaN where the ablation costs nothing."""
+        """loss_tokens (how many were predicted), ce_* means in nats, delta_loss = ce_spliced - ce_base, and which share
+        of the loss that an ablation costs the SAE recovers: (ce_ablated - ce_spliced) / (ce_ablated - ce_base); NaN
+        where the ablation costs nothing."""
         ce = {kind: float(value) / max(1, self.tokens) for kind, value in zip(KINDS, self.sums, strict=True)}
-        figures = {f"ce_{kind}": value for kind, value in ce.items()} | {"delta_loss": ce["spliced"] - ce["base"]}
+        figures: dict[str, float] = {"loss_tokens": self.tokens}
+        figures |= {f"ce_{kind}": value for kind, value in ce.items()} | {"delta_loss": ce["spliced"] - ce["base"]}
         for kind in ("mean", "zero"):
             cost = ce[f"{kind}_ablated"] - ce["base"]
             recovered = (ce[f"{kind}_ablated"] - ce["spliced"]) / cost if cost else float("nan")

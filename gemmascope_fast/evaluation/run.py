@@ -54,7 +54,8 @@ class Evaluation:
     """Reconstruction figures in a first pass, losses (which need the mean of all activations) in a second.
 
     text() gives the text's lines anew each time it is called.  With a `state` file the run is saved there after
-    every `save_every` batches and goes on from it; `about` says what it is a run of.
+    every `save_every` batches and goes on from it; `about` says what it is a run of.  loss_tokens: the second pass,
+    four whole forwards, ends with the batch in which it has counted that many (None: at the end of the text).
     """
 
     def __init__(
@@ -69,11 +70,14 @@ class Evaluation:
         state: Path | None = None,
         about: dict[str, Any] | None = None,
         save_every: int = 1,
+        loss_tokens: int | None = None,
     ) -> None:
         if window < 2:
             raise ValueError(f"window: expected at least 2 tokens, got {window}")
+        if loss_tokens is not None and loss_tokens < 1:
+            raise ValueError(f"loss_tokens: expected a positive number, got {loss_tokens}")
         self.model, self.tokenizer, self.sae, self.layer, self.text = model, tokenizer, sae, layer, text
-        self.window, self.path, self.save_every = window, state, save_every
+        self.window, self.path, self.save_every, self.loss_tokens = window, state, save_every, loss_tokens
         self.about = (about or {}) | {"window": window, "layer": layer}
         self.reconstruction = Reconstruction(sae)
         self.losses: Losses | None = None
@@ -115,6 +119,8 @@ class Evaluation:
     def _second(self, progress: Callable[[str, int], None] | None) -> None:
         assert self.losses is not None
         for ids in self._batches(self.done["losses"]):
+            if self.loss_tokens is not None and self.losses.tokens >= self.loss_tokens:
+                break
             content = content_mask(self.tokenizer, ids)
             self.losses.add(self.model, ids, content)
             self._count("losses", int(content.sum()), progress)
