@@ -39,8 +39,8 @@ class TrainConfig:
     control: float = 0.01  # change of log λ per step and per unit of L0 / target - 1
     betas: tuple[float, float] = (0.9, 0.999)
     theta_to_input: bool = False  # send the negated θ-term into the pre-activation too (facts: Anthropic's option)
-    rare_after: int = 3000  # tokens without firing after which a feature's bias is raised, step by step
-    nudge: float = 0.5  # by how much, in learning rates
+    rare_after: int = 12_000  # tokens without firing after which a feature's bias is raised, step by step
+    nudge: float = 0.1  # by how much, in learning rates
     dead_after: int = 100_000  # tokens without firing after which a feature is dead
     revive_every: int = 250  # steps
     seed: int = 0
