@@ -8,7 +8,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-DEFAULTS = {"d_sae": 4096, "l0": 60.0, "steps": 3000, "batch": 1024, "lr": 2e-3, "bandwidth": 0.03, "seed": 0}
+DEFAULTS = {
+    "d_sae": 4096,
+    "l0": 60.0,
+    "steps": 3000,
+    "batch": 1024,
+    "lr": 2e-3,
+    "bandwidth": 0.03,
+    "nudge": 0.1,
+    "seed": 0,
+}
 
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +53,12 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bandwidth", type=float, default=DEFAULTS["bandwidth"], help="ε and first threshold (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--nudge",
+        type=float,
+        default=DEFAULTS["nudge"],
+        help="raise a rare feature's bias by so many learning rates a step until it fires (default: %(default)s)",
     )
     parser.add_argument(
         "--theta-to-input", action="store_true", help="send the threshold's gradient into the pre-activation too"
@@ -124,7 +139,8 @@ def _config(args: argparse.Namespace) -> Any:
 
     return TrainConfig(
         d_sae=args.d_sae, l0=args.l0, steps=args.steps, batch=args.batch, lr=args.lr, bandwidth=args.bandwidth,
-        lr_decay=args.lr_decay, threshold=args.bandwidth, theta_to_input=args.theta_to_input, seed=args.seed,
+        lr_decay=args.lr_decay, threshold=args.bandwidth, theta_to_input=args.theta_to_input, nudge=args.nudge,
+        seed=args.seed,
     )  # fmt: skip
 
 
