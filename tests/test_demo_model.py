@@ -1,6 +1,8 @@
 """The bundled pair: the cache of the converted model, and the SAE's figures on text that it never saw."""
 
 import os
+import re
+import shlex
 import sys
 from types import SimpleNamespace
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 import gemmascope_fast as gsf
-from gemmascope_fast import demo_model
+from gemmascope_fast import cli, demo_model
 from gemmascope_fast.evaluation import Reconstruction
 from gemmascope_fast.training.activations import activations, windows
 from gemmascope_fast.training.text import Text, pydoc_topics
@@ -90,6 +92,14 @@ def test_the_bundled_sae_is_small_and_says_where_it_belongs():
     assert sae.cfg.metadata.model_name == "google/gemma-3-270m"
     norms = sae.W_dec.detach().norm(dim=1)
     assert (norms - 1).abs().max() < 1e-3  # unit rows, stored in float16
+
+
+def test_the_cards_command_is_one():
+    card = (demo_model.SAE_FILE.parent / "README.md").read_text("utf-8")
+    (line,) = re.findall(r"^gemmascope-fast (train .+)$", card, re.MULTILINE)
+    args = cli.build_parser().parse_args(shlex.split(line))
+    assert (args.model, args.layer, args.d_sae, args.text) == ("demo", 12, 4096, ["pydoc", "stdlib"])
+    assert args.out.name == demo_model.SAE_FILE.name
 
 
 @pytest.mark.model
