@@ -175,15 +175,15 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, peers: set
     return row
 
 
-def call_cost(threads: int) -> float:
-    """µs of `ops.encode_screened` at one token over its kernel: the call on an SAE next to nothing."""
+def call_cost() -> float:
+    """µs of an op call over its kernel: the call for one token of an SAE so small that the kernel is nothing."""
     sae = JumpReLUSAE(*(torch.zeros(s) for s in ((64, 16), (16, 64), (16,), (64,))), torch.ones(16))
-    sae.requires_grad_(False).prepare()
-    x = torch.randn(1, 64)
+    screen = sae.requires_grad_(False).prepare()._prepared.screen
+    args = (torch.randn(1, 64), sae.W_enc, sae.b_enc, sae.threshold, *(screen.code, screen.code2, screen.table))
     times = []
     for _ in range(3000):
         start = time.perf_counter()
-        sae.encode_sparse(x, screen=True)
+        ops.encode_screened(*args, screen.centre, 0, None)
         times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times)
 
@@ -194,7 +194,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     roofs = roof.measure()
     rows = []
     with torch.inference_mode():
-        cost = call_cost(torch.get_num_threads())
+        cost = call_cost()
         for name in args.cases.split(","):
             sae, sample = real_case() if name == "real" else (CASES[name].sae, None)
             for T in (int(t) for t in args.tokens.split(",")):

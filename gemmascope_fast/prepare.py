@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gemmascope_fast import ops
+from gemmascope_fast import backends, ops
 from gemmascope_fast.screen import Screen, pays
 
 if TYPE_CHECKING:
@@ -105,6 +105,8 @@ class Prepared:
                     sae.W_enc, sae.b_enc, sae.threshold, centre=centre, second_digit=self._second_digit
                 )
                 self._screen_of = self._seen
+                for rows in (sae.W_enc, sae.W_dec):
+                    backends.advise_large_pages(rows)
             return self._screen
 
     def encode(

@@ -18,7 +18,22 @@ ENCODE, DECODE, DOTS = "tests/test_encode.py", "tests/test_decode.py", "tests/te
 SAE, LATENTS, TRANSPOSE = "tests/test_sae.py", "tests/test_latents.py", "tests/test_transpose.py"
 PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
 
+SCREEN, BUILD, SCREENED = "csrc/cpu/screen.h", "csrc/cpu/screen_build.h", "tests/test_screen.py"
+
 CPP = [
+    # the certified screen: every term of the bound, every stage
+    Mutation("no rounding of the deciding dot in the bound", BUILD, "const double rounding = dot_kappa(d) * norm_x +", "const double rounding =", SCREENED),
+    Mutation("half of the error of the rows", BUILD, "round_up(error * kUp)", "round_up(0.5 * error * kUp)", SCREENED),
+    Mutation("half of the norm of the rows", BUILD, "round_up(norm * kUp)", "round_up(0.5 * norm * kUp)", SCREENED),
+    Mutation("half of the error of the first digits", BUILD, "out.error = round_up((l1 +", "out.error = round_up((0.5 * l1 +", SCREENED),
+    Mutation("half of the error of both digits", BUILD, "out.error2 = round_up((l2 +", "out.error2 = round_up((0.5 * l2 +", SCREENED),
+    Mutation("NaN is discarded by the screen", "csrc/cpu/screen_vec.h", "_mm512_setzero_ps(), _CMP_NLE_UQ", "_mm512_setzero_ps(), _CMP_GT_OQ", SCREENED),
+    Mutation("tokens of nothing are screened", BUILD, "top >= kTiny && ", "", SCREENED),
+    Mutation("the zero point is forgotten", SCREEN, "isub16(raw, imul16(zero,", "isub16(raw, imul16(isub16(zero, zero),", SCREENED),
+    Mutation("the second digits of a token are lost", SCREEN, "n2[i] = raw[8 + i] -", "n2[i] = 0 * raw[8 + i] -", SCREENED),
+    Mutation("violations are not counted", SCREEN, "++stats.violations;", ";", SCREENED),
+    Mutation("the second digit's bound is nothing", SCREEN, "static_cast<double>(table[kError2 * a.stride]) * token.reach2", "0.0 * token.reach2", SCREENED),
+    Mutation("the last candidates are dropped", SCREEN, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
     # the comparison
     Mutation("z >= threshold fires", "csrc/cpu/encode.h", "return !(z <= (", "return !(z < (", ENCODE),
     Mutation(
