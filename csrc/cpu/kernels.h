@@ -208,7 +208,8 @@ struct ScreenArgs {
   const uint8_t* code2;  // the same or null: no second digit
   const float* table;    // [kScreenRows][stride]
   int64_t width, stride;
-  bool both;                                      // the first stage reads both digits of the activations
+  bool both;      // the first stage reads both digits of the activations
+  bool adaptive;  // the second digit of the rows is read where it pays; otherwise wherever there is one
   void (*fetch)(const void* row, int64_t bytes);  // null, or told of every row before it is refined
 };
 

@@ -195,7 +195,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
   ScreenArgs a{};
   const int64_t T = x.size(0);
-  a.both = digits == 0 ? T <= kBothDigits : digits == 2;
+  a.adaptive = digits == 0;
+  a.both = a.adaptive ? T <= kBothDigits : digits == 2;
   const Tokens tokens =
       quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, width, a.both);
   const int64_t kept = static_cast<int64_t>(tokens.screen.size());

@@ -194,7 +194,8 @@ static inline bool discarded(const ScreenArgs& a, const Candidate& c) {
 // Whether the second digit is worth reading: of the pairs that the first could not decide, at least half were
 // discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows are dear.
 static inline bool second_pays(const ScreenArgs& a, const ScreenStats& stats) {
-  return a.code2 && (a.fetch || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
+  return a.code2 &&
+         (!a.adaptive || a.fetch || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
 }
 
 // Candidates [begin, end) with their estimates; those that the second digit discards are left out.

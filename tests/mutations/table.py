@@ -48,8 +48,8 @@ CPP = [
     Mutation("half the bandwidth", "csrc/cpu/encode.h", "< a.half_bandwidth", "< 0.5f * a.half_bandwidth", ENCODE),
     Mutation("the bias of the neighbour", "csrc/cpu/encode.h", "+ a.bias[f0 + f]", "+ a.bias[f0]", ENCODE),
     # the dot
-    Mutation("no tail of the dot", "csrc/cpu/dot.h", "if (whole < d) {", "if (false) {", ENCODE),
-    Mutation("one lane group too few", "csrc/cpu/dot.h", "k < whole; k += 16", "k + 16 < whole; k += 16", ENCODE),
+    Mutation("no tail of the dot", "csrc/cpu/dot.h", "if (whole < d) {\n    V16 wk[FF];", "if (false) {\n    V16 wk[FF];", ENCODE),
+    Mutation("one lane group too few", "csrc/cpu/dot.h", "k < whole; k += 16) {\n    V16 wk", "k + 16 < whole; k += 16) {\n    V16 wk", ENCODE),
     Mutation("two roundings in plain C++", "csrc/cpu/vec.h", "c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i])", "c.v[i] += a.v[i] * b.v[i]", ENCODE),
     Mutation("two roundings in AVX2", "csrc/cpu/vec.h", "{_mm256_fmadd_ps(a.lo, b.lo, c.lo), ", "{_mm256_add_ps(_mm256_mul_ps(a.lo, b.lo), c.lo), ", ENCODE),
     Mutation("another fold in plain C++", "csrc/cpu/vec.h", "for (int half = 8; half > 0; half /= 2) {\n    for (int i = 0; i < half; ++i) a.v[i] += a.v[i + half];", "for (int half = 1; half < 16; half *= 2) {\n    for (int i = 0; i + half < 16; i += 2 * half) a.v[i] += a.v[i + half];", ENCODE),
