@@ -35,7 +35,8 @@ def encode_screened_reference(
     refined pairs outside their bound (more than none: the screen is of other weights), tokens that skipped the screen.
 
     code, code2, table, centre: of `screen_rows` on these weights.  digits: 1 or 2 digits of the activations in the
-    first stage and code2 wherever there is one; 0: both as they pay.  The reference screens nothing: every pair is refined.
+    first stage and code2 wherever there is one; 0: both as they pay.  The reference screens nothing: every pair is
+    refined.
     """
     check_encode(x, W_enc, b_enc, threshold, bandwidth)
     pairs = x.shape[0] * W_enc.shape[1]
