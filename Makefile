@@ -8,7 +8,7 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 BENCH_JSON ?= bench.json
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test lint format typecheck bench mutations sanitize clean help
+.PHONY: env demo test lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -38,6 +38,35 @@ test: env ## the whole test suite
 bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes, BENCH_JSON the file
 	$(PY) -m pytest benchmarks -o 'python_files=bench_*.py' -o 'python_functions=bench_*' --benchmark-only \
 	    --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(BENCH_JSON)
+
+# The peers of the benchmark, in an environment of their own: SAELens's wheel pins other versions than ours.
+PEERS := .venv-peers
+$(PEERS)/peers.stamp: pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,test]" \
+	    sae-lens eai-sparsify torchao scipy
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python
+	@touch $@
+
+bench-peers: $(PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsify, torchao, scipy and, where it builds, llama.cpp
+	@echo "$(PEERS)/bin/gemmascope-fast bench --json $(BENCH_JSON)"
+
+figures: env ## time this machine, store the run, draw it, write the README's table
+	$(VENV)/bin/gemmascope-fast bench --suite modules ops --op encode decode SAE --case 2304x16384 \
+	    --tokens 1 16 256 1024 --json benchmarks/results.json
+	$(VENV)/bin/gemmascope-fast report benchmarks/results.json --readme README.md --html report.html --png plots
+
+GUARD := bench --quick --op encode decode SAE linear "forward and backward"
+guard: env ## hold the quick suite's ratios against the stored ones
+	$(VENV)/bin/gemmascope-fast $(GUARD) --guard benchmarks/ratios.json
+
+guard-store: env ## store this machine's ratios for `make guard`
+	$(VENV)/bin/gemmascope-fast $(GUARD) --write-guard benchmarks/ratios.json
+
+docs: env ## the documentation as a site in site/
+	$(PIP) --no-build-isolation --editable ".[docs]"
+	$(VENV)/bin/mkdocs build --strict
 
 mutations: env ## break the code on purpose, in a copy: the tests must notice each time (about 15 minutes)
 	$(PY) tests/mutations/run.py

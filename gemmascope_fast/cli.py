@@ -88,6 +88,27 @@ COMMANDS = (
         "run_info",
     ),
     Command(
+        "bench",
+        "verified, paired timings against what people use today",
+        "gemmascope_fast.bench.command",
+        "add_bench_arguments",
+        "run_bench",
+    ),
+    Command(
+        "report",
+        "a page, plots and the README's table from a benchmark's JSON",
+        "gemmascope_fast.report.results_page",
+        "add_report_arguments",
+        "run_report",
+    ),
+    Command(
+        "profile",
+        "where the time of a model's loop with an SAE goes",
+        "gemmascope_fast.profile",
+        "add_profile_arguments",
+        "run_profile",
+    ),
+    Command(
         "roof",
         "measured read bandwidth, fp32 and int8 peaks of this machine",
         "gemmascope_fast.roof",

@@ -1,0 +1,1 @@
+"""Benchmarks whose figures can be made again: cases, peers, paired timings, comparison and regression guard."""

@@ -1,0 +1,219 @@
+"""`gemmascope-fast profile`: where the time of a real loop goes, by torch.profiler with every op of ours named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from gemmascope_fast import backends
+from gemmascope_fast.ops._library import OPS
+from gemmascope_fast.roof import Roof, measure
+
+PREFIX = "gemmascope_fast::"
+
+
+@dataclass
+class OpShare:
+    """One op of ours over the whole loop: calls, time, declared bytes and operations, share of the roof.
+
+    bytes and flops are the cost that the op declares (each input read once).  roof_share is None without a measured
+    roof or a declared cost; it may exceed 1 where the weights stay in the cache.
+    """
+
+    name: str
+    calls: int = 0
+    ms: float = 0.0
+    bytes: int = 0
+    flops: int = 0
+    roof_share: float | None = None
+
+
+@dataclass
+class Profile:
+    """Milliseconds of the loop, of each part of the model (inclusive), of the SAEs; memory in bytes."""
+
+    wall_ms: float
+    layers: dict[str, float]
+    sae_ms: float
+    ops: list[OpShare]
+    roof: dict[str, Any] | None
+    peak_memory: int | None
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+
+
+def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], trace: Path | None = None) -> Profile:
+    """Runs `loop` twice: once to warm up and to count what our ops declare, once profiled.
+
+    `layers` are the modules whose time is told apart (forward, inclusive).
+    With `trace` the Chrome trace is written there (chrome://tracing, ui.perfetto.dev).
+    """
+    roof = None if backends._C is None else measure()
+    with _costs() as costs:
+        loop()
+    cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with _named(layers), profile(activities=activities, profile_memory=True) as found:
+        start = time.perf_counter()
+        loop()
+        wall = (time.perf_counter() - start) * 1e3
+    if trace is not None:
+        found.export_chrome_trace(str(trace))
+    averages = {event.key: event for event in found.key_averages()}
+    spent = {name: averages[f"layer {name}"].cpu_time_total / 1e3 for name in layers if f"layer {name}" in averages}
+    ours = [event for key, event in averages.items() if key.removeprefix(PREFIX) in OPS and key.startswith(PREFIX)]
+    shares = sorted((_share(event, costs, roof) for event in ours), key=lambda s: -s.ms)
+    kernels = [
+        {"name": e.key, "calls": e.count, "ms": e.device_time_total / 1e3}
+        for e in averages.values()
+        if cuda and str(e.device_type).endswith("CUDA")
+    ]
+    peak = torch.cuda.max_memory_allocated() if cuda else _peak_memory()
+    sae_ms = sum(s.ms for s in shares)
+    return Profile(wall, spent, sae_ms, shares, None if roof is None else asdict(roof), peak, kernels)
+
+
+def _share(event: Any, costs: dict[str, tuple[int, int]], roof: Roof | None) -> OpShare:
+    name = event.key.removeprefix(PREFIX)
+    moved, flops = costs.get(name, (0, 0))
+    ms = event.cpu_time_total / 1e3
+    share = None
+    if roof is not None and moved and ms:
+        integer = name in ("encode_screened", "matryoshka_linear")
+        share = roof.share(ms / 1e3, moved, 0 if integer else flops, flops if integer else 0)
+    return OpShare(name, event.count, ms, moved, flops, share)
+
+
+@contextmanager
+def _named(layers: dict[str, torch.nn.Module]) -> Iterator[None]:
+    """Within the block each module's forward is a range of its own in the profile."""
+    open_: dict[str, list[Any]] = {name: [] for name in layers}
+    handles = []
+    for name, module in layers.items():
+
+        def enter(_m: Any, _a: Any, name: str = name) -> None:
+            span = record_function(f"layer {name}")
+            span.__enter__()
+            open_[name].append(span)
+
+        def leave(_m: Any, _a: Any, _o: Any, name: str = name) -> None:
+            open_[name].pop().__exit__(None, None, None)
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _costs() -> Iterator[dict[str, tuple[int, int]]]:
+    """Sums the declared bytes and operations of every call of our ops within the block."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    total: dict[str, tuple[int, int]] = {}
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = func.name().removeprefix(PREFIX) if func.namespace == "gemmascope_fast" else None
+            if name in OPS:
+                cost = OPS[name].cost(*args, **(kwargs or {}))
+                before = total.get(name, (0, 0))
+                total[name] = (before[0] + cost.bytes, before[1] + cost.flops)
+            return func(*args, **(kwargs or {}))
+
+    with Counting():
+        yield total
+
+
+def _peak_memory() -> int | None:
+    """The process's peak resident bytes, None where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    for line in status.read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) << 10
+    return None
+
+
+# ---- the command ------------------------------------------------------------------------------------
+
+
+def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
+    parser.add_argument("--sae", default="demo", help="an SAE's file, folder or repository; 'none' for the model alone")
+    parser.add_argument("--sae-id", help="which SAE of a repository")
+    parser.add_argument("--layer", type=int, help="default: the SAE's own")
+    parser.add_argument("--mode", choices=("observe", "splice", "splice+error"), default="observe")
+    parser.add_argument("--tokens", type=int, default=16, help="tokens generated (default: %(default)s)")
+    parser.add_argument("--prompt", default="The history of the sea is also a history of trade.")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+
+
+def run_profile(args: argparse.Namespace) -> int:
+    from gemmascope_fast.attach import attach
+    from gemmascope_fast.attach.structure import Structure
+    from gemmascope_fast.demo_model import load_model, load_pair
+
+    if args.sae == "none":
+        model, tokenizer = load_model(args.model)
+        attached: Callable[[], Any] = nullcontext
+    else:
+        model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
+        sae.requires_grad_(False).prepare()
+        attached = lambda: attach(model, {layer: sae}, mode=args.mode)  # noqa: E731
+    prompt = tokenizer(args.prompt, return_tensors="pt")
+
+    def loop() -> Tensor:
+        with attached():
+            return model.generate(**prompt, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False)
+
+    layers = {str(i): block for i, block in enumerate(Structure(model).stack()[1])}
+    head = model.get_output_embeddings()
+    if head is not None:
+        layers["output head"] = head
+    found = profile_loop(loop, layers, args.trace)
+    _show(found, args)
+    if args.json:
+        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _show(found: Profile, args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(
+        f"{args.tokens} tokens in {found.wall_ms:.0f} ms under the profiler, which slows small ops;"
+        f" ops of this package {found.sae_ms:.1f} ms ({found.sae_ms / found.wall_ms:.1%});"
+        f" peak memory {(found.peak_memory or 0) / 1e9:.2f} GB"
+    )
+    table = Table("part of the model", "ms", "share", title="forward, SAE hooks included")
+    for name, ms in found.layers.items():
+        table.add_row(name, f"{ms:.1f}", f"{ms / found.wall_ms:.1%}")
+    console.print(table)
+    ops = Table("op", "calls", "ms", "MB", "Mflop", "roof", title="ops of this package")
+    for op in found.ops:
+        share = "-" if op.roof_share is None else f"{op.roof_share:.0%}"
+        ops.add_row(op.name, str(op.calls), f"{op.ms:.2f}", f"{op.bytes / 1e6:.1f}", f"{op.flops / 1e6:.1f}", share)
+    console.print(ops)
+    if found.kernels:
+        kernels = Table("kernel", "calls", "ms", title="CUDA kernels")
+        for kernel in sorted(found.kernels, key=lambda k: -k["ms"])[:30]:
+            kernels.add_row(kernel["name"], str(kernel["calls"]), f"{kernel['ms']:.2f}")
+        console.print(kernels)
+    if args.trace:
+        console.print(f"trace: {args.trace} (chrome://tracing or ui.perfetto.dev)")

@@ -1,0 +1,236 @@
+"""The benchmark engine: verified before timed, paired, comparable, and able to say that something is wrong."""
+
+import itertools
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+
+from gemmascope_fast import cli
+from gemmascope_fast.bench import cases, command, compare, peers, scaling, suite_ops, timing
+from gemmascope_fast.bench.cases import Case
+from gemmascope_fast.bench.checks import Truth, close
+from gemmascope_fast.bench.engine import Bench, Candidate, Work, WrongAnswer, roof_share, time_bench
+from gemmascope_fast.bench.rows import Ratio, Results, Row
+from gemmascope_fast.bench.run import QUICK, noise
+from gemmascope_fast.bench.suite_modules import modules_suite
+from gemmascope_fast.bench.suite_ops import ops_suite
+from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.roof import Roof
+from gemmascope_fast.testing import make_activations, make_sae
+
+COLUMNS = (
+    "suite, op, impl, T, d_in, d_sae, l0, dtype, threads, median_ms, p20_ms, p80_ms, bytes, flops, roof_share,"
+    " max_error, support_equal, support_flips_vs_eager"
+)
+ROOF = Roof(2, "avx512", read_gb_s=10, fma_gflop_s=100, int8_gop_s=1000, spread=0)
+
+
+def row(impl="ours", T=1, **more):
+    base = Row("ops", "encode", impl, T, 64, 256, 5.0, "fp32", 2, 1.0, 0.9, 1.1, 10, 20, 0.5, 1e-6, True, 0)
+    return replace(base, **more)
+
+
+def test_rows_have_exactly_the_columns():
+    assert [f.name for f in fields(Row)] == [c.strip() for c in COLUMNS.split(",")]
+
+
+def test_every_round_times_every_call_and_the_order_turns():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = timing.interleave(calls, 0)
+    assert {len(t) for t in times.values()} == {timing.LEAST_ROUNDS}
+    rounds = ["".join(r) for r in itertools.zip_longest(*[iter(order[3:])] * 3)]  # three warm-up calls
+    assert rounds[:4] == ["abc", "bca", "cab", "abc"]
+
+
+def test_paired_ratios_cancel_what_slows_a_whole_round():
+    burst = np.array([1, 1, 5, 1, 3.0])
+    ratio = timing.paired(4 * burst, 2 * burst)
+    assert (ratio.median, ratio.p20, ratio.p80) == (2, 2, 2)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """One tiny shape with several copies of its weights, and torch.compile left out: it alone takes minutes."""
+    monkeypatch.setattr(cases, "last_level_cache", lambda: 1 << 14)
+    monkeypatch.setattr(suite_ops, "last_level_cache", lambda: 1 << 14)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
+    monkeypatch.setattr(timing, "LEAST_ROUNDS", 3)
+    return Case("64x256", 64, 256, 12, (1, 3))
+
+
+@pytest.mark.parametrize("suite", [ops_suite, modules_suite])
+def test_suites_verify_and_time_every_candidate(tiny, suite):
+    results = Results(machine={})
+    with torch.inference_mode():
+        for plan in suite([tiny]):
+            bench = plan.build()
+            assert bench.name == plan.name
+            part = time_bench(bench, ROOF, 2, 0)
+            assert {r.impl for r in part.rows} >= {"eager fp32"}
+            assert any(r.impl.startswith("ours") for r in part.rows)
+            results.rows += part.rows
+            results.ratios.update(part.ratios)
+    assert all(0 < r.p20_ms <= r.median_ms <= r.p80_ms for r in results.rows)
+    ours = [r for r in results.rows if r.op in ("encode", "encode (warm)") and r.impl.startswith("ours")]
+    assert bool(ours) == (suite is ops_suite)
+    assert all(r.support_equal for r in ours)
+    # few tokens have a warm figure beside, which rests on one copy
+    assert any(r.op.endswith("(warm)") for r in results.rows)
+    assert all(r.key in results.ratios for r in results.rows if r.impl != "eager fp32")
+
+
+def test_a_wrong_answer_is_not_timed():
+    sae = make_sae(0, 64, 256, 12).requires_grad_(False)
+    x = make_activations(1, 4, 64)
+    truth, latents = Truth(sae, x), sae.encode_sparse(x)
+    assert truth.ours(latents).support_flips_vs_eager == 0
+    dense = latents.to_dense()
+    off = SparseLatents.from_dense(dense * (1 + 1e-3))
+    with pytest.raises(WrongAnswer, match="times what fp32 arithmetic allows"):
+        truth.ours(off)
+    short = dense.clone()
+    short[0, latents.col_indices[0]] = 0
+    with pytest.raises(WrongAnswer, match="support"):
+        truth.ours(SparseLatents.from_dense(short))
+    assert truth.latents(short).support_flips_vs_eager == 1
+    with pytest.raises(WrongAnswer, match="reconstruction"):
+        truth.reconstruction(sae(x) - 2 * sae.b_dec)
+    one = torch.ones(1, dtype=torch.float64)
+    assert close(one.float(), one, one, 2).max_error == 0
+    with pytest.raises(WrongAnswer):
+        close(one.float() + 1e-6, one, one, 2)
+
+
+def test_missing_and_wrong_peers_are_listed_with_the_reason():
+    def absent():
+        raise ModuleNotFoundError("x", name="sae_lens")
+
+    def wrong():
+        raise WrongAnswer("off by 7")
+
+    bench = Bench("ops", "encode", 1, 4, 8, None)
+    bench.add("SAELens", absent)
+    bench.add("other", wrong)
+    bench.add("eager fp32", lambda: Candidate("eager fp32", "fp32", lambda: None, None))
+    results = time_bench(bench, None, 1, 0)
+    assert results.missing == {
+        "ops/encode/T=1/4x8/SAELens": "not installed: sae_lens",
+        "ops/encode/T=1/4x8/other": "off by 7",
+    }
+
+
+def test_roof_share_is_of_the_binding_limit():
+    assert roof_share(Work(10_000_000, 0), 2.0, ROOF) == pytest.approx(0.5)  # 1 ms of reading in 2 ms
+    assert roof_share(Work(0, 100_000_000), 2.0, ROOF) == pytest.approx(0.5)
+    assert roof_share(Work(0, 100_000_000, "int8"), 2.0, ROOF) == pytest.approx(0.05)
+    assert roof_share(Work(1, 1, None), 2.0, ROOF) is None
+    assert roof_share(Work(1, 1), 2.0, None) is None
+
+
+def test_results_survive_the_file_and_other_files_are_refused(tmp_path):
+    results = Results({"threads": 2}, [row()], {row().key: Ratio(2, 1, 3)}, {"a": "b"}, ["w"])
+    results.save(tmp_path / "r.json")
+    assert Results.load(tmp_path / "r.json") == results
+    for text in ("{}", "[1]", "not json", json.dumps({"format": 99})):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(GemmaScopeFastError, match=r"expected the JSON of gemmascope-fast bench"):
+            Results.load(tmp_path / "bad.json")
+
+
+def test_compare_names_only_what_left_the_noise():
+    quiet, slower, peer = row().key, row(T=2).key, row("eager bf16").key
+    old = Results({}, ratios={quiet: Ratio(4, 3, 5), slower: Ratio(4, 3.5, 4.5), peer: Ratio(4, 3.5, 4.5)})
+    new = Results({}, ratios={quiet: Ratio(3, 2, 4), slower: Ratio(2, 1.5, 3), peer: Ratio(1, 1, 1)})
+    changes = compare.compare(old, new)
+    assert [(c.key, c.beyond_noise, c.factor) for c in changes] == [(slower, True, 0.5), (quiet, False, 0.75)]
+
+
+def guard_run(monkeypatch, ratios, isa="avx512"):
+    """The command's runs give these medians one after the other; returns what each was asked to keep."""
+    asked = []
+
+    def run(options, only=None, save=None):
+        asked.append(only)
+        rows = [row(T=1), row(T=2)]
+        medians = ratios[len(asked) - 1]
+        return Results({"isa": isa}, rows, {r.key: Ratio(m, m, m) for r, m in zip(rows, medians, strict=True)})
+
+    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(command, "_show", lambda results: None)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("ratios", "status"),
+    [
+        ([(4.0, 3.0)], 0),  # a third is allowed: 2.67 and 2
+        ([(2.7, 2.1)], 0),
+        ([(2.6, 3.0), (4.0, 3.0)], 0),  # once is noise
+        ([(2.6, 3.0), (2.6, 3.0)], 1),
+    ],
+)
+def test_guard_fails_where_a_ratio_falls_by_a_third_twice(monkeypatch, tmp_path, capsys, ratios, status):
+    stored = tmp_path / "ratios.json"
+    stored.write_text(json.dumps({"avx512": {row(T=1).key: 4.0, row(T=2).key: 3.0}}))
+    asked = guard_run(monkeypatch, ratios)
+    assert cli.main(["bench", "--quick", "--guard", str(stored)]) == status
+    assert asked == [None, frozenset({"ops/encode/T=1/64x256"})][: len(ratios)]
+    assert ("REGRESSION" in capsys.readouterr().out) == bool(status)
+
+
+def test_guard_needs_every_stored_ratio(monkeypatch, tmp_path, capsys):
+    stored = tmp_path / "ratios.json"
+    stored.write_text(json.dumps({"avx512": {"ops/encode/ours/T=99/1x1/fp32/2": 4.0}}))
+    guard_run(monkeypatch, [(4.0, 3.0)])
+    assert cli.main(["bench", "--guard", str(stored)]) == 1
+    assert "were not measured" in capsys.readouterr().err
+
+
+def test_guard_says_where_nothing_is_stored(monkeypatch, tmp_path, capsys):
+    stored = tmp_path / "ratios.json"
+    stored.write_text(json.dumps({"avx512": {row(T=1).key: 4.0}}))
+    guard_run(monkeypatch, [(1.0, 1.0)], isa="avx2")
+    assert cli.main(["bench", "--guard", str(stored)]) == 0
+    assert "none for avx2: nothing was held" in capsys.readouterr().out
+
+
+def test_stored_ratios_are_ours_alone_and_beside_other_instruction_sets(tmp_path):
+    path = tmp_path / "ratios.json"
+    keys = [row().key, row("ours", op="encode (warm)").key, row("eager bf16").key]
+    compare.store(path, "avx2", Results({}, ratios={k: Ratio(2, 1, 3) for k in keys}))
+    compare.store(path, "avx512", Results({}, ratios={keys[0]: Ratio(4, 1, 9)}))
+    assert compare.stored_ratios(path) == {"avx2": {keys[0]: 2.0}, "avx512": {keys[0]: 4.0}}
+
+
+def test_exponents_are_slopes_and_bends_are_explained():
+    def at(width, ms):
+        return row(suite="scaling", op="width", d_sae=width, median_ms=ms)
+
+    (curve,) = scaling.exponents([at(2**k, 2.0 ** (k - 10)) for k in range(14, 18)])
+    assert curve["exponent"] == pytest.approx(1)
+    assert curve["bends"] == []
+    (curve,) = scaling.exponents([at(1024, 1.0), at(2048, 1.0), at(4096, 8.0)])
+    assert curve["exponent"] == pytest.approx(1.5)
+    assert [bend.split(",")[0] for bend in curve["bends"]] == ["1024 → 2048: 0.00", "2048 → 4096: 3.00"]
+
+
+def test_noise_is_said():
+    quiet = Results({"roof_before": {"read_gb_s": 10, "fma_gflop_s": 1, "int8_gop_s": 1}}, [row("eager fp32")])
+    quiet.machine["roof_after"] = {"read_gb_s": 11, "fma_gflop_s": 1, "int8_gop_s": 1}
+    assert noise(quiet) == []
+    quiet.machine["roof_after"] = {"read_gb_s": 13, "fma_gflop_s": 1, "int8_gop_s": 1}
+    assert any("read_gb_s 10.0 before, 13.0 after" in w for w in noise(quiet))
+    quiet.rows = [row("eager fp32", p20_ms=1, p80_ms=2)]
+    assert any("1 of 1" in w for w in noise(quiet))
+
+
+def test_quick_is_small_and_unknown_names_are_refused():
+    assert QUICK.cases == ("640x4096",)
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--suite", "nothing"])
+    assert cli.main(["bench", "--device", "cuda"]) == 1

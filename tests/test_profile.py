@@ -1,0 +1,69 @@
+"""The profile of a real loop: our ops by name with their declared costs, layers told apart, a trace that loads."""
+
+import json
+
+import attach_models
+import pytest
+import torch
+
+from gemmascope_fast import Site, attach, cli, ops, prepare
+from gemmascope_fast.profile import profile_loop
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    model, sae = attach_models.gemma2(), attach_models.sae(site=Site("resid", 1)).requires_grad_(False)
+    ids = attach_models.ids()
+    trace = tmp_path_factory.mktemp("profile") / "trace.json"
+
+    def loop():
+        with torch.inference_mode(), attach(model, {1: sae}, mode="splice"):
+            return model(input_ids=ids)
+
+    layers = {str(i): block for i, block in enumerate(model.model.layers)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "pays", lambda x, W_enc: False)  # the full encode, whose cost is known from its shapes
+        return profile_loop(loop, layers, trace), trace, sae, ids
+
+
+def test_ops_carry_calls_and_declared_costs(found):
+    result, _, sae, ids = found
+    named = {op.name: op for op in result.ops}
+    assert {"encode", "decode"} <= set(named)
+    assert named["encode"].calls == named["decode"].calls == 1
+    x = torch.zeros(ids.numel(), sae.d_in)
+    cost = ops.encode.cost(x, sae.W_enc)
+    assert (named["encode"].bytes, named["encode"].flops) == (cost.bytes, cost.flops)
+    assert named["encode"].roof_share > 0
+    assert 0 < result.sae_ms <= result.wall_ms
+
+
+def test_layers_are_told_apart_and_the_sae_shows_in_its_own(found):
+    result = found[0]
+    assert list(result.layers) == ["0", "1", "2", "3"]
+    assert all(ms > 0 for ms in result.layers.values())
+    assert sum(result.layers.values()) <= result.wall_ms
+
+
+def test_the_trace_is_chromes_and_holds_ops_and_layers(found):
+    events = json.loads(found[1].read_text())["traceEvents"]
+    names = {event.get("name") for event in events}
+    assert {"gemmascope_fast::encode", "gemmascope_fast::decode", "layer 1"} <= names
+
+
+def test_hooks_are_gone_afterwards(found):
+    model = attach_models.gemma2()
+    with pytest.raises(RuntimeError, match="stop"):
+        profile_loop(stop, {"0": model.model.layers[0]})
+    block = model.model.layers[0]
+    assert not block._forward_hooks
+    assert not block._forward_pre_hooks
+
+
+def stop():
+    raise RuntimeError("stop")
+
+
+def test_unknown_model_is_one_line(capsys):
+    assert cli.main(["profile", "--model", "/nonexistent", "--sae", "/nonexistent"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
