@@ -122,6 +122,13 @@ COMMANDS = (
         "add_arguments",
         "run",
     ),
+    Command(
+        "compare",
+        "tables of widths and methods for a model's layers and for an SAE; resumable",
+        "gemmascope_fast.matryoshka.compare_command",
+        "add_compare_arguments",
+        "run_compare",
+    ),
 )
 
 

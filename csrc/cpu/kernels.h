@@ -76,6 +76,9 @@ struct SampledDotArgs {
 };
 
 // Up to 16 tokens that pass together; `width` of 1, 4, 8 or 16 with zeros after the last.
+// Most blocks that one step of the matryoshka kernel unpacks at once.
+constexpr int kMatryoshkaBlocks = 3;
+
 struct MatryoshkaTile {
   const int8_t* q;      // [in/4][width][4]; exact: null
   const int32_t* qsum;  // [groups][width]; exact: null
@@ -235,7 +238,8 @@ struct Kernels {
   void (*screen_token)(const ScreenTokenArgs&);
   // Rows [f0, f1).
   void (*screen_rows)(const ScreenRowArgs&, int64_t f0, int64_t f1, float* space);
-  // Blocks [b0, b1) of 16 rows for all tokens; raw: space for one block's codes, [units][8][64].
+  // Blocks [b0, b1) of 16 rows for all tokens; raw: space for unpacked codes,
+  // [kMatryoshkaBlocks][units][8][64], or null where T <= 4, not exact and without overflow.
   void (*matryoshka)(const MatryoshkaArgs&, int64_t b0, int64_t b1, uint8_t* raw);
   // One token's int8 codes.
   void (*matryoshka_quantize)(const MatryoshkaToken&);

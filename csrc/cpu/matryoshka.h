@@ -18,27 +18,53 @@ static_assert(plane_low(8, 4) == 0 && plane_low(7, 4) == 0 && plane_low(6, 3) ==
                   plane_low(1, 0) == 0,
               "the planes of a code hold all its bits");
 
-// Quad J of a unit: plane P's bits moved to their place, and those of the planes after it.
+// Where the bits of quad J lie: field J % 4 of a half of a plane of width 2, bit J of a plane of width 1.
 template <int R, int P, int J>
-static inline B64 quad_of(const uint8_t* const* unit) {  // [planes] -> [64 * width]
+static inline B64 aligned(const B64* const* planes) {
   constexpr int width = plane_width(R, P), low = plane_low(R, P);
   constexpr int from = width == 2 ? 2 * (J % 4) : J;
-  const B64 bytes = load64(unit[P] + (width == 2 ? 64 * (J / 4) : 0));
-  const B64 field = mask64(shift64<from - low>(bytes), ((1 << width) - 1) << low);
-  if constexpr (P + 1 < plane_count(R)) return or64(field, quad_of<R, P + 1, J>(unit));
-  return field;
+  return shift64<from - low>(planes[P][width == 2 ? J / 4 : 0]);
+}
+
+// Planes 1 and 2, of one bit each, as pairs: those of the even quads, those of the odd quads; quad J's pair
+// is at bits J and J+1 of the first, J-1 and J of the second.
+static inline void pair_planes(B64 high, B64 low, B64* pairs) {  // [2]
+  pairs[0] = select64<0xAA>(shift64<-1>(high), low);
+  pairs[1] = select64<0xAA>(high, shift64<1>(low));
+}
+
+// Quad J of a unit.  Shifting drags bits along; each merge keeps those above its own field and takes the
+// rest.
+template <int R, int J>
+static inline B64 quad_of(const B64* const* planes, const B64* pairs) {
+  constexpr int low = R > 2 ? R - 2 : 0, pair = R > 4 ? R - 4 : 0;
+  constexpr int third = R > 4 ? ((1 << plane_width(R, 3)) - 1) << plane_low(R, 3) : 0;
+  B64 code = mask64(aligned<R, 0, J>(planes), ((1 << plane_width(R, 0)) - 1) << low);
+  if constexpr (R == 3) code = merge64<1>(code, aligned<R, 1, J>(planes));
+  if constexpr (R >= 4) code = merge64<3 << pair>(code, shift64<J / 2 * 2 - pair>(pairs[J % 2]));
+  if constexpr (R >= 5) code = merge64<third>(code, aligned<R, 3, J>(planes));
+  if constexpr (R >= 7) code = merge64<(1 << plane_width(R, 4)) - 1>(code, aligned<R, 4, J>(planes));
+  return code;
 }
 
 template <int R>
-static inline void unpack_unit(const uint8_t* const* unit, B64* code) {  // [8]
-  code[0] = quad_of<R, 0, 0>(unit);
-  code[1] = quad_of<R, 0, 1>(unit);
-  code[2] = quad_of<R, 0, 2>(unit);
-  code[3] = quad_of<R, 0, 3>(unit);
-  code[4] = quad_of<R, 0, 4>(unit);
-  code[5] = quad_of<R, 0, 5>(unit);
-  code[6] = quad_of<R, 0, 6>(unit);
-  code[7] = quad_of<R, 0, 7>(unit);
+static inline void unpack_unit(const uint8_t* const* unit, B64* code) {  // [planes] -> [64 * width]; [8]
+  B64 plane[5][2];
+  const B64* planes[5];
+  for (int p = 0; p < plane_count(R); ++p) {
+    for (int v = 0; v < plane_width(R, p); ++v) plane[p][v] = load64(unit[p] + 64 * v);
+    planes[p] = plane[p];
+  }
+  B64 pairs[2] = {};
+  if constexpr (R >= 4) pair_planes(plane[1][0], plane[2][0], pairs);
+  code[0] = quad_of<R, 0>(planes, pairs);
+  code[1] = quad_of<R, 1>(planes, pairs);
+  code[2] = quad_of<R, 2>(planes, pairs);
+  code[3] = quad_of<R, 3>(planes, pairs);
+  code[4] = quad_of<R, 4>(planes, pairs);
+  code[5] = quad_of<R, 5>(planes, pairs);
+  code[6] = quad_of<R, 6>(planes, pairs);
+  code[7] = quad_of<R, 7>(planes, pairs);
 }
 
 // Bits stored below the slice: dropped, or rounded once.  (c + 2^(d-1)) >> d = ((c >> (d-1)) + 1) >> 1 stays
@@ -146,15 +172,21 @@ static inline void end_group(const MatryoshkaArgs& a, int64_t block, int64_t g, 
   }
 }
 
-// A block of 16 rows and a tile of TT tokens.  R: bits of the planes, 0: codes already unpacked in `raw`.
+static inline void finish_tile(const MatryoshkaArgs& a, int64_t block, int64_t first, int tokens,
+                               const V16* acc) {
+  const V16 bias = bias_of(a, block);
+  for (int t = 0; t < tokens; ++t) {
+    store_rows(a, first + t, block, fma16(acc[t], set16(a.s[first + t]), bias));
+  }
+}
+
+// A block of 16 rows and a tile of TT tokens, each unit used as it is unpacked from planes of R bits.
 template <int R, int TT>
-static inline void block_tile(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
-                              const MatryoshkaTile& tile) {
+static inline void plane_tile(const MatryoshkaArgs& a, int64_t block, const MatryoshkaTile& tile) {
   // Independent sums: a dot product takes 4 to 5 cycles and two start in each.
-  constexpr int chains = TT == 1 ? 4 : TT <= 4 ? 2 : 1;
-  PlaneCursor cursor{};
-  if constexpr (R != 0) cursor = planes_of_block<R>(a, block);
-  const bool finish = R != 0 && a.stored > a.bits;
+  constexpr int chains = TT == 1 ? 4 : 2;
+  PlaneCursor cursor = planes_of_block<R>(a, block);
+  const bool finish = a.stored > a.bits;
   const int8_t* x = tile.q;  // [units * 8][TT][4]
   V16 acc[TT];
   for (int t = 0; t < TT; ++t) acc[t] = zero16();
@@ -166,18 +198,14 @@ static inline void block_tile(const MatryoshkaArgs& a, int64_t block, const uint
     }
     for (; u < end; ++u) {
       B64 code[8];
-      if constexpr (R != 0) {
-        unpack_unit<R == 0 ? 1 : R>(cursor.at, code);
-        next_unit<R == 0 ? 1 : R>(cursor);
-        if (finish) reslice(a, code);
-      } else {
-        for (int j = 0; j < 8; ++j) code[j] = load64(raw + (u * 8 + j) * 64);
-      }
+      unpack_unit<R>(cursor.at, code);
+      next_unit<R>(cursor);
+      if (finish) reslice(a, code);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
-#pragma GCC unroll 16
+#pragma GCC unroll 4
         for (int t = 0; t < TT; ++t) {
-          dot[j % chains][t] = dot4(dot[j % chains][t], code[j], x + ((u * 8 + j) * TT + t) * 4);
+          dot[j % chains][t] = dot4(dot[j % chains][t], code[j], quad16(x + ((u * 8 + j) * TT + t) * 4));
         }
       }
     }
@@ -186,10 +214,44 @@ static inline void block_tile(const MatryoshkaArgs& a, int64_t block, const uint
     }
     end_group<TT>(a, block, g, tile.qsum + g * TT, dot[0], acc);
   }
-  const V16 bias = bias_of(a, block);
-  for (int t = 0; t < tile.tokens; ++t) {
-    store_rows(a, tile.first + t, block, fma16(acc[t], set16(a.s[tile.first + t]), bias));
+  finish_tile(a, block, tile.first, tile.tokens, acc);
+}
+
+// NB blocks already unpacked (raw [NB][units][8][64]) and TT tokens of a tile from its token t0 on: each quad
+// of activations is spread over the lanes once and used NB times.
+template <int NB, int TT>
+static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
+                            const MatryoshkaTile& tile, int t0) {
+  const int64_t stride = a.units * 512, width = tile.width;
+  const int8_t* x = tile.q + t0 * 4;  // [units * 8][width][4]
+  V16 acc[NB][TT];
+  for (int n = 0; n < NB; ++n) {
+    for (int t = 0; t < TT; ++t) acc[n][t] = zero16();
   }
+  for (int64_t g = 0, quad = 0; g < a.groups; ++g) {
+    const int64_t units = (g + 1) * a.group_units < a.units ? (g + 1) * a.group_units : a.units;
+    // an array that nobody has the address of lives in registers
+    I16 sum[NB * TT];
+#pragma GCC unroll 24
+    for (int i = 0; i < NB * TT; ++i) sum[i] = izero16();
+    for (; quad < units * 8; ++quad) {
+      B64 code[NB];
+#pragma GCC unroll 3
+      for (int n = 0; n < NB; ++n) code[n] = load64(raw + n * stride + quad * 64);
+#pragma GCC unroll 8
+      for (int t = 0; t < TT; ++t) {
+        const I16 q = quad16(x + (quad * width + t) * 4);
+#pragma GCC unroll 3
+        for (int n = 0; n < NB; ++n) sum[n * TT + t] = dot4(sum[n * TT + t], code[n], q);
+      }
+    }
+    I16 dot[NB][TT];
+#pragma GCC unroll 24
+    for (int i = 0; i < NB * TT; ++i) dot[i / TT][i % TT] = sum[i];
+    for (int n = 0; n < NB; ++n) end_group<TT>(a, block + n, g, tile.qsum + g * width + t0, dot[n], acc[n]);
+  }
+  const int left = tile.tokens - t0 < TT ? tile.tokens - t0 : TT;
+  for (int n = 0; n < NB; ++n) finish_tile(a, block + n, tile.first + t0, left, acc[n]);
 }
 
 // The same with fp32 activations: the code's level (a multiple of 1/2, exact) times x, the scale once a
@@ -229,39 +291,52 @@ static inline void block_tile_exact(const MatryoshkaArgs& a, int64_t block, cons
   for (int t = 0; t < tile.tokens; ++t) store_rows(a, tile.first + t, block, add16(acc[t], bias));
 }
 
-static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
-                            const MatryoshkaTile& tile) {
-  if (a.exact) {
-    return tile.width == 1 ? block_tile_exact<1>(a, block, raw, tile)
-                           : block_tile_exact<4>(a, block, raw, tile);
-  }
-  switch (tile.width) {
-    case 16:
-      return block_tile<0, 16>(a, block, raw, tile);
-    case 8:
-      return block_tile<0, 8>(a, block, raw, tile);
-    case 4:
-      return block_tile<0, 4>(a, block, raw, tile);
-    default:
-      return block_tile<0, 1>(a, block, raw, tile);
+// Blocks and tokens of one raw_tile: 24 of the 32 registers of AVX-512 are sums, 3 codes, 1 activations; with
+// the 16 registers of AVX2, where sixteen lanes take two, 4 sums are 8.
+#if GSF_LEVEL == 3
+constexpr int kRawBlocks = 3, kRawTokens = 8;
+#else
+constexpr int kRawBlocks = 1, kRawTokens = 4;
+#endif
+static_assert(kRawBlocks <= kMatryoshkaBlocks, "the drivers' space holds the blocks of a call");
+
+template <int NB>
+static inline void raw_blocks(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw) {
+  for (int64_t i = 0; i < a.tile_count; ++i) {
+    const MatryoshkaTile& tile = a.tiles[i];
+    if (a.exact) {
+      for (int n = 0; n < NB; ++n) {
+        const uint8_t* own = raw + n * a.units * 512;
+        if (tile.width == 1) block_tile_exact<1>(a, block + n, own, tile);
+        if (tile.width != 1) block_tile_exact<4>(a, block + n, own, tile);
+      }
+      continue;
+    }
+    int t = 0;
+    for (; tile.tokens - t > 4 && kRawTokens == 8; t += 8) raw_tile<NB, kRawTokens>(a, block, raw, tile, t);
+    for (; t < tile.tokens && tile.width >= 4; t += 4) raw_tile<NB, 4>(a, block, raw, tile, t);
+    for (; t < tile.tokens; ++t) raw_tile<NB, 1>(a, block, raw, tile, t);
   }
 }
 
 template <int R>
 static inline void blocks_of(const MatryoshkaArgs& a, int64_t b0, int64_t b1, uint8_t* raw) {
-  // up to 4 tokens the codes are used as they are unpacked; with more the unpacked block is read again from
+  // up to 4 tokens the codes are used as they are unpacked; with more the unpacked blocks are read again from
   // cache
   const MatryoshkaTile& only = a.tiles[0];
-  const bool direct = a.tile_count == 1 && only.width <= 4 && !a.exact && a.over_crow == nullptr;
-  for (int64_t b = b0; b < b1; ++b) {
-    if (direct && only.width == 1) {
-      block_tile<R, 1>(a, b, nullptr, only);
-    } else if (direct) {
-      block_tile<R, 4>(a, b, nullptr, only);
-    } else {
-      unpack_block<R>(a, b, raw);
-      for (int64_t i = 0; i < a.tile_count; ++i) raw_tile(a, b, raw, a.tiles[i]);
+  if (a.tile_count == 1 && only.width <= 4 && !a.exact && a.over_crow == nullptr) {
+    for (int64_t b = b0; b < b1; ++b) {
+      if (only.width == 1) plane_tile<R, 1>(a, b, only);
+      if (only.width != 1) plane_tile<R, 4>(a, b, only);
     }
+    return;
+  }
+  for (int64_t b = b0; b < b1;) {
+    const int64_t n = b1 - b < kRawBlocks ? 1 : kRawBlocks;
+    for (int64_t i = 0; i < n; ++i) unpack_block<R>(a, b + i, raw + i * a.units * 512);
+    if (n == 1) raw_blocks<1>(a, b, raw);
+    if (n != 1) raw_blocks<kRawBlocks>(a, b, raw);
+    b += n;
   }
 }
 

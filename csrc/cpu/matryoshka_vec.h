@@ -14,6 +14,16 @@ static inline B64 or64(B64 a, B64 b) { return {_mm512_or_si512(a.v, b.v)}; }
 static inline B64 mask64(B64 a, int byte) {
   return {_mm512_and_si512(a.v, _mm512_set1_epi8(static_cast<char>(byte)))};
 }
+// The bits of M from a, the others from b.
+template <int M>
+static inline B64 select64(B64 a, B64 b) {
+  return {_mm512_ternarylogic_epi64(a.v, b.v, _mm512_set1_epi8(static_cast<char>(M)), 0xE4)};
+}
+// a and, besides, b's bits of M.
+template <int M>
+static inline B64 merge64(B64 a, B64 b) {
+  return {_mm512_ternarylogic_epi64(a.v, b.v, _mm512_set1_epi8(static_cast<char>(M)), 0xF8)};
+}
 static inline B64 min64(B64 a, int byte) {
   return {_mm512_min_epu8(a.v, _mm512_set1_epi8(static_cast<char>(byte)))};
 }
@@ -40,12 +50,14 @@ template <int C>
 static inline I16 byte_of_lane(B64 a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * C), _mm512_set1_epi32(255))};
 }
-// acc[lane] += sum over c of code[lane][c] * x[c]
-static inline I16 dot4(I16 acc, B64 code, const int8_t* x) {
+// Four activations in every lane.
+static inline I16 quad16(const int8_t* x) {
   int32_t quad;
   memcpy(&quad, x, sizeof quad);
-  return {_mm512_dpbusd_epi32(acc.v, code.v, _mm512_set1_epi32(quad))};
+  return {_mm512_set1_epi32(quad)};
 }
+// acc[lane] += sum over c of code[lane][c] * x[c]
+static inline I16 dot4(I16 acc, B64 code, I16 x) { return {_mm512_dpbusd_epi32(acc.v, code.v, x.v)}; }
 #elif GSF_LEVEL >= 1
 struct B64 {
   __m256i lo, hi;
@@ -65,6 +77,14 @@ static inline B64 or64(B64 a, B64 b) { return {_mm256_or_si256(a.lo, b.lo), _mm2
 static inline B64 mask64(B64 a, int byte) {
   const __m256i m = _mm256_set1_epi8(static_cast<char>(byte));
   return {_mm256_and_si256(a.lo, m), _mm256_and_si256(a.hi, m)};
+}
+template <int M>
+static inline B64 merge64(B64 a, B64 b) {
+  return or64(a, mask64(b, M));
+}
+template <int M>
+static inline B64 select64(B64 a, B64 b) {
+  return or64(mask64(a, M), mask64(b, ~M));
 }
 static inline B64 min64(B64 a, int byte) {
   const __m256i m = _mm256_set1_epi8(static_cast<char>(byte));
@@ -111,10 +131,14 @@ static inline I16 byte_of_lane(B64 a) {
   return {_mm256_and_si256(_mm256_srli_epi32(a.lo, 8 * C), m),
           _mm256_and_si256(_mm256_srli_epi32(a.hi, 8 * C), m)};
 }
-static inline I16 dot4(I16 acc, B64 code, const int8_t* x) {
+static inline I16 quad16(const int8_t* x) {
   int32_t quad;
   memcpy(&quad, x, sizeof quad);
   const __m256i q = _mm256_set1_epi32(quad);
+  return {q, q};
+}
+static inline I16 dot4(I16 acc, B64 code, I16 x) {
+  const __m256i q = x.lo;
 #if GSF_LEVEL == 2
   return {_mm256_dpbusd_avx_epi32(acc.lo, code.lo, q), _mm256_dpbusd_avx_epi32(acc.hi, code.hi, q)};
 #else
@@ -149,6 +173,14 @@ static inline B64 or64(B64 a, B64 b) {
 static inline B64 mask64(B64 a, int byte) {
   for (uint8_t& e : a.v) e &= static_cast<uint8_t>(byte);
   return a;
+}
+template <int M>
+static inline B64 merge64(B64 a, B64 b) {
+  return or64(a, mask64(b, M));
+}
+template <int M>
+static inline B64 select64(B64 a, B64 b) {
+  return or64(mask64(a, M), mask64(b, ~M));
 }
 static inline B64 min64(B64 a, int byte) {
   for (uint8_t& e : a.v) e = e < byte ? e : static_cast<uint8_t>(byte);
@@ -202,9 +234,16 @@ static inline I16 byte_of_lane(B64 a) {
   for (int i = 0; i < 16; ++i) r.v[i] = a.v[4 * i + C];
   return r;
 }
-static inline I16 dot4(I16 acc, B64 code, const int8_t* x) {
+static inline I16 quad16(const int8_t* x) {
+  I16 r;
+  for (int i = 0; i < 16; ++i) memcpy(&r.v[i], x, 4);
+  return r;
+}
+static inline I16 dot4(I16 acc, B64 code, I16 x) {
+  int8_t q[4];
+  memcpy(q, x.v, 4);
   for (int i = 0; i < 16; ++i) {
-    for (int c = 0; c < 4; ++c) acc.v[i] += code.v[4 * i + c] * x[c];
+    for (int c = 0; c < 4; ++c) acc.v[i] += code.v[4 * i + c] * q[c];
   }
   return acc;
 }

@@ -18,8 +18,10 @@ enum Rule : int64_t { kPrefix = 0, kMatquant = 1, kExtra = 2 };
 constexpr int64_t kMaxIn = 66000;  // 256 * 127 * 66,000 < 2^31
 constexpr int kWidths[9][6] = {
     {}, {1}, {2}, {2, 1}, {2, 1, 1}, {2, 1, 1, 1}, {2, 1, 1, 2}, {2, 1, 1, 2, 1}, {2, 1, 1, 2, 2}};
-// Bytes of planes a worker draws at a time: 4 µs of one core's share of the memory.
-constexpr int64_t kChunkBytes = 65536;
+// Bytes of planes a worker draws at a time, at most: every draw begins up to eight cold streams, and at 64
+// KiB that was a quarter of the time.  Small matrices are cut finer, so that each worker draws several times.
+constexpr int64_t kChunkBytes = 262144;
+constexpr int64_t kDraws = 4;
 // Under this much work a second thread costs more than it brings.
 constexpr int64_t kAloneBytes = 65536;
 
@@ -183,17 +185,20 @@ at::Tensor matryoshka_linear_cpu(const at::Tensor& x, at::TensorList planes, con
   args.y = y.mutable_data_ptr<float>();
   const Tiles tiles(x, mean, exact, args);
   const int64_t block_bytes = std::max<int64_t>(1, args.units * 64 * args.stored);
-  const int64_t step = blocks * block_bytes * args.tile_count <= kAloneBytes
-                           ? blocks
-                           : std::max<int64_t>(1, kChunkBytes / (block_bytes * args.tile_count));
-  const int workers = std::max(1, at::get_num_threads());
   const bool direct = args.tile_count == 1 && T <= 4 && !exact && args.over_crow == nullptr;
-  const at::Tensor raw = at::empty({direct ? 0 : workers * args.units * 512}, at::kByte);
-  uint8_t* space = raw.mutable_data_ptr<uint8_t>();
+  const int workers = std::max(1, at::get_num_threads());
+  int64_t step = std::min(kChunkBytes / (block_bytes * args.tile_count), blocks / (kDraws * workers));
+  step = std::max<int64_t>(1, step);
+  // unpacked blocks are multiplied kMatryoshkaBlocks at a time
+  if (!direct) step = (step + kMatryoshkaBlocks - 1) / kMatryoshkaBlocks * kMatryoshkaBlocks;
+  if (blocks * block_bytes * args.tile_count <= kAloneBytes) step = blocks;
+  const int64_t space = direct ? 0 : kMatryoshkaBlocks * args.units * 512;
+  const at::Tensor raw = at::empty({workers * space}, at::kByte);
+  uint8_t* const first = raw.mutable_data_ptr<uint8_t>();
   const Kernels& table = kernels();
   run_chunks((blocks + step - 1) / step, [&](int worker, int64_t chunk) {
     table.matryoshka(args, chunk * step, std::min(blocks, (chunk + 1) * step),
-                     direct ? nullptr : space + worker * args.units * 512);
+                     direct ? nullptr : first + worker * space);
   });
   return y;
 }

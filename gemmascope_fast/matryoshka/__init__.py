@@ -4,10 +4,12 @@ from gemmascope_fast.matryoshka.codes import Codes, grid, quantize, slice_codes
 from gemmascope_fast.matryoshka.linear import MatryoshkaLinear
 from gemmascope_fast.matryoshka.model import layers, load_, nbytes, quantize_, save, set_bits, targets
 from gemmascope_fast.matryoshka.planes import Packed, bits_read
+from gemmascope_fast.matryoshka.sae import MatryoshkaSAE
 
 __all__ = [
     "Codes",
     "MatryoshkaLinear",
+    "MatryoshkaSAE",
     "Packed",
     "bits_read",
     "grid",

@@ -156,6 +156,25 @@ def quantize(
     return Codes(q.clamp(0, 255).to(torch.uint8), scale, frame.zero_point, group_size)
 
 
+def quantize_alone(
+    weight: Tensor, bits: int, group_size: int | None = None, low: Tensor | None = None, high: Tensor | None = None
+) -> Codes:
+    """Min–max codes of `bits` bits for their own sake, as int2 or int4 are quantised without Matryoshka: their grid
+    spans the range with 2^bits − 1 steps.  They lie on an 8-bit grid 2^(8−bits) times as fine, so that the "matquant"
+    slice to `bits` is the code itself; scale and zero point are that grid's.
+    """
+    step, top = 1 << (8 - check_bits(bits)), (1 << bits) - 1
+    weight = weight.detach().float()
+    if low is None or high is None:
+        low, high = group_range(weight, group_size)
+    scale = round_up((high - low).float() / top / step, torch.float32 if group_size is None else torch.float16)
+    coarse = scale.float() * step
+    zero = (-low / coarse).round().clamp(0, top)
+    frame = Codes(torch.zeros(weight.shape, dtype=torch.uint8), scale, (zero * step).to(torch.uint8), group_size)
+    q = (weight / frame.per_weight(coarse)).round() + frame.per_weight(zero)
+    return Codes((q.clamp(0, top) * step).to(torch.uint8), scale, frame.zero_point, group_size)
+
+
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Non-negative fp32 → the least value of `dtype` that is not below it, and is not zero."""
     if dtype == torch.float32:

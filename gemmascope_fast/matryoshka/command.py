@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     held_out, training = ids[-args.windows :], ids[: args.train_windows]
     codes = None
     if args.method != "minmax":
-        from gemmascope_fast.matryoshka.training import Recipe, train
+        from gemmascope_fast.matryoshka.nested import Recipe
+        from gemmascope_fast.matryoshka.training import train
 
         recipe = Recipe(
             method=args.method,
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             args.scope,
             group_size=args.group_size,
-            head=args.head and codes is None,
+            head=args.head,
             means=means,
             codes=codes,
             progress=lambda x: tqdm(x, desc="packing"),

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.matryoshka.codes import Codes, group_range, round_up
+from gemmascope_fast.matryoshka.codes import Codes, quantize_alone
 from gemmascope_fast.matryoshka.linear import MatryoshkaLinear
-from gemmascope_fast.matryoshka.model import layers, nbytes, quantize_, set_bits, targets
-from gemmascope_fast.matryoshka.planes import Packed, blocked, pack
+from gemmascope_fast.matryoshka.model import gained, layers, nbytes, quantize_, restored, set_bits, targets
+from gemmascope_fast.matryoshka.nested import Trained, put
+from gemmascope_fast.matryoshka.planes import Packed
 
 WINDOW = 256  # BOS and 255 tokens of text
 
@@ -73,21 +74,8 @@ def input_means(model: nn.Module, names: list[str], ids: Tensor, batch: int = 2)
 
 
 def alone(weight: Tensor, bits: int, group_size: int | None = None) -> Packed:
-    """Min–max codes of `bits` bits for their own sake, as int2 or int4 are quantised without Matryoshka: a flat code
-    whose grid spans the range with 2^bits − 1 steps.  Scale and zero point are those of the 8-bit grid it lies on.
-    """
-    step, top = 1 << (8 - bits), (1 << bits) - 1
-    low, high = group_range(weight.detach().float(), group_size)
-    fine = torch.float32 if group_size is None else torch.float16
-    scale = round_up((high - low) / top / step, fine)
-    coarse = scale.float() * step
-    zero = (-low / coarse).round().clamp(0, top)
-    frame = Codes(torch.zeros(weight.shape, dtype=torch.uint8), scale, (zero * step).to(torch.uint8), group_size)
-    q = (weight.detach().float() / frame.per_weight(coarse)).round() + frame.per_weight(zero)
-    planes = pack(q.clamp(0, top).to(torch.uint8), bits)
-    rows, columns = weight.shape
-    mode = "matquant"
-    return Packed(planes, blocked(scale), blocked(frame.zero_point), rows, columns, group_size, bits, mode)
+    """A flat copy of `quantize_alone`'s codes."""
+    return Packed.of(quantize_alone(weight, bits, group_size), "matquant").materialize(bits)
 
 
 @dataclass(frozen=True)
@@ -127,42 +115,39 @@ class Results:
 def quantised(model: nn.Module, scope: str, **options: Any) -> Iterator[nn.Module]:
     """Within the block the model's layers of `scope` are quantised; after it they are the linear layers again."""
     before = targets(model, scope, options.get("head", False))
-    try:
+    codes = options.get("codes")
+    with gained(model, codes.gains if isinstance(codes, Trained) else {}), restored(model, before):
         yield quantize_(model, scope, **options)
-    finally:
-        restore(model, before)
 
 
-def restore(model: nn.Module, before: Mapping[str, nn.Module]) -> None:
-    for name, module in before.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
-
-
-def measure_case(model: nn.Module, case: Case, ids: Tensor) -> dict[str, float]:
-    """The figures of one case for a model whose layers are quantised (or, "alone", are not yet)."""
-    if case.slicing == "alone":
+def measure_case(
+    model: nn.Module, case: Case, ids: Tensor, means: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """The figures of one case for a model whose layers are quantised (or, "alone" and untrained, are not yet)."""
+    if case.slicing == "alone" and not layers(model):
         before = targets(model, case.scope)
-        try:
+        with restored(model, before):
             for name, linear in before.items():
                 packed = alone(linear.weight, case.bits, case.group_size)
-                parent, _, child = name.rpartition(".")
-                layer = MatryoshkaLinear(packed, linear.bias, activations=case.activations)
-                setattr(model.get_submodule(parent), child, layer)
+                mean = None if means is None else means.get(name)
+                layer = MatryoshkaLinear(packed, linear.bias, activations=case.activations, mean=mean)
+                put(model, name, layer)
             return _figures(model, ids)
-        finally:
-            restore(model, before)
     extra = case.slicing == "matquant-extra"
     set_bits(model, case.bits, "prefix" if case.slicing == "prefix" else "matquant", extra)
     for layer in layers(model).values():
         layer.activations = case.activations
-    return _figures(model, ids)
+    return _figures(model, ids, case.slicing == "alone")
 
 
-def _figures(model: nn.Module, ids: Tensor) -> dict[str, float]:
+def _figures(model: nn.Module, ids: Tensor, flat: bool = False) -> dict[str, float]:
+    """flat: a code that has one width is stored at that width, whatever planes hold it here."""
     loss = mean_loss(model, ids)
+    size = nbytes(model)
+    if flat:
+        size = sum(layer.packed.materialize(layer.bits, layer.mode).nbytes() for layer in layers(model).values())
     weights = sum(layer.in_features * layer.out_features for layer in layers(model).values())
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_weight": 8 * nbytes(model) / weights}
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_weight": 8 * size / weights}
 
 
 def compare(
@@ -171,16 +156,18 @@ def compare(
     cases: list[Case],
     results: Results,
     means: Mapping[str, Tensor] | None = None,
-    codes: Mapping[str, Codes] | None = None,
+    codes: Mapping[str, Codes] | Trained | None = None,
     progress: Callable[[list[Any]], Any] = iter,
 ) -> dict[str, Any]:
     """Measure the cases that `results` does not hold yet; all of one scope, group size and method."""
     if "full" not in results:
         results.put("full", {"loss": mean_loss(model, ids), "tokens": int(ids.numel() - ids.shape[0])})
     todo = [case for case in cases if case.key() not in results]
-    for case in progress([c for c in todo if c.slicing == "alone"]):
-        results.put(case.key(), measure_case(model, case, ids))
-    sliced = [c for c in todo if c.slicing != "alone"]
+    # a code trained for one width is served like any other
+    alone_now = [c for c in todo if c.slicing == "alone"] if codes is None else []
+    for case in progress(alone_now):
+        results.put(case.key(), measure_case(model, case, ids, means))
+    sliced = [c for c in todo if c not in alone_now]
     if sliced:
         first = replace(sliced[0])
         with quantised(model, first.scope, group_size=first.group_size, means=means, codes=codes) as served:

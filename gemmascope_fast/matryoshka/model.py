@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.matryoshka import storage
 from gemmascope_fast.matryoshka.codes import Codes, check_bits, quantize
-from gemmascope_fast.matryoshka.linear import MatryoshkaLinear
+from gemmascope_fast.matryoshka.linear import MatryoshkaLinear, MatryoshkaMatrix
+from gemmascope_fast.matryoshka.nested import Trained
 from gemmascope_fast.matryoshka.planes import Packed
 
 SCOPES = ("ffn", "all-linear")
@@ -53,18 +55,25 @@ def quantize_(
     head: bool = False,
     activations: str = "int8",
     means: Mapping[str, Tensor] | None = None,
-    codes: Mapping[str, Codes] | None = None,
+    codes: Mapping[str, Codes] | Trained | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> nn.Module:
     """Replace the linear layers of `scope` by MatryoshkaLinear, in place; gives the model back.
 
-    codes: trained codes by module path in place of untrained min–max ones; means: input means by module path, about
+    codes: trained codes in place of untrained min–max ones (a run's result, whose norm gains go into the model, or
+    codes by module path); means: input means by module path, about
     which int8 activations are taken.  The embedding table is left alone; the output head is quantised when `head` asks,
     as a code of its own where its weights are tied.
     """
     check_bits(bits)
-    for name, linear in progress(list(targets(model, scope, head).items())):
-        code = codes[name] if codes is not None else quantize(linear.weight, group_size)
+    trained = codes if isinstance(codes, Trained) else Trained(dict(codes or {}))
+    found = targets(model, scope, head)
+    if codes is not None and not set(trained.codes) <= set(found):
+        raise ValueError(f"codes: {sorted(set(trained.codes) - set(found))[0]} is no linear layer of scope {scope!r}")
+    set_gains(model, trained.gains)
+    for name, linear in progress(list(found.items())):
+        # a head that was asked for beside trained layers is quantised as it is
+        code = trained.codes[name] if name in trained.codes else quantize(linear.weight, group_size)
         mean = None if means is None else means.get(name)
         bias = None if linear.bias is None else linear.bias.detach()
         packed = Packed.of(code, mode).to(linear.weight.device)
@@ -72,9 +81,49 @@ def quantize_(
     return model
 
 
+def set_gains(model: nn.Module, gains: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give norms new weights that belong to trained codes; returns what they were."""
+    before = {}
+    for name, gain in gains.items():
+        norm = model.get_submodule(name)
+        weight: Tensor = norm.weight  # type: ignore[assignment]
+        before[name] = weight.data
+        weight.data = gain.to(weight.data)
+        norm.carries_codes = True  # type: ignore[assignment]
+    return before
+
+
+@contextmanager
+def gained(model: nn.Module, gains: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the norms have the weights that go with the codes."""
+    before = set_gains(model, gains)
+    try:
+        yield
+    finally:
+        for name, data in before.items():
+            norm = model.get_submodule(name)
+            norm.weight.data = data  # type: ignore[union-attr,assignment]
+            del norm.carries_codes
+
+
+@contextmanager
+def restored(model: nn.Module, before: Mapping[str, nn.Module]) -> Iterator[None]:
+    """After the block the model has these modules at their paths again."""
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            _replace(model, name, module)
+
+
 def layers(model: nn.Module) -> dict[str, MatryoshkaLinear]:
-    """The quantised layers by module path."""
+    """The quantised linear layers by module path."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MatryoshkaLinear)}
+
+
+def matrices(model: nn.Module) -> dict[str, MatryoshkaMatrix]:
+    """Everything under `model` that has a width, by module path: linear layers, and the rows of a MatryoshkaSAE."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MatryoshkaMatrix)}
 
 
 def set_bits(
@@ -83,14 +132,14 @@ def set_bits(
     mode: str | None = None,
     extra_precision: bool | None = None,
 ) -> None:
-    """Serve a model's quantised layers at another width from now on; nothing is copied or rewritten.
+    """Serve the quantised layers of a model, or a MatryoshkaSAE, at another width; nothing is copied or rewritten.
 
     bits: one width, or widths by pattern of module paths, later patterns over earlier ones.  A pattern is a path or the
     beginning of one; "0-5" in it is any of these numbers, "*" any part of a component, a leading "…" or "..." any
     beginning: {"model.layers.0-5": 8, "…mlp.down_proj": 2}.  ValueError for a width outside 1–8, a pattern that matches
     no quantised layer or a model without any; nothing is changed then.
     """
-    found = layers(model)
+    found = matrices(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no quantised layer; call quantize_ first")
     widths = resolve(found, {"…": bits} if isinstance(bits, int) else bits)
@@ -133,8 +182,8 @@ def _component(wanted: str, part: str) -> bool:
 
 
 def nbytes(model: nn.Module) -> int:
-    """Bytes of quantised weights that one token reads at the widths set now."""
-    return sum(layer.nbytes() for layer in layers(model).values())
+    """Bytes of the quantised matrices at the widths set now: what one token reads of linear layers."""
+    return sum(matrix.nbytes() for matrix in matrices(model).values())
 
 
 def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, Any] | None = None) -> int:
@@ -142,14 +191,15 @@ def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, 
     found = layers(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no quantised layer to save")
-    matrices = {n: layer.packed if bits == 8 else layer.packed.prefix(bits) for n, layer in found.items()}
+    packed = {n: layer.packed if bits == 8 else layer.packed.prefix(bits) for n, layer in found.items()}
     beside = {
         f"{name}.{part}": getattr(layer, part)
         for name, layer in found.items()
         for part in ("bias", "mean")
         if getattr(layer, part) is not None
     }
-    return storage.save(path, matrices, beside, dict(about or {}))
+    beside |= {f"{name}.gain": m.weight for name, m in model.named_modules() if getattr(m, "carries_codes", False)}  # type: ignore[misc]
+    return storage.save(path, packed, beside, dict(about or {}))
 
 
 def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.Module:
@@ -159,9 +209,13 @@ def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.M
     """
     if layers(model):
         raise ValueError(f"model: already quantised ({next(iter(layers(model)))})")
-    matrices, beside, _ = storage.load(path)
+    held, beside, _ = storage.load(path)
     modules = dict(model.named_modules())
-    for name, packed in matrices.items():
+    gains = {name.removesuffix(".gain"): tensor for name, tensor in beside.items() if name.endswith(".gain")}
+    for name, gain in gains.items():
+        if getattr(modules.get(name), "weight", gain.new_empty(0)).shape != gain.shape:
+            raise CheckpointError(f"{path}: {name}: the model has no norm of that name and size")
+    for name, packed in held.items():
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
             raise CheckpointError(f"{path}: {name}: the model has no linear layer of that name")
@@ -170,7 +224,8 @@ def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.M
                 f"{path}: {name}: expected {linear.out_features} × {linear.in_features},"
                 f" got {packed.out_features} × {packed.in_features}"
             )
-    for name, packed in matrices.items():
+    set_gains(model, gains)
+    for name, packed in held.items():
         linear = modules[name]
         assert isinstance(linear, nn.Linear)
         bias = beside.get(f"{name}.bias", None if linear.bias is None else linear.bias.detach())

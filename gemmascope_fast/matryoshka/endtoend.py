@@ -1,0 +1,150 @@
+"""QAT end to end: the weights of every quantised layer at once, straight through the rounding, against next tokens.
+
+A step's loss, over the widths r of the recipe from wide to narrow,
+
+    Σ_r λ_r · CE(slice r, next token)  +  distill · KL(wider ‖ slice r),
+
+where "wider" is the unquantised model for the widest slice and the slice before otherwise (co-distillation 8 → 4 → 2).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from gemmascope_fast.matryoshka.model import gained, targets
+from gemmascope_fast.matryoshka.nested import NestedWeight, Recipe, Trained, trainable
+from gemmascope_fast.matryoshka.training import batches, parameter_groups
+
+LOGIT_ROWS = 128  # tokens whose logits are held at once, in forward and again in backward
+
+
+def finetune(
+    model: nn.Module,
+    ids: Tensor,
+    recipe: Recipe,
+    scope: str = "ffn",
+    *,
+    steps: int,
+    start: Trained | None = None,
+    work: str | Path | None = None,
+    save_every: int = 5,
+    progress: Callable[..., Any] | None = None,
+) -> Trained:
+    """Codes trained for `steps` steps of recipe.batch windows of ids [n, window].  The model is left as it was.
+
+    start: where training begins, e.g. the block-by-block result; else the model's own weights.  work: a folder where
+    the state is kept every `save_every` steps; a run that was interrupted goes on from there.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    names = list(targets(model, scope))
+    nested = {name: NestedWeight(model.get_submodule(name), recipe) for name in names}  # type: ignore[arg-type]
+    gains = {} if start is None else start.gains
+    if start is not None:
+        for name, module in nested.items():
+            module.begin_at(start.codes[name])
+    optimiser = torch.optim.Adam(parameter_groups(nested, None, recipe))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    kept = None
+    if work is not None:
+        kept = Path(work) / f"qat-{recipe.key(ids, scope, steps, start is not None)}.pt"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+    done = _load(kept, nested, optimiser, schedule)
+    at = order(ids.shape[0], recipe.batch)
+    for _ in range(done):
+        next(at)
+    bar = range(done, steps)
+    for step in progress(bar, desc="qat", initial=done, total=steps) if progress else bar:
+        rows = next(at)
+        with torch.no_grad():
+            teacher = _hidden(model, ids[rows])
+        optimiser.zero_grad(set_to_none=True)
+        with trainable(model, nested), gained(model, gains):
+            _step(model, nested, ids[rows], teacher, recipe)
+        torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+        optimiser.step()
+        schedule.step()
+        if kept is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+            _save(kept, step + 1, nested, optimiser, schedule)
+    return Trained({name: module.codes() for name, module in nested.items()}, gains)
+
+
+def _step(model: nn.Module, nested: dict[str, NestedWeight], ids: Tensor, teacher: Tensor, recipe: Recipe) -> None:
+    """Gradients of one batch; one width's graph at a time."""
+    wider = teacher
+    for bits in recipe.bits:
+        for module in nested.values():
+            module.bits = bits
+        hidden = _hidden(model, ids)
+        loss = head_loss(model, hidden, wider, ids, recipe.weights.get(bits, 1.0), recipe.distill)
+        loss.backward()  # type: ignore[no-untyped-call]
+        wider = hidden.detach()
+
+
+def order(count: int, size: int) -> Iterator[Tensor]:
+    """Batches of window numbers without end, every pass shuffled anew."""
+    epoch = 0
+    while True:
+        yield from batches(count, size, epoch)
+        epoch += 1
+
+
+def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
+    """What the output head reads, [n, window, d], in bf16 arithmetic."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return model.get_decoder()(ids, use_cache=False).last_hidden_state.float()  # type: ignore[operator]
+
+
+def head_loss(model: nn.Module, hidden: Tensor, wider: Tensor, ids: Tensor, weight: float, distill: float) -> Tensor:
+    """Mean over predicted tokens of weight · CE + distill · KL, a few rows of logits at a time."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    cap = getattr(model.config, "final_logit_softcapping", None)
+
+    def logits(rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            raw = head(rows).float()
+        return raw if cap is None else cap * torch.tanh(raw / cap)
+
+    def part(rows: Tensor, theirs: Tensor, wanted: Tensor) -> Tensor:
+        own = logits(rows).log_softmax(-1)
+        loss = weight * nn.functional.nll_loss(own, wanted, reduction="sum")
+        if distill:
+            with torch.no_grad():
+                other = logits(theirs).log_softmax(-1)
+            loss = loss + distill * nn.functional.kl_div(own, other, reduction="sum", log_target=True)
+        return loss
+
+    flat = [t.reshape(-1, t.shape[-1]) for t in (hidden[:, :-1], wider[:, :-1])]
+    pieces = zip(*(t.split(LOGIT_ROWS) for t in (*flat, ids[:, 1:].reshape(-1))), strict=True)
+    total = torch.stack([checkpoint(part, *piece, use_reentrant=False) for piece in pieces]).sum()
+    return total / flat[0].shape[0]
+
+
+def _save(path: Path, step: int, nested: dict[str, NestedWeight], optimiser: Any, schedule: Any) -> None:
+    state = {
+        "step": step,
+        "nested": {name: module.state_dict() for name, module in nested.items()},
+        "optimiser": optimiser.state_dict(),
+        "schedule": schedule.state_dict(),
+    }
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def _load(path: Path | None, nested: dict[str, NestedWeight], optimiser: Any, schedule: Any) -> int:
+    """Steps done already; the state of a run that was interrupted is put back."""
+    if path is None or not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    for name, module in nested.items():
+        module.load_state_dict(state["nested"][name])
+    optimiser.load_state_dict(state["optimiser"])
+    schedule.load_state_dict(state["schedule"])
+    return int(state["step"])
