@@ -3,8 +3,8 @@
     python benchmarks/bench_matryoshka_decode.py [--new-tokens 24] [--rounds 3] [--json FILE]
 
 The models take turns in one process.  The quantised one is a single model whose width is set before its turn; its
-output head is a code of its own, though tied to the embedding, which stays as it is.  Text of 2 bits, untrained, is worthless:
-this measures time.
+output head is a code of its own, though tied to the embedding, which stays as it is.  What an untrained model writes at
+2 bits is worthless: this measures time.
 """
 
 from __future__ import annotations

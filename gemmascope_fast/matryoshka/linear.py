@@ -148,33 +148,40 @@ class MatryoshkaLinear(MatryoshkaMatrix):
 
     def _changed(self) -> None:
         self._offset: Tensor | None = None
+        self._operands: tuple[list[Tensor], Tensor, Tensor, Tensor | None, Tensor | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 f"x: expected in_features = {self.in_features} in its last dimension, got {tuple(x.shape)}"
             )
-        if self.mean is not None and self._offset is None:
-            self._offset = self._fold()
         exact = self.activations == "exact"
         # what the mean adds is folded into the bias at this width, in fp32
         centred = self.mean is not None and not exact
+        if centred and self._offset is None:
+            self._offset = self._fold()
+        if self._operands is None:
+            # a module's own lookup of a dozen buffers takes longer than the product of a small layer
+            planes = [getattr(self, f"plane{i}") for i in range(self._reads)]
+            self._operands = (planes, self.scale, self.zero_point, self.overflow_crow, self.overflow_col)
+        planes, scale, zero_point, crow, col = self._operands
         y = matryoshka_linear(
-            x.reshape(-1, self.in_features),
-            [getattr(self, f"plane{i}") for i in range(self._reads)],
-            self.scale,
-            self.zero_point,
+            x if x.dim() == 2 else x.reshape(-1, self.in_features),
+            planes,
+            scale,
+            zero_point,
             self._offset if centred else self.bias,
             self.mean if centred else None,
-            self.overflow_crow,
-            self.overflow_col,
+            crow,
+            col,
             self.out_features,
             self._group_size or 0,
             self.bits,
             self._rule,
             exact,
         )
-        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+        y = y if y.dtype == x.dtype else y.to(x.dtype)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def _fold(self) -> Tensor:
         assert self.mean is not None
