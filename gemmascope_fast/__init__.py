@@ -15,6 +15,7 @@ from gemmascope_fast.errors import (
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.loading import SAE
 from gemmascope_fast.matryoshka.model import quantize_, set_bits
+from gemmascope_fast.matryoshka.sae import MatryoshkaSAE
 from gemmascope_fast.sae import (
     JumpReLUSAE,
     JumpReLUSkipTranscoder,
@@ -40,6 +41,7 @@ __all__ = [
     "JumpReLUSkipTranscoder",
     "JumpReLUTranscoder",
     "Mask",
+    "MatryoshkaSAE",
     "MinClamp",
     "SAEConfig",
     "SAEMetadata",

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gemmascope_fast import matryoshka
-from gemmascope_fast.matryoshka import grid, measure, mixnmatch
+from gemmascope_fast.matryoshka import comparison as grid
+from gemmascope_fast.matryoshka import measure, mixnmatch
 from gemmascope_fast.matryoshka.mixnmatch import Point, Unit
 
 transformers = pytest.importorskip("transformers")

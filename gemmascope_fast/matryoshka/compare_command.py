@@ -34,7 +34,8 @@ def run_compare(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.demo_model import load_pair
-    from gemmascope_fast.matryoshka import grid, measure, mixnmatch
+    from gemmascope_fast.matryoshka import comparison as grid
+    from gemmascope_fast.matryoshka import measure, mixnmatch
 
     wanted = args.only.split(",")
     if set(wanted) - set(PARTS):

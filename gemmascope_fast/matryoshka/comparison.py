@@ -43,9 +43,10 @@ class Run:
         return name + ("-dithered" if self.dithered else "")
 
     def cases(self) -> list[Case]:
-        frame = {"scope": self.scope, "group_size": self.group_size, "method": self.label}
-        slicings = {"minmax": ("prefix", "matquant", "matquant-extra", "alone")}.get(self.method, (self.mode,))
-        if self.method != "minmax" and self.mode == "matquant":
+        slicings: tuple[str, ...] = (self.mode,)
+        if self.method == "minmax":
+            slicings = ("prefix", "matquant", "matquant-extra", ALONE)
+        elif self.mode == "matquant":
             slicings = ("matquant", "matquant-extra")
         widths = self.bits if self.mode == ALONE else self.widths
         rows = []
@@ -53,7 +54,7 @@ class Run:
             for slicing in slicings:
                 # no bit is dropped at 8: every slicing is the same code
                 here = [b for b in widths if b < 8 or slicing == slicings[0]]
-                rows += [Case(**frame, slicing=slicing, bits=b, activations=activations) for b in here]
+                rows += [Case(self.scope, self.group_size, self.label, b, slicing, activations) for b in here]
         return rows
 
 
@@ -108,7 +109,10 @@ class Comparison:
     def __post_init__(self) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
         self.results = Results(self.work / "results.json")
-        about = {"tokens": self.held_out.numel() - self.held_out.shape[0], "training": self.training.numel()}
+        about: dict[str, Any] = {
+            "tokens": self.held_out.numel() - self.held_out.shape[0],
+            "training": self.training.numel(),
+        }
         about |= {"recipe": self.recipe, "steps": self.steps}
         held = self.results.figures.get("about")
         if held is not None and held != about:
