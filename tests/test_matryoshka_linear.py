@@ -1,6 +1,7 @@
 """MatryoshkaLinear and its op: the reference from the dequantised matrix, widths at run time, whole models."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from gemmascope_fast import backends, matryoshka
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.matryoshka import MatryoshkaLinear, Packed, quantize
 from gemmascope_fast.matryoshka.model import matches
+from gemmascope_fast.matryoshka.planes import HUGE, in_huge_pages
 from gemmascope_fast.ops import matryoshka_linear, matryoshka_linear_reference
 from gemmascope_fast.ops.matryoshka_linear import quantize_tokens
 
@@ -157,6 +159,19 @@ def test_widths_change_without_touching_the_codes():
     assert torch.allclose(layer(x), x @ layer.packed.dequantize(2, "matquant", True).t() + linear.bias, atol=1e-5)
     assert [p.data_ptr() for p in layer.packed.planes] == addresses
     assert all(torch.equal(p, b) for p, b in zip(layer.packed.planes, before, strict=True))
+
+
+def test_large_planes_move_to_huge_pages_and_stay_the_same():
+    plane = torch.randint(0, 256, (3, 1000, 3000), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    moved = in_huge_pages(plane)
+    assert torch.equal(moved, plane)
+    assert moved.is_contiguous()
+    assert moved.data_ptr() % HUGE == 0
+    small = plane[:1, :10].contiguous()
+    assert in_huge_pages(small) is small
+    again = pickle.loads(pickle.dumps(moved))
+    assert torch.equal(again, plane)
+    assert torch.equal(copy.deepcopy(moved), plane)
 
 
 def test_casting_a_model_leaves_scales_alone():

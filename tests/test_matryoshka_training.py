@@ -318,3 +318,62 @@ def test_packed_of_trained_codes_serves_them():
     codes = module.codes()
     assert torch.equal(Packed.of(codes).dequantize(3), codes.dequantize(3))
     assert not torch.equal(codes.dequantize(), quantize(module.weight).dequantize())  # the range is clipped
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "omniquant", "--steps", "2"], "--steps"),
+        (["--method", "qat", "--lambdas", "1,2"], "--lambdas"),
+        (["--method", "qat", "--mode", "alone"], "one width"),
+    ],
+)
+def test_the_command_refuses_what_contradicts_itself(options, message, monkeypatch, capsys, tmp_path):
+    assert run_command(monkeypatch, ["--table", str(tmp_path / "t.json"), *options]) == 1
+    assert message in capsys.readouterr().err
+
+
+class Words:
+    """A tokenizer of the tiny model: a byte a token."""
+
+    bos_token_id = 0
+
+    def __call__(self, text, **_):
+        return {"input_ids": torch.tensor([[1 + ord(c) % 63 for c in text]])}
+
+
+def run_command(monkeypatch, options):
+    from gemmascope_fast import cli, demo_model
+
+    monkeypatch.setattr(demo_model, "load_model", lambda _name: (tiny(), Words()))
+    monkeypatch.setattr(measure, "WINDOW", 16)
+    return cli.main(["quantize", "--windows", "4", "--train-windows", "4", *options])
+
+
+def test_the_command_trains_measures_and_writes(monkeypatch, tmp_path):
+    table, out = tmp_path / "t.json", tmp_path / "codes.safetensors"
+    options = [
+        "--method",
+        "qat",
+        "--mode",
+        "alone",
+        "--train-bits",
+        "2",
+        "--epochs",
+        "1",
+        "--steps",
+        "1",
+        "--bits",
+        "2",
+    ]
+    assert run_command(monkeypatch, [*options, "--table", str(table), "--out", str(out), "--work", str(tmp_path)]) == 0
+    figures = json.loads(table.read_text())
+    assert set(figures) == {"full", *(f"ffn/channel/qat-2-alone/alone/int2/{a}" for a in ("exact", "int8"))}
+    back = matryoshka.load_(tiny(), out)
+    layer = next(iter(matryoshka.layers(back).values()))
+    assert layer.packed.stored == layer.bits == 2
+    assert layer.weight.unique(dim=None).numel() > 3
+    assert all(len(row.unique()) <= 4 for row in layer.weight)

@@ -19,12 +19,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method",
         choices=("minmax", "omniquant", "qat"),
         default="minmax",
-        help="minmax: no training; omniquant: clipping learned block by block; qat: the weights too",
+        help="minmax: no training; omniquant: clipping and channel scales learned block by block; qat: the weights too",
     )
     parser.add_argument("--train-bits", default="8,4,2", help="widths trained together (default: %(default)s)")
-    parser.add_argument("--mode", choices=("prefix", "matquant"), default="prefix", help="the slicing trained for")
+    parser.add_argument("--lambdas", metavar="L,L,…", help="their weights in the loss (default: 0.1,0.1,1 for 8,4,2)")
+    parser.add_argument(
+        "--distill", type=float, default=0.1, help="weight of each width's teaching the next narrower one"
+    )
+    parser.add_argument("--no-scales", action="store_true", help="learn no channel scales")
+    parser.add_argument("--feed", type=float, default=0.0, help="share of the teacher's activations between blocks")
+    parser.add_argument(
+        "--mode",
+        choices=("prefix", "matquant", "alone"),
+        default="prefix",
+        help="the slicing trained for; alone: one width of --train-bits on a grid of its own",
+    )
     parser.add_argument("--train-windows", type=int, default=80, help="training windows of 255 tokens")
     parser.add_argument("--epochs", type=int, default=2, help="passes over them for each block")
+    parser.add_argument("--steps", type=int, default=0, help="qat: steps of end-to-end training after the blocks")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the codes there (safetensors)")
     parser.add_argument("--bits", type=int, default=8, help="width of that file: 2, 3, 4, 6 or 8 (default: 8)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure every width into this JSON; resumable")
@@ -57,19 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if ids.shape[0] < args.windows + args.train_windows:
         raise ValueError(f"--text-file: expected {args.windows + args.train_windows} windows, got {ids.shape[0]}")
     held_out, training = ids[-args.windows :], ids[: args.train_windows]
-    codes = None
-    if args.method != "minmax":
-        from gemmascope_fast.matryoshka.nested import Recipe
-        from gemmascope_fast.matryoshka.training import train
-
-        recipe = Recipe(
-            method=args.method,
-            group_size=args.group_size,
-            bits=tuple(int(b) for b in args.train_bits.split(",")),
-            mode=args.mode,
-            epochs=args.epochs,
-        )
-        codes = train(model, training, recipe, scope=args.scope, work=args.work, progress=tqdm)
+    codes = None if args.method == "minmax" else _train(args, model, training, tqdm)
     names = list(models.targets(model, args.scope))
     means = measure.input_means(model, names, training[:4])
     if args.table is not None:
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
             model,
             args.scope,
             group_size=args.group_size,
+            mode="prefix" if args.mode == "prefix" else "matquant",
             head=args.head,
             means=means,
             codes=codes,
@@ -94,6 +95,39 @@ def run(args: argparse.Namespace) -> int:
         size = models.save(model, args.out, args.bits, about)
         print(json.dumps({"file": str(args.out), "bytes": size, "layers": len(names), "bits": args.bits}))
     return 0
+
+
+def _train(args: argparse.Namespace, model: Any, training: Any, progress: Any) -> Any:
+    from gemmascope_fast.matryoshka.endtoend import finetune
+    from gemmascope_fast.matryoshka.nested import PUBLISHED, Recipe
+    from gemmascope_fast.matryoshka.training import train
+
+    bits = tuple(int(b) for b in args.train_bits.split(","))
+    weights = dict(PUBLISHED)
+    if args.lambdas is not None:
+        given = [float(value) for value in args.lambdas.split(",")]
+        if len(given) != len(bits):
+            raise ValueError(f"--lambdas: expected {len(bits)} weights for --train-bits {args.train_bits}, got {given}")
+        weights = dict(zip(bits, given, strict=True))
+    if args.steps and args.method != "qat":
+        raise ValueError(f"--steps: expected method qat, got {args.method}")
+    recipe = Recipe(
+        method=args.method,
+        group_size=args.group_size,
+        bits=bits,
+        mode=args.mode,
+        weights=weights,
+        distill=args.distill,
+        equivalent=not args.no_scales,
+        feed=args.feed,
+        epochs=args.epochs,
+    )
+    codes = train(model, training, recipe, scope=args.scope, work=args.work, progress=progress)
+    if args.steps:
+        codes = finetune(
+            model, training, recipe, args.scope, steps=args.steps, start=codes, work=args.work, progress=progress
+        )
+    return codes
 
 
 def cases(args: argparse.Namespace) -> list[Any]:
@@ -107,12 +141,13 @@ def cases(args: argparse.Namespace) -> list[Any]:
         slicings = (args.mode,)
     if args.method != "minmax" and args.mode == "matquant":
         slicings = ("matquant", "matquant-extra")
+    widths = WIDTHS if args.mode != "alone" else (int(args.train_bits),)
     for slicing in (*slicings, "alone") if args.method == "minmax" else slicings:
-        for bits in WIDTHS:
+        for bits in widths:
             if bits == 8 and slicing != slicings[0]:
                 continue  # no bit is dropped at 8: every slicing is the same code
             rows.append(Case(**frame, slicing=slicing, bits=bits))
-    rows += [Case(**frame, slicing=slicings[0], bits=bits, activations="int8") for bits in WIDTHS]
+    rows += [Case(**frame, slicing=slicings[0], bits=bits, activations="int8") for bits in widths]
     return rows
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.matryoshka.codes import check_bits, check_mode, quantize
-from gemmascope_fast.matryoshka.planes import Packed
+from gemmascope_fast.matryoshka.planes import Packed, in_huge_pages
 from gemmascope_fast.ops.matryoshka_linear import EXTRA, MATQUANT, PREFIX, matryoshka_linear
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class MatryoshkaMatrix(nn.Module):
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self._group_size, self._stored, self._made_for = packed.group_size, packed.stored, packed.mode
         for i, plane in enumerate(packed.planes):
-            self.register_buffer(f"plane{i}", plane)
+            self.register_buffer(f"plane{i}", in_huge_pages(plane))
         self.register_buffer("scale", packed.scale)
         self.register_buffer("zero_point", packed.zero_point)
         crow, col = packed.overflow or (None, None)
@@ -46,7 +46,7 @@ class MatryoshkaMatrix(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The codes, scales and zero points, shared and not copied."""
+        """The codes, scales and zero points; the tensors are the layer's own."""
         planes = tuple(getattr(self, f"plane{i}") for i in range(5) if hasattr(self, f"plane{i}"))
         crow, col = self.overflow_crow, self.overflow_col
         overflow = None if crow is None or col is None else (crow, col)

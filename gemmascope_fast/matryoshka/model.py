@@ -187,11 +187,12 @@ def nbytes(model: nn.Module) -> int:
 
 
 def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, Any] | None = None) -> int:
-    """Write the quantised layers; gives the size in bytes.  `bits` below 8 keeps the first planes alone."""
+    """Write the quantised layers; gives the size in bytes.  `bits` below 8 keeps the first planes alone, or of codes in
+    mode "matquant" a flat copy of that slice."""
     found = layers(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no quantised layer to save")
-    packed = {n: layer.packed if bits == 8 else layer.packed.prefix(bits) for n, layer in found.items()}
+    packed = {n: _narrowed(layer.packed, bits, layer.mode) for n, layer in found.items()}
     beside = {
         f"{name}.{part}": getattr(layer, part)
         for name, layer in found.items()
@@ -200,6 +201,12 @@ def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, 
     }
     beside |= {f"{name}.gain": m.weight for name, m in model.named_modules() if getattr(m, "carries_codes", False)}  # type: ignore[misc]
     return storage.save(path, packed, beside, dict(about or {}))
+
+
+def _narrowed(packed: Packed, bits: int, mode: str) -> Packed:
+    if bits == packed.stored:
+        return packed
+    return packed.prefix(bits) if mode == "prefix" else packed.materialize(bits, mode)
 
 
 def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.Module:

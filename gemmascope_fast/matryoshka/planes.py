@@ -13,6 +13,7 @@ outputs.  Rows and columns are padded with code 0; scales and zero points are [o
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,6 +59,29 @@ def bits_read(bits: int, mode: str = "prefix", stored: int = 8) -> int:
     if not enough:
         raise ValueError(f"bits: a {mode} slice to {bits} needs {need} bits a weight, {stored} are stored")
     return enough[0]
+
+
+HUGE = 1 << 21  # bytes of a huge page on x86-64; a plane smaller than two has little of one
+
+
+def in_huge_pages(plane: Tensor) -> Tensor:
+    """A copy of a large CPU plane in huge pages, where the system gives them; others as they are.
+
+    A product for one token reads each page once: in pages of 4 KiB the address translation of a matrix that is not in
+    cache costs up to a third of the time.
+    """
+    size = plane.numel()
+    if plane.device.type != "cpu" or size < 2 * HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return plane
+    # private: shared memory has huge pages only where the administrator says so
+    space = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        space.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:  # a kernel without them
+        return plane
+    whole = torch.frombuffer(space, dtype=torch.uint8)  # keeps `space` alive
+    start = -whole.data_ptr() % HUGE
+    return whole[start : start + size].view(plane.shape).copy_(plane)
 
 
 def pack(codes: Tensor, stored: int = 8) -> tuple[Tensor, ...]:
