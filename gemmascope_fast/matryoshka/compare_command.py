@@ -69,7 +69,7 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def sae_table(model: Any, sae: Any, layer: int, held_out: Any, training: Any, work: Path, progress: Any) -> None:
-    """The SAE's rows: reconstruction on all held-out windows, losses on up to ten of them."""
+    """The SAE's rows: reconstruction on all held-out windows, losses on a quarter of them (two to ten)."""
     import torch
 
     from gemmascope_fast.matryoshka import measure_sae
@@ -83,5 +83,13 @@ def sae_table(model: Any, sae: Any, layer: int, held_out: Any, training: Any, wo
     x = torch.cat(list(activations(model, layer, held_out.split(4))))
     mean = torch.cat(list(activations(model, layer, training[:8].split(4)))).mean(0)
     measure_sae.compare_sae(
-        model, sae, layer, x, held_out[:10], results, cases, mean, lambda rows: progress(rows, desc="SAE")
+        model,
+        sae,
+        layer,
+        x,
+        held_out[: max(2, min(10, held_out.shape[0] // 4))],
+        results,
+        cases,
+        mean,
+        lambda rows: progress(rows, desc="SAE"),
     )
