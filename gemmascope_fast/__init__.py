@@ -3,11 +3,13 @@
 from gemmascope_fast._version import __version__
 from gemmascope_fast.attach import Ablate, Add, Clamp, Direction, Mask, MinClamp, Scale, attach
 from gemmascope_fast.backends import backend
+from gemmascope_fast.bank import Bank, BankedSAE
 from gemmascope_fast.coders import Crosscoder, CrossLayerTranscoder, TopKSAE, scaled_embedding_sae
 from gemmascope_fast.demo_model import load_demo
 from gemmascope_fast.errors import (
     AttachError,
     BackendError,
+    BankError,
     CheckpointError,
     GemmaScopeFastError,
     StaleScreenError,
@@ -31,6 +33,9 @@ __all__ = [
     "Add",
     "AttachError",
     "BackendError",
+    "Bank",
+    "BankError",
+    "BankedSAE",
     "CheckpointError",
     "Clamp",
     "CrossLayerTranscoder",

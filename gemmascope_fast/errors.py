@@ -13,6 +13,10 @@ class AttachError(GemmaScopeFastError):
     """An SAE cannot be attached to this model, or a run cannot be read as asked."""
 
 
+class BankError(GemmaScopeFastError):
+    """A bank's budget has no room for an SAE: it is too large, or everything there is in use."""
+
+
 class BackendError(GemmaScopeFastError):
     """A backend was asked for by name and cannot serve the op; the message says why."""
 

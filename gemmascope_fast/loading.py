@@ -54,24 +54,41 @@ def from_pretrained(
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
     another dtype than float32, bfloat16 and float16.
     """
+    wanted = held_dtype(dtype)
+    checkpoint = _told(find_checkpoint(repo_or_folder, sae_id, revision), kind, site, site_out)
+    with _bar(checkpoint, progress):
+        made = build(checkpoint, torch.device(device), wanted)
+    take_screen(made, checkpoint)
+    return made
+
+
+def take_screen(made: Any, checkpoint: Checkpoint) -> None:
+    """Give a module the screen that is stored beside its weights, where one is."""
+    if checkpoint.format == "native" and isinstance(made, JumpReLUSAE):
+        screen = native.read_screen(made, checkpoint.path)
+        if screen is not None:
+            made._prepared.adopt(made, screen)
+
+
+def held_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype of a name; ValueError where no SAE is held in it."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if wanted not in _DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
+    return wanted
+
+
+def find_checkpoint(repo_or_folder: str | Path, sae_id: str | None = None, revision: str | None = None) -> Checkpoint:
+    """The checkpoint that `from_pretrained` would load, fetched where it has to be, its weights not read yet."""
     found = locate(repo_or_folder, sae_id, revision)
-    checkpoint = _told(open_checkpoint(found.path), kind, site, site_out)
+    checkpoint = open_checkpoint(found.path)
     if found.named is not None:
         named = found.named
         extra = checkpoint.extra | ({"neuronpedia_id": named.neuronpedia_id} if named.neuronpedia_id else {})
         checkpoint = replace(checkpoint, model_name=checkpoint.model_name or named.model, extra=extra)
         if named.scale is not None and checkpoint.normalisation == "expected_average_only_in":
             checkpoint = _scaled(checkpoint, named.scale)
-    with _bar(checkpoint, progress):
-        made = build(checkpoint, torch.device(device), wanted)
-    if checkpoint.format == "native" and isinstance(made, JumpReLUSAE):
-        screen = native.read_screen(made, checkpoint.path)
-        if screen is not None:
-            made._prepared.adopt(made, screen)
-    return made
+    return checkpoint
 
 
 class SAE:
@@ -117,16 +134,20 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
         made = CrossLayerTranscoder(layers, skips or None, _multi_site(checkpoint))
         made.kind = checkpoint.kind
         return made
-    arrays = checkpoint.arrays
-    (d_in, d_sae), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
-    cfg = SAEConfig(d_in, d_sae, d_out, checkpoint.site, checkpoint.site_out, _metadata(checkpoint))
+    arrays, cfg = checkpoint.arrays, config_of(checkpoint)
     weights = {name: entry.read(device, dtype, transposed=name == "W_enc") for name, entry in arrays.items()}
     if checkpoint.threshold_value is not None and "threshold" not in weights:
-        weights["threshold"] = torch.full((d_sae,), checkpoint.threshold_value, dtype=dtype, device=device)
+        weights["threshold"] = torch.full((cfg.d_sae,), checkpoint.threshold_value, dtype=dtype, device=device)
     if checkpoint.subtracts_b_dec:
         weights["b_enc"] = _folded(weights, arrays["b_enc"])
     more: dict[str, Any] = {"k": checkpoint.k} if checkpoint.kind == "topk_sae" else {}
     return _CLASSES[checkpoint.kind](cfg=cfg, **weights, **more)
+
+
+def config_of(checkpoint: Checkpoint) -> SAEConfig:
+    """The config of what `build` gives for a checkpoint of one site."""
+    (d_in, d_sae), d_out = checkpoint.arrays["W_enc"].shape, checkpoint.arrays["W_dec"].shape[1]
+    return SAEConfig(d_in, d_sae, d_out, checkpoint.site, checkpoint.site_out, _metadata(checkpoint))
 
 
 def _folded(weights: dict[str, Tensor], b_enc: Entry) -> Tensor:

@@ -99,6 +99,12 @@ class Screen:
         return sum(t.nbytes for t in self.tensors().values())
 
 
+def most_bytes(d_in: int, d_sae: int) -> int:
+    """Bytes of a screen with both digits and a centre, for an encoder of these dimensions."""
+    code = 4 * -(-d_sae // 4) * 64 * -(-d_in // 64)
+    return 2 * code + 4 * (9 * 16 * -(-d_sae // 16) + d_in)
+
+
 def weights_digest(W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> str:
     """sha256 of what a screen depends on: dtype, shape and bytes of the rows, biases and thresholds."""
     return _sha256((W_enc.detach().t(), b_enc.detach(), threshold.detach()))

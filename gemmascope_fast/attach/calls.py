@@ -88,6 +88,12 @@ class Call:
     offset: int = -1  # row in the run, once committed
     reached: set[Any] = field(default_factory=set)
     scratch: dict[Any, Any] = field(default_factory=dict)
+    leases: dict[Any, Any] = field(default_factory=dict)  # of a bank's SAEs in use, by tap
+
+    def release(self) -> None:
+        """Give back what is still in use: the call is over, or was cut short."""
+        while self.leases:
+            self.leases.popitem()[1].release()
 
     @property
     def n_rows(self) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemmascope_fast.attach.edits import Edit
+from gemmascope_fast.bank import Bank, BankedSAE
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.sae import JumpReLUSAE, JumpReLUTranscoder
+from gemmascope_fast.sae import JumpReLUSAE
 from gemmascope_fast.sites import Site
 
 Key = Any
@@ -31,7 +33,8 @@ class Activations:
     parts: list[Tensor] = field(default_factory=list)
 
 
-Coder = JumpReLUSAE | Activations | None  # None: nothing is read, only edits that need no SAE are there
+Coder = JumpReLUSAE | BankedSAE | Activations | None  # None: nothing is read, only edits that need no SAE are there
+SAES = (JumpReLUSAE, BankedSAE)
 
 
 @dataclass
@@ -44,8 +47,11 @@ class Entry:
     site_out: Site
 
 
-def entries(saes: Any) -> list[Entry]:
-    """From an SAE, a list, a bank or a dict.  AttachError where a site is missing or a key is given twice."""
+def entries(saes: Any, model: nn.Module) -> list[Entry]:
+    """From an SAE, a list, a dict, or a bank's SAEs of this model.  AttachError where a site is missing or a key is
+    given twice."""
+    if isinstance(saes, Bank):
+        return _banked(saes.for_model(model))
     found = [_entry(key, coder) for key, coder in _pairs(saes)]
     seen: dict[Any, int] = {}
     for entry in found:
@@ -54,6 +60,13 @@ def entries(saes: Any) -> list[Entry]:
     if twice:
         raise AttachError(f"saes: {len(twice)} sites have several SAEs ({twice[0]}): give a dict with a key for each")
     return found
+
+
+def _banked(bank: Bank) -> list[Entry]:
+    """Keyed by site; where several are at one site, by their names."""
+    found = [(name, _entry(None, coder)) for name, coder in bank.items()]
+    sites = Counter(entry.site for _, entry in found)
+    return [e if sites[e.site] == 1 else Entry(name, e.coder, e.site, e.site_out) for name, e in found]
 
 
 def _pairs(saes: Any) -> Iterator[tuple[Key, Any]]:
@@ -69,7 +82,7 @@ def _pairs(saes: Any) -> Iterator[tuple[Key, Any]]:
 
 
 def _is_coder(value: Any) -> bool:
-    return isinstance(value, (Activations, JumpReLUSAE))
+    return isinstance(value, (Activations, *SAES))
 
 
 def _entry(key: Key, coder: Any) -> Entry:
@@ -83,7 +96,7 @@ def _entry(key: Key, coder: Any) -> Entry:
         site, key = own, own
     else:
         site = site_of(key, own)
-    if not isinstance(coder, JumpReLUTranscoder):
+    if isinstance(coder, Activations) or "transcoder" not in coder.kind:
         return Entry(key, coder, site, site)
     if own_out is None or own is None:
         raise AttachError(
@@ -154,7 +167,7 @@ def assign(edits: Any, known: list[Entry]) -> list[tuple[Entry, list[Edit]]]:
 
 def _edits_at(key: Key, edit: Edit, found: list[tuple[Entry, list[Edit]]]) -> list[Edit]:
     if key is None:
-        own = [edits for entry, edits in found if isinstance(entry.coder, JumpReLUSAE)]
+        own = [edits for entry, edits in found if isinstance(entry.coder, SAES)]
         if len(own) != 1:
             raise AttachError(f"edits: {edit} names no site, and {len(own)} SAEs are attached: expected one")
         return own[0]

@@ -17,9 +17,9 @@ from gemmascope_fast.sae import JumpReLUSAE
 class Plan:
     """Edits of one site in their order; features that none of them names are never looked at."""
 
-    def __init__(self, edits: Sequence[Edit], sae: JumpReLUSAE | None, d_out: int | None) -> None:
-        check_edits(edits, None if sae is None else sae.cfg.d_sae, d_out)
-        self.edits, self.sae = list(edits), sae
+    def __init__(self, edits: Sequence[Edit], d_sae: int | None, d_out: int | None) -> None:
+        check_edits(edits, d_sae, d_out)
+        self.edits = list(edits)
         self.on_latents = [e for e in edits if not isinstance(e, Direction)]
         self.directions = [e for e in edits if isinstance(e, Direction)]
         self.touched = sorted({f for e in edits if isinstance(e, FeatureEdit) for f in e.features})
@@ -29,21 +29,27 @@ class Plan:
         self.masks = any(isinstance(e, Mask) for e in edits)
 
     def apply(
-        self, x: Tensor, latents: SparseLatents | None, call: Call, at: Tensor | None, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        sae: JumpReLUSAE | None,
+        latents: SparseLatents | None,
+        call: Call,
+        at: Tensor | None,
+        scale: Tensor | None = None,
     ) -> Tensor:
         """x [n, d] of the chosen rows with everything added; x itself where nothing is.
 
-        latents: of the same rows; at: int64 [n], their numbers in the call (None: all of them); scale: what the SAE's
-        own units are multiplied by at this place (the embedding's scale), if anything.
+        latents: of the same rows, by `sae`; at: int64 [n], their numbers in the call (None: all of them); scale: what
+        the SAE's own units are multiplied by at this place (the embedding's scale), if anything.
         """
         if self.on_latents and latents is not None:
-            assert self.sae is not None
+            assert sae is not None
             delta = self.delta(latents, call, at)
             if delta.nnz:
                 filled = delta.crow_indices.diff() > 0
                 rows = filled.nonzero()[:, 0]
                 own = delta if rows.numel() == delta.n_rows else delta[rows]
-                added = ops.decode(own.crow_indices, own.col_indices, own.values, self.sae.W_dec, None, None)
+                added = ops.decode(own.crow_indices, own.col_indices, own.values, sae.W_dec, None, None)
                 x = _added(x, rows, added if scale is None else added * scale)
         for edit in self.directions:
             if edit.strength == 0:

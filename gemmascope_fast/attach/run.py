@@ -17,16 +17,15 @@ from gemmascope_fast.attach.attribution import attribution, integrated_gradients
 from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
 from gemmascope_fast.attach.compiled import forget, is_compiled, opaque, unwrapped
 from gemmascope_fast.attach.edits import EditError, FeatureIndexError
-from gemmascope_fast.attach.entries import Activations, Entry, Key, assign, entries, find_key, spread
+from gemmascope_fast.attach.entries import SAES, Activations, Entry, Key, assign, entries, find_key, spread
 from gemmascope_fast.attach.generation import listen
 from gemmascope_fast.attach.observers import Observer, select
 from gemmascope_fast.attach.selection import Selection, Selector
 from gemmascope_fast.attach.sequences import after_eos, rows_of
 from gemmascope_fast.attach.structure import Structure, submodules
-from gemmascope_fast.attach.taps import MODES, Tap, WriteTap
+from gemmascope_fast.attach.taps import MODES, Tap, WriteTap, follow
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.sae import JumpReLUSAE
 
 _ACTIVE: list[Run] = []
 _LOCK = threading.RLock()
@@ -56,7 +55,7 @@ class Run:
         self._compiled = is_compiled(model)
         model = unwrapped(model)
         self.model, self.mode, self.error_grad = model, mode, error_grad
-        assigned = assign(edits, entries(saes))
+        assigned = assign(edits, entries(saes, model))
         if mode == "observe" and any(given for _, given in assigned):
             raise EditError("edits: mode 'observe' changes nothing; expected 'splice' or 'splice+error' with edits")
         self.entries = [entry for entry, _ in assigned]
@@ -66,6 +65,7 @@ class Run:
         structure = Structure(model)
         self._taps = [Tap(self, entry, given, structure) for entry, given in assigned]
         self._check_writers()
+        self._first = follow(self._taps)
         self._arguments = {m: Arguments(m) for m in submodules(model)}
         self._ledger = Ledger(keep)
         self._calls: list[Call] = []
@@ -76,7 +76,7 @@ class Run:
         self._owner: int | None = None
         self._bound: int | None = None
         self._parts: dict[Key, list[tuple[SparseLatents, Tensor | None]]] = {
-            e.key: [] for e in self.entries if isinstance(e.coder, JumpReLUSAE)
+            e.key: [] for e in self.entries if isinstance(e.coder, SAES)
         }
         self._joined: dict[Key, tuple[int, SparseLatents]] = {}
         self.keep = keep
@@ -103,6 +103,8 @@ class Run:
         except BaseException:
             self._remove()
             raise
+        for coder in self._first:
+            coder.prefetch_next([coder.name])
         if self._compiled:
             forget()
         with _LOCK:
@@ -118,7 +120,8 @@ class Run:
                 observer.close()
 
     def _remove(self) -> None:
-        self._open.clear()
+        while self._open:
+            self._open.popitem()[1].release()
         while self._leave:
             self._leave.pop()()
 
@@ -177,6 +180,7 @@ class Run:
             return
         begin = time.perf_counter()
         del self._open[me]
+        call.release()
         if output is None:  # the forward raised: nothing of it counts
             return
         missed = [tap.entry.key for tap in self._taps if not tap.was_reached(call)]
@@ -245,7 +249,7 @@ class Run:
         if known is not None and known[0] == len(parts):
             return known[1]
         coder = next(e.coder for e in self.entries if e.key == key and type(e.key) is type(key))
-        empty = SparseLatents.empty((0, coder.cfg.d_sae), coder.W_enc.dtype, coder.W_enc.device)  # type: ignore[union-attr]
+        empty = SparseLatents.empty((0, coder.cfg.d_sae), coder.dtype, coder.device)  # type: ignore[union-attr]
         joined = SparseLatents.cat([empty, *(spread(latents, chosen) for latents, chosen in parts)])
         self._joined[key] = (len(parts), joined)
         return joined

@@ -13,10 +13,11 @@ from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call, Tokens
 from gemmascope_fast.attach.carry import carry
 from gemmascope_fast.attach.edits import Edit
-from gemmascope_fast.attach.entries import Activations, Entry
+from gemmascope_fast.attach.entries import SAES, Activations, Entry
 from gemmascope_fast.attach.places import Visitor
 from gemmascope_fast.attach.plan import Plan
 from gemmascope_fast.attach.structure import Place, Structure
+from gemmascope_fast.bank import BankedSAE
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE, JumpReLUSkipTranscoder
@@ -36,15 +37,36 @@ class Tap:
         same = entry.site_out == entry.site
         self.writes = self.reads if same else structure.place(entry.site_out)
         self.splices = run.mode != "observe" and not isinstance(entry.coder, Activations)
-        if isinstance(self.coder, JumpReLUSAE):
-            _check_width(entry, self.reads, self.coder.cfg.d_in, "d_in")
+        cfg = self.coder.cfg if isinstance(self.coder, SAES) else None
+        if cfg is not None:
+            _check_width(entry, self.reads, cfg.d_in, "d_in")
             if self.splices:
-                _check_width(entry, self.writes, self.coder.cfg.d_out, "d_out")
+                _check_width(entry, self.writes, cfg.d_out, "d_out")
+        if isinstance(self.coder, BankedSAE):
+            self.coder.check_fits()
         if self.splices and self.writes.form == "no_gain":
             raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read, not replaced")
-        sae = self.coder if isinstance(self.coder, JumpReLUSAE) else None
-        d_out = self.writes.width if sae is None else sae.cfg.d_out
-        self.plan = Plan(edits, sae, d_out) if edits else None
+        d_sae, d_out = (None, self.writes.width) if cfg is None else (cfg.d_sae, cfg.d_out)
+        self.plan = Plan(edits, d_sae, d_out) if edits else None
+        self.next: list[str] = []  # of a bank's SAE: those that the model reaches after it
+
+    def sae(self, call: Call) -> JumpReLUSAE:
+        """The SAE; a bank's is held on its device until `done` or the call's end."""
+        if not isinstance(self.coder, BankedSAE):
+            assert isinstance(self.coder, JumpReLUSAE)
+            return self.coder
+        lease = call.leases.get(self)
+        if lease is None:
+            lease = call.leases[self] = self.coder.lease()
+            self.coder.prefetch_next(self.next)
+        module: JumpReLUSAE = lease.module
+        return module
+
+    def done(self, call: Call) -> None:
+        """The call needs the SAE no longer."""
+        lease = call.leases.pop(self, None)
+        if lease is not None:
+            lease.release()
 
     def visits(self) -> list[tuple[Place, Visitor]]:
         own: list[tuple[Place, Visitor]] = []
@@ -92,7 +114,9 @@ class ReadTap:
             if isinstance(tap.coder, Activations):
                 _keep(tap.coder, rows.detach(), call)
             elif tap.coder is not None:
-                self._encode(tap.coder, rows, call)
+                self._encode(tap.sae(call), rows, call)
+                if not tap.splices:
+                    tap.done(call)
         tap.run.seconds += time.perf_counter() - begin
 
     def _encode(self, sae: JumpReLUSAE, rows: Tensor, call: Call) -> None:
@@ -132,23 +156,24 @@ class WriteTap:
         if tap.coder is not None and ("read", tap) not in call.reached:
             raise AttachError(f"{tap.entry.key!r}: {tap.writes.name} comes before {tap.reads.name} in this model")
         new = self._new(x, call)
+        tap.done(call)
         tap.run.seconds += time.perf_counter() - begin
         return new
 
     def _new(self, x: Tensor, call: Call) -> Tensor | None:
-        tap, sae = self.tap, self.tap.coder
+        tap = self.tap
         flat = tap.rows(x, call, tap.writes)
         at = None if call.chosen is None else call.chosen.nonzero()[:, 0]
-        if sae is None:
-            new = self._edited(flat, None, call, at)
+        if tap.coder is None:
+            new = self._edited(flat, None, None, call, at)
         else:
-            assert isinstance(sae, JumpReLUSAE)
+            sae = tap.sae(call)
             latents, rows = call.scratch["latents", tap.entry.key], call.scratch["rows", tap]
             if tap.run.mode == "splice":
                 new = self._spliced(flat, sae, latents, rows, call, at)
             else:
                 new = flat if tap.run.error_grad else carry(flat, sae, latents, rows, call.chosen)
-                new = self._edited(new, latents, call, at)
+                new = self._edited(new, sae, latents, call, at)
                 if tap.run.path is not None and tap.run.path[0] == tap.entry.key:
                     new = _scaled(new, sae, latents, at, tap.run.path[1])
         return None if new is flat else new.reshape(x.shape)
@@ -161,11 +186,13 @@ class WriteTap:
         if isinstance(sae, JumpReLUSkipTranscoder):
             recon = recon + sae.skip(rows)
         if tap.plan is not None:
-            recon = tap.plan.apply(recon.float(), latents, call, at)
+            recon = tap.plan.apply(recon.float(), sae, latents, call, at)
         recon = _unformed(recon, tap.writes).to(flat.device, flat.dtype)
         return recon if at is None else flat.index_copy(0, at.to(flat.device), recon)
 
-    def _edited(self, flat: Tensor, latents: SparseLatents | None, call: Call, at: Tensor | None) -> Tensor:
+    def _edited(
+        self, flat: Tensor, sae: JumpReLUSAE | None, latents: SparseLatents | None, call: Call, at: Tensor | None
+    ) -> Tensor:
         """flat with the edits added to the chosen rows; flat itself where nothing is added."""
         plan = self.tap.plan
         if plan is None:
@@ -173,10 +200,24 @@ class WriteTap:
         form = self.tap.writes.form
         scale = _unformed(torch.ones((), device=flat.device), self.tap.writes) if form else None
         if at is None:
-            return plan.apply(flat, latents, call, at, scale)
+            return plan.apply(flat, sae, latents, call, at, scale)
         rows = flat[at.to(flat.device)]
-        changed = plan.apply(rows, latents, call, at, scale)
+        changed = plan.apply(rows, sae, latents, call, at, scale)
         return flat if changed is rows else flat.index_copy(0, at.to(flat.device), changed)
+
+
+def follow(taps: Sequence[Tap]) -> list[BankedSAE]:
+    """Tell each tap of a bank's SAE which come after it, round and round; gives the first of them."""
+    order = {
+        kind: i for i, kind in enumerate(("embed", "attn", "attn_out", "mlp_in", "mlp_in_no_gain", "mlp", "resid"))
+    }
+    banked = [tap for tap in taps if isinstance(tap.coder, BankedSAE)]
+    banked.sort(key=lambda tap: (tap.entry.site.layer or 0, order.get(tap.entry.site.kind, 0)))
+    coders = [tap.coder for tap in banked if isinstance(tap.coder, BankedSAE)]
+    names = [coder.name for coder in coders]
+    for i, (tap, coder) in enumerate(zip(banked, coders, strict=True)):
+        tap.next = [*names[i + 1 :], *names[:i]][: coder.ahead]
+    return coders[: max((coder.ahead for coder in coders), default=0)]
 
 
 def _scaled(x: Tensor, sae: JumpReLUSAE, latents: SparseLatents, at: Tensor | None, factor: float) -> Tensor:

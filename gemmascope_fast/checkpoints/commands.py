@@ -47,7 +47,7 @@ def listing(place: str, revision: str | None = None) -> list[dict[str, Any]]:
     Raises CheckpointError where the place is not there or holds none.
     """
     from gemmascope_fast.checkpoints import names
-    from gemmascope_fast.checkpoints.repository import checkpoints_among, repository_files
+    from gemmascope_fast.checkpoints.repository import checkpoints_among, id_of, repository_files
     from gemmascope_fast.errors import CheckpointError
 
     root = Path(place)
@@ -56,23 +56,16 @@ def listing(place: str, revision: str | None = None) -> list[dict[str, Any]]:
     if root.is_dir():
         files = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
         found = checkpoints_among(files)
-        rows = [_local(root / path, _id_of(path)) for path in found]
+        rows = [_local(root / path, id_of(path)) for path in found]
     elif place in names.releases():
         release = names.releases()[place]
         rows = [{"sae_id": sae_id, "format": release["format"]} for sae_id in names.ids(place)]
     else:
         found = checkpoints_among(repository_files(place, revision))
-        rows = [{"sae_id": _id_of(path), "format": kind} for path, kind in found.items()]
+        rows = [{"sae_id": id_of(path), "format": kind} for path, kind in found.items()]
     if not rows:
         raise CheckpointError(f"{place}: no checkpoint in a known format")
     return rows
-
-
-def _id_of(path: str) -> str:
-    """What `sae_id` takes: the folder of a checkpoint, or the file where it lies at the top."""
-    at = Path(path)
-    in_folder = at.suffix in (".npz", ".safetensors") and at.parent != Path(".")
-    return at.parent.as_posix() if in_folder else at.as_posix()
 
 
 def _local(path: Path, sae_id: str) -> dict[str, Any]:

@@ -81,6 +81,13 @@ def checkpoints_among(paths: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def id_of(path: str) -> str:
+    """What `sae_id` takes: the folder of a checkpoint, or the file where it lies at the top."""
+    at = PurePosixPath(path)
+    in_folder = at.suffix in (".npz", ".safetensors") and at.parent != PurePosixPath(".")
+    return at.parent.as_posix() if in_folder else at.as_posix()
+
+
 def repository_files(repo: str, revision: str | None = None) -> list[str]:
     """All paths in a Hugging Face repository.  CheckpointError where it is not in reach."""
     from huggingface_hub import HfApi
