@@ -47,11 +47,11 @@ class Entry:
     site_out: Site
 
 
-def entries(saes: Any, model: nn.Module) -> list[Entry]:
-    """From an SAE, a list, a dict, or a bank's SAEs of this model.  AttachError where a site is missing or a key is
-    given twice."""
+def entries(saes: Any, model: nn.Module | None = None) -> list[Entry]:
+    """From an SAE, a list, a dict, or a bank (its SAEs of this model, all of them without one).  AttachError where a
+    site is missing or a key is given twice."""
     if isinstance(saes, Bank):
-        return _banked(saes.for_model(model))
+        return _banked(saes if model is None else saes.for_model(model))
     found = [_entry(key, coder) for key, coder in _pairs(saes)]
     seen: dict[Any, int] = {}
     for entry in found:
