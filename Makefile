@@ -8,7 +8,7 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 BENCH_JSON ?= bench.json
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize clean help
+.PHONY: env demo test lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -73,6 +73,9 @@ mutations: env ## break the code on purpose, in a copy: the tests must notice ea
 
 sanitize: env ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
 	tests/sanitize.sh $(PY)
+
+fuzz: env ## 10,000 damaged files of every checkpoint format: each loads or is refused (about 10 minutes)
+	$(PY) tests/fuzz_checkpoints.py
 
 lint: env ## ruff and clang-format, reading only
 	$(VENV)/bin/ruff check .

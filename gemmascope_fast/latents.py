@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,25 +246,29 @@ class SparseLatents:
         return self.with_values(self.values.detach())
 
     def save(self, path: str | PathLike[str]) -> None:
-        """One safetensors file; the shape stands in its metadata."""
-        from safetensors.torch import save_file
+        """One safetensors file, written atomically; the shape stands in its metadata."""
+        from gemmascope_fast.checkpoints.write import write_safetensors
 
-        tensors = {
-            "crow_indices": self.crow_indices.contiguous(),
-            "col_indices": self.col_indices.contiguous(),
-            "values": self.values.detach().contiguous(),
-        }
-        save_file(tensors, path, metadata={"shape": ",".join(map(str, self.shape))})
+        arrays = {"crow_indices": self.crow_indices, "col_indices": self.col_indices, "values": self.values.detach()}
+        write_safetensors(Path(path), arrays, {"shape": ",".join(map(str, self.shape))})
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str = "cpu") -> SparseLatents:
-        """What `save` wrote, checked."""
-        from safetensors import safe_open
+        """What `save` wrote, checked.  CheckpointError where the file is damaged or something else."""
+        from gemmascope_fast.checkpoints.arrays import open_safetensors
+        from gemmascope_fast.errors import CheckpointError
 
-        with safe_open(path, framework="pt", device=device) as file:
-            shape = tuple(int(s) for s in file.metadata()["shape"].split(","))
-            crow, col, values = (file.get_tensor(n) for n in ("crow_indices", "col_indices", "values"))
-        return cls(crow, col, values, shape).validate()
+        entries, metadata = open_safetensors(Path(path))
+        if set(entries) != {"crow_indices", "col_indices", "values"}:
+            raise CheckpointError(f"{path}: expected crow_indices, col_indices and values, got {sorted(entries)}")
+        try:
+            shape = tuple(int(s) for s in metadata["shape"].split(","))
+            # NaN is a legal activation
+            each = [entries[n] for n in ("crow_indices", "col_indices", "values")]
+            crow, col, values = (entry.read(torch.device(device), entry.dtype, finite=False) for entry in each)
+            return cls(crow, col, values, shape).validate()
+        except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         """Equal shape, pattern and values bit for bit (NaN equals the same NaN)."""

@@ -131,7 +131,7 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
     if checkpoint.layers:
         layers = [build(layer, device, dtype) for layer in checkpoint.layers]
         skips = [entry.read(device, dtype) for entry in checkpoint.arrays.values()]
-        made = CrossLayerTranscoder(layers, skips or None, _multi_site(checkpoint))
+        made = _made(checkpoint, CrossLayerTranscoder, layers, skips or None, _multi_site(checkpoint))
         made.kind = checkpoint.kind
         return made
     arrays, cfg = checkpoint.arrays, config_of(checkpoint)
@@ -140,8 +140,18 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
         weights["threshold"] = torch.full((cfg.d_sae,), checkpoint.threshold_value, dtype=dtype, device=device)
     if checkpoint.subtracts_b_dec:
         weights["b_enc"] = _folded(weights, arrays["b_enc"])
+        if not bool(torch.isfinite(weights["b_enc"]).all()):
+            raise CheckpointError(f"{checkpoint.path}: b_enc: not finite once b_dec @ W_enc is taken from it")
     more: dict[str, Any] = {"k": checkpoint.k} if checkpoint.kind == "topk_sae" else {}
-    return _CLASSES[checkpoint.kind](cfg=cfg, **weights, **more)
+    return _made(checkpoint, _CLASSES[checkpoint.kind], cfg=cfg, **weights, **more)
+
+
+def _made(checkpoint: Checkpoint, kind: Any, *args: Any, **more: Any) -> Any:
+    """The module; what it has to say of its weights names the checkpoint."""
+    try:
+        return kind(*args, **more)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def config_of(checkpoint: Checkpoint) -> SAEConfig:
@@ -189,7 +199,9 @@ def _crosscoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     vectors = {name: layers[0].arrays[name].read(device, dtype) for name in ("b_enc", "threshold")}
     cfg = SAEConfig(n * d, d_sae, n * d, None, None, _metadata(checkpoint))
     sites = [layer.site for layer in layers]
-    return Crosscoder(W_enc=W_enc, W_dec=W_dec, b_dec=b_dec, **vectors, cfg=cfg, sites=sites, n_layers=n)
+    return _made(
+        checkpoint, Crosscoder, W_enc=W_enc, W_dec=W_dec, b_dec=b_dec, **vectors, cfg=cfg, sites=sites, n_layers=n
+    )
 
 
 def _told(checkpoint: Checkpoint, kind: str | None, site: Site | None, site_out: Site | None) -> Checkpoint:

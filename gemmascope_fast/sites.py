@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # What each kind is in transformers' Gemma (facts sections 1 and 2):
@@ -57,7 +58,7 @@ class Site:
             return cls("embed")
         if "layers" in parts:
             at = parts.index("layers") + 1
-            if at < len(parts) and parts[at].isdigit():
+            if at < len(parts) and re.fullmatch("[0-9]{1,6}", parts[at]):
                 layer = int(parts[at])
                 for kind in KINDS:
                     if kind != "embed" and cls(kind, layer).hook_name == name:

@@ -6,11 +6,13 @@ import json
 import math
 import os
 import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +22,17 @@ from gemmascope_fast.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 20  # a block lives in several copies at once (raw, cast, finite mask); all small beside an SAE
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 50
-MAX_HEADER = 100 << 20  # safetensors' own limit
-_TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_TORCH["U8"] = torch.uint8  # codes of the package's own files
+MAX_HEADER = 32 << 20  # of JSON, which takes ten times that when parsed; figures of a million features fit
+MAX_MEMBERS = 64
+# safetensors' names
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES |= {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 _NUMPY = {"<f4": torch.float32, "<f2": torch.float16, "<f8": torch.float64}
-
+# what reading a damaged file may raise: zipfile, zlib, ast (in numpy's headers), json, struct
+_DAMAGE = (
+    OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, NotImplementedError,
+    RuntimeError, SyntaxError, MemoryError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 
 Block = Callable[[Tensor, int], Tensor]
 
@@ -74,7 +82,11 @@ class Entry:
         rows, width = (stored[0] if stored else 1), math.prod(stored[1:])
         row_bytes = width * self.dtype.itemsize
         step = max(1, BLOCK_BYTES // max(1, row_bytes))
-        with self.open() as stream:
+        try:
+            opened = self.open()
+        except _DAMAGE as error:
+            raise CheckpointError(f"{self.file}: {self.name}: cannot be read: {error}") from error
+        with opened as stream:
             for start in range(0, rows, step):
                 count = min(step, rows - start)
                 block = self._block(stream, count * row_bytes).reshape(count, *stored[1:])
@@ -113,7 +125,7 @@ class Entry:
                     raise CheckpointError(f"{self.file}: {self.name}: truncated, {size - got} bytes missing")
                 view[got : got + len(more)] = more
                 got += len(more)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zipfile.zlib.error) as error:  # type: ignore[attr-defined]
+        except _DAMAGE as error:
             raise CheckpointError(f"{self.file}: {self.name}: cannot be read: {error}") from error
         return torch.frombuffer(buffer, dtype=self.dtype) if size else torch.empty(0, dtype=self.dtype)
 
@@ -126,53 +138,84 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
                 raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_each_once)
         metadata = header.pop("__metadata__", {})
-        entries = {name: _safetensors_entry(path, name, item, 8 + length, size) for name, item in header.items()}
+        found = {name: _safetensors_item(path, name, item) for name, item in header.items()}
     except CheckpointError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: __metadata__: expected an object, got {type(metadata).__name__}")
-    return entries, metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__: expected an object of texts, got {metadata!r:.80}")
+    # arrays lie one after the other and fill the file: one that was cut off, or shares bytes, shows
+    end = 0
+    for name, item in sorted(found.items(), key=lambda pair: pair[1].begin):
+        if item.begin != end:
+            raise CheckpointError(f"{path}: {name}: expected to begin at byte {end} of the data, got {item.begin}")
+        end = item.end
+    if 8 + length + end != size:
+        raise CheckpointError(f"{path}: truncated or too long: {8 + length + end} bytes expected, {size} are there")
+    return {name: item.entry(path, name, 8 + length) for name, item in found.items()}, metadata
 
 
-def _safetensors_entry(path: Path, name: str, item: dict[str, Any], base: int, size: int) -> Entry:
-    if item["dtype"] not in _TORCH:
-        raise CheckpointError(f"{path}: {name}: expected one of {', '.join(_TORCH)}, got {item['dtype']}")
-    dtype, shape = _TORCH[item["dtype"]], tuple(item["shape"])
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a name is there twice")
+    return made
+
+
+class _Item(NamedTuple):
+    """Where one array lies in the data of a safetensors file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def entry(self, path: Path, name: str, base: int) -> Entry:
+        def stream() -> IO[bytes]:
+            file = open(path, "rb")  # noqa: SIM115  (the caller closes it)
+            file.seek(base + self.begin)
+            return file
+
+        return Entry(path, name, self.shape, self.dtype, stream)
+
+
+def _safetensors_item(path: Path, name: str, item: dict[str, Any]) -> _Item:
+    if set(item) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: {name}: expected dtype, shape and data_offsets, got {sorted(item)!r:.80}")
+    if item["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {item['dtype']!r:.80}")
+    dtype, shape = DTYPES[item["dtype"]], tuple(item["shape"])
     begin, end = item["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
         raise CheckpointError(f"{path}: {name}: shape and offsets must be non-negative integers")
-    if end - begin != math.prod(shape) * dtype.itemsize or base + end > size:
-        raise CheckpointError(f"{path}: {name}: shape {shape} does not fit bytes {begin}…{end} of a file of {size}")
-
-    def stream() -> IO[bytes]:
-        file = open(path, "rb")  # noqa: SIM115  (the caller closes it)
-        file.seek(base + begin)
-        return file
-
-    return Entry(path, name, shape, dtype, stream)
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise CheckpointError(f"{path}: {name}: shape {shape!s:.80} does not fit bytes {begin} to {end}")
+    return _Item(dtype, shape, begin, end)
 
 
 def open_npz(path: Path) -> dict[str, Entry]:
     """Entries by name of an .npz file; pickled, big-endian and Fortran-ordered arrays are refused."""
-    entries = {}
+    entries: dict[str, Entry] = {}
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
+            members = archive.infolist()
+            if len(members) > MAX_MEMBERS:
+                raise CheckpointError(f"{path}: expected a few arrays, got {len(members)} members")
+            for info in members:
                 name = info.filename.removesuffix(".npy")
                 if name in entries:
-                    raise CheckpointError(f"{path}: {name}: is there twice")
+                    raise CheckpointError(f"{path}: {name:.80}: is there twice")
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise CheckpointError(f"{path}: {name:.80}: expected stored or deflated, as numpy writes")
                 with archive.open(info) as member:
                     entries[name] = _npz_entry(path, name, info, member)
     except CheckpointError:
         raise
-    except (OSError, ValueError, EOFError, NotImplementedError, RuntimeError, SyntaxError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise CheckpointError(f"{path}: not a readable npz file: {error}") from error
-    except zipfile.zlib.error as error:  # type: ignore[attr-defined]
-        raise CheckpointError(f"{path}: damaged compressed data: {error}") from error
     return entries
 
 
@@ -186,6 +229,8 @@ def _npz_entry(path: Path, name: str, info: zipfile.ZipInfo, member: IO[bytes]) 
         raise CheckpointError(
             f"{path}: {name}: expected C-ordered float16, float32 or float64, got {dtype.str}, Fortran {fortran}"
         )
+    if not all(type(n) is int for n in shape):
+        raise CheckpointError(f"{path}: {name}: shape: expected integers, got {shape}")
     start, size = member.tell(), math.prod(shape) * dtype.itemsize
     # A stored size that the shape does not explain, or more than deflate can expand to (1032:1), is a bomb.
     if start + size != info.file_size or info.file_size > 1032 * info.compress_size + 1024 or min(shape, default=0) < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,11 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: threshold: expected one number a feature, got none")
         if any(len(self.arrays[n].shape) != 2 for n in ("W_enc", "W_dec")):
             raise CheckpointError(f"{self.path}: W_enc and W_dec: expected two dimensions")
+        for name, entry in self.arrays.items():
+            if not entry.dtype.is_floating_point:
+                raise CheckpointError(f"{self.path}: {name}: expected floating numbers, got {entry.dtype}")
+            if 0 in entry.shape:
+                raise CheckpointError(f"{self.path}: {name}: expected numbers, got the empty shape {entry.shape}")
         (d_in, d_sae), (_, d_out) = self.arrays["W_enc"].shape, self.arrays["W_dec"].shape
         want = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_out,)}
         want["W_skip"] = (d_in, d_out)
@@ -98,10 +104,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return loaded
 
 
+def one_of(path: Path, what: str, value: Any, choices: Collection[str], optional: bool = False) -> Any:
+    """`value`, checked to be one of some texts (or, optionally, None)."""
+    if (value is None and optional) or (isinstance(value, str) and value in choices):
+        return value
+    raise CheckpointError(f"{path}: {what}: expected one of {', '.join(sorted(choices))}, got {value!r:.80}")
+
+
 def hook_site(path: Path, name: Any) -> Site | None:
     """The site of a hook name out of a config; None stays None."""
     if name is None:
         return None
     if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{path}: hook name: expected text, got {name!r}")
+        raise CheckpointError(f"{path}: hook name: expected text, got {name!r:.80}")
     return Site.from_hook_name(name)

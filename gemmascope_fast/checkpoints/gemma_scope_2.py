@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gemmascope_fast.checkpoints.arrays import open_safetensors
-from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, read_json
+from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of, read_json
 from gemmascope_fast.checkpoints.write import Source, write_json, write_safetensors
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sites import Site
@@ -86,9 +86,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _declared(config_path: Path, config: dict[str, Any]) -> tuple[str | None, Site | None, Site | None]:
-    declared = config.get("type")
-    if declared not in (None, "sae", "transcoder"):
-        raise CheckpointError(f"{config_path}: type: expected sae or transcoder, got {declared!r}")
+    declared = one_of(config_path, "type", config.get("type"), ("sae", "transcoder"), optional=True)
     site = hook_site(config_path, config.get("hf_hook_point_in"))
     return declared, site, hook_site(config_path, config.get("hf_hook_point_out"))
 

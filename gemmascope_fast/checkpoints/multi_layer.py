@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from gemmascope_fast.checkpoints.arrays import Entry, open_safetensors
-from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.checkpoints.base import Checkpoint, one_of
 from gemmascope_fast.checkpoints.gemma_scope_2 import NAMES, model_name, read_config
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sites import Site
@@ -61,8 +61,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def _kind(folder: Path, config_path: Path, declared: object) -> str:
-    if declared is not None and declared not in _DECLARED:
-        raise CheckpointError(f"{config_path}: type: expected clt or crosscoder, got {declared!r}")
+    one_of(config_path, "type", declared, _DECLARED, optional=True)
     parent = folder.parent.name.removesuffix("_all")
     if declared is not None and parent in _DECLARED and declared != parent:
         raise CheckpointError(f"{config_path}: type: {declared} contradicts the folder's name, which says {parent}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,12 +38,14 @@ def read(path: Path) -> Checkpoint:
     figures, k = about.get("figures") or {}, about.get("k")
     if not isinstance(figures, dict) or not (k is None or (type(k) is int and k > 0)):
         raise CheckpointError(f"{path}: metadata {KEY!r}: figures: expected an object, k a positive integer")
+    if not isinstance(about.get("model_name"), (str, NoneType)):
+        raise CheckpointError(f"{path}: metadata {KEY!r}: model_name: expected text, got {about['model_name']!r:.80}")
     return Checkpoint(
         path,
         about["kind"],
         arrays,
         hook_site(path, about.get("hook_name")),
-        hook_site(path, about.get("hook_name_out")),
+        hook_site(path, about.get("hook_name_out")) if "transcoder" in about["kind"] else None,
         about.get("model_name"),
         figures,
         k=k,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -91,17 +92,26 @@ def id_of(path: str) -> str:
 def repository_files(repo: str, revision: str | None = None) -> list[str]:
     """All paths in a Hugging Face repository.  CheckpointError where it is not in reach."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    try:
+    with _in_reach(repo):
         return HfApi().list_repo_files(repo, revision=revision)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+
+
+@contextmanager
+def _in_reach(repo: str) -> Iterator[None]:
+    """CheckpointError for what the hub's client raises: no such repository or revision, no access, no network."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    # what the client beneath raises without a network: requests' are OSErrors, httpx's share a base with HfHubHTTPError
+    client = tuple(c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
+    try:
+        yield
+    except (*client, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(f"{repo}: neither a local path nor a repository in reach: {error}") from error
 
 
 def _download(repo: str, path: str | None, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if path is None:
         path = _only_checkpoint(repo, revision)
@@ -109,10 +119,8 @@ def _download(repo: str, path: str | None, revision: str | None) -> Path:
     folder = at.parent if at.suffix in (".npz", ".safetensors") else at
     wanted = [at.name] if folder != at else [*FORMATS, "params_layer_*.safetensors"]
     patterns = [(folder / name).as_posix() for name in (*wanted, *_BESIDE)]
-    try:
+    with _in_reach(repo):
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{repo}: neither a local path nor a repository in reach: {error}") from error
     if not (root / path).exists():
         raise CheckpointError(f"{repo}: {path}: no such checkpoint; `gemmascope-fast ls {repo}` lists them")
     return root / path

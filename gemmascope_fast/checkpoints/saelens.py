@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from gemmascope_fast.checkpoints import transformer_lens
 from gemmascope_fast.checkpoints.arrays import Entry, open_safetensors
-from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, read_json
+from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of, read_json
 from gemmascope_fast.checkpoints.write import Source, write_json, write_safetensors
 from gemmascope_fast.errors import CheckpointError
 
@@ -46,9 +47,7 @@ def read(path: Path) -> Checkpoint:
     """
     config_path = path.with_name("cfg.json")
     config = modern(read_json(config_path))
-    architecture = config.get("architecture")
-    if architecture not in _KINDS:
-        raise CheckpointError(f"{config_path}: architecture: expected one of {sorted(_KINDS)}, got {architecture!r}")
+    architecture = one_of(config_path, "architecture", config.get("architecture"), _KINDS)
     kind, metadata = _KINDS[architecture], config["metadata"]
     normalisation = config.get("normalize_activations") or "none"
     subtracts = bool(config.get("apply_b_dec_to_input", kind in ("sae", "topk_sae")))
@@ -117,6 +116,8 @@ def _arrays(path: Path, architecture: str, config: dict[str, Any]) -> tuple[dict
         raise CheckpointError(f"{path}: scaling_factor: expected ones, got a fine-tuned scaling factor")
     single = arrays.pop("topk_threshold", None)
     if single is not None:
+        if math.prod(single.shape) != 1:
+            raise CheckpointError(f"{path}: topk_threshold: expected one number, got shape {single.shape}")
         value = max(0.0, float(single.read(torch.device("cpu"), torch.float64).reshape(-1)[0]))
     if architecture.endswith("batchtopk") and single is None and "threshold" not in arrays:
         raise CheckpointError(f"{path}: {architecture} without a threshold: save the inference model")
@@ -124,7 +125,7 @@ def _arrays(path: Path, architecture: str, config: dict[str, Any]) -> tuple[dict
         raise CheckpointError(f"{path}: threshold: missing from a {architecture}")
     if "W_skip" in arrays:
         arrays["W_skip"] = arrays["W_skip"].transposed()  # SAELens holds [d_out, d_in]
-    if config.get("rescale_acts_by_decoder_norm") and all(len(arrays[n].shape) == 2 for n in ("W_enc", "W_dec")):
+    if config.get("rescale_acts_by_decoder_norm") and {"W_enc", "W_dec", "b_enc"} <= set(arrays):
         arrays |= _rescaled(arrays)
     return arrays, value
 
@@ -132,8 +133,10 @@ def _arrays(path: Path, architecture: str, config: dict[str, Any]) -> tuple[dict
 def _rescaled(arrays: dict[str, Entry]) -> dict[str, Entry]:
     """z · ‖W_dec‖ decides and W_dec / ‖W_dec‖ decodes: the same as a decoder of unit rows."""
     W_dec, W_enc, b_enc = arrays["W_dec"], arrays["W_enc"], arrays["b_enc"]
+    if (len(W_enc.shape), len(W_dec.shape), b_enc.shape) != (2, 2, W_enc.shape[1:]) or W_dec.shape[:1] != b_enc.shape:
+        return {}  # refused for its shapes, by name
     norm = torch.cat([block.reshape(block.shape[0], -1).norm(dim=1) for _, block in W_dec.blocks(torch.float64)])
-    if not bool((norm > 0).all()) or norm.shape != (W_enc.shape[-1],):
+    if not bool((norm > 0).all()):
         raise CheckpointError(f"{W_dec.file}: W_dec: expected rows that are not zero to rescale by their norm")
 
     def rows(block: Tensor, start: int) -> Tensor:

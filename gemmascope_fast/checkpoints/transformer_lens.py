@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from gemmascope_fast.sites import Site
 
 # In Gemma 2 and 3, TransformerLens takes hook_mlp_out and hook_attn_out after the norms that follow MLP and
@@ -23,7 +25,7 @@ def site_of(hook_name: object, model_name: str | None) -> Site | None:
     """The site of a hook name such as "blocks.4.hook_resid_post"; None where transformers has no such tensor or
     none that is known for this model."""
     parts = hook_name.split(".", 2) if isinstance(hook_name, str) else []
-    if len(parts) != 3 or parts[0] != "blocks" or not parts[1].isdigit():
+    if len(parts) != 3 or parts[0] != "blocks" or not re.fullmatch("[0-9]{1,6}", parts[1]):
         return None
     layer, tail = int(parts[1]), parts[2]
     model = (model_name or "").lower()

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.checkpoints.arrays import BLOCK_BYTES, Entry
+from gemmascope_fast.checkpoints.arrays import BLOCK_BYTES, DTYPES, Entry
 
 Source = Tensor | Entry
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-_NAMES |= {torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @contextmanager
