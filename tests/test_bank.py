@@ -15,11 +15,11 @@ import gemmascope_fast as gsf
 from gemmascope_fast.bank import Bank
 from gemmascope_fast.bank.tiers import tensors_of
 from gemmascope_fast.loading import from_pretrained
-from gemmascope_fast.prepare import packed_bound
+from gemmascope_fast.screen import most_bytes
 
 D, F = tiny.D, tiny.F
-ONE = 4 * (2 * D * F + 2 * F + D) + packed_bound(D, F)  # bytes of one SAE in fp32, with what it may pack
-WEIGHTS = ONE - packed_bound(D, F)
+ONE = 4 * (2 * D * F + 2 * F + D) + most_bytes(D, F)  # bytes of one SAE in fp32, with what it may pack
+WEIGHTS = ONE - most_bytes(D, F)
 JOIN = 60  # seconds after which a thread counts as hung
 
 
@@ -114,14 +114,30 @@ def test_what_is_counted_is_what_is_held(tmp_path):
         bank = Bank(folder, dtype=dtype)
         (name,) = bank
         with bank.use(name) as sae:
-            sae.encode_sparse(torch.randn(3, D))
-            sae.encode_sparse(torch.randn(300, D))
+            sae.encode_sparse(torch.randn(3, D), screen=True)
+            sae.prepare()
+            assert sae.packed_bytes() > 0
             held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(sae)}
-            assert sum(p.nbytes for p in sae.parameters()) == bank[name].nbytes - packed_bound(D, F)
+            assert sum(p.nbytes for p in sae.parameters()) == bank[name].nbytes - most_bytes(D, F)
             assert sum(held.values()) == sum(p.nbytes for p in sae.parameters()) + sae.packed_bytes()
-            # a screen that packs more than `packed_bound` says would break every budget
-            assert sae.packed_bytes() <= packed_bound(D, F)
+            # a screen that packs more than `most_bytes` says would break every budget
+            assert sae.packed_bytes() <= most_bytes(D, F)
             assert not any(p.requires_grad for p in sae.parameters())
+
+
+def test_without_a_screen_nothing_is_packed_and_nothing_counted(tmp_path):
+    folder = release(tmp_path, 2)
+    bank = Bank(folder, device_bytes=2 * WEIGHTS, screen=False)
+    want, x = each_loaded(folder), torch.randn(20, D)
+    for name in bank:
+        with bank.use(name) as sae:
+            for screen in (None, True, False):
+                assert sae.encode_sparse(x, screen=screen) == want[name].encode_sparse(x)
+            assert sae.packed_bytes() == 0
+            assert bank[name].nbytes == WEIGHTS
+            with pytest.raises(gsf.BankError, match="screen=False"):
+                sae.prepare()
+    assert device(bank)["bytes"] == 2 * WEIGHTS
 
 
 def test_an_sae_in_use_stays_and_says_why_another_has_no_room(tmp_path):
@@ -145,7 +161,7 @@ def test_memory_that_somebody_still_holds_counts(tmp_path):
     with bank.use(a) as kept:
         pass
     with bank.use(b):
-        with pytest.raises(gsf.BankError, match=f"{WEIGHTS} bytes of SAEs that have left"):
+        with pytest.raises(gsf.BankError, match=f"{ONE} bytes of SAEs that have left"):
             bank[c].lease()  # `a` has left, but its memory is not free
         del kept
         with bank.use(a):
@@ -664,7 +680,7 @@ def test_coders_of_several_sites_are_counted_too(tmp_path):
     bank = Bank(tmp_path)
     (name,) = bank
     with bank.use(name) as clt:
-        assert sum(p.nbytes for p in clt.parameters()) + 3 * packed_bound(D, F) == bank[name].nbytes
+        assert sum(p.nbytes for p in clt.parameters()) + 3 * most_bytes(D, F) == bank[name].nbytes
         assert clt(torch.randn(3, 5, D)).shape == (3, 5, D)
     with pytest.raises(gsf.CheckpointError, match="one site"):
         _ = bank[name].cfg

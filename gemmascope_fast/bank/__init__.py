@@ -112,6 +112,8 @@ class Bank(Mapping[str, BankedSAE]):
     what is being loaded, and what has left but is still referenced from outside.  An SAE larger than device_bytes
     is a BankError where it is used.
     ahead: how many of the SAEs that an attached model reaches next are brought while it works on this one.
+    screen: SAEs have their screen built when they come to the device, and its bytes count there; worth it where an SAE
+    is used often before it leaves.  False: none is ever built.  The answers are the same bytes.
 
     The listing is read now (of a repository: its listing alone), headers and weights at first use.  Weights are
     read-only: an SAE may leave and be read again.  Safe to use from several threads.
@@ -128,11 +130,12 @@ class Bank(Mapping[str, BankedSAE]):
         device_bytes: int | None = None,
         host_bytes: int | None = 0,
         ahead: int = 1,
+        screen: bool = True,
         revision: str | None = None,
     ) -> None:
         if ahead < 0:
             raise ValueError(f"ahead: expected a count, got {ahead}")
-        self._store = Store(torch.device(device), held_dtype(dtype), device_bytes, host_bytes, ahead)
+        self._store = Store(torch.device(device), held_dtype(dtype), device_bytes, host_bytes, ahead, screen)
         several = isinstance(source, Mapping)
         for model, place in source.items() if isinstance(source, Mapping) else [(None, source)]:
             for at, sae_id, short in find(place, revision):

@@ -6,7 +6,8 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from gemmascope_fast.bank.members import Member
+from gemmascope_fast.bank.packing import pack, unpack
 from gemmascope_fast.bank.tiers import Slot, Tier
 from gemmascope_fast.errors import BankError
 
@@ -78,9 +80,15 @@ class Store:
     """
 
     def __init__(
-        self, device: torch.device, dtype: torch.dtype, device_bytes: int | None, host_bytes: int | None, ahead: int
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        device_bytes: int | None,
+        host_bytes: int | None,
+        ahead: int,
+        screen: bool,
     ) -> None:
-        self.device, self.dtype, self.ahead = device, dtype, ahead
+        self.device, self.dtype, self.ahead, self.screen = device, dtype, ahead, screen
         self.on_device, self.on_host = Tier("device", device_bytes), Tier("host", host_bytes)
         self.members: dict[str, Member] = {}
         self.stats = Stats()
@@ -100,7 +108,7 @@ class Store:
     def device_bytes_of(self, name: str) -> int:
         """What an SAE counts on the device: its weights and the most that it may pack."""
         member = self.members[name]
-        return member.weight_bytes(self.dtype) + member.packed_bytes()
+        return member.weight_bytes(self.dtype) + (member.packed_bytes() if self.screen else 0)
 
     def host_bytes_of(self, name: str) -> int:
         return self.members[name].weight_bytes(self.dtype)
@@ -150,6 +158,15 @@ class Store:
                 slot.last_use = torch.cuda.current_stream(self.device).record_event()
             self._changed.notify_all()
 
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """The lock is let go within: for what takes long."""
+        self._changed.release()
+        try:
+            yield
+        finally:
+            self._changed.acquire()
+
     def _check_open(self) -> None:
         if self._closed:
             raise BankError("this bank is closed")
@@ -198,6 +215,9 @@ class Store:
         self.on_device.reserve(name, need)
         try:
             module = self._read(name) if here is None else self._of_host(here)
+            if self.screen:
+                with self._unlocked():
+                    pack(module)
         except BaseException:
             self.on_device.coming.pop(name, None)
             self._changed.notify_all()
@@ -227,9 +247,8 @@ class Store:
         """One memory, two tiers: the slot goes over without what it packed."""
         if not self._reserve_on_host(slot.name):
             return False
-        for part in slot.module.modules():
-            if hasattr(part, "unpack"):
-                part.unpack()  # type: ignore[operator]
+        if self.screen:
+            unpack(slot.module)
         self.on_host.arrive(Slot(slot.name, slot.module, self.host_bytes_of(slot.name)))
         return True
 
@@ -256,11 +275,10 @@ class Store:
         return self._arrived(self.on_host, Slot(name, module, self.host_bytes_of(name)))
 
     def _load(self, name: str, device: torch.device) -> nn.Module:
-        self._changed.release()
-        try:
+        with self._unlocked():
             module = self.members[name].load(device, self.dtype)
-        finally:
-            self._changed.acquire()
+            if not self.screen:
+                unpack(module, bare=True)
         self.stats.loads += 1
         self.stats.bytes_read += self.members[name].checkpoint.nbytes
         if threading.current_thread() is self._loader:
@@ -274,11 +292,10 @@ class Store:
         me = threading.get_ident()
         here.pin(me)
         self.on_host.touch(here.name)
-        self._changed.release()
         try:
-            return copied_to(here.module, self.device)
+            with self._unlocked():
+                return copied_to(here.module, self.device)
         finally:
-            self._changed.acquire()
             here.unpin(me)
 
     # ---- in the background ---------------------------------------------------------------------------
@@ -333,11 +350,8 @@ class Store:
 
     def _open(self, name: str) -> None:
         """Read its header, which may be fetching it, without the lock."""
-        self._changed.release()
-        try:
+        with self._unlocked():
             _ = self.members[name].checkpoint
-        finally:
-            self._changed.acquire()
 
     def _fetch(self, wanted: Wanted) -> None:
         name = wanted.name

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.bank.packing import packed
 
 
 class Slot:
@@ -111,10 +111,5 @@ class Tier:
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Parameters, and what each part of it has packed."""
-    found: list[Tensor] = [p.detach() for p in module.parameters()]
-    for part in module.modules():
-        screen = part._prepared.screen if isinstance(part, JumpReLUSAE) else None
-        if screen is not None:
-            found += [t for t in vars(screen).values() if isinstance(t, Tensor)]
-    return found
+    """Parameters, and what is packed."""
+    return [p.detach() for p in module.parameters()] + packed(module)
