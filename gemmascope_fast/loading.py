@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, multi_layer, native, saelens
-from gemmascope_fast.checkpoints.arrays import Block, Entry
+from gemmascope_fast.checkpoints.arrays import BLOCK_BYTES, Block, Entry
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.repository import check_inside, locate
 from gemmascope_fast.coders import Crosscoder, CrossLayerTranscoder, MultiSiteConfig, TopKSAE
@@ -164,8 +164,9 @@ def _folded(weights: dict[str, Tensor], b_enc: Entry) -> Tensor:
     """(x - b_dec) @ W_enc + b_enc = x @ W_enc + (b_enc - b_dec @ W_enc), in fp64 over the weights as held."""
     W_enc, b_dec = weights["W_enc"], weights["b_dec"].double()
     bias = b_enc.read(W_enc.device, torch.float64)
-    for start in range(0, W_enc.shape[1], 4096):
-        bias[start : start + 4096] -= b_dec @ W_enc[:, start : start + 4096].double()
+    step = max(1, BLOCK_BYTES // (8 * W_enc.shape[0]))
+    for start in range(0, W_enc.shape[1], step):
+        bias[start : start + step] -= b_dec @ W_enc[:, start : start + step].double()
     return bias.to(W_enc.dtype)
 
 
