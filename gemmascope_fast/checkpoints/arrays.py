@@ -138,7 +138,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
                 raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}")
-            header = json.loads(file.read(length), object_pairs_hook=_each_once)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_each_once)
         metadata = header.pop("__metadata__", {})
         found = {name: _safetensors_item(path, name, item) for name, item in header.items()}
     except CheckpointError:
@@ -160,6 +160,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
+    "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()  # JSON can spell half characters
     if len(made) != len(pairs):
         raise ValueError("a name is there twice")
     return made

@@ -28,7 +28,10 @@ def read(path: Path) -> Checkpoint:
     repositories, layer = _REPOSITORY.findall(text), re.search(r"/layer_(\d+)/", text)
     arrays = {("W" + name[1:] if name.startswith("w_") else name): entry for name, entry in open_npz(path).items()}
     if not repositories:
-        return Checkpoint(path, "sae", arrays, kind_known=False, format="gemma-scope-1")
+        # an SAE's input and output have one width: other widths can only be a transcoder's
+        shapes = [arrays[name].shape for name in ("W_enc", "W_dec") if name in arrays]
+        differs = len(shapes) == 2 and shapes[0][:1] != shapes[1][-1:]
+        return Checkpoint(path, "transcoder" if differs else "sae", arrays, kind_known=differs, format="gemma-scope-1")
     size, tuned, family = repositories[-1]
     model = f"google/gemma-2-{size}" + ("-it" if tuned == "it" else "")
     kind = "transcoder" if family == "transcoders" else "sae"

@@ -103,11 +103,19 @@ def _in_reach(repo: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     # what the client beneath raises without a network: requests' are OSErrors, httpx's share a base with HfHubHTTPError
-    client = (c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
-    errors: tuple[type[Exception], ...] = (HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, *client)
+    client: Iterator[type[Exception]] = (
+        c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception
+    )
+    errors: tuple[type[Exception], ...] = (
+        OSError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        *client,
+    )
     try:
         yield
-    except (OSError, *errors) as error:
+    except errors as error:
         raise CheckpointError(f"{repo}: neither a local path nor a repository in reach: {error}") from error
 
 
