@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
+from gemmascope_fast.bank.packing import pack
 from gemmascope_fast.checkpoints import names
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.repository import checkpoints_among, id_of, repository_files
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.loading import build, config_of, find_checkpoint
+from gemmascope_fast.loading import build, config_of, find_checkpoint, take_screen
 from gemmascope_fast.sae import SAEConfig
 from gemmascope_fast.screen import most_bytes
 
@@ -89,6 +90,12 @@ class Member:
             made = build(checkpoint, device, dtype)
             self._check(checkpoint, stamp)
         return made.requires_grad_(False).eval()
+
+    def pack(self, module: torch.nn.Module) -> None:
+        """Its screen: the one stored beside the weights, or one built now."""
+        with torch.inference_mode(False), torch.no_grad():
+            take_screen(module, self.checkpoint)
+            pack(module)
 
     @staticmethod
     def _check(checkpoint: Checkpoint, stamp: Stamp) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.errors import BankError
@@ -36,11 +35,9 @@ def unpack(module: nn.Module, bare: bool = False) -> None:
 
 def pack(module: nn.Module) -> None:
     """Pack now, rather than at the first use, where packing pays."""
-    # in inference mode tensors would be made that no autograd graph may hold later
-    with torch.inference_mode(False), torch.no_grad():
-        for part in _saes(module):
-            if pays(part.b_dec, part.W_enc):
-                part.prepare()
+    for part in _saes(module):
+        if pays(part.b_dec, part.W_enc):
+            part.prepare()
 
 
 def packed(module: nn.Module) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from gemmascope_fast.bank.members import Member
-from gemmascope_fast.bank.packing import pack, unpack
+from gemmascope_fast.bank.packing import unpack
 from gemmascope_fast.bank.tiers import Slot, Tier
 from gemmascope_fast.errors import BankError
 
@@ -217,7 +217,7 @@ class Store:
             module = self._read(name) if here is None else self._of_host(here)
             if self.screen:
                 with self._unlocked():
-                    pack(module)
+                    self.members[name].pack(module)
         except BaseException:
             self.on_device.coming.pop(name, None)
             self._changed.notify_all()
