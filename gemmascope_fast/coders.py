@@ -163,8 +163,10 @@ class Crosscoder(JumpReLUSAE):
         d = self.cfg.d_in // self.n_layers
         return x.flatten(-2) if x.dim() > 1 and x.shape[-2:] == (self.n_layers, d) and d != self.cfg.d_in else x
 
-    def encode_sparse(self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None) -> SparseLatents:
-        return super().encode_sparse(self._flat(x), screen, bandwidth)
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
+        return super().encode_sparse(self._flat(x), screen, bandwidth, precision)
 
     def forward(self, x: Tensor) -> Tensor:
         """x̂ in the shape of x."""
@@ -186,12 +188,15 @@ class TopKSAE(JumpReLUSAE):
             raise ValueError(f"k: expected 1 to d_sae = {self.cfg.d_sae}, got {k}")
         self.k = k
 
-    def encode_sparse(self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None) -> SparseLatents:
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
         if bandwidth is not None:
             raise ValueError("bandwidth: a top-k SAE has no threshold to train")
         flat = self._tokens(x)
         # at least one chunk, so that no tokens give no rows
-        parts = [_greatest(super(TopKSAE, self).encode_sparse(rows, screen), self.k) for rows in flat.split(self.chunk)]
+        encode = super().encode_sparse
+        parts = [_greatest(encode(rows, screen, None, precision), self.k) for rows in flat.split(self.chunk)]
         return SparseLatents.cat(parts).reshape(*x.shape[:-1])
 
 

@@ -122,15 +122,21 @@ class JumpReLUSAE(nn.Module):
 
     # ---- encode -------------------------------------------------------------------------------------
 
-    def encode_sparse(self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None) -> SparseLatents:
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
         """x [..., d_in], any floating dtype (widened exactly; float64 is rounded to float32) → SparseLatents.
 
         screen: True and False force the certified screen on or off, None takes what is fastest for the number
         of tokens; the bytes are the same.  bandwidth ε: pairs with |z - threshold| < ε/2 are stored too, with
         value 0 where they did not fire, and the threshold gets its straight-through gradient (facts section 6).
-        Raises ValueError for a wrong d_in or device, TypeError for integer or complex x.
+        precision: "exact", or "tensor" for op `encode_tensor`: tensor cores on a GPU, with no promise of bytes,
+        within the tolerance that ops/encode_tensor.py derives; it takes neither screen nor bandwidth.
+        Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x.
         """
         flat = self._tokens(x)
+        if precision != "exact":
+            return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
         # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
         traced = torch.compiler.is_compiling() and not screen
         if not traced:
@@ -145,6 +151,16 @@ class JumpReLUSAE(nn.Module):
             csr = with_gradients(csr, self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def _encode_tensor(
+        self, flat: Tensor, rows: tuple[int, ...], screen: bool | None, bandwidth: float | None, precision: str
+    ) -> SparseLatents:
+        if precision != "tensor":
+            raise ValueError(f"precision: expected 'exact' or 'tensor', got {precision!r}")
+        if screen or bandwidth is not None:
+            raise ValueError("precision: 'tensor' takes neither screen nor bandwidth")
+        crow, col, values = ops.encode_tensor(flat, self.W_enc, self.b_enc, self.threshold)
+        return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*rows, self.cfg.d_sae))
 
     def encode(self, x: Tensor) -> Tensor:
         """Dense latents [..., d_sae] in the SAE's dtype, as SAELens returns them."""

@@ -25,6 +25,7 @@ def gather_kernel(
     x_ptr,  # [T, d], read only where a word overflowed its slots
     w_ptr,  # [F, d], likewise
     bias_ptr,  # fp32 [F], likewise
+    threshold_ptr,  # fp32 [F], read where LIFT
     bitmap_ptr,  # int32 [T, words]
     count_ptr,  # int32 [T, words]
     total_ptr,  # int64 [T * words], inclusive sums of the counts; read where not SCAN
@@ -38,6 +39,7 @@ def gather_kernel(
     words,
     capacity,
     SCAN: tl.constexpr,
+    LIFT: tl.constexpr,
     SLOTS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
@@ -74,17 +76,21 @@ def gather_kernel(
 
     if tl.max(count, axis=0) > SLOTS:
         redo_words(
-            x_ptr, w_ptr, bias_ptr, bitmap_ptr, count_ptr, value_ptr, t, first, base, T, F, d, words, capacity,
-            SLOTS, WORDS,
+            x_ptr, w_ptr, bias_ptr, threshold_ptr, bitmap_ptr, count_ptr, value_ptr, t, first, base, T, F, d, words,
+            capacity, LIFT, SLOTS, WORDS,
         )  # fmt: skip
 
 
 @triton.jit
 def redo_words(
-    x_ptr, w_ptr, bias_ptr, bitmap_ptr, count_ptr, value_ptr, t, first, base, T, F, d, words, capacity,
-    SLOTS: tl.constexpr, WORDS: tl.constexpr,
+    x_ptr, w_ptr, bias_ptr, threshold_ptr, bitmap_ptr, count_ptr, value_ptr, t, first, base, T, F, d, words, capacity,
+    LIFT: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """The values beyond the slots: the word's dots again, in the same order, hence the same bytes."""
+    """The values beyond the slots: the word's dots again, in the same order, hence the same bytes.
+
+    LIFT: the bitmap is that of tensor cores, which may have let a pair fire whose exact dot does not; its value
+    becomes the next float above the threshold, which lies between the two dots.
+    """
     bit = tl.arange(0, 32)
     row = t.to(tl.int64) * words
     start = base
@@ -96,6 +102,10 @@ def redo_words(
                 f = word * 32 + bit
                 z = dot_tile(x_ptr, w_ptr, t + tl.arange(0, 1), f, T, F, d, 1, 32)
                 z += tl.load(bias_ptr + f, mask=f < F, other=0.0)[None, :]
+                if LIFT:
+                    theta = tl.maximum(tl.load(threshold_ptr + f, mask=f < F, other=0.0), 0.0)[None, :]
+                    above = (theta.to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+                    z = tl.where(z <= theta, above, z)
                 hit = (tl.load(bitmap_ptr + row + word) >> bit) & 1
                 rank = tl.cumsum(hit, axis=0) - 1
                 at = start + rank

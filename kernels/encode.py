@@ -21,19 +21,23 @@ def fires(z, theta, half_bandwidth, HAS_BANDWIDTH: tl.constexpr):
 
 
 @triton.jit
-def write_hits(z, keep, t, word, T, words, bitmap_ptr, count_ptr, slot_ptr, SLOTS: tl.constexpr):
-    """z, keep: [BT, 32] of tokens t [BT] and one word of features.
+def write_hits(
+    z, keep, t, word, T, words, bitmap_ptr, count_ptr, slot_ptr,
+    SLOTS: tl.constexpr, BT: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """z, keep: [BT, 32 * WORDS] of tokens t [BT] and consecutive words of features, word [WORDS].
 
     bitmap_ptr, count_ptr: int32 [T, words]; slot_ptr: fp32 [T, words, SLOTS].
     """
-    bit = tl.arange(0, 32)
-    hit = keep.to(tl.int32)
-    at = t.to(tl.int64) * words + word
-    t_in = t < T
-    tl.store(bitmap_ptr + at, tl.sum(hit << bit[None, :], axis=1), mask=t_in)
-    tl.store(count_ptr + at, tl.sum(hit, axis=1), mask=t_in)
-    rank = tl.cumsum(hit, axis=1) - 1
-    tl.store(slot_ptr + at[:, None] * SLOTS + rank, canonical(z), mask=keep & t_in[:, None] & (rank < SLOTS))
+    hit = tl.reshape(keep.to(tl.int32), [BT, WORDS, 32])
+    at = t.to(tl.int64)[:, None] * words + word[None, :]
+    inside = (t < T)[:, None] & (word < words)[None, :]
+    tl.store(bitmap_ptr + at, tl.sum(hit << tl.arange(0, 32)[None, None, :], axis=2), mask=inside)
+    tl.store(count_ptr + at, tl.sum(hit, axis=2), mask=inside)
+    rank = tl.cumsum(hit, axis=2) - 1
+    value = tl.reshape(canonical(z), [BT, WORDS, 32])
+    stored = (hit != 0) & inside[:, :, None] & (rank < SLOTS)
+    tl.store(slot_ptr + at[:, :, None] * SLOTS + rank, value, mask=stored)
 
 
 @triton.jit
@@ -65,4 +69,4 @@ def encode_kernel(
     z += tl.load(bias_ptr + f, mask=f_in, other=0.0)[None, :]
     theta = tl.load(threshold_ptr + f, mask=f_in, other=0.0)[None, :]
     keep = fires(z, theta, half_bandwidth, HAS_BANDWIDTH) & f_in[None, :]
-    write_hits(z, keep, t, word, T, words, bitmap_ptr, count_ptr, slot_ptr, SLOTS)
+    write_hits(z, keep, t, word + tl.arange(0, 1), T, words, bitmap_ptr, count_ptr, slot_ptr, SLOTS, BT, 1)

@@ -18,13 +18,26 @@ from gemmascope_fast.gpu.launch import interpreted
 from gemmascope_fast.ops._library import LIBRARY
 
 # op -> the function of the same name in this module of gemmascope_fast.gpu
-TRITON = {"encode": "encode", "decode": "decode", "sampled_dot": "decode", "matryoshka_linear": "matryoshka"}
+TRITON = {
+    "encode": "encode",
+    "encode_tensor": "tensor",
+    "encode_screened": "screen",
+    "decode": "decode",
+    "sampled_dot": "decode",
+    "matryoshka_linear": "matryoshka",
+}
 
 # Where CUDA C++ is taken when it is there, and why.  Everything else is Triton's.
 PREFERRED = {
     "encode": "16 lanes of a half-warp hold the 16 accumulators and fold by shuffles; Triton pays shared memory for it",
     "decode": "a warp's width of columns a warp, features staged through shared memory",
 }
+
+CUDA_MISSING: str | None = None
+try:  # loading it registers gemmascope_fast_cuda::*; it needs torch's CUDA build, and no driver
+    importlib.import_module("gemmascope_fast._C_cuda")
+except ImportError as error:
+    CUDA_MISSING = f"this build holds no CUDA C++ kernels (make wheel-cuda builds them): {error}"
 
 
 def launcher(op: str, name: str) -> Callable[..., Any]:
@@ -49,9 +62,9 @@ def missing(op: str, name: str) -> str | None:
         if op not in TRITON:
             return "no triton kernel is written for it"
         return None if importlib.util.find_spec("triton") else "the package triton is not installed"
-    if not compiled(op):
-        return "this build holds no CUDA C++ kernel for it (make wheel-cuda builds one)"
-    return None
+    if compiled(op):
+        return None
+    return CUDA_MISSING or "no CUDA C++ kernel is written for it"
 
 
 def unavailable(op: str, name: str, device: torch.device) -> str | None:

@@ -4,6 +4,7 @@ from gemmascope_fast.ops._library import OPS, Cost, Op
 from gemmascope_fast.ops.decode import decode, decode_reference
 from gemmascope_fast.ops.encode import encode, encode_reference
 from gemmascope_fast.ops.encode_screened import encode_screened, encode_screened_reference
+from gemmascope_fast.ops.encode_tensor import encode_tensor, encode_tensor_reference
 from gemmascope_fast.ops.matryoshka_linear import matryoshka_linear, matryoshka_linear_reference
 from gemmascope_fast.ops.sampled_dot import sampled_dot, sampled_dot_reference
 from gemmascope_fast.ops.screen_rows import screen_rows, screen_rows_reference
@@ -21,6 +22,8 @@ __all__ = [
     "encode_reference",
     "encode_screened",
     "encode_screened_reference",
+    "encode_tensor",
+    "encode_tensor_reference",
     "matryoshka_linear",
     "matryoshka_linear_reference",
     "sampled_dot",

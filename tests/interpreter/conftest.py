@@ -10,11 +10,15 @@ import torch
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
-@pytest.fixture(params=["in order", "shuffled"], autouse=True)
-def grid_order(request, monkeypatch):
-    """Programs run in the grid's order and in a shuffled one: no result may depend on it."""
-    if request.param == "in order":
-        return
+def in_order(executor, kept=[]):  # noqa: B006  the interpreter's own __call__, asked for once
+    if not kept:
+        kept.append(executor.__call__)
+    return kept[0]
+
+
+@pytest.fixture(autouse=True)
+def grid_order(monkeypatch):
+    """Programs run in a shuffled order: no result may depend on it."""
     from triton.runtime import interpreter
 
     def shuffled(self, *args_dev, **kwargs):
@@ -25,11 +29,11 @@ def grid_order(request, monkeypatch):
         plain = type(builder).set_grid_idx
         builder.set_grid_idx = lambda x, y, z: plain(builder, order[x], y, z)
         try:
-            return in_order(self, *args_dev, **kwargs)
+            return run(self, *args_dev, **kwargs)
         finally:
             del builder.set_grid_idx
 
-    in_order = interpreter.GridExecutor.__call__
+    run = in_order(interpreter.GridExecutor)
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", shuffled)
 
 
@@ -49,3 +53,24 @@ def same_bytes():
             assert torch.equal(bits(g), bits(w))
 
     return check
+
+
+@pytest.fixture
+def last_program(monkeypatch):
+    """Only the last program of each grid runs: for tensors of which nobody can fill the whole."""
+    from triton.runtime import interpreter
+
+    def last(self, *args_dev, **kwargs):
+        builder, axes = interpreter.interpreter_builder, self.grid
+        self.grid = (1,)
+        builder.set_grid_idx = lambda x, y, z: setattr(builder, "grid_idx", (axes[0] - 1, y, z))
+        try:
+            return run(self, *args_dev, **kwargs)
+        finally:
+            del builder.set_grid_idx
+            self.grid = axes
+
+    run = in_order(interpreter.GridExecutor)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", last)
+    # results lie in the arguments already: a copy of them would touch every page
+    monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)

@@ -1,0 +1,261 @@
+"""Launchers of the screened encode: the same bytes as `gpu.encode`, a quarter of the bytes read.
+
+A pair is dropped where fl(ẑ + B) <= max(θ, 0).  With u = 2⁻²⁴, r = x - μ as fp32 has it, r̂ its two int8 digits on
+a power of two, e = w - ŵ, and the deciding dot within κ(‖w‖‖x‖ + |b|) of the exact one:
+
+    z - ẑ = e·r̂ + w·(r - r̂) + w·(what r lost) + the dot's error + the rounding of b' and of ẑ
+    |…|  <= ‖e‖R      + ‖w‖·½·unit·√d + 1.01u‖w‖‖r‖ + κ(‖w‖‖x‖ + |b|) + u|b'| + u(2‖ŵ‖R + |b'|)(1 + u)
+
+with ‖ŵ‖ <= ‖w‖ + ‖e‖ and ‖r‖ <= R + ½·unit·√d.  E takes what multiplies ‖w‖, 9u(2R + …) standing for the
+roundings; β = κ|b| + 8u(|b'| + |τ|) + d·2⁻¹²⁶ takes the rest, the comparison's own rounding u|τ| included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gemmascope_fast.gpu.encode import (
+    SLOTS,
+    FixedLatents,
+    Weights,
+    Words,
+    compressed,
+    fixed,
+    widenable,
+)
+from gemmascope_fast.gpu.launch import cdiv, grid, kernels, on
+from gemmascope_fast.ops.encode import check_encode, kappa
+from gemmascope_fast.ops.screen_rows import Row, rows_of, up32
+
+U = 2.0**-24
+LARGEST_D = 66_000  # codes and digits of 8 bits: a row's sum of (code - zero) * digit stays within int32
+REFINE_WORDS = 4  # words a refine program: 128 features, of which 2 to 3 are left, so one batch of pairs
+PAIRS = 8
+DIGITS_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class ScreenConfig:
+    BT: int
+    BF: int
+    BK: int
+    warps: int
+    stages: int
+
+
+# Up to 16 tokens: 32 features a program are 512 programs at 16,384, four stages of 4 KiB each in flight.  More
+# tokens: 64 x 64 pairs, two int32 accumulators each, are 32 registers a thread of 8 warps.
+CONFIGS = (ScreenConfig(16, 32, 128, 4, 4), ScreenConfig(64, 64, 64, 8, 3))
+
+
+def config_for(T: int) -> ScreenConfig:
+    return CONFIGS[0] if T <= CONFIGS[0].BT else CONFIGS[1]
+
+
+@dataclass(frozen=True)
+class SecondDigit:
+    """A residual code: w is close to scale * (code - zero) + this scale * this code."""
+
+    code: Tensor  # int8 [F, d]
+    scale: Tensor  # fp32 [F]
+    error_norm: Tensor  # fp32 [F], of what both leave, with 8u of the first digit's added, rounded up
+
+
+@dataclass(frozen=True)
+class ScreenArrays:
+    """The screen as the kernels read it, on the device of the activations.
+
+    error_norm and row_norm are rounded up; slack is β of the module's docstring, infinite where a row's norm is
+    outside [2⁻⁶⁰, 2⁶⁰] and not 0, so that such a feature is always refined.
+    """
+
+    code: Tensor  # int8 [F, d]: w is close to scale * (code - zero)
+    scale: Tensor  # fp32 [F]
+    zero: Tensor  # int32 [F]
+    error_norm: Tensor  # fp32 [F]
+    row_norm: Tensor  # fp32 [F]
+    bias: Tensor  # fp32 [F], b_enc + W_enc · centre
+    slack: Tensor  # fp32 [F]
+    centre: Tensor | None = None  # fp32 [d]
+    second: SecondDigit | None = None
+
+    @classmethod
+    def of_rows(
+        cls,
+        code: Tensor,
+        code2: Tensor | None,
+        table: Tensor,
+        centre: Tensor | None,
+        shape: tuple[int, int],
+    ) -> ScreenArrays:
+        """From what op `screen_rows` gives, for W_enc of this shape [d_in, d_sae]: codes by rows, signed."""
+        d, F = shape
+        t = table[:, :F]
+        # START is infinite where a row is out of range and its other entries mean nothing
+        slack = torch.where(t[Row.START] == torch.inf, torch.inf, t[Row.SLACK])
+        second = None
+        if code2 is not None and code2.numel():
+            error2 = up32(t[Row.ERROR2].double() + 8 * U * t[Row.ERROR].double())
+            second = SecondDigit(_signed(code2, F, d), t[Row.SCALE2].contiguous(), error2)
+        zero = t[Row.ZERO].to(torch.int32) - 128
+        scale, error, norm, bias = (t[row].contiguous() for row in (Row.SCALE, Row.ERROR, Row.NORM, Row.CENTRED_BIAS))
+        return cls(_signed(code, F, d), scale, zero, error, norm, bias, slack, centre, second)
+
+    @classmethod
+    def of(
+        cls,
+        code: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        error_norm: Tensor,
+        row_norm: Tensor,
+        bias: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor,
+        centre: Tensor | None = None,
+        second: SecondDigit | None = None,
+    ) -> ScreenArrays:
+        """Checks shapes and dtypes and adds the slack."""
+        if code.dtype != torch.int8 or code.dim() != 2 or code.shape[1] > LARGEST_D:
+            raise ValueError(f"code: expected int8 [F, d <= {LARGEST_D}], got {code.dtype} {tuple(code.shape)}")
+        F, d = code.shape
+        named = {"scale": scale, "zero": zero, "error_norm": error_norm, "row_norm": row_norm, "bias": bias}
+        for name, tensor in named.items():
+            if tensor.shape != (F,):
+                raise ValueError(f"{name}: expected [{F}], got {tuple(tensor.shape)}")
+        if centre is not None and centre.shape != (d,):
+            raise ValueError(f"centre: expected [{d}], got {tuple(centre.shape)}")
+        if second is not None and second.code.shape != code.shape:
+            raise ValueError(f"second: expected a code of {tuple(code.shape)}, got {tuple(second.code.shape)}")
+        slack = kappa(d) * b_enc.double().abs() + 8 * U * (bias.double().abs() + threshold.double().clamp(min=0))
+        slack = (slack + d * 2.0**-126) * (1 + 8 * U)
+        sound = (row_norm == 0) | ((row_norm >= 2.0**-60) & (row_norm <= 2.0**60))
+        slack = torch.where(sound, slack, torch.inf).float()
+        scale, error_norm, row_norm, bias = (t.float().contiguous() for t in (scale, error_norm, row_norm, bias))
+        centre = None if centre is None else centre.float().contiguous()
+        zero = zero.to(torch.int32).contiguous()
+        return cls(code.contiguous(), scale, zero, error_norm, row_norm, bias, slack, centre, second)
+
+
+def _signed(tiles: Tensor, F: int, d: int) -> Tensor:
+    """uint8 tiles of `screen_rows` → int8 [F, d], 128 less."""
+    return (rows_of(tiles)[:F, :d] ^ 128).view(torch.int8).contiguous()
+
+
+# A screen's codes by rows, for as long as its tiles live: the kernels read rows, the CPU's tiles suit its cache lines.
+_ARRAYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def encode_screened(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    code: Tensor,
+    code2: Tensor | None,
+    table: Tensor,
+    centre: Tensor | None,
+    digits: int = 0,
+    bandwidth: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Op `encode_screened` (see ops/encode_screened.py) in Triton; two digits of the activations, whatever `digits` is:
+    the second costs no bytes.  The statistics are summed on the device."""
+    arrays = _ARRAYS.get(code)
+    if arrays is None:
+        arrays = _ARRAYS[code] = ScreenArrays.of_rows(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))
+    check_screened(x, W_enc, b_enc, threshold, arrays, bandwidth)
+    stats = torch.zeros(4, dtype=torch.int64, device=x.device)
+    weights = Weights.of(W_enc, b_enc, threshold)
+    csr = compressed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, bandwidth, stats))
+    return (*csr, stats)
+
+
+def screened(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    screen: ScreenArrays,
+    bandwidth: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Op `encode` through the screen: bit for bit what `gpu.encode` gives.
+
+    W_enc may be the transposed view of rows in pinned host memory: only rows of what the screen leaves are read.
+    Raises StaleScreenError where a refined pair lies outside the bound.
+    """
+    check_screened(x, W_enc, b_enc, threshold, screen, bandwidth)
+    weights = Weights.of(W_enc, b_enc, threshold)
+    return compressed(widenable(x), weights, lambda part, w: fill_screened(part, w, screen, bandwidth))
+
+
+def screened_fixed(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, screen: ScreenArrays, capacity: int
+) -> FixedLatents:
+    """Screened encode without any host synchronisation: four launches up to 16 tokens, a scan more above."""
+    check_screened(x, W_enc, b_enc, threshold, screen, None)
+    weights = Weights.of(W_enc, b_enc, threshold)
+    return fixed(widenable(x), weights, lambda part, w: fill_screened(part, w, screen, None), capacity)
+
+
+def check_screened(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, screen: ScreenArrays, bandwidth: float | None
+) -> None:
+    """ValueError or TypeError where the arguments do not fit each other."""
+    here = W_enc if W_enc.device == x.device else x.new_empty(1).expand(W_enc.shape)
+    if here is not W_enc and not (W_enc.device.type == "cpu" and W_enc.is_pinned()):
+        raise ValueError(f"W_enc: expected a tensor on {x.device} or in pinned host memory, got one on {W_enc.device}")
+    check_encode(x, here, b_enc, threshold, bandwidth)
+    if screen.code.shape != W_enc.shape[::-1]:
+        raise ValueError(f"screen: expected codes [d_sae, d_in] = {tuple(W_enc.shape[::-1])}, got {screen.code.shape}")
+
+
+def fill_screened(
+    x: Tensor, w: Weights, s: ScreenArrays, bandwidth: float | None, stats: Tensor | None = None
+) -> Words:
+    """Digits, screen, refinement: three launches.  x [T, d] → Words.
+
+    stats int64 [4], added to: pairs that the screen leaves, pairs refined, pairs outside the bound, tokens without.
+    """
+    pinned = w.rows.device != x.device
+    module = kernels(
+        "screen", x, None if pinned else w.rows, w.bias, w.threshold, s.code, s.scale, s.error_norm, s.bias, s.centre
+    )
+    (T, d), F = x.shape, w.rows.shape[0]
+    stale = torch.zeros(1, dtype=torch.int32, device=x.device)
+    out = Words.empty(x, F, stale)
+    config, words = config_for(T), out.bitmap.shape[1]
+    padded = cdiv(d, config.BK) * config.BK
+    high = torch.empty(T, padded, dtype=torch.int8, device=x.device)
+    low, candidates, guess = torch.empty_like(high), torch.empty_like(out.bitmap), torch.empty_like(out.slots)
+    sums = torch.empty(T, 2, dtype=torch.int32, device=x.device)
+    token = torch.empty(T, 3, device=x.device)
+    half, second = 0.0 if bandwidth is None else bandwidth / 2, s.second
+    groups = cdiv(words, REFINE_WORDS)
+    left = torch.empty(2, T, groups, dtype=torch.int32, device=x.device) if stats is not None else stale
+    two = (s.code, s.scale, s.error_norm) if second is None else (second.code, second.scale, second.error_norm)
+    with on(x):
+        module.digits_kernel[grid(T, "digits")](
+            x, token if s.centre is None else s.centre, high, low, sums, token, d, padded,
+            kappa(d), math.sqrt(d) * (1 + 4 * U), 1 + (d + 64) * 2 * U,
+            HAS_CENTRE=s.centre is not None, BLOCK=DIGITS_BLOCK, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        module.screen_kernel[grid(cdiv(T, config.BT) * cdiv(F, config.BF), "screen")](
+            high, low, sums, token, s.code, s.scale, s.zero, s.error_norm, s.row_norm, s.bias, s.slack, w.threshold,
+            candidates, guess, T, F, d, padded, words, half,
+            HAS_BANDWIDTH=bandwidth is not None, SLOTS=SLOTS, BT=config.BT, BF=config.BF, BK=config.BK,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        module.refine_kernel[grid(T * groups, "refine")](
+            x, w.rows, w.bias, w.threshold, s.error_norm, s.row_norm, s.slack, token, candidates, guess,
+            high, low, *two, out.bitmap, out.count, out.slots, stale, left, T, F, d, padded, words, half,
+            HAS_BANDWIDTH=bandwidth is not None, COUNTS=stats is not None, HAS_SECOND=second is not None, SLOTS=SLOTS,
+            WORDS=REFINE_WORDS, PAIRS=PAIRS, BK=64, num_warps=4, num_stages=3, enable_fp_fusion=False,
+        )  # fmt: skip
+    if stats is not None:
+        stats += torch.cat((left.sum((1, 2)), stale.long(), token[:, 2].isinf().sum().reshape(1)))
+    return out

@@ -1,0 +1,204 @@
+"""The screened encode against the unscreened one, byte for byte, and its bound against fp64."""
+
+import pytest
+import torch
+
+from gemmascope_fast import ops
+from gemmascope_fast.errors import StaleScreenError
+from gemmascope_fast.gpu import screen as gpu
+from gemmascope_fast.testing import make_activations, make_sae
+
+UP = 1 + 2.0**-20
+
+
+def screen_of(rows, b, theta, centre=None, second=False):
+    """The screen's definition: per-row codes and zero points, the error in fp64, b' with the centre folded in."""
+    w = rows.double()
+    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    scale = ((high - low) / 254).float().clamp(min=2.0**-100)
+    zero = (-127 - low / scale).round()
+    code = (w / scale[:, None] + zero[:, None]).round().clamp(-127, 127)
+    error = w - scale.double()[:, None] * (code - zero[:, None])
+    bias = b.double() + (0 if centre is None else w @ centre.double())
+    two = None
+    if second:
+        scale2 = (error.abs().amax(1) / 127).float().clamp(min=2.0**-100)
+        code2 = (error / scale2[:, None]).round().clamp(-127, 127)
+        left = (error - scale2.double()[:, None] * code2).norm(dim=1)
+        two = gpu.SecondDigit(code2.to(torch.int8), scale2, ((left + 8 * gpu.U * error.norm(dim=1)) * UP).float())
+    norms = [(v.norm(dim=1) * UP).float() for v in (error, w)]
+    return gpu.ScreenArrays.of(code.to(torch.int8), scale, zero, *norms, bias.float(), b, theta, centre, two)
+
+
+def case(T, d, F, seed=0, dtype=torch.float32, l0=None):
+    """Weights and activations like Gemma's: a massive dimension, large products that cancel."""
+    sae = make_sae(seed, d, F, l0 or max(1, F // 20), dtype)
+    x = make_activations(seed + 9, T, d).to(dtype)
+    return x, sae.W_enc.detach(), sae.b_enc.detach(), sae.threshold.detach(), sae.b_dec.detach().float()
+
+
+@pytest.mark.parametrize("shape", [(1, 33, 70), (3, 150, 31), (17, 20, 65), (1, 1100, 34)])
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("centred", [False, True])
+def test_equals_the_unscreened(shape, second, centred, same_bytes):
+    x, W, b, theta, mean = case(*shape)
+    s = screen_of(W.t(), b, theta, mean if centred else None, second)
+    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_weights(dtype, same_bytes):
+    x, W, b, theta, mean = case(3, 40, 70, dtype=dtype)
+    s = screen_of(W.t(), b, theta, mean.float())
+    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+
+
+@pytest.mark.parametrize("shift", [1e6, -1e6])
+def test_every_feature_and_no_feature(shift, same_bytes):
+    x, W, b, theta, mean = case(3, 40, 70)
+    s = screen_of(W.t(), b + shift, theta, mean)
+    same_bytes(gpu.screened(x, W, b + shift, theta, s), ops.encode(x, W, b + shift, theta, None))
+
+
+def test_tokens_and_rows_outside_the_range_skip_the_screen(same_bytes):
+    x, W, b, theta, mean = case(8, 40, 70)
+    W = W.clone()
+    W[:, 3], W[:, 4], W[:, 5] = W[:, 3] * 1e-25, 0.0, W[:, 5] * 1e25
+    x[1, 3], x[2, 5], x[3, 19], x[4] = float("nan"), float("inf"), -float("inf"), 1e-30
+    x[5], x[6, 0], x[7, 1] = mean, 3e38, 1e19
+    s = screen_of(W.t(), b, theta, mean)
+    assert int(s.slack.isinf().sum()) == 2
+    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+
+
+@pytest.mark.parametrize("bandwidth", [1.0, 3e3])
+def test_bandwidth(bandwidth, same_bytes):
+    x, W, b, theta, mean = case(5, 40, 70)
+    s = screen_of(W.t(), b, theta, mean, True)
+    same_bytes(gpu.screened(x, W, b, theta, s, bandwidth), ops.encode(x, W, b, theta, bandwidth))
+
+
+def test_the_bound_holds_and_discards():
+    """Of what fires nothing is lost, of the rest most is discarded; the certificate holds."""
+    x, W, b, theta, mean = case(8, 128, 160, l0=4)
+    s = screen_of(W.t(), b, theta, mean)
+    words, candidates = screened_words(x, W, b, theta, s)
+    fired = ops.encode(x, W, b, theta, None)[1].numel()
+    kept = int(sum(((candidates >> i) & 1).sum() for i in range(32)))
+    assert fired <= kept <= 0.15 * 8 * 160
+    assert int(words.stale) == 0
+
+
+def screened_words(x, W, b, theta, s):
+    """What the screen alone leaves: the refinement is made to keep a copy of its input."""
+    from gemmascope_fast.gpu.encode import Weights
+    from gemmascope_fast.kernels import screen as module
+
+    seen = {}
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **more):
+                seen["candidates"] = args[8].clone()
+                return kept[grid](*args, **more)
+
+            return launch
+
+    kept, module.refine_kernel = module.refine_kernel, Spy()
+    try:
+        words = gpu.fill_screened(x, Weights.of(W, b, theta), s, None)
+    finally:
+        module.refine_kernel = kept
+    return words, seen["candidates"]
+
+
+def test_rows_that_sit_on_the_grid(same_bytes):
+    """No error of the code is left: only the rounding terms stand between a firing feature and the screen."""
+    x, W, b, theta, mean = case(8, 64, 64)
+    scale = W.abs().amax(0) / 127
+    W = (W / scale).round() * scale
+    z = x.double() @ W.double() + b.double()
+    theta = (z.float().median(0).values).clamp(min=0)  # a token of each feature sits on the threshold
+    s = screen_of(W.t(), b, theta, mean)
+    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+
+
+def test_changed_weights_are_noticed():
+    x, W, b, theta, mean = case(4, 40, 70)
+    s = screen_of(W.t(), b, theta, mean)
+    with pytest.raises(StaleScreenError, match="bound"):
+        gpu.screened(x, 3 * W, b, theta - 1e6, gpu.ScreenArrays(**{**vars(s), "bias": s.bias + 1e6}))
+    fixed = gpu.screened_fixed(x, 3 * W, b, theta - 1e6, s, 4 * 70)
+    assert int(fixed.stale) == 1
+    with pytest.raises(StaleScreenError):
+        fixed.sparse()
+
+
+@pytest.mark.parametrize("T", [2, 18])
+def test_fixed_capacity(T, same_bytes):
+    x, W, b, theta, mean = case(T, 40, 70)
+    s = screen_of(W.t(), b, theta, mean)
+    got = gpu.screened_fixed(x, W, b, theta, s, T * 70).sparse()
+    same_bytes((got.crow_indices, got.col_indices, got.values), ops.encode(x, W, b, theta, None))
+
+
+def test_digits_are_those_of_the_bound():
+    """R, E and the digits against fp64: r is within E's share of its digits, R not below their norm."""
+    x, W, b, theta, mean = case(5, 300, 32)
+    s = screen_of(W.t(), b, theta, mean)
+    seen = {}
+    from gemmascope_fast.kernels import screen as module
+
+    kept = module.screen_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **more):
+                seen.update(zip(("high", "low", "sums", "token"), args[:4], strict=True))
+                return kept[grid](*args, **more)
+
+            return launch
+
+    module.screen_kernel = Spy()
+    try:
+        gpu.screened(x, W, b, theta, s)
+    finally:
+        module.screen_kernel = kept
+    unit, R, E = seen["token"].double().unbind(1)
+    digits = 256 * seen["high"].long() + seen["low"].long()
+    near = unit[:, None] * digits[:, :300]
+    r = (x - mean).double()
+    assert bool((digits[:, 300:] == 0).all())
+    assert bool(((r - near).abs() <= unit[:, None] / 2).all())
+    assert bool((near.norm(dim=1) <= R).all())
+    assert bool((near.norm(dim=1) * 1.001 >= R).all())
+    assert bool(((r - near).norm(dim=1) + gpu.kappa(300) * x.double().norm(dim=1) <= E).all())
+    assert torch.equal(seen["sums"], torch.stack((seen["high"].long().sum(1), seen["low"].long().sum(1)), 1).int())
+    assert bool((digits.abs().amax(1) > 32512 / 2.01).all())
+
+
+@pytest.mark.parametrize(("T", "second"), [(8, True), (3, False)])
+def test_the_op_on_the_screen_of_the_cpu(T, second, same_bytes):
+    """The CPU's tiles and table, read by rows: the bytes of `encode`, and honest statistics."""
+    x, W, b, theta, mean = case(T, 70, 67, l0=12)
+    x[T - 1, 3] = float("nan")
+    code, code2, table = ops.screen_rows(W, b, theta, mean, second)
+    *csr, stats = gpu.encode_screened(x, W, b, theta, code, code2 if second else None, table, mean)
+    same_bytes(csr, ops.encode(x, W, b, theta, None))
+    left, refined, violations, rest = stats.tolist()
+    assert csr[1].numel() <= refined <= left <= T * 67
+    assert (refined < left) == second
+    assert (violations, rest) == (0, 1)
+
+
+def test_bad_arguments():
+    x, W, b, theta, _ = case(3, 20, 67)
+    s = screen_of(W.t(), b, theta)
+    with pytest.raises(ValueError, match="screen: expected codes"):
+        gpu.screened(x, torch.randn(20, 66), b[1:], theta[1:], s)
+    with pytest.raises(ValueError, match="pinned host memory"):
+        gpu.screened(x.to("meta"), W, b, theta, s)
+    with pytest.raises(ValueError, match="code: expected int8"):
+        gpu.ScreenArrays.of(s.code.int(), s.scale, s.zero, s.error_norm, s.row_norm, s.bias, b, theta)
+    with pytest.raises(ValueError, match="row_norm"):
+        gpu.ScreenArrays.of(s.code, s.scale, s.zero, s.error_norm, s.row_norm[1:], s.bias, b, theta)
