@@ -15,6 +15,8 @@ from gemmascope_fast.gpu.launch import cdiv, grid, kernels, on
 from gemmascope_fast.ops._csr import check_csr
 
 AHEAD = 4  # rows in flight: 4 x 4 bytes x 32 lanes a warp, times the warps of an SM, covers DRAM's latency
+MANY = 16  # the same for a row with as many entries left: 16 columns' loads a thread of 4 warps are 64 registers
+ORDERED_ROWS = 4096  # from here rows start by length: those of a gradient of W_dec differ by a factor of hundreds
 PAIRS = 16  # pairs of a sampled-dot program: [16, 16] lanes are 2 accumulators a thread of 4 warps
 SHARES = 4  # programs a row of sampled dots: rows hold about 80 pairs
 
@@ -75,11 +77,15 @@ def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Ten
     rows, config = W_dec.contiguous(), config_for(N)
     scale = None if row_scale is None else row_scale.float().contiguous()
     bias = None if b_dec is None else b_dec.float().contiguous()
+    # a grid whose longest rows start last waits for them alone
+    order = crow.diff().argsort(descending=True) if N >= ORDERED_ROWS else crow
     with on(W_dec):
         module.decode_kernel[grid(N * cdiv(d, config.BLOCK), "decode")](
             crow.contiguous(), col.contiguous(), values.float().contiguous(), rows,
-            out if scale is None else scale, out if bias is None else bias, out, N, d, col.numel(),
-            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, BLOCK=config.BLOCK, AHEAD=AHEAD,
+            out if scale is None else scale, out if bias is None else bias, order, out, N, d,
+            col.numel(),
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_ORDER=order is not crow,
+            BLOCK=config.BLOCK, AHEAD=AHEAD, MANY=MANY,
             num_warps=config.warps, num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
     return out
