@@ -36,7 +36,7 @@ def run_gpu_check(args: argparse.Namespace) -> int:
 def collect(archs: list[str] | None = None) -> dict[str, Any]:
     """Keys: version, what, kernels (a row a kernel and architecture), loops (modelled time of whole calls)."""
     from gemmascope_fast.gpu import aot, nvcc
-    from gemmascope_fast.gpu.devices import ARCHS, DEVICES, roof_time
+    from gemmascope_fast.gpu.devices import ARCHS, DEVICES, model_times
     from gemmascope_fast.gpu.model import loops
     from gemmascope_fast.gpu.specs import all_specs
 
@@ -48,7 +48,6 @@ def collect(archs: list[str] | None = None) -> dict[str, Any]:
     for spec in all_specs():
         for arch in wanted:
             binary = aot.compile_spec(spec, arch)
-            times = {d.name: roof_time(d, spec.bytes, spec.ops, spec.kind) * 1e6 for d in DEVICES if d.arch == arch}
             rows.append(
                 {
                     "source": "triton",
@@ -56,7 +55,7 @@ def collect(archs: list[str] | None = None) -> dict[str, Any]:
                     "bytes": spec.bytes,
                     "operations": spec.ops,
                     "operations_kind": spec.kind,
-                    "model_microseconds": times,
+                    "model_microseconds": model_times(arch, spec.bytes, spec.ops, spec.kind),
                     "faults": binary.faults(spec.bandwidth_bound),
                 }
             )

@@ -55,19 +55,25 @@ class Device:
     arch: str  # whose binary it runs
     bandwidth: float
     fp32: float
+    tf32: float
     bf16: float
     int8: float
     launch: float = 3e-6  # seconds that a dependent launch costs
 
 
 DEVICES = (
-    Device("A100", "sm_80", 2.039e12, 19.5e12, 312e12, 624e12),
-    Device("H100", "sm_90", 3.35e12, 67e12, 989e12, 1979e12),
-    Device("B200", "sm_100", 8.0e12, 75e12, 2250e12, 4500e12),
-    Device("RTX 4090", "sm_86", 1.008e12, 82.6e12, 165e12, 661e12),  # sm_89 runs sm_86 binaries
+    Device("A100", "sm_80", 2.039e12, 19.5e12, 156e12, 312e12, 624e12),
+    Device("H100", "sm_90", 3.35e12, 67e12, 494e12, 989e12, 1979e12),
+    Device("B200", "sm_100", 8.0e12, 75e12, 1125e12, 2250e12, 4500e12),
+    Device("RTX 4090", "sm_86", 1.008e12, 82.6e12, 82.6e12, 165e12, 661e12),  # sm_89 runs sm_86 binaries
 )
 
 
 def roof_time(device: Device, bytes: int, ops: int, kind: str) -> float:
     """Model, in seconds: the larger of traffic at full bandwidth and operations at full peak; no launch."""
     return max(bytes / device.bandwidth, ops / getattr(device, kind))
+
+
+def model_times(arch: str, bytes: int, ops: int, kind: str) -> dict[str, float]:
+    """Model, in microseconds, by name of the devices that run this architecture's binary."""
+    return {d.name: roof_time(d, bytes, ops, kind) * 1e6 for d in DEVICES if d.arch == arch}

@@ -9,11 +9,15 @@ from gemmascope_fast.gpu.specs import L0, D, F, KernelSpec, all_specs
 
 
 def loops() -> list[dict[str, Any]]:
-    """Per device: exact encode and decode of one token, against the least that any kernel could take."""
+    """Per device: encode and decode of one token, against the least that any kernel could take."""
     specs = {s.label: s for s in all_specs()}
     rows = []
     for device in DEVICES:
         rows.append(_row(device, "encode exact, T 1", [specs["encode exact, T 1"], specs["gather, T 1"]], 4 * D * F))
+        names: tuple[str, ...] = ("digits, T 1", "screen int8, T 1", "refine, T 1", "gather, T 1")
+        rows.append(_row(device, "encode screened, T 1", [specs[n] for n in names], D * F))
+        names = ("encode exact, T 1", "gather, T 1", "splice, T 1")
+        rows.append(_row(device, "fused loop in Triton, T 1", [specs[n] for n in names], 4 * D * (F + L0)))
         rows.append(_row(device, "decode fp32, N 1", [specs["decode fp32, N 1"]], 4 * L0 * D))
     return rows
 

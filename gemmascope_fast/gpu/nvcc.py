@@ -11,7 +11,8 @@ from typing import Any
 
 from gemmascope_fast.errors import BackendError
 from gemmascope_fast.gpu.aot import Binary
-from gemmascope_fast.gpu.devices import ARCHS, occupancy
+from gemmascope_fast.gpu.devices import ARCHS, model_times, occupancy
+from gemmascope_fast.gpu.specs import L0, WORDS, D, F
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 # No contraction: the order and the rounding of every sum is part of the contract.
@@ -57,8 +58,40 @@ def _kernels(text: str) -> list[tuple[str, int, int, int]]:
 def _row(path: Path, arch: str, name: str, registers: int, spilled: int, shared: int) -> dict[str, Any]:
     warps = 8  # every kernel here is launched with 256 threads: kThreads in csrc/cuda
     share = occupancy(ARCHS[arch], warps, registers, shared)
-    binary = Binary(f"{path.stem}: {_plain(name)}", arch, registers, spilled, shared, share)
-    return {"source": "cuda", **vars(binary), "faults": binary.faults(bandwidth_bound=True)}
+    plain = _plain(name)
+    binary = Binary(f"{path.stem}: {plain}", arch, registers, spilled, shared, share)
+    moved, operations = cost(plain)
+    return {
+        "source": "cuda",
+        **vars(binary),
+        "bytes": moved,
+        "operations": operations,
+        "operations_kind": "fp32",
+        "model_microseconds": model_times(arch, moved, operations, "fp32"),
+        "faults": binary.faults(bandwidth_bound=True),
+    }
+
+
+def cost(kernel: str) -> tuple[int, int]:
+    """Model: (bytes, operations) of one launch of a kernel, named as `encode_few<4, true, float>`, at the shape of
+    specs.py; kernels for many tokens at 1,024."""
+    name, _, inside = kernel.rstrip(">").partition("<")
+    arguments = [a.strip().split("::")[-1] for a in inside.split(",")]
+    size = {"float": 4, "BF16": 2, "F16": 2, "signed char": 1}[arguments[-1]]
+    T = {"encode_tile": 1024, "decode_many": 1024}.get(name, 1)
+    if name == "encode_few":
+        T = int(arguments[0].removeprefix("(int)"))
+    left = T * (WORDS * 8 + L0 * 4)
+    if name.startswith("encode"):
+        return size * D * F + T * D * 4 + 8 * F + left, 2 * T * D * F
+    if name == "gather":
+        return T * (WORDS * 8 + L0 * 12), 0
+    rows = min(T * L0, F) * D * size
+    if name.startswith("decode"):
+        return rows + T * (L0 * 8 + 8 + D * 4), 2 * T * L0 * D
+    if name == "splice_few":
+        return rows + left + L0 * 8 + 2 * D * 4, 2 * L0 * D
+    raise ValueError(f"kernel: no cost is declared for {kernel!r}")
 
 
 def _plain(mangled: str) -> str:

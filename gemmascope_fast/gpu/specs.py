@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemmascope_fast.gpu import decode, encode, matryoshka
+from gemmascope_fast.gpu import decode, encode, loop, matryoshka, screen, tensor
 
 D, F, L0 = 2304, 16_384, 80
 WORDS = F // 32
@@ -28,7 +28,7 @@ class KernelSpec:
     stages: int
     bytes: int
     ops: int
-    kind: str  # of the operations: fp32, int8 or bf16
+    kind: str  # of the operations: fp32, tf32, bf16 (fp16 too) or int8
     bandwidth_bound: bool
     aligned: tuple[str, ...] = field(default=("d", "words"))
 
@@ -73,29 +73,29 @@ def encode_specs() -> list[KernelSpec]:
 def gather_specs() -> list[KernelSpec]:
     types = _types(
         {
-            "x": "fp32", "w": "fp32", "bias": "fp32", "bitmap": "i32", "count": "i32", "total": "i64",
-            "slot": "fp32", "crow": "i64", "col": "i32", "value": "fp32",
+            "x": "fp32", "w": "fp32", "bias": "fp32", "threshold": "fp32", "bitmap": "i32", "count": "i32",
+            "total": "i64", "slot": "fp32", "crow": "i64", "col": "i32", "value": "fp32",
         },
         "T F d words",
         capacity="i64",
     )  # fmt: skip
     return [
         KernelSpec(
-            f"gather, T {T}", "compact", "gather_kernel", types,
-            {"SCAN": scan, "SLOTS": encode.SLOTS, "WORDS": encode.GATHER_WORDS}, encode.GATHER_WARPS, 2,
+            f"gather{' of tensor mode' if lift else ''}, T {T}", "compact", "gather_kernel", types,
+            {"SCAN": scan, "LIFT": lift, "SLOTS": encode.SLOTS, "WORDS": encode.GATHER_WORDS}, encode.GATHER_WARPS, 2,
             T * (WORDS * (8 if scan else 16) + L0 * 12), 0, "fp32", True,
         )
-        for T, scan in ((1, True), (1024, False))
+        for T, scan, lift in ((1, True, False), (1024, False, False), (1, True, True))
     ]  # fmt: skip
 
 
 def decode_specs() -> list[KernelSpec]:
     specs = []
-    for N, rows, size in ((1, "fp32", 4), (1, "bf16", 2), (1, "i8", 1), (1024, "fp32", 4)):
+    for N, rows, size in ((1, "fp32", 4), (1, "bf16", 2), (1, "i8", 1), (1024, "fp32", 4), (F, "fp32", 4)):
         types = _types(
             {
                 "crow": "i64", "col": "i32", "values": "fp32", "w": rows, "scale": "fp32", "bias": "fp32",
-                "out": "fp32",
+                "order": "i64", "out": "fp32",
             },
             "N d",
             capacity="i64",
@@ -105,11 +105,33 @@ def decode_specs() -> list[KernelSpec]:
         specs.append(
             KernelSpec(
                 f"decode {rows}, N {N}", "decode", "decode_kernel", types,
-                {"HAS_SCALE": rows == "i8", "HAS_BIAS": True, "BLOCK": c.BLOCK, "AHEAD": decode.AHEAD}, c.warps, 2,
+                {
+                    "HAS_SCALE": rows == "i8", "HAS_BIAS": True, "HAS_ORDER": N >= decode.ORDERED_ROWS,
+                    "BLOCK": c.BLOCK, "AHEAD": decode.AHEAD, "MANY": decode.MANY,
+                },
+                c.warps, 2,
                 touched * D * size + N * (L0 * 8 + 8 + D * 4), 2 * N * L0 * D, "fp32", True,
             )
         )  # fmt: skip
     return specs
+
+
+EDITS = 8
+
+
+def splice_specs() -> list[KernelSpec]:
+    """The fused loop's last launch."""
+    pointers = {"x": "fp32", "crow": "i64", "col": "i32", "values": "fp32", "w": "fp32", "bias": "fp32"}
+    pointers |= {"feature": "i32", "kind": "i32", "amount": "fp32", "out": "fp32"}
+    types = _types(pointers, "T d edits", capacity="i64")
+    return [
+        KernelSpec(
+            f"splice{' with the error term' if error else ''}, T 1", "splice", "splice_kernel", types,
+            {"ERROR": error, "BLOCK": loop.BLOCK, "AHEAD": decode.AHEAD, "MANY": decode.MANY}, decode.CONFIGS[0].warps,
+            3, ((EDITS if error else L0 + EDITS) + 2) * D * 4 + L0 * 8, 2 * (L0 + EDITS) * D, "fp32", True, ("d",),
+        )
+        for error in (False, True)
+    ]  # fmt: skip
 
 
 def sampled_dot_specs() -> list[KernelSpec]:
@@ -156,5 +178,94 @@ def matryoshka_specs() -> list[KernelSpec]:
     return specs
 
 
+def tensor_specs() -> list[KernelSpec]:
+    specs = []
+    for T, kind, size in ((1, "bf16", 2), (1024, "bf16", 2), (1024, "fp16", 2), (1, "fp32", 4), (1024, "fp32", 4)):
+        types = _types(
+            {
+                "x": kind, "w": kind, "bias": "fp32", "threshold": "fp32", "scale": "fp32", "bitmap": "i32",
+                "count": "i32", "slot": "fp32",
+            },
+            "T F d words",
+        )  # fmt: skip
+        c = tensor.config_for(T)
+        specs.append(
+            KernelSpec(
+                f"encode tensor {'tf32' if kind == 'fp32' else kind}, T {T}", "encode_tensor", "encode_tensor_kernel",
+                types,
+                {
+                    "HAS_SCALE": kind == "fp16", "SLOTS": encode.SLOTS, "BT": c.BT, "BF": c.BF, "BK": c.step // size,
+                    "UPCAST": False,
+                },
+                c.warps, c.stages,
+                size * (D * F + T * D) + 8 * F + T * (WORDS * 8 + L0 * 4), 2 * T * D * F,
+                "tf32" if kind == "fp32" else "bf16", T == 1,
+            )
+        )  # fmt: skip
+    return specs
+
+
+LEFT = 0.025  # of pairs that two digits of activation and one of weights leave to refine (design section 4)
+
+
+def screen_specs() -> list[KernelSpec]:
+    """The three launches of the screened encode before the gather."""
+    vectors = dict.fromkeys(("scale", "error", "norm", "bias", "slack", "threshold"), "fp32")
+    digits = {"high": "i8", "low": "i8", "sum": "i32", "token": "fp32"}
+    types = _types({"x": "fp32", "centre": "fp32", **digits}, "d padded", kappa="fp32", root="fp32", grow="fp32")
+    specs = [
+        KernelSpec(
+            "digits, T 1", "screen", "digits_kernel", types,
+            {"HAS_CENTRE": True, "BLOCK": screen.DIGITS_BLOCK}, 4, 3, 16 * D + 20, 12 * D, "fp32", False,
+            ("d", "padded"),
+        )
+    ]  # fmt: skip
+    pairs = {"bitmap": "i32", "guess": "fp32"}
+    types = _types(
+        {**digits, "code": "i8", **vectors, "zero": "i32", **pairs}, "T F d padded words", half_bandwidth="fp32"
+    )
+    for T in (1, 1024):
+        c = screen.config_for(T)
+        specs.append(
+            KernelSpec(
+                f"screen int8, T {T}", "screen", "screen_kernel", types,
+                {"HAS_BANDWIDTH": False, "SLOTS": encode.SLOTS, "BT": c.BT, "BF": c.BF, "BK": c.BK}, c.warps, c.stages,
+                D * F + 28 * F + T * (2 * D + 20 + WORDS * 4 + int(4 * LEFT * F)), 4 * T * D * F, "int8", T == 1,
+                ("d", "padded", "words"),
+            )
+        )  # fmt: skip
+    types = _types(
+        {
+            "x": "fp32", "w": "fp32", "code": "i8", "error2": "fp32", "candidate": "i32", "count": "i32",
+            "slot": "fp32", "stale": "i32", "left": "i32", **digits, **vectors, **pairs,
+        },
+        "T F d padded words",
+        half_bandwidth="fp32",
+    )  # fmt: skip
+    for T, second in ((1, False), (1024, False), (1, True)):
+        rows = min(int(LEFT * F * T), F)
+        specs.append(
+            KernelSpec(
+                f"refine, T {T}{', second digit' if second else ''}", "screen", "refine_kernel", types,
+                {
+                    "HAS_BANDWIDTH": False, "HAS_SECOND": second, "COUNTS": False, "SLOTS": encode.SLOTS,
+                    "WORDS": screen.REFINE_WORDS, "PAIRS": screen.PAIRS, "BK": 64,
+                },
+                4, 3, rows * D * (4 + second) + T * (D * 4 + WORDS * 12 + int(LEFT * F) * 28),
+                int(2 * LEFT * F) * T * D, "fp32", True, ("d", "padded", "words"),
+            )
+        )  # fmt: skip
+    return specs
+
+
 def all_specs() -> list[KernelSpec]:
-    return [*encode_specs(), *gather_specs(), *decode_specs(), *sampled_dot_specs(), *matryoshka_specs()]
+    return [
+        *encode_specs(),
+        *gather_specs(),
+        *tensor_specs(),
+        *screen_specs(),
+        *decode_specs(),
+        *splice_specs(),
+        *sampled_dot_specs(),
+        *matryoshka_specs(),
+    ]
