@@ -126,12 +126,17 @@ class MatryoshkaSAE(JumpReLUSAE):
 
     # ---- encode and decode ----------------------------------------------------------------------------
 
-    def encode_sparse(self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None) -> SparseLatents:
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
         """x [..., d_in], any floating dtype → SparseLatents of the sliced SAE, values fp32.
 
         screen: None or False; its code is another use of the same rows.  ValueError for True, for a bandwidth (an SAE
-        of codes is not trained), a wrong d_in or device; TypeError for integer or complex x.
+        of codes is not trained), a precision other than "exact", a wrong d_in or device; TypeError for integer or
+        complex x.
         """
+        if precision != "exact":
+            raise ValueError(f"precision: expected 'exact' for a MatryoshkaSAE, whose rows are codes, got {precision!r}")
         if screen or bandwidth is not None:
             raise ValueError("screen, bandwidth: expected neither for a MatryoshkaSAE, whose rows are codes already")
         flat = self._tokens(x).float()
