@@ -136,7 +136,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         complex x.
         """
         if precision != "exact":
-            raise ValueError(f"precision: expected 'exact' for a MatryoshkaSAE, whose rows are codes, got {precision!r}")
+            raise ValueError(f"precision: expected 'exact' for a MatryoshkaSAE (rows of codes), got {precision!r}")
         if screen or bandwidth is not None:
             raise ValueError("screen, bandwidth: expected neither for a MatryoshkaSAE, whose rows are codes already")
         flat = self._tokens(x).float()
