@@ -8,7 +8,7 @@ SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 BENCH_JSON ?= bench.json
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
+.PHONY: env demo test test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -34,6 +34,26 @@ demo: env ## Gemma 3 270M reads a text, an SAE reads Gemma
 
 test: env ## the whole test suite
 	$(PY) -m pytest
+
+# SAELens wants transformers < 6 and transformer-lens < 4.  circuit-tracer, dictionary_learning and SAEBench pin older
+# versions of what it shares with them, so they come without their dependencies and with what their coders import.
+PEERS := circuit-tracer==0.5.0 dictionary-learning==0.1.0 eai-sparsify==1.3.3 sae-bench==0.6.0
+LENS  := .venv-saelens
+
+$(LENS)/torch.stamp:
+	$(PYTHON) -m venv $(LENS)
+	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@touch $@
+
+$(LENS)/build.stamp: $(LENS)/torch.stamp pyproject.toml $(SOURCES)
+	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[saelens,test]"
+	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check natsort schedulefree accelerate nnsight umap-learn
+	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
+	@touch $@
+
+test-saelens: $(LENS)/build.stamp ## the drop-ins against SAELens and the other libraries, in .venv-saelens
+	$(LENS)/bin/python -m pytest tests/saelens
 
 bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes, BENCH_JSON the file
 	$(PY) -m pytest benchmarks -o 'python_files=bench_*.py' -o 'python_functions=bench_*' --benchmark-only \

@@ -6,6 +6,7 @@ from gemmascope_fast.backends import backend
 from gemmascope_fast.bank import Bank, BankedSAE
 from gemmascope_fast.coders import Crosscoder, CrossLayerTranscoder, TopKSAE, scaled_embedding_sae
 from gemmascope_fast.demo_model import load_demo
+from gemmascope_fast.dropin import accelerate
 from gemmascope_fast.errors import (
     AttachError,
     BackendError,
@@ -56,6 +57,7 @@ __all__ = [
     "StaleScreenError",
     "TopKSAE",
     "__version__",
+    "accelerate",
     "attach",
     "backend",
     "load_demo",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, multi_layer, native, saelens
-from gemmascope_fast.checkpoints.arrays import BLOCK_BYTES, Block, Entry
+from gemmascope_fast.checkpoints.arrays import BLOCK_BYTES, Block
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.repository import check_inside, locate
 from gemmascope_fast.coders import Crosscoder, CrossLayerTranscoder, MultiSiteConfig, TopKSAE
@@ -139,7 +139,8 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
     if checkpoint.threshold_value is not None and "threshold" not in weights:
         weights["threshold"] = torch.full((cfg.d_sae,), checkpoint.threshold_value, dtype=dtype, device=device)
     if checkpoint.subtracts_b_dec:
-        weights["b_enc"] = _folded(weights, arrays["b_enc"])
+        exact = arrays["b_enc"].read(device, torch.float64)
+        weights["b_enc"] = folded_b_dec(weights["W_enc"], weights["b_dec"], exact)
         if not bool(torch.isfinite(weights["b_enc"]).all()):
             raise CheckpointError(f"{checkpoint.path}: b_enc: not finite once b_dec @ W_enc is taken from it")
     more: dict[str, Any] = {"k": checkpoint.k} if checkpoint.kind == "topk_sae" else {}
@@ -160,13 +161,15 @@ def config_of(checkpoint: Checkpoint) -> SAEConfig:
     return SAEConfig(d_in, d_sae, d_out, checkpoint.site, checkpoint.site_out, _metadata(checkpoint))
 
 
-def _folded(weights: dict[str, Tensor], b_enc: Entry) -> Tensor:
-    """(x - b_dec) @ W_enc + b_enc = x @ W_enc + (b_enc - b_dec @ W_enc), in fp64 over the weights as held."""
-    W_enc, b_dec = weights["W_enc"], weights["b_dec"].double()
-    bias = b_enc.read(W_enc.device, torch.float64)
+def folded_b_dec(W_enc: Tensor, b_dec: Tensor, b_enc: Tensor) -> Tensor:
+    """(x - b_dec) @ W_enc + b_enc = x @ W_enc + (b_enc - b_dec @ W_enc), in fp64 over the weights as held.
+
+    W_enc [d_in, d_sae], b_dec [d_in], b_enc fp64 [d_sae] → the bias in W_enc's dtype.
+    """
+    subtracted, bias = b_dec.double(), b_enc.clone()
     step = max(1, BLOCK_BYTES // (8 * W_enc.shape[0]))
     for start in range(0, W_enc.shape[1], step):
-        bias[start : start + step] -= b_dec @ W_enc[:, start : start + step].double()
+        bias[start : start + step] -= subtracted @ W_enc[:, start : start + step].double()
     return bias.to(W_enc.dtype)
 
 

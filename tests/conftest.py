@@ -1,8 +1,13 @@
 """Fixtures that several test files share."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from gemmascope_fast import backends
+
+# these run in an environment of their own: `make test-saelens`
+collect_ignore = [] if find_spec("sae_lens") else ["saelens"]
 
 
 @pytest.fixture(params=["plain", "avx2", "avxvnni", "avx512"])

@@ -1,0 +1,61 @@
+"""Coders of other libraries made fast: objects of SAELens, SAEBench and circuit-tracer that pass for what they were,
+and coders of dictionary_learning and sparsify converted to this package's modules.
+
+None of these libraries is needed to import this package; each adapter imports its own when it is given one of
+its objects, and says which version it was held against.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import Any
+
+# top-level module of an object's class → adapter here, name on the Python package index, versions held against
+PEERS = {
+    "sae_lens": ("saelens", "sae-lens", (6, 54), (7, 0)),
+    "sae_bench": ("saebench", "sae-bench", (0, 6), (0, 7)),
+    "circuit_tracer": ("circuit_tracer", "circuit-tracer", (0, 5), (0, 6)),
+    "dictionary_learning": ("dictionary_learning", "dictionary-learning", (0, 1), (0, 2)),
+    "sparsify": ("sparsify", "eai-sparsify", (1, 3), (2, 0)),
+}
+
+
+def accelerate(target: Any, *, inplace: bool | None = None) -> Any:
+    """An SAE, transcoder or model of another library, computed by this package's ops wherever nothing asks for
+    the dense latents.
+
+    target:
+    - an SAELens SAE or transcoder (JumpReLU, standard, top-k, with or without skip): a new object of a subclass,
+      with weights of its own; `inplace=True` changes the object itself instead and holds no second copy;
+    - SAELens's HookedSAETransformer or SAETransformerBridge: every SAE attached to it, in place;
+    - a custom SAE of SAEBench (JumpReLU, ReLU, top-k, batch top-k), likewise new or in place;
+    - circuit-tracer's SingleLayerTranscoder, TranscoderSet or CrossLayerTranscoder, always in place;
+    - a coder of dictionary_learning or sparsify: converted, `JumpReLUSAE`, `TopKSAE` or a transcoder.
+
+    Raises TypeError for anything else and for coders that do not reduce to these, ImportError where the library's
+    version is not one that the adapter knows.
+    """
+    for cls in type(target).__mro__:
+        peer = cls.__module__.partition(".")[0]
+        if peer in PEERS:
+            return adapter(peer).accelerate(target, inplace)
+    raise TypeError(
+        f"target: expected an object of {', '.join(PEERS)}, got {type(target).__module__}.{type(target).__name__};"
+        " this package's own modules are fast as they are"
+    )
+
+
+def adapter(peer: str) -> Any:
+    """The adapter module of a library.  ImportError says what is missing, or which versions would serve."""
+    name, package, least, below = PEERS[peer]
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        raise ImportError(f"{package} is not installed: pip install '{package}{_range(least, below)}'") from error
+    if not least <= tuple(int(part) for part in found.split(".")[:2]) < below:
+        raise ImportError(f"{package}: expected a version {_range(least, below)}, got {found}")
+    return import_module(f"gemmascope_fast.dropin.{name}")
+
+
+def _range(least: tuple[int, int], below: tuple[int, int]) -> str:
+    return f">={least[0]}.{least[1]},<{below[0]}.{below[1]}"

@@ -1,0 +1,271 @@
+"""circuit-tracer's transcoders on this package's ops (held against circuit-tracer 0.5).
+
+circuit-tracer encodes densely, [positions, d_transcoder] a layer, and makes that sparse.  Here nothing of that size
+exists on the way of attribution: `encode_sparse` gives the COO tensor and the active rows of the encoder from
+latents that are sparse from the start, and reconstructions are sparse decodes.  Its own methods for decoder
+vectors (lazily read ones included), saving and the pre-activations of one layer are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from circuit_tracer.transcoder.activation_functions import JumpReLU
+from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
+from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
+from torch import Tensor
+from torch.nn import functional as F
+
+from gemmascope_fast import ops
+from gemmascope_fast.coders import CrossLayerTranscoder as OwnCrossLayerTranscoder
+from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.prepare import Fingerprint, fingerprint
+from gemmascope_fast.sae import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+
+FIRST = slice(0, 1)  # circuit-tracer zeroes the first position unless told otherwise
+
+
+class EncoderOf:
+    """This package's encoder over rows [d_transcoder, d_model] that a transcoder holds: looked at anew in every
+    call, never copied.
+
+    The latents of x have gradients with respect to x, rows and b_enc, none with respect to the threshold.
+    """
+
+    def __init__(self) -> None:
+        self.seen: Fingerprint | None = None
+        self.module: JumpReLUSAE | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (EncoderOf, ())  # a copy makes its own over its own weights
+
+    def latents(
+        self, x: Tensor, rows: Tensor, b_enc: Tensor, threshold: Tensor | None, screen: bool | None
+    ) -> SparseLatents:
+        """SparseLatents [..., d_transcoder] of x [..., d_model]."""
+        module, x = self._module(rows, b_enc, threshold), x.to(rows.dtype)
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, rows, b_enc))):
+            return module.encode_sparse(x, screen=screen)
+        # the module holds detached views: the same bytes from the op itself, which knows the gradients
+        crow, col, values = ops.encode(x.reshape(-1, x.shape[-1]), rows.t(), b_enc, module.threshold, None)
+        return SparseLatents(crow, col, values.to(rows.dtype), (*x.shape[:-1], rows.shape[0]))
+
+    def _module(self, rows: Tensor, b_enc: Tensor, threshold: Tensor | None) -> JumpReLUSAE:
+        given = (rows, b_enc) if threshold is None else (rows, b_enc, threshold)
+        # a view is a new object each time: what counts is where the data lies and how often it was edited
+        now = tuple(part[1:] for part in fingerprint(*given))
+        if self.module is None or now != self.seen:
+            theta = torch.zeros_like(b_enc) if threshold is None else threshold.detach().expand_as(b_enc).contiguous()
+            if bool((theta < 0).any()):
+                raise ValueError("activation_function.threshold: expected none below 0, where negative values pass")
+            none = rows.detach().new_zeros(rows.shape[0], 0)  # d_out 0: the decoder is the transcoder's own matter
+            self.module = JumpReLUTranscoder(rows.detach().t(), none, b_enc.detach(), none[0], theta.detach())
+            self.seen = now
+        return self.module
+
+
+def as_coo(latents: SparseLatents, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """(sparse COO [n_pos, d_transcoder], features int64 [nnz]) of the latents of the positions in the mask `kept`."""
+    features = latents.col_indices.long()
+    at = torch.stack([kept.nonzero()[:, 0][latents.row_indices()], features])
+    size = (kept.shape[0], latents.d_sae)
+    return torch.sparse_coo_tensor(at, latents.values, size, is_coalesced=True), features
+
+
+def positions_kept(x: Tensor, zero_positions: Any) -> Tensor:
+    """Mask [n_pos] of the positions of x [n_pos, d_model] that are not to be zero: only these are encoded."""
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    kept[zero_positions] = False
+    return kept
+
+
+def _screen(lazy: bool) -> bool | None:
+    # rows that are read from disk in every call are not worth packing
+    return False if lazy else None
+
+
+def _threshold(activation: Any) -> Tensor | None:
+    """JumpReLU's threshold; None for ReLU.  TypeError for any other activation."""
+    if isinstance(activation, JumpReLU):
+        return activation.threshold
+    if activation is F.relu or activation is torch.relu or isinstance(activation, torch.nn.ReLU):
+        return None
+    raise TypeError(f"activation_function: expected JumpReLU or ReLU, got {activation}")
+
+
+class AcceleratedTranscoder(SingleLayerTranscoder):
+    """A SingleLayerTranscoder whose latents are sparse from the start."""
+
+    def latents(self, input_acts: Tensor, rows: Tensor | None = None) -> SparseLatents:
+        """SparseLatents [..., d_transcoder] of input_acts [..., d_model]; rows: W_enc where it was read already."""
+        held = self.__dict__.setdefault("_encoder", EncoderOf())
+        rows = self.W_enc if rows is None else rows
+        threshold = _threshold(self.activation_function)
+        return held.latents(input_acts, rows, self.b_enc, threshold, _screen(self.lazy_encoder))
+
+    def encode(self, input_acts: Tensor, apply_activation_function: bool = True) -> Tensor:
+        if not apply_activation_function:
+            return super().encode(input_acts, apply_activation_function)
+        return self.latents(input_acts).to_dense()
+
+    def encode_sparse(self, input_acts: Tensor, zero_positions: Any = FIRST) -> tuple[Tensor, Tensor]:
+        rows, kept = self.W_enc, positions_kept(input_acts, zero_positions)
+        acts, features = as_coo(self.latents(input_acts[kept], rows), kept)
+        return acts, rows[features]
+
+    def forward(self, input_acts: Tensor) -> Tensor:
+        latents, W_dec = self.latents(input_acts), self.W_dec
+        out = ops.decode(latents.crow_indices, latents.col_indices, latents.values, W_dec, self.b_dec, None)
+        out = out.to(W_dec.dtype).reshape(*latents.shape[:-1], W_dec.shape[1])
+        return out if self.W_skip is None else out + self.compute_skip(input_acts)
+
+
+class AcceleratedCrossLayerTranscoder(CrossLayerTranscoder):
+    """A CrossLayerTranscoder whose latents are sparse from the start, layer by layer."""
+
+    def latents(self, x: Tensor, layer: int, rows: Tensor | None = None) -> SparseLatents:
+        """SparseLatents [..., d_transcoder] of one layer's x [..., d_model]; rows: its W_enc where it was read."""
+        held = self.__dict__.setdefault("_encoders", [EncoderOf() for _ in range(self.n_layers)])
+        rows = self._get_encoder_weights(layer) if rows is None else rows
+        threshold = _threshold(self.activation_function)
+        theta = None if threshold is None else threshold[layer].reshape(-1)
+        return held[layer].latents(x, rows, self.b_enc[layer], theta, _screen(self.lazy_encoder))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return torch.stack([self.latents(x[i], i).to_dense() for i in range(self.n_layers)])
+
+    def encode_layer(self, x: Tensor, layer_id: int, apply_activation_function: bool = True) -> Tensor:
+        if not apply_activation_function:
+            return super().encode_layer(x, layer_id, apply_activation_function)
+        return self.latents(x, layer_id).to_dense()
+
+    def encode_sparse(self, x: Tensor, zero_positions: Any = FIRST) -> tuple[Tensor, Tensor]:
+        acts, active = [], []
+        for layer in range(self.n_layers):
+            rows, kept = self._get_encoder_weights(layer), positions_kept(x[layer], zero_positions)
+            sparse, features = as_coo(self.latents(x[layer][kept], layer, rows), kept)
+            acts.append(sparse)
+            active.append(rows[features])
+        return torch.stack(acts).coalesce(), torch.cat(active)
+
+    def select_decoder_vectors(self, features: Tensor) -> tuple[Tensor, ...]:
+        if features._nnz() if features.is_sparse else features.any():
+            return super().select_decoder_vectors(features)
+        none = torch.zeros(0, dtype=torch.int64, device=features.device)
+        return none, none, none, torch.zeros(0, self.d_model, dtype=self.dtype, device=features.device), none
+
+    def compute_reconstruction(
+        self,
+        pos_ids: Tensor,
+        layer_ids: Tensor,
+        decoder_vectors: Tensor,
+        input_acts: Tensor | None = None,
+        n_pos: int | None = None,
+    ) -> Tensor:
+        """As circuit-tracer's; n_pos: positions there are, where the last ones have no active feature."""
+        if n_pos is None:
+            n_pos = input_acts.shape[1] if input_acts is not None else int(pos_ids.max()) + 1
+        sums = decoder_vectors.new_zeros(self.n_layers * n_pos, self.d_model)
+        sums = sums.index_add(0, layer_ids * n_pos + pos_ids, decoder_vectors)
+        out = sums.reshape(self.n_layers, n_pos, self.d_model) + self.b_dec[:, None]
+        if self.W_skip is None:
+            return out
+        if input_acts is None:
+            raise ValueError("input_acts: a transcoder with a skip needs its inputs, got None")
+        return out + input_acts @ self.W_skip
+
+    def decode(self, features: Tensor, input_acts: Tensor | None = None) -> Tensor:
+        at, layers, _, vectors, _ = self.select_decoder_vectors(features)
+        return self.compute_reconstruction(at, layers, vectors, input_acts, features.shape[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        # decode adds the skip (circuit-tracer 0.5 adds it here once more, or fails for want of inputs)
+        return self.decode(self.encode_sparse(x, zero_positions=slice(0, 0))[0], x)
+
+
+def accelerate(target: Any, inplace: bool | None) -> Any:
+    """See `gemmascope_fast.dropin.accelerate`."""
+    if inplace is False:
+        raise ValueError("inplace: circuit-tracer's transcoders are always accelerated in place, got False")
+    if isinstance(target, TranscoderSet):
+        for transcoder in target.transcoders:
+            _threshold(transcoder.activation_function)
+        for transcoder in target.transcoders:
+            accelerate(transcoder, inplace)
+        return target
+    for plain, fast in (
+        (SingleLayerTranscoder, AcceleratedTranscoder),
+        (CrossLayerTranscoder, AcceleratedCrossLayerTranscoder),
+    ):
+        if type(target) in (plain, fast):
+            _threshold(target.activation_function)
+            target.__class__ = fast
+            return target
+    raise TypeError(
+        "target: expected circuit-tracer's SingleLayerTranscoder, TranscoderSet or CrossLayerTranscoder, got"
+        f" {type(target).__name__}"
+    )
+
+
+def transcoder(source: JumpReLUTranscoder, layer: int) -> AcceleratedTranscoder:
+    """One of this package's transcoders (with or without skip) as circuit-tracer takes it: the same weights, shared."""
+    if not isinstance(source, JumpReLUTranscoder):
+        raise TypeError(f"source: expected a JumpReLUTranscoder of this package, got {type(source).__name__}")
+    skip = isinstance(source, JumpReLUSkipTranscoder)
+    activation = JumpReLU(source.threshold.detach(), bandwidth=0.1)
+    sizes = {"d_model": source.d_in, "d_transcoder": source.d_sae, "layer_idx": layer}
+    made = AcceleratedTranscoder(
+        activation_function=activation, skip_connection=skip, device=torch.device("meta"), dtype=source.dtype, **sizes
+    )
+    weights: Any = source
+    state = {name: getattr(weights, name).detach() for name in ("W_dec", "b_enc", "b_dec")}
+    state |= {"W_enc": source.W_enc.detach().t(), "activation_function.threshold": source.threshold.detach()}
+    if skip:
+        state["W_skip"] = weights.W_skip.detach().t().contiguous()
+    made.load_state_dict(state, assign=True)
+    return made
+
+
+def transcoder_set(
+    sources: dict[int, JumpReLUTranscoder],
+    feature_input_hook: str,
+    feature_output_hook: str,
+    scan: str | list[str] | None = None,
+) -> TranscoderSet:
+    """circuit-tracer's TranscoderSet of this package's transcoders, one for each layer from 0 on."""
+    made = {layer: transcoder(source, layer) for layer, source in sources.items()}
+    return TranscoderSet(made, feature_input_hook, feature_output_hook, scan)
+
+
+def cross_layer_transcoder(
+    source: OwnCrossLayerTranscoder, feature_input_hook: str, feature_output_hook: str, scan: str | None = None
+) -> AcceleratedCrossLayerTranscoder:
+    """This package's CrossLayerTranscoder as circuit-tracer takes it.  Its encoders are stacked: copied once."""
+    n, d = source.n_layers, source.cfg.d_in
+    made = AcceleratedCrossLayerTranscoder(
+        n,
+        source.cfg.d_sae,
+        d,
+        activation_function="jump_relu",
+        skip_connection=source.W_skip is not None,
+        lazy_decoder=False,
+        feature_input_hook=feature_input_hook,
+        feature_output_hook=feature_output_hook,
+        scan=scan,
+        device=torch.device("meta"),
+        dtype=source.dtype,
+    )
+    layers: list[Any] = list(source.layers)
+    state: dict[str, Any] = {
+        "W_enc": torch.stack([layer.W_enc.detach().t() for layer in layers]),
+        "b_enc": torch.stack([layer.b_enc.detach() for layer in layers]),
+        "b_dec": torch.stack([layer.b_dec.detach()[:d] for layer in layers]),
+        "activation_function.threshold": torch.stack([layer.threshold.detach()[None] for layer in layers]),
+    }
+    for i, layer in enumerate(layers):
+        state[f"W_dec.{i}"] = layer.W_dec.detach().reshape(-1, n - i, d)
+    if source.W_skip is not None:
+        state["W_skip"] = torch.stack([skip.detach() for skip in source.W_skip])
+    made.load_state_dict(state, assign=True)
+    return made

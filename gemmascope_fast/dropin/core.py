@@ -1,0 +1,157 @@
+"""What the adapters share: this package's module over another module's parameters, and who watches a hook point."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast import ops
+from gemmascope_fast.coders import TopKSAE
+from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.loading import folded_b_dec
+from gemmascope_fast.sae import JumpReLUSAE, JumpReLUTranscoder
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# A sparse decode reads each row anew for every token, a dense product reuses it from cache: measured at 2304 × 16,384
+# and 16 or 256 tokens they take the same time where 6 to 12 % of the latents fire.
+DENSE_SHARE = 1 / 16
+SHARED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+
+def watched(point: nn.Module) -> bool:
+    """Whether anything would see or change the tensor that passes `point`, forward or backward."""
+    hooks = (point._forward_hooks, point._forward_pre_hooks, point._backward_hooks, point._backward_pre_hooks)
+    # a module of another kind in a hook point's place computes something itself
+    return any(hooks) or type(point).__name__ not in ("HookPoint", "SparseHookPoint", "Identity")
+
+
+class Core:
+    """This package's module over the parameters of `owner`, the very same objects, held by owner's `__dict__` so
+    that it is no submodule: names, state dicts and hooks of the owner stay as they were.
+
+    Parameters that were replaced are taken up at the next call; edits within them are what `prepare` notices.
+    """
+
+    def __init__(self) -> None:
+        self.module: JumpReLUSAE | None = None
+
+    def of(self, owner: nn.Module, k: int | None = None, raw: bool = True) -> JumpReLUSAE:
+        """The module, with a threshold of zeros where the owner has none; top-k where k is given.
+
+        raw: the encoder reads activations whose mean is about b_dec; otherwise b_dec was subtracted or is of
+        another site, and the module is a transcoder, whose screen is not centred at b_dec.
+        """
+        given = owner._parameters
+        module = self.module
+        if module is None or not self._fits(module, given, k, raw):
+            module = self.module = _empty(given, k, raw)
+        for name in SHARED:
+            tensor = given.get(name)
+            if isinstance(tensor, nn.Parameter) and module._parameters[name] is not tensor:
+                setattr(module, name, tensor)
+        if given.get("threshold") is None:
+            held, like = module.threshold, module.b_enc
+            if held.dtype != like.dtype or held.device != like.device:
+                module.threshold = nn.Parameter(torch.zeros_like(like), requires_grad=False)
+        return module
+
+    @staticmethod
+    def _fits(module: JumpReLUSAE, given: dict[str, Any], k: int | None, raw: bool) -> bool:
+        same = (given["W_enc"].shape, given["W_dec"].shape) == (module.W_enc.shape, module.W_dec.shape)
+        return same and k == getattr(module, "k", None) and (k is not None or raw == (module.kind == "sae"))
+
+
+def _empty(given: dict[str, Any], k: int | None, raw: bool) -> JumpReLUSAE:
+    W_enc, W_dec = given["W_enc"], given["W_dec"]
+    shapes = {"W_enc": W_enc.shape, "W_dec": W_dec.shape, "b_enc": W_enc.shape[1:], "b_dec": W_dec.shape[1:]}
+    made: dict[str, Any] = {
+        name: torch.empty(shape, dtype=W_enc.dtype, device="meta") for name, shape in shapes.items()
+    }
+    made["threshold"] = torch.empty_like(made["b_enc"])
+    if k is not None:
+        return TopKSAE(**made, k=k)
+    return JumpReLUSAE(**made) if raw else JumpReLUTranscoder(**made)
+
+
+def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
+    """Every z = x @ W_enc + b_enc, dense [..., d_sae] in the SAE's dtype, with the bytes that encoding gives."""
+    core.prepare()  # lays the rows out where the weights are new
+    flat = x.reshape(-1, core.cfg.d_in)
+    # an infinite bandwidth stores every pair but those of z = -inf
+    crow, col, values = ops.encode(flat, core.W_enc, core.b_enc, core.threshold, float("inf"))
+    size = (flat.shape[0], core.cfg.d_sae)
+    shape = (*x.shape[:-1], core.cfg.d_sae)
+    if values.numel() == size[0] * size[1]:
+        return values.reshape(shape).to(core.W_enc.dtype)
+    latents = SparseLatents(crow, col, values, size)
+    at = latents.row_indices() * size[1] + latents.col_indices.long()
+    full = torch.full((size[0] * size[1],), -torch.inf, device=flat.device)
+    return full.index_put((at,), latents.values).reshape(shape).to(core.W_enc.dtype)
+
+
+def decode(core: JumpReLUSAE, acts: Tensor | SparseLatents) -> Tensor:
+    """Reconstruction [..., d_out] of latents in either form, b_dec included; the same bytes for both.
+
+    Latents of which more than `DENSE_SHARE` fire are decoded by a dense product, in torch's order of summation.
+    """
+    if isinstance(acts, SparseLatents):
+        size = acts.n_rows * acts.d_sae
+        return _dense(core, acts.to_dense()) if acts.nnz > DENSE_SHARE * size else core.decode(acts)
+    acts = acts.to(core.W_dec.dtype)
+    if int(acts.count_nonzero()) > DENSE_SHARE * acts.numel():
+        return _dense(core, acts)
+    if acts.requires_grad and torch.is_grad_enabled():
+        out: Tensor = _SparseValueDenseGradient.apply(acts, core.W_dec, core.b_dec, core)
+        return out
+    return core.decode(acts)
+
+
+def _dense(core: JumpReLUSAE, acts: Tensor) -> Tensor:
+    return (acts.float() @ core.W_dec.float() + core.b_dec.float()).to(core.W_dec.dtype)
+
+
+class _SparseValueDenseGradient(torch.autograd.Function):
+    """The bytes of a sparse decode, the gradient of a dense one: latents that are zero have gradients too."""
+
+    @staticmethod
+    def forward(ctx: Any, acts: Tensor, W_dec: Tensor, b_dec: Tensor, core: JumpReLUSAE) -> Tensor:
+        ctx.save_for_backward(acts, W_dec)
+        return core.decode(acts.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        acts, W_dec = ctx.saved_tensors
+        flat = grad.reshape(-1, grad.shape[-1])
+        rows = acts.reshape(-1, acts.shape[-1])
+        wanted = ctx.needs_input_grad
+        return (
+            grad @ W_dec.t() if wanted[0] else None,
+            rows.t() @ flat if wanted[1] else None,
+            flat.sum(0) if wanted[2] else None,
+            None,
+        )
+
+
+def converted(
+    W_enc: Tensor,
+    W_dec: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    threshold: Tensor | None = None,
+    *,
+    k: int | None = None,
+    subtracts_b_dec: bool = False,
+) -> Any:
+    """A module of this package with copies of another coder's weights, in Gemma Scope's shapes; ReLU without a
+    threshold, top-k with k.  subtracts_b_dec: the encoder reads x - b_dec, which is folded into b_enc."""
+    given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+    own: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in given.items() if name != "W_enc"}
+    # as rows, and no second copy later
+    own["W_enc"] = torch.empty_like(W_enc.T, memory_format=torch.contiguous_format).copy_(W_enc.detach().T).T
+    own["W_dec"] = own["W_dec"].contiguous()
+    if subtracts_b_dec:
+        own["b_enc"] = folded_b_dec(own["W_enc"], own["b_dec"], own["b_enc"].double())
+    own["threshold"] = torch.zeros_like(own["b_enc"]) if threshold is None else threshold.detach().to(b_enc.dtype)
+    return JumpReLUSAE(**own) if k is None else TopKSAE(**own, k=k)

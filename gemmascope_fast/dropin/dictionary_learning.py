@@ -1,0 +1,56 @@
+"""Coders of dictionary_learning as this package's modules (held against dictionary-learning 0.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dictionary_learning.dictionary import AutoEncoder, AutoEncoderNew, JumpReluAutoEncoder
+from dictionary_learning.trainers.batch_top_k import BatchTopKSAE
+from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
+from dictionary_learning.trainers.top_k import AutoEncoderTopK
+from torch import Tensor
+
+from gemmascope_fast.coders import TopKSAE
+from gemmascope_fast.dropin.core import converted
+from gemmascope_fast.sae import JumpReLUSAE
+
+KINDS = (AutoEncoder, AutoEncoderNew, JumpReluAutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE)
+
+
+def accelerate(target: Any, inplace: bool | None = None) -> JumpReLUSAE | TopKSAE:
+    """The coder as `JumpReLUSAE` or `TopKSAE`, with weights of its own; a bias that is subtracted before the
+    encoder is folded into b_enc.  What it computes is the coder's `encode(x)` with its default arguments.
+
+    Raises TypeError for other kinds (gated), ValueError for `inplace`.
+    """
+    if inplace:
+        raise ValueError("inplace: a dictionary_learning coder is converted, not changed, got True")
+    if type(target) not in KINDS:
+        names = ", ".join(cls.__name__ for cls in KINDS)
+        raise TypeError(f"target: expected one of dictionary_learning's {names}, got {type(target).__name__}")
+    W_enc, W_dec, b_enc, b_dec, subtracts = _weights(target)
+    k = threshold = None
+    if isinstance(target, JumpReluAutoEncoder):
+        threshold = target.threshold
+    elif isinstance(target, AutoEncoderTopK):
+        k = int(target.k)
+    elif isinstance(target, BatchTopKSAE | MatryoshkaBatchTopKSAE):
+        threshold = torch.full_like(b_enc, float(target.threshold))
+        if isinstance(target, MatryoshkaBatchTopKSAE):
+            # features of groups that are switched off never fire
+            threshold[int(target.group_indices[target.active_groups]) :] = torch.finfo(b_enc.dtype).max
+    return converted(W_enc, W_dec, b_enc, b_dec, threshold, k=k, subtracts_b_dec=subtracts)
+
+
+def _weights(coder: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """(W_enc [d, F], W_dec [F, d], b_enc, b_dec, whether the encoder reads x - b_dec)."""
+    if isinstance(coder, JumpReluAutoEncoder):
+        return coder.W_enc, coder.W_dec, coder.b_enc, coder.b_dec, bool(coder.apply_b_dec_to_input)
+    if isinstance(coder, MatryoshkaBatchTopKSAE):
+        return coder.W_enc, coder.W_dec, coder.b_enc, coder.b_dec, True
+    encoder, decoder = coder.encoder, coder.decoder
+    if isinstance(coder, AutoEncoderNew):
+        return encoder.weight.T, decoder.weight.T, encoder.bias, decoder.bias, False
+    b_dec = coder.bias if isinstance(coder, AutoEncoder) else coder.b_dec
+    return encoder.weight.T, decoder.weight.T, encoder.bias, b_dec, True

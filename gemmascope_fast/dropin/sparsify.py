@@ -1,0 +1,35 @@
+"""EleutherAI's sparsify coders as this package's modules (held against eai-sparsify 1.3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sparsify import SparseCoder
+
+from gemmascope_fast.coders import TopKSAE
+from gemmascope_fast.dropin.core import converted
+
+
+def accelerate(target: Any, inplace: bool | None = None) -> TopKSAE:
+    """A top-k SparseCoder as `TopKSAE`, with weights of its own: the same k latents of a token, those that are
+    zero left out; x - b_dec is folded into b_enc unless the coder transcodes.
+
+    Raises TypeError for another class, ValueError for `inplace`, another activation, a skip, or no decoder.
+    """
+    if inplace:
+        raise ValueError("inplace: a sparsify coder is converted, not changed, got True")
+    if not isinstance(target, SparseCoder):
+        raise TypeError(f"target: expected sparsify's SparseCoder, got {type(target).__name__}")
+    cfg = target.cfg
+    if cfg.activation != "topk":
+        raise ValueError(f"target: expected activation 'topk', got {cfg.activation!r}")
+    if target.W_dec is None or target.W_skip is not None:
+        raise ValueError(f"target: expected a decoder and no skip, got W_dec {target.W_dec}, W_skip {target.W_skip}")
+    return converted(
+        target.encoder.weight.T,
+        target.W_dec,
+        target.encoder.bias,
+        target.b_dec,
+        k=cfg.k,
+        subtracts_b_dec=not cfg.transcode,
+    )

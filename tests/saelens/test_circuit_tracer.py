@@ -1,0 +1,214 @@
+"""circuit-tracer's transcoders against their own accelerated selves."""
+
+import copy
+
+import pytest
+import torch
+from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
+from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder, load_clt
+from circuit_tracer.transcoder.single_layer_transcoder import (
+    SingleLayerTranscoder,
+    TranscoderSet,
+    load_relu_transcoder,
+)
+from lens_saes import LargestTensor
+from torch.nn import functional as F
+
+import gemmascope_fast as gsf
+from gemmascope_fast.dropin import circuit_tracer as ours
+
+D, WIDTH, LAYERS, POSITIONS = 24, 160, 3, 40
+CPU = torch.device("cpu")
+
+
+def fill(module, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / D**0.5)
+            if "threshold" in name:
+                parameter.abs_().add_(1.5)
+    return module.requires_grad_(False)
+
+
+def single(layer=0, skip=False, relu=False, dtype=torch.float32):
+    activation = F.relu if relu else JumpReLU(torch.zeros(WIDTH, dtype=dtype), 0.1)
+    made = SingleLayerTranscoder(D, WIDTH, activation, layer, skip_connection=skip, device=CPU, dtype=dtype)
+    return fill(made, layer)
+
+
+def cross(skip=False, relu=False):
+    kind = "relu" if relu else "jump_relu"
+    more = {"skip_connection": skip, "lazy_decoder": False, "device": CPU, "dtype": torch.float32}
+    return fill(CrossLayerTranscoder(LAYERS, WIDTH, D, activation_function=kind, **more))
+
+
+def inputs(layers=LAYERS, seed=9):
+    return torch.randn(layers, POSITIONS, D, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(got, wanted):
+    assert type(got) is type(wanted)
+    if isinstance(wanted, dict):
+        assert got.keys() == wanted.keys()
+        for key in wanted:
+            assert_same(got[key], wanted[key])
+    elif isinstance(wanted, tuple):
+        for one, other in zip(got, wanted, strict=True):
+            assert_same(one, other)
+    elif wanted.is_sparse:
+        got, wanted = got.coalesce(), wanted.coalesce()
+        assert got.shape == wanted.shape
+        assert torch.equal(got.indices(), wanted.indices())
+        torch.testing.assert_close(got.values(), wanted.values())
+    else:
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_single_layer(skip, relu):
+    plain, x = single(skip=skip, relu=relu), inputs(1)[0]
+    fast = gsf.accelerate(copy.deepcopy(plain))
+    assert isinstance(fast, SingleLayerTranscoder)
+    for zero in (slice(0, 1), slice(0, 4), slice(0, 0), [1, 7]):
+        acts, rows = fast.encode_sparse(x, zero_positions=zero)
+        assert_same((acts, rows), plain.encode_sparse(x, zero_positions=zero))
+        assert_same(fast.decode_sparse(acts, x), plain.decode_sparse(acts, x))
+    assert_same(fast.encode(x), plain.encode(x))
+    assert_same(fast.encode(x, apply_activation_function=False), plain.encode(x, apply_activation_function=False))
+    assert_same(fast(x), plain(x))
+
+
+def test_gradients_reach_inputs_and_encoder():
+    plain = single(skip=True).requires_grad_(True)
+    fast, grads = gsf.accelerate(copy.deepcopy(plain)), []
+    for each in (fast, plain):
+        x = inputs(1)[0].requires_grad_()
+        acts, _ = each.encode_sparse(x)
+        (each(x).pow(2).sum() + acts.coalesce().values().pow(2).sum()).backward()
+        grads.append([x.grad, each.W_enc.grad, each.b_enc.grad, each.W_dec.grad, each.b_dec.grad, each.W_skip.grad])
+    for got, wanted in zip(*grads, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_a_set_of_transcoders():
+    plain = TranscoderSet({i: single(i) for i in range(LAYERS)}, "hook_resid_mid", "hook_mlp_out")
+    fast, x = gsf.accelerate(copy.deepcopy(plain)), inputs()
+    assert all(isinstance(t, ours.AcceleratedTranscoder) for t in fast)
+    for zero in (slice(0, 1), slice(0, 4)):
+        assert_same(fast.compute_attribution_components(x, zero), plain.compute_attribution_components(x, zero))
+    matrix = fast.compute_attribution_components(x)["activation_matrix"]
+    assert_same(fast.select_decoder_vectors(matrix), plain.select_decoder_vectors(matrix))
+    assert_same(fast.encode_layer(x[1], 1), plain.encode_layer(x[1], 1))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_cross_layer(skip, relu):
+    plain, x = cross(skip, relu), inputs()
+    fast = gsf.accelerate(copy.deepcopy(plain))
+    assert isinstance(fast, CrossLayerTranscoder)
+    for zero in (slice(0, 1), slice(0, 4)):
+        assert_same(fast.encode_sparse(x, zero), plain.encode_sparse(x, zero))
+        assert_same(fast.compute_attribution_components(x, zero), plain.compute_attribution_components(x, zero))
+    assert_same(fast.encode(x), plain.encode(x))
+    assert_same(fast.encode_layer(x[2], 2), plain.encode_layer(x[2], 2))
+    assert_same(fast(x), plain.decode(plain.encode(x).to_sparse(), x))
+
+
+def test_positions_where_nothing_fires():
+    fast, x = gsf.accelerate(cross()), inputs()
+    x[:, -3:] = 0
+    components = fast.compute_attribution_components(x)
+    assert components["reconstruction"].shape == x.shape
+    torch.testing.assert_close(components["reconstruction"][:, -1], fast.b_dec.detach())
+    nothing = fast.compute_attribution_components(torch.zeros_like(x))
+    assert nothing["activation_matrix"]._nnz() == 0
+    assert nothing["decoder_vecs"].shape == (0, D)
+    assert nothing["decoder_locations"].shape == (2, 0)
+
+
+def test_attribution_holds_nothing_dense():
+    x = inputs().repeat(1, 8, 1)
+    sources = {i: single(i) for i in range(LAYERS)}
+    for fast in (gsf.accelerate(TranscoderSet(sources, "a", "b")), gsf.accelerate(cross())):
+        fast.compute_attribution_components(x)
+        nnz = fast.compute_attribution_components(x)["decoder_vecs"].numel()
+        with LargestTensor() as largest:
+            fast.compute_attribution_components(x)
+        # what it gives is larger than [n_pos, d_transcoder] at this size: so the vectors are the bound
+        assert largest.elements <= max(nnz, x.numel())
+
+
+def test_weights_read_lazily(tmp_path):
+    single(relu=True).to_safetensors(tmp_path / "one.safetensors")
+    cross().to_safetensors(tmp_path / "cross")
+    x = inputs()
+    for lazy in (False, True):
+        how = {"device": CPU, "dtype": torch.float32, "lazy_encoder": lazy, "lazy_decoder": lazy}
+        plain = load_relu_transcoder(str(tmp_path / "one.safetensors"), 0, **how).requires_grad_(False)
+        wanted = plain.encode_sparse(x[0])
+        assert_same(gsf.accelerate(plain).encode_sparse(x[0]), wanted)
+        clt = load_clt(str(tmp_path / "cross"), **how).requires_grad_(False)
+        wanted = clt.compute_attribution_components(x)
+        assert_same(gsf.accelerate(clt).compute_attribution_components(x), wanted)
+
+
+def test_weights_that_change_are_noticed():
+    for plain, x in ((single(), inputs(1)[0]), (cross(), inputs())):
+        fast = gsf.accelerate(copy.deepcopy(plain))
+        fast.encode_sparse(x)
+        for each in (plain, fast):
+            each.W_enc.mul_(1.25)
+            each.b_enc.data = each.b_enc.data + 0.125
+        assert_same(fast.encode_sparse(x), plain.encode_sparse(x))
+
+
+def test_made_from_this_packages_transcoders(tmp_path):
+    def own(seed, skip):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"W_enc": (D, WIDTH), "W_dec": (WIDTH, D), "b_enc": (WIDTH,), "b_dec": (D,)}
+        weights = {name: torch.randn(shape, generator=generator) / D**0.5 for name, shape in shapes.items()}
+        weights["threshold"] = torch.full((WIDTH,), 1.75)
+        if not skip:
+            return gsf.JumpReLUTranscoder(**weights)
+        return gsf.JumpReLUSkipTranscoder(**weights, W_skip=torch.randn(D, D, generator=generator))
+
+    x = inputs()
+    for skip in (False, True):
+        sources = {i: own(i, skip) for i in range(LAYERS)}
+        made = ours.transcoder_set(sources, "hook_resid_mid", "hook_mlp_out", scan="tiny")
+        assert isinstance(made, TranscoderSet)
+        got = made.compute_attribution_components(x, slice(0, 0))["reconstruction"]
+        torch.testing.assert_close(got, torch.stack([sources[i](x[i]) for i in range(LAYERS)]))
+        assert made[0].W_enc.data_ptr() == sources[0].W_enc.data_ptr()
+        made.to_safetensors(tmp_path / str(skip))
+        torch.testing.assert_close(
+            load_relu_transcoder(str(tmp_path / str(skip) / "layer_1.safetensors"), 1, CPU)(x[1]), sources[1](x[1])
+        )
+    plain = cross(skip=True)
+    source = gsf.CrossLayerTranscoder.from_weights(
+        W_enc=[w.t() for w in plain.W_enc],
+        W_dec=list(plain.W_dec),
+        b_enc=list(plain.b_enc),
+        b_dec=list(plain.b_dec),
+        threshold=[t[0] for t in plain.activation_function.threshold],
+        W_skip=list(plain.W_skip),
+    )
+    made = ours.cross_layer_transcoder(source, "hook_resid_mid", "hook_mlp_out")
+    assert_same(made.compute_attribution_components(x), plain.compute_attribution_components(x))
+    torch.testing.assert_close(made(x), source(x))
+
+
+def test_what_is_refused():
+    with pytest.raises(TypeError, match="activation_function"):
+        gsf.accelerate(SingleLayerTranscoder(D, WIDTH, TopK(3), 0, device=CPU))
+    with pytest.raises(ValueError, match="inplace"):
+        gsf.accelerate(single(), inplace=False)
+    negative = gsf.accelerate(single())
+    negative.activation_function.threshold.data[3] = -1.0
+    with pytest.raises(ValueError, match="threshold"):
+        negative.encode_sparse(inputs(1)[0])
+    with pytest.raises(TypeError, match="JumpReLUTranscoder"):
+        ours.transcoder(torch.nn.Linear(2, 2), 0)
