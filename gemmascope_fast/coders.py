@@ -196,8 +196,22 @@ class TopKSAE(JumpReLUSAE):
         flat = self._tokens(x)
         # at least one chunk, so that no tokens give no rows
         encode = super().encode_sparse
-        parts = [_greatest(encode(rows, screen, None, precision), self.k) for rows in flat.split(self.chunk)]
-        return SparseLatents.cat(parts).reshape(*x.shape[:-1])
+        exact = precision == "exact"
+        wide = (
+            self._positive(rows, screen) if exact else encode(rows, screen, None, precision)
+            for rows in flat.split(self.chunk)
+        )
+        return SparseLatents.cat([_greatest(part, self.k) for part in wide]).to(self.dtype).reshape(*x.shape[:-1])
+
+    def _positive(self, rows: Tensor, screen: bool | None) -> SparseLatents:
+        """What is above threshold, in float32: the k greatest are chosen before any of them is rounded."""
+        if torch.compiler.is_compiling() and not screen:
+            csr = ops.encode(rows, self.W_enc, self.b_enc, self.threshold, None)
+        else:
+            self._prepared.refresh(self)
+            csr = self._prepared.encode(self, rows, screen)
+        crow, col, values = csr
+        return SparseLatents(crow, col, values, (rows.shape[0], self.cfg.d_sae))
 
 
 def _greatest(latents: SparseLatents, k: int) -> SparseLatents:

@@ -137,7 +137,12 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
     arrays, cfg = checkpoint.arrays, config_of(checkpoint)
     weights = {name: entry.read(device, dtype, transposed=name == "W_enc") for name, entry in arrays.items()}
     if checkpoint.threshold_value is not None and "threshold" not in weights:
-        weights["threshold"] = torch.full((cfg.d_sae,), checkpoint.threshold_value, dtype=dtype, device=device)
+        single = torch.tensor(checkpoint.threshold_value, dtype=torch.float64).to(device, dtype)
+        if not bool(torch.isfinite(single)):
+            raise CheckpointError(
+                f"{checkpoint.path}: threshold: {checkpoint.threshold_value} is not finite in {dtype}"
+            )
+        weights["threshold"] = single.repeat(cfg.d_sae)
     if checkpoint.subtracts_b_dec:
         exact = arrays["b_enc"].read(device, torch.float64)
         weights["b_enc"] = folded_b_dec(weights["W_enc"], weights["b_dec"], exact)

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 D, F, LAYERS, K = 6, 10, 3, 3
-HANG = 20  # seconds; a case takes milliseconds
+HANG_CPU, HANG = 10, 300  # seconds of its own and of the clock (the machine may be busy); a case takes milliseconds
 MEMORY = 512 << 20  # bytes above what the interpreter has when the cases begin; the files have at most 100 kB
 INTERESTING = (
     0,
@@ -336,6 +336,7 @@ def run_case(kind: str, number: int, variants: list[dict[str, bytes]], folder: P
     folder.mkdir(parents=True)
     for name, data in mutated(draw.choice(variants), draw).items():
         (folder / name).write_bytes(data)
+    signal.setitimer(signal.ITIMER_PROF, HANG_CPU)
     signal.alarm(HANG)
     try:
         load(folder, kind)
@@ -345,6 +346,7 @@ def run_case(kind: str, number: int, variants: list[dict[str, bytes]], folder: P
         return traceback.format_exc(limit=-4)
     finally:
         signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return "loaded"
 
 
@@ -365,6 +367,7 @@ def child(kinds: list[str], first: int, cases: int, place: Path) -> int:
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, now + MEMORY))
     signal.signal(signal.SIGALRM, _hang)
+    signal.signal(signal.SIGPROF, _hang)
     failed = 0
     with open(place / "at", "w") as at:
         for kind, variants in made.items():

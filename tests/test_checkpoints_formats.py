@@ -146,6 +146,10 @@ def test_saelens_batchtopk_is_the_threshold_it_kept(tmp_path):
     config = {"architecture": "batchtopk", "apply_b_dec_to_input": False, "sae_lens_version": "6.54.0"}
     sae = from_pretrained(write_saelens(tmp_path, config, w))
     assert torch.equal(sae.threshold, torch.full((F,), 0.75))
+    for value, dtype in ((1e300, "float32"), (1e6, "float16"), (float("inf"), "float32")):
+        write_saelens(tmp_path, config, w | {"topk_threshold": np.array(value)})
+        with pytest.raises(gsf.CheckpointError, match="threshold"):
+            from_pretrained(tmp_path, dtype=dtype)
     del w["topk_threshold"]
     write_saelens(tmp_path, config, w)
     with pytest.raises(gsf.CheckpointError, match="threshold"):
