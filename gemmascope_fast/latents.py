@@ -173,8 +173,16 @@ class SparseLatents:
     def features(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Values of chosen features, dense [..., len(ids)].  IndexError for an id outside [0, d_sae)."""
         wanted = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
-        if wanted.numel() and (int(wanted.min()) < 0 or int(wanted.max()) >= self.d_sae):
+        if wanted.numel():
+            # the bounds of a list cost less than those of a tensor
+            least, most = (min(ids), max(ids)) if isinstance(ids, list) else (int(wanted.min()), int(wanted.max()))
+        if wanted.numel() and (least < 0 or most >= self.d_sae):
             raise IndexError(f"ids: expected features in [0, {self.d_sae}), got {wanted.tolist()}")
+        if self.n_rows == 1 and self.nnz:  # a decoded token: the few wanted are looked for among what fired
+            narrow = wanted.to(torch.int32)
+            slot = torch.searchsorted(self.col_indices, narrow).clamp_(max=self.nnz - 1)
+            found = self.values[slot].masked_fill(self.col_indices[slot] != narrow, 0)
+            return found.reshape(*self.shape[:-1], wanted.numel())
         unique, inverse = torch.unique(wanted, return_inverse=True)
         col = self.col_indices.long()
         slot = torch.searchsorted(unique, col)

@@ -52,7 +52,9 @@ def attach(
 
     saes: an SAE, a list, a Bank (of which this model's SAEs are taken), or a dict keyed by layer, (layer, kind), Site
     or module path (`….output` or `….input`; a bare path means its output).  Without a key the checkpoint's own site
-    counts.  In place of an SAE an `Activations` keeps what passes.
+    counts.  In place of an SAE an `Activations` keeps what passes.  A cross-layer transcoder has one set of latents a
+    layer, keyed by where that layer reads, and splices every output; a crosscoder has one, keyed by the tuple of its
+    sites, and is only observed.
     mode: "observe" changes nothing; "splice" puts the reconstruction in the activation's place; "splice+error" adds
     what the reconstruction lacks, so that without edits the activation passes bit for bit (and nothing is decoded),
     while the gradient goes through the latents, with the error a constant unless `error_grad`.

@@ -49,9 +49,11 @@ def carry(x: Tensor, sae: JumpReLUSAE, latents: SparseLatents, x_in: Tensor, cho
     latents: of the n chosen rows (chosen: bool [N], None for all); x_in [n, d_in]: what they were encoded from.
     Outside of autograd x itself comes back.
     """
+    if not torch.is_grad_enabled():
+        return x
     skip = sae.W_skip if isinstance(sae, JumpReLUSkipTranscoder) else None
     graph = (x, latents.values, sae.W_dec, sae.b_dec, skip)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in graph):
+    if not any(t is not None and t.requires_grad for t in graph):
         return x
     mask = None if chosen is None else chosen.to(x.device)
     return _Carry.apply(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,6 +58,11 @@ class Edit:
         elif not callable(p):
             raise EditError(f"positions: expected a name, a mask or a callable, got {type(p).__name__}")
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether it is for every row of every call."""
+        return self.on and self.sequences is None and isinstance(self.positions, str) and self.positions == "all"
+
     def rows(self, call: Call) -> Tensor | None:
         """bool [B * S] of the call's rows that it is for; None for all."""
         if not self.on:
@@ -97,12 +102,21 @@ class FeatureEdit(Edit):
 
     feature: int | Sequence[int]
     features: tuple[int, ...] = field(init=False, repr=False)
+    NUMBER: ClassVar[str] = "value"  # the field that says how much, if any
 
     def __post_init__(self) -> None:
         self.features = _features(self.feature)
 
-    def delta(self, old: Tensor, delta: Tensor) -> Tensor:
-        """old, delta [n, k] of its k features: their latents, what earlier edits add → what is added now."""
+    @property
+    def amount(self) -> float:
+        return getattr(self, self.NUMBER) if self.NUMBER else 0.0
+
+    @staticmethod
+    def delta(old: Tensor, delta: Tensor, amount: Tensor) -> Tensor:
+        """old, delta [n, k] of k features: their latents, what earlier edits add → what is added now.
+
+        amount [k]: each feature's own number, so that several edits of one kind are one operation.
+        """
         raise NotImplementedError
 
 
@@ -112,15 +126,19 @@ class Clamp(FeatureEdit):
 
     value: float
 
-    def delta(self, old: Tensor, delta: Tensor) -> Tensor:
-        return self.value - old
+    @staticmethod
+    def delta(old: Tensor, delta: Tensor, amount: Tensor) -> Tensor:
+        return amount - old
 
 
 @dataclass(eq=False)
 class Ablate(FeatureEdit):
     """Sets features to zero."""
 
-    def delta(self, old: Tensor, delta: Tensor) -> Tensor:
+    NUMBER: ClassVar[str] = ""
+
+    @staticmethod
+    def delta(old: Tensor, delta: Tensor, amount: Tensor) -> Tensor:
         return -old
 
 
@@ -130,8 +148,11 @@ class Scale(FeatureEdit):
 
     factor: float
 
-    def delta(self, old: Tensor, delta: Tensor) -> Tensor:
-        return delta if self.factor == 1 else (old + delta) * self.factor - old
+    NUMBER: ClassVar[str] = "factor"
+
+    @staticmethod
+    def delta(old: Tensor, delta: Tensor, amount: Tensor) -> Tensor:
+        return torch.where(amount == 1, delta, (old + delta) * amount - old)
 
 
 @dataclass(eq=False)
@@ -140,8 +161,11 @@ class Add(FeatureEdit):
 
     strength: float
 
-    def delta(self, old: Tensor, delta: Tensor) -> Tensor:
-        return delta + self.strength
+    NUMBER: ClassVar[str] = "strength"
+
+    @staticmethod
+    def delta(old: Tensor, delta: Tensor, amount: Tensor) -> Tensor:
+        return delta + amount
 
 
 @dataclass(eq=False)
@@ -150,8 +174,9 @@ class MinClamp(FeatureEdit):
 
     value: float
 
-    def delta(self, old: Tensor, delta: Tensor) -> Tensor:
-        return torch.where(old + delta < self.value, self.value - old, delta)
+    @staticmethod
+    def delta(old: Tensor, delta: Tensor, amount: Tensor) -> Tensor:
+        return torch.where(old + delta < amount, amount - old, delta)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.bank import Bank, BankedSAE
+from gemmascope_fast.coders import Crosscoder, CrossLayerTranscoder
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE
@@ -37,14 +38,31 @@ Coder = JumpReLUSAE | BankedSAE | Activations | None  # None: nothing is read, o
 SAES = (JumpReLUSAE, BankedSAE)
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which layer of a coder of several layers an entry is."""
+
+    whole: CrossLayerTranscoder
+    layer: int
+
+
 @dataclass
 class Entry:
-    """One coder: its key in `run.latents`, where it reads, and where it writes (a transcoder: elsewhere)."""
+    """One coder: its key in `run.latents`, where it reads, and where it writes (a transcoder: elsewhere).
+
+    more: where a crosscoder reads besides.  part: set for each layer of a cross-layer transcoder.
+    """
 
     key: Key
     coder: Coder
     site: Site
     site_out: Site
+    more: tuple[Site, ...] = ()
+    part: Part | None = None
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.site, self.site_out, *self.more
 
 
 def entries(saes: Any, model: nn.Module | None = None) -> list[Entry]:
@@ -52,7 +70,12 @@ def entries(saes: Any, model: nn.Module | None = None) -> list[Entry]:
     site is missing or a key is given twice."""
     if isinstance(saes, Bank):
         return _banked(saes if model is None else saes.for_model(model))
-    found = [_entry(key, coder) for key, coder in _pairs(saes)]
+    found: list[Entry] = []
+    for key, coder in _pairs(saes):
+        if isinstance(coder, (Crosscoder, CrossLayerTranscoder)):
+            found += _several(key, coder)
+        else:
+            found.append(_entry(key, coder))
     seen: dict[Any, int] = {}
     for entry in found:
         seen[entry.key] = seen.get(entry.key, 0) + 1
@@ -82,7 +105,30 @@ def _pairs(saes: Any) -> Iterator[tuple[Key, Any]]:
 
 
 def _is_coder(value: Any) -> bool:
-    return isinstance(value, (Activations, *SAES))
+    return isinstance(value, (Activations, CrossLayerTranscoder, *SAES))
+
+
+def _several(key: Key, coder: Crosscoder | CrossLayerTranscoder) -> list[Entry]:
+    """Of a cross-layer transcoder one entry a layer, keyed by where it reads; of a crosscoder one, keyed by its sites.
+
+    They stand where their own sites say: one key cannot name them all.
+    """
+    sites = coder.sites if isinstance(coder, Crosscoder) else coder.cfg.sites
+    known = tuple(site for site in sites if site is not None)
+    name = f"this {coder.kind.replace('_', ' ')}"
+    if key is not None:
+        raise AttachError(f"saes: {name} has {coder.n_layers} sites of its own: give it in a list, not under {key!r}")
+    if len(known) != coder.n_layers or not known:
+        raise AttachError(f"saes: {name} names {len(known)} of its {coder.n_layers} sites: set them")
+    if isinstance(coder, Crosscoder):
+        return [Entry(known, coder, known[0], known[0], known[1:])]
+    outs = coder.cfg.sites_out
+    if None in outs or len(outs) != coder.n_layers:
+        raise AttachError(f"saes: {name} does not name every site that it writes: set cfg.sites_out")
+    return [
+        Entry(site, layer, site, out, part=Part(coder, i))  # type: ignore[arg-type]
+        for i, (layer, site, out) in enumerate(zip(coder.layers, known, outs, strict=True))
+    ]
 
 
 def _entry(key: Key, coder: Any) -> Entry:
@@ -138,9 +184,10 @@ def find_key(asked: Key, known: Iterable[Entry]) -> Key:
         site = site_of(asked)
     except AttachError:
         site = None
-    same = [e for e in known if site is not None and site in (e.site, e.site_out)]
+    same = [e for e in known if site is not None and site in e.sites]
     if not same and isinstance(asked, int):
-        same = [e for e in known if e.site.layer == asked]  # a bare layer where only one SAE reads
+        # a bare layer where only one SAE reads
+        same = [e for e in known if any(s.layer == asked for s in e.sites)]
     if len(same) != 1:
         raise KeyError(f"{asked!r}: expected one of {[e.key for e in known]}")
     return same[0].key

@@ -20,13 +20,20 @@ class Plan:
     def __init__(self, edits: Sequence[Edit], d_sae: int | None, d_out: int | None) -> None:
         check_edits(edits, d_sae, d_out)
         self.edits = list(edits)
-        self.on_latents = [e for e in edits if not isinstance(e, Direction)]
         self.directions = [e for e in edits if isinstance(e, Direction)]
         self.touched = sorted({f for e in edits if isinstance(e, FeatureEdit) for f in e.features})
-        at = {feature: column for column, feature in enumerate(self.touched)}
-        self.columns = [torch.tensor([at[f] for f in e.features]) if isinstance(e, FeatureEdit) else None
-                        for e in self.on_latents]  # fmt: skip
+        self.ids = torch.tensor(self.touched, dtype=torch.int32)
+        self.ends = torch.tensor([0, len(self.touched)])
+        self.steps = [self._step(group) for group in _groups([e for e in edits if not isinstance(e, Direction)])]
         self.masks = any(isinstance(e, Mask) for e in edits)
+
+    def _step(self, group: list[Edit]) -> tuple[list[Edit], Tensor | None, list[Tensor | None]]:
+        """(edits of one kind on features of their own, their columns together (None: all of them), of each)."""
+        at = {feature: column for column, feature in enumerate(self.touched)}
+        each = [[at[f] for f in e.features] if isinstance(e, FeatureEdit) else [] for e in group]
+        flat = [column for columns in each for column in columns]
+        together = None if flat == list(range(len(self.touched))) else torch.tensor(flat, dtype=torch.int64)
+        return group, together, [torch.tensor(columns, dtype=torch.int64) for columns in each]
 
     def apply(
         self,
@@ -42,45 +49,76 @@ class Plan:
         latents: of the same rows, by `sae`; at: int64 [n], their numbers in the call (None: all of them); scale: what
         the SAE's own units are multiplied by at this place (the embedding's scale), if anything.
         """
-        if self.on_latents and latents is not None:
-            assert sae is not None
-            delta = self.delta(latents, call, at)
-            if delta.nnz:
-                filled = delta.crow_indices.diff() > 0
-                rows = filled.nonzero()[:, 0]
-                own = delta if rows.numel() == delta.n_rows else delta[rows]
-                added = ops.decode(own.crow_indices, own.col_indices, own.values, sae.W_dec, None, None)
-                x = _added(x, rows, added if scale is None else added * scale)
+        if latents is not None and sae is not None:
+            change = self.change(sae, latents, call, at)
+            if change is not None:
+                rows, what = change
+                x = added(x, rows, what if scale is None else what * scale)
+        return self.direct(x, call, at, scale)
+
+    def direct(self, x: Tensor, call: Call, at: Tensor | None, scale: Tensor | None = None) -> Tensor:
+        """x [n, d] with the directions added, as `apply`."""
         for edit in self.directions:
             if edit.strength == 0:
                 continue
             mask = self._rows(edit, call, at)
-            rows = torch.arange(x.shape[0]) if mask is None else mask.nonzero()[:, 0]
-            if rows.numel():
+            rows = None if mask is None else mask.nonzero()[:, 0]
+            if rows is None or rows.numel():
                 vector = edit.strength * edit.vector.to(x.device)
                 vector = vector if scale is None else vector * scale
-                x = _added(x, rows, vector.expand(rows.numel(), -1))
+                x = added(x, rows, vector.expand(x.shape[0] if rows is None else rows.numel(), -1))
         return x
 
-    def delta(self, latents: SparseLatents, call: Call, at: Tensor | None) -> SparseLatents:
-        """What the edits add to the latents: entries that are not zero alone."""
-        old = latents.features(self.touched)
+    def change(
+        self, sae: JumpReLUSAE, latents: SparseLatents, call: Call, at: Tensor | None
+    ) -> tuple[Tensor | None, Tensor] | None:
+        """(rows, None for all of them; what the edits of latents add there, fp32 [rows, d_out]); None for nothing."""
+        if not self.steps or not latents.n_rows:
+            return None
+        delta, rest = self._delta(latents, call, at)
+        if rest is None:
+            if not bool(delta.any()):
+                return None
+            if delta.shape[0] == 1:
+                return None, self._decode(delta, sae.W_dec)
+            rows = (delta != 0).any(1).nonzero()[:, 0]
+            return rows, self._decode(delta[rows], sae.W_dec)
+        own = self._entries(latents, delta, rest)
+        rows = (own.crow_indices.diff() > 0).nonzero()[:, 0]
+        if not rows.numel():
+            return None
+        own = own[rows]
+        return rows, ops.decode(own.crow_indices, own.col_indices, own.values, sae.W_dec, None, None)
+
+    def _decode(self, delta: Tensor, W_dec: Tensor) -> Tensor:
+        """delta [n, k] of the touched features times their decoder rows: fp32 [n, d_out]."""
+        n, k = delta.shape
+        if n == 1:  # a decoded token: what it needs is there
+            crow, col = self.ends.to(delta.device), self.ids.to(delta.device)
+        else:
+            crow, col = torch.arange(0, n * k + 1, k, device=delta.device), self.ids.to(delta.device).repeat(n)
+        return ops.decode(crow, col, delta.reshape(-1), W_dec, None, None)
+
+    def _delta(self, latents: SparseLatents, call: Call, at: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What is added to the touched features, fp32 [n, k], and, where there are masks, to what fired [nnz]."""
+        old = latents.features(self.touched).float()
         delta = torch.zeros_like(old)
         rest = torch.zeros_like(latents.values) if self.masks else None
-        for edit, columns in zip(self.on_latents, self.columns, strict=True):
-            mask = self._rows(edit, call, at)
-            mask = None if mask is None else mask.to(old.device)
-            if isinstance(edit, FeatureEdit):
-                assert columns is not None
-                before = delta[:, columns]
-                after = edit.delta(old[:, columns], before)
-                if mask is not None:
-                    after = torch.where(mask[:, None], after, before)
-                delta = delta.index_copy(1, columns.to(old.device), after.to(delta.dtype))
-            elif isinstance(edit, Mask):
+        for group, together, each in self.steps:
+            if isinstance(group[0], Mask):
                 assert rest is not None
-                delta, rest = self._masked(edit, mask, latents, old, delta, rest)
-        return self._entries(latents, delta, rest)
+                delta, rest = self._masked(group[0], self._own(group[0], call, at, old), latents, old, delta, rest)
+            elif all(edit.everywhere for edit in group):
+                delta = _changed(group, together, old, delta, None)
+            else:
+                for edit, columns in zip(group, each, strict=True):
+                    if edit.on:
+                        delta = _changed([edit], columns, old, delta, self._own(edit, call, at, old))
+        return delta, rest
+
+    def _own(self, edit: Edit, call: Call, at: Tensor | None, like: Tensor) -> Tensor | None:
+        mask = self._rows(edit, call, at)
+        return None if mask is None else mask.to(like.device)
 
     def _masked(
         self, edit: Mask, mask: Tensor | None, latents: SparseLatents, old: Tensor, delta: Tensor, rest: Tensor
@@ -93,23 +131,20 @@ class Plan:
             gone &= mask[latents.row_indices()]
         return torch.where(drop, -old, delta), torch.where(gone, -latents.values, rest)
 
-    def _entries(self, latents: SparseLatents, delta: Tensor, rest: Tensor | None) -> SparseLatents:
+    def _entries(self, latents: SparseLatents, delta: Tensor, rest: Tensor) -> SparseLatents:
         """The two parts, of the touched features and of all others, as one set of sparse rows."""
         rows, columns = (delta != 0).nonzero(as_tuple=True)
-        features = torch.tensor(self.touched, dtype=torch.int64, device=delta.device)[columns]
-        values = delta[rows, columns]
-        if rest is not None:
-            touched = torch.zeros(latents.d_sae, dtype=torch.bool, device=delta.device)
-            touched[self.touched] = True
-            own = ((rest != 0) & ~touched[latents.col_indices.long()]).nonzero()[:, 0]
-            rows = torch.cat([rows, latents.row_indices()[own]])
-            features = torch.cat([features, latents.col_indices[own].long()])
-            values = torch.cat([values, rest[own]])
-            order = (rows * latents.d_sae + features).argsort()
-            rows, features, values = rows[order], features[order], values[order]
+        touched = torch.zeros(latents.d_sae, dtype=torch.bool, device=delta.device)
+        touched[self.touched] = True
+        own = ((rest != 0) & ~touched[latents.col_indices.long()]).nonzero()[:, 0]
+        features = torch.cat([self.ids.to(delta.device)[columns], latents.col_indices[own]]).long()
+        values = torch.cat([delta[rows, columns], rest[own].to(delta.dtype)])
+        rows = torch.cat([rows, latents.row_indices()[own]])
+        order = (rows * latents.d_sae + features).argsort()
         crow = torch.zeros(latents.n_rows + 1, dtype=torch.int64, device=delta.device)
         crow[1:] = torch.bincount(rows, minlength=latents.n_rows).cumsum(0)
-        return SparseLatents(crow, features.to(torch.int32), values, (latents.n_rows, latents.d_sae))
+        shape = (latents.n_rows, latents.d_sae)
+        return SparseLatents(crow, features[order].to(torch.int32), values[order], shape)
 
     @staticmethod
     def _rows(edit: Edit, call: Call, at: Tensor | None) -> Tensor | None:
@@ -117,10 +152,39 @@ class Plan:
         return mask if mask is None or at is None else mask[at]
 
 
-def _added(x: Tensor, rows: Tensor, what: Tensor) -> Tensor:
-    """x with `what` added to some rows, in x's own dtype; the other rows stay bit for bit."""
+def _groups(edits: Sequence[Edit]) -> list[list[Edit]]:
+    """Neighbours of one kind that share no feature stand together: they are one operation."""
+    found: list[list[Edit]] = []
+    for edit in edits:
+        last = found[-1] if found else []
+        alike = bool(last) and isinstance(edit, FeatureEdit) and type(last[0]) is type(edit)
+        features = set(edit.features) if isinstance(edit, FeatureEdit) else set()
+        if alike and not any(features & set(other.features) for other in last):  # type: ignore[attr-defined]
+            last.append(edit)
+        else:
+            found.append([edit])
+    return found
+
+
+def _changed(edits: Sequence[Edit], columns: Tensor | None, old: Tensor, delta: Tensor, mask: Tensor | None) -> Tensor:
+    """delta after edits of one kind.  columns [c] of their features (None: all); mask [n]: the rows they are for."""
+    first = edits[0]
+    assert isinstance(first, FeatureEdit)
+    amounts = [e.amount for e in edits if isinstance(e, FeatureEdit) for _ in e.features]
+    amount = torch.tensor(amounts, dtype=torch.float32, device=old.device)
+    if columns is None:
+        after = first.delta(old, delta, amount)
+        return after if mask is None else torch.where(mask[:, None], after, delta)
+    columns = columns.to(old.device)
+    before = delta[:, columns]
+    after = first.delta(old[:, columns], before, amount)
+    return delta.index_copy(1, columns, after if mask is None else torch.where(mask[:, None], after, before))
+
+
+def added(x: Tensor, rows: Tensor | None, what: Tensor) -> Tensor:
+    """x with `what` added to some rows (None: all), in x's own dtype; the other rows stay bit for bit."""
     what = what.to(x.device)
-    if rows.numel() == x.shape[0]:
+    if rows is None or rows.numel() == x.shape[0]:
         return (x + what).to(x.dtype)
     rows = rows.to(x.device)
     return x.index_copy(0, rows, (x[rows] + what).to(x.dtype))

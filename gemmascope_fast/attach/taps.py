@@ -12,12 +12,13 @@ from torch import Tensor
 from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call, Tokens
 from gemmascope_fast.attach.carry import carry
+from gemmascope_fast.attach.cross_layer import replaced
 from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.attach.entries import SAES, Activations, Entry
-from gemmascope_fast.attach.places import Visitor
 from gemmascope_fast.attach.plan import Plan
 from gemmascope_fast.attach.structure import Place, Structure
 from gemmascope_fast.bank import BankedSAE
+from gemmascope_fast.coders import Crosscoder
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE, JumpReLUSkipTranscoder
@@ -34,20 +35,31 @@ class Tap:
     def __init__(self, run: Run, entry: Entry, edits: Sequence[Edit], structure: Structure) -> None:
         self.run, self.entry, self.coder = run, entry, entry.coder
         self.reads = structure.place(entry.site)
+        self.sources = [self.reads, *(structure.place(site) for site in entry.more)]
         same = entry.site_out == entry.site
         self.writes = self.reads if same else structure.place(entry.site_out)
         self.splices = run.mode != "observe" and not isinstance(entry.coder, Activations)
         cfg = self.coder.cfg if isinstance(self.coder, SAES) else None
+        if self.splices and (
+            isinstance(self.coder, Crosscoder) or (entry.part and entry.part.whole.kind == "crosscoder")
+        ):
+            raise AttachError(
+                f"mode: a crosscoder ({entry.key!r}) cannot be spliced: it reconstructs what it reads, at its first"
+                " site from activations that its last has yet to give; expected 'observe'"
+            )
+        d_sae, d_out = (None, self.writes.width) if cfg is None else (cfg.d_sae, cfg.d_out)
         if cfg is not None:
-            _check_width(entry, self.reads, cfg.d_in, "d_in")
+            for place in self.sources:
+                _check_width(entry, place, cfg.d_in // len(self.sources), "d_in")
             if self.splices:
-                _check_width(entry, self.writes, cfg.d_out, "d_out")
+                d_out = cfg.d_out if entry.part is None else cfg.d_in
+                _check_width(entry, self.writes, d_out, "d_out")
         if isinstance(self.coder, BankedSAE):
             self.coder.check_fits()
         if self.splices and self.writes.form == "no_gain":
             raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read, not replaced")
-        d_sae, d_out = (None, self.writes.width) if cfg is None else (cfg.d_sae, cfg.d_out)
         self.plan = Plan(edits, d_sae, d_out) if edits else None
+        self.steps = [visitor.step for _, visitor in self.visits()]
         self.next: list[str] = []  # of a bank's SAE: those that the model reaches after it
 
     def sae(self, call: Call) -> JumpReLUSAE:
@@ -68,16 +80,16 @@ class Tap:
         if lease is not None:
             lease.release()
 
-    def visits(self) -> list[tuple[Place, Visitor]]:
-        own: list[tuple[Place, Visitor]] = []
+    def visits(self) -> list[tuple[Place, ReadTap | WriteTap]]:
+        own: list[tuple[Place, ReadTap | WriteTap]] = []
         if self.coder is not None:
-            own.append((self.reads, ReadTap(self)))
+            own += [(place, ReadTap(self, number)) for number, place in enumerate(self.sources)]
         if self.splices:
             own.append((self.writes, WriteTap(self)))
         return own
 
     def was_reached(self, call: Call) -> bool:
-        return all((visitor.step, self) in call.reached for _, visitor in self.visits())  # type: ignore[attr-defined]
+        return all((step, self) in call.reached for step in self.steps)
 
     def reach(self, call: Call, step: str) -> None:
         if (step, self) in call.reached:
@@ -94,10 +106,11 @@ class Tap:
 
 
 class ReadTap:
-    step = "read"
+    """The tap at the place it reads, or at one of a crosscoder's several."""
 
-    def __init__(self, tap: Tap) -> None:
-        self.tap = tap
+    def __init__(self, tap: Tap, number: int = 0) -> None:
+        self.tap, self.number = tap, number
+        self.step = f"read {number}"
 
     def read(self, x: Tensor, inputs: tuple[Any, ...]) -> None:
         call = self.tap.run.call()
@@ -105,19 +118,32 @@ class ReadTap:
             return
         begin = time.perf_counter()
         tap = self.tap
-        tap.reach(call, "read")
+        tap.reach(call, self.step)
         keeps_graph = tap.splices and torch.is_grad_enabled()
+        place = tap.sources[self.number]
         with torch.set_grad_enabled(keeps_graph):
-            rows = tap.rows(_formed(x, tap.reads, inputs), call, tap.reads)
+            rows = tap.rows(_formed(x, place, inputs), call, place)
             if call.chosen is not None:
                 rows = rows[call.chosen.to(rows.device)]
             if isinstance(tap.coder, Activations):
                 _keep(tap.coder, rows.detach(), call)
+            elif len(tap.sources) > 1:
+                self._join(rows, call)
             elif tap.coder is not None:
                 self._encode(tap.sae(call), rows, call)
                 if not tap.splices:
                     tap.done(call)
         tap.run.seconds += time.perf_counter() - begin
+
+    def _join(self, rows: Tensor, call: Call) -> None:
+        """Keep the rows until every site of a crosscoder has given its own, then encode them side by side."""
+        sae = self.tap.coder
+        assert isinstance(sae, JumpReLUSAE)
+        held = call.scratch.setdefault(("held", self.tap), {})
+        # copied: an in-place operation of the model may change what passed here
+        held[self.number] = rows.to(sae.W_enc.device, copy=True)
+        if len(held) == len(self.tap.sources):
+            self._encode(sae, torch.cat([held[number] for number in sorted(held)], -1), call)
 
     def _encode(self, sae: JumpReLUSAE, rows: Tensor, call: Call) -> None:
         if rows.shape[-1] != sae.cfg.d_in:
@@ -153,7 +179,7 @@ class WriteTap:
             return None
         begin = time.perf_counter()
         tap.reach(call, "write")
-        if tap.coder is not None and ("read", tap) not in call.reached:
+        if tap.coder is not None and ("read 0", tap) not in call.reached:
             raise AttachError(f"{tap.entry.key!r}: {tap.writes.name} comes before {tap.reads.name} in this model")
         new = self._new(x, call)
         tap.done(call)
@@ -164,7 +190,9 @@ class WriteTap:
         tap = self.tap
         flat = tap.rows(x, call, tap.writes)
         at = None if call.chosen is None else call.chosen.nonzero()[:, 0]
-        if tap.coder is None:
+        if tap.entry.part is not None:
+            new = replaced(tap, flat, call, at)
+        elif tap.coder is None:
             new = self._edited(flat, None, None, call, at)
         else:
             sae = tap.sae(call)

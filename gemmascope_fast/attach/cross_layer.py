@@ -1,0 +1,112 @@
+"""A cross-layer transcoder inside a model: what a layer's latents write at its own output and at every later one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast import ops
+from gemmascope_fast.attach.calls import Call
+from gemmascope_fast.attach.plan import added
+from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.sae import JumpReLUSAE
+
+if TYPE_CHECKING:
+    from gemmascope_fast.attach.taps import Tap
+
+
+@dataclass
+class Written:
+    """Of one call, by one coder: what the layers so far write to the outputs from the current one on.
+
+    total: their reconstruction, fp32 [n, (layers left) · d], current output first, where it is needed.
+    changes: (layer, rows or None for all, fp32 [rows, outputs · d] from that layer on): what edits add.
+    """
+
+    total: Tensor | None = None
+    changes: list[tuple[int, Tensor | None, Tensor]] = field(default_factory=list)
+
+
+class _Pass(torch.autograd.Function):
+    """Forward: x, bit for bit.  Backward: on the chosen rows that of `recon` [n, d], the identity on the others."""
+
+    @staticmethod
+    def forward(ctx: Any, x, recon, chosen):
+        ctx.save_for_backward(chosen)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad):  # type: ignore[override]
+        (chosen,) = ctx.saved_tensors
+        if chosen is None:
+            return None, grad, None
+        return grad.masked_fill(chosen[:, None], 0), grad[chosen], None
+
+
+def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
+    """flat [N, d], the true output of the tap's layer → what goes on instead; flat itself where nothing changes.
+
+    at: int64 [n], the rows that were read (None: all).  Sums run over the source layers in ascending order, as in
+    `CrossLayerTranscoder.decode`.
+    """
+    part, run = tap.entry.part, tap.run
+    assert part is not None
+    latents = call.scratch["latents", tap.entry.key]
+    written: Written = call.scratch.setdefault(("written", part.whole), Written())
+    _change(tap, written, latents, call, at)
+    if run.mode == "splice":
+        recon = _reconstruction(tap, written, latents, call)
+        rows = _edited(tap, written, recon.float(), call, at).to(flat.device, flat.dtype)
+        return rows if at is None else flat.index_copy(0, at.to(flat.device), rows)
+    if torch.is_grad_enabled() and not run.error_grad:
+        recon = _reconstruction(tap, written, latents, call).to(flat.device, flat.dtype)
+        flat = _Pass.apply(flat, recon, None if call.chosen is None else call.chosen.to(flat.device))
+    rows = flat if at is None else flat[at.to(flat.device)]
+    new = _edited(tap, written, rows, call, at)
+    if new is rows:
+        return flat
+    return new if at is None else flat.index_copy(0, at.to(flat.device), new)
+
+
+def _change(tap: Tap, written: Written, latents: SparseLatents, call: Call, at: Tensor | None) -> None:
+    """Note what the layer's edits, or a path of integrated gradients, add to its output and the later ones."""
+    part, path = tap.entry.part, tap.run.path
+    assert part is not None
+    change = None if tap.plan is None else tap.plan.change(tap.sae(call), latents, call, at)
+    if change is not None:
+        written.changes.append((part.layer, *change))
+    if path is not None and path[0] == tap.entry.key:
+        values = (path[1] - 1) * latents.values.detach()
+        sae = tap.coder
+        assert isinstance(sae, JumpReLUSAE)
+        what = ops.decode(latents.crow_indices, latents.col_indices, values, sae.W_dec, None, None)
+        written.changes.append((part.layer, None, what))
+
+
+def _reconstruction(tap: Tap, written: Written, latents: SparseLatents, call: Call) -> Tensor:
+    """x̂ [n, d] of the tap's layer in the coder's dtype, without edits; moves `written` on to it."""
+    part, sae = tap.entry.part, tap.coder
+    assert part is not None
+    assert isinstance(sae, JumpReLUSAE)
+    whole, d = part.whole, part.whole.cfg.d_in
+    own = ops.decode(latents.crow_indices, latents.col_indices, latents.values, sae.W_dec, sae.b_dec, None)
+    written.total = own if written.total is None else written.total[:, d:] + own
+    recon = written.total[:, :d].to(whole.dtype)
+    if whole.W_skip is None:
+        return recon
+    rows = call.scratch["rows", tap]
+    return recon + (rows.float() @ whole.W_skip[part.layer].float()).to(whole.dtype)
+
+
+def _edited(tap: Tap, written: Written, rows: Tensor, call: Call, at: Tensor | None) -> Tensor:
+    """rows [n, d] with the changes that every layer so far makes to this output, then this site's directions."""
+    part = tap.entry.part
+    assert part is not None
+    d = part.whole.cfg.d_in
+    for layer, where, what in written.changes:
+        begin = (part.layer - layer) * d
+        rows = added(rows, where, what[:, begin : begin + d])
+    return rows if tap.plan is None else tap.plan.direct(rows, call, at)
