@@ -76,12 +76,19 @@ def quiet_loading() -> Iterator[None]:
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval."""
+    """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval.
+
+    The model is of the class that its checkpoint names (a language model, a reward model, an encoder), a causal
+    language model where it names none.
+    """
     if name == "demo":
         return load_demo_model()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(name, dtype="float32").eval(), AutoTokenizer.from_pretrained(name)
+    named = transformers.AutoConfig.from_pretrained(name).architectures or []
+    own = next((getattr(transformers, each) for each in named if hasattr(transformers, each)), None)
+    cls = own or transformers.AutoModelForCausalLM
+    return cls.from_pretrained(name, dtype="float32").eval(), transformers.AutoTokenizer.from_pretrained(name)
 
 
 def sae_place(name: str) -> str:

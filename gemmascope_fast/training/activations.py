@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemmascope_fast.attach.structure import Structure
+
 WINDOW = 255  # content tokens after the BOS
 WINDOWS_AT_ONCE = 8
 PART = 4 * WINDOWS_AT_ONCE * WINDOW  # tokens in one file: a kill costs the seconds that one of them takes
 
 
-def windows(ids: list[int], bos: int | None, length: int = WINDOW) -> Iterator[Tensor]:
-    """int64 [n, length (+ 1 with a BOS)] blocks of consecutive windows; the last window may be shorter."""
-    head = [] if bos is None else [bos]
+def windows(ids: list[int], bos: int | None, length: int = WINDOW, sep: int | None = None) -> Iterator[Tensor]:
+    """int64 [n, length (+ 1 with a BOS, + 1 with a SEP at the end)] blocks of consecutive windows; the last window
+    may be shorter."""
+    head, tail = [token for token in (bos,) if token is not None], [token for token in (sep,) if token is not None]
     for start in range(0, len(ids), WINDOWS_AT_ONCE * length):
         part = ids[start : start + WINDOWS_AT_ONCE * length]
-        rows = [[*head, *part[i : i + length]] for i in range(0, len(part), length)]
-        whole = [row for row in rows if len(row) == len(head) + length]
+        rows = [[*head, *part[i : i + length], *tail] for i in range(0, len(part), length)]
+        whole = [row for row in rows if len(row) == len(head) + length + len(tail)]
         if whole:
             yield torch.tensor(whole)
         if len(rows) > len(whole):
@@ -34,29 +38,50 @@ def windows(ids: list[int], bos: int | None, length: int = WINDOW) -> Iterator[T
 
 @contextmanager
 def first_layers(model: Any, count: int) -> Iterator[Any]:
-    """The text decoder with its first `count` layers alone: later ones and the head cost time and tell nothing."""
-    decoder = model.get_decoder()
-    layers = decoder.layers
+    """The text stack, decoder or encoder, with its first `count` layers alone: later ones and the head cost time and
+    tell nothing."""
+    structure = Structure(model)
+    stack, layers = structure.stack()
     if not 0 < count <= len(layers):
         raise ValueError(f"layer: expected a layer below {len(layers)}, got {count - 1}")
-    decoder.layers = layers[:count]
+    path, _, name = structure.names[id(layers)].rpartition(".")
+    holder = model.get_submodule(path)
+    setattr(holder, name, layers[:count])
     try:
-        yield decoder
+        yield stack
     finally:
-        decoder.layers = layers
+        setattr(holder, name, layers)
 
 
-def activations(model: Any, layer: int, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer` at content tokens (no BOS, EOS, PAD)."""
+def ends(tokenizer: Any) -> tuple[int | None, int | None]:
+    """(what a window opens with, what it ends with): the BOS alone, or for encoders CLS and SEP; None where there is
+    none."""
+    if tokenizer.bos_token_id is not None or getattr(tokenizer, "cls_token_id", None) is None:
+        return tokenizer.bos_token_id, None
+    return tokenizer.cls_token_id, tokenizer.sep_token_id
+
+
+def activations(
+    model: Any, layer: int, batches: Iterable[Tensor], special: Sequence[int] | None = None
+) -> Iterator[Tensor]:
+    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer` at content tokens (no BOS, EOS, PAD).
+
+    special: ids to leave out in place of those; an encoder's configuration does not name its CLS and SEP.
+    """
     from gemmascope_fast.attach import Activations, attach
 
     seen: list[Tensor] = []
     keep = Activations(sink=lambda x, _tokens: seen.append(x.float().clone()))
-    with first_layers(model, layer + 1) as decoder, torch.inference_mode():
+    tokens: Any = "content"
+    if special is not None:
+        left_out = torch.tensor(special)
+        tokens = lambda ids: ~torch.isin(ids, left_out)  # noqa: E731
+    with first_layers(model, layer + 1) as stack, torch.inference_mode():
+        options = {"use_cache": False} if "use_cache" in inspect.signature(stack.forward).parameters else {}
         for ids in batches:
             # one run a batch: a run remembers every row that it saw
-            with attach(decoder, {layer: keep}, tokens="content"):
-                decoder(ids, use_cache=False)
+            with attach(stack, {layer: keep}, tokens=tokens):
+                stack(ids, **options)
             yield torch.cat(seen)
             seen.clear()
 
@@ -74,8 +99,11 @@ def collect(
     from tqdm import tqdm
 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first, last = ends(tokenizer)
+    length = _length(model, sum(token is not None for token in (first, last)))
+    special = None if last is None else tokenizer.all_special_ids
     end = len(ids) if limit is None else min(len(ids), -(-limit // PART) * PART)
-    key = json.dumps([getattr(model.config, "_name_or_path", ""), str(model.dtype), layer, WINDOW, PART, ids])
+    key = json.dumps([getattr(model.config, "_name_or_path", ""), str(model.dtype), layer, length, PART, ids])
     own = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     own.mkdir(parents=True, exist_ok=True)
     parts = []
@@ -83,11 +111,17 @@ def collect(
         for start in range(0, end, PART):
             path, some = own / f"{start // PART:05}.npy", ids[start : start + PART]
             if not path.exists():
-                blocks = list(activations(model, layer, windows(some, tokenizer.bos_token_id)))
+                blocks = list(activations(model, layer, windows(some, first, length, last), special))
                 _write(path, torch.cat(blocks))
             parts.append(torch.from_numpy(np.load(path, mmap_mode="c")))  # copy on write: the file stays as it is
             bar.update(len(some))
     return parts
+
+
+def _length(model: Any, special: int) -> int:
+    """Content tokens of a window: `WINDOW`, or what the model's positions hold beside the special tokens."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return min(WINDOW, getattr(config, "max_position_embeddings", WINDOW + special) - special)
 
 
 def _write(path: Path, rows: Tensor) -> None:
