@@ -60,6 +60,13 @@ COMMANDS = (
         "run_dashboard",
     ),
     Command(
+        "watch",
+        "a model writes token by token, an SAE shows its features; hold some and see the text change",
+        "gemmascope_fast.watch",
+        "add_watch_arguments",
+        "run_watch",
+    ),
+    Command(
         "gpu-check",
         "compile the GPU kernels without a GPU, gate what they use, model what they could reach",
         "gemmascope_fast.gpu.check",

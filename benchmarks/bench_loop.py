@@ -1,0 +1,365 @@
+"""What an SAE in the loop costs: time inside the hooks per decoded token over the model's own time, in one run.
+
+    python benchmarks/bench_loop.py --case 270m            # Gemma 3 270M, fp32, the bundled SAE at its layer
+    python benchmarks/bench_loop.py --case 270m-16k        # one layer at d_sae 16,384
+    python benchmarks/bench_loop.py --case 270m-all        # all 18 layers at d_sae 16,384
+    python benchmarks/bench_loop.py --case 2b --case 2b-all    # Gemma 2 2B's shape in bf16, random weights
+
+Every variant decodes the same number of tokens greedily, turn by turn (A/B interleaved, several rounds).  Per step
+the time inside the hooks is taken from the run itself, the rest of the step is the model's; the figure is the median
+of one over the median of the other.  The A/B column compares whole steps with and without hooks: a cross-check, as
+noisy as the machine.  Peers do the same by hand in the same places: dense eager fp32, and SAELens where it is there.
+
+Random SAEs are calibrated on the model's own activations to an L0 of about 76.  In the 2B cases the 26 blocks share
+the weights of two (156 MB each in bf16), and the SAEs those of four, so that it fits: every block, and every SAE's
+screen, is still read from memory, for the last-level cache is far smaller.  Observed latents are verified against
+fp64 before anything is timed, and observing must not change a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import itertools
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import gemmascope_fast as gsf
+from gemmascope_fast import backends
+from gemmascope_fast.attach import Activations, Clamp
+from gemmascope_fast.testing import compare_support
+
+L0, D_SAE = 76, 16384
+PROMPT = "In the winter of 1911 two expeditions were racing across the Antarctic ice. Roald Amundsen travelled with"
+
+
+# ---- models and SAEs ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A model, the ids it starts from, and an SAE for each layer that is read."""
+
+    name: str
+    model: Any
+    ids: Tensor
+    saes: dict[int, gsf.JumpReLUSAE]
+
+
+def small(layers: int | None, d_sae: int) -> Bench:
+    """Gemma 3 270M in fp32.  layers None: the SAE's own layer; d_sae 4096: the bundled SAE."""
+    model, tokenizer, bundled, layer = gsf.load_demo()
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    if d_sae == bundled.d_sae:
+        return Bench("Gemma 3 270M, bundled SAE", model, ids, {layer: bundled.requires_grad_(False)})
+    chosen = [layer] if layers is None else list(range(layers))
+    return Bench(f"Gemma 3 270M, {len(chosen)} x 640x{d_sae}", model, ids, fitted(model, ids, chosen, d_sae, copies=18))
+
+
+def two_b(layers: list[int], d_sae: int = D_SAE) -> Bench:
+    """Gemma 2 2B's shape in bf16 with random weights; the blocks take those of two in turn."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=2, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, attn_implementation="eager",
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
+    blocks = list(model.model.layers)
+    for index in range(2, 26):
+        source = blocks[index % 2]
+        block = copy.deepcopy(source, {id(p): p for p in source.parameters()})
+        block.self_attn.layer_idx = index
+        blocks.append(block)
+    model.model.layers = nn.ModuleList(blocks)
+    config.num_hidden_layers, config.layer_types = 26, list(config.layer_types) * 13
+    ids = torch.randint(3, 256000, (1, 24))
+    name = f"Gemma 2 2B's shape (bf16, random), {len(layers)} x 2304x{d_sae}"
+    return Bench(name, model, ids, fitted(model, ids, layers, d_sae, copies=4))
+
+
+def fitted(model: Any, ids: Tensor, layers: list[int], d_sae: int, copies: int) -> dict[int, gsf.JumpReLUSAE]:
+    """An SAE a layer of which about L0 features fire there: bias and thresholds are its own, matrices are shared by
+    every `copies`-th layer."""
+    seen = {layer: Activations() for layer in layers}
+    with torch.inference_mode(), gsf.attach(model, seen, tokens="content") as run:
+        model.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+    matrices: dict[int, tuple[Tensor, Tensor]] = {}
+    saes = {}
+    for number, layer in enumerate(layers):
+        x = run.activations[layer].float().clone()
+        mean = x.mean(0)
+        own = matrices.get(number % copies)
+        if own is None:
+            own = matrices[number % copies] = _matrices(number, x - mean, d_sae)
+        rows, decoder = own
+        z = (x - mean) @ rows.t()
+        scale = z.std(0).clamp_min(1e-30)
+        cut = torch.quantile((z / scale).flatten()[:: max(1, z.numel() // 1_000_000)], 1 - L0 / d_sae)
+        sae = gsf.JumpReLUSAE(rows.t(), decoder, -(rows @ mean), mean, cut.clamp_min(0) * scale)
+        saes[layer] = sae.requires_grad_(False).prepare()
+    return saes
+
+
+def _matrices(seed: int, centred: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
+    """Encoder rows [d_sae, d] that lean on the activations' directions, and a decoder like them."""
+    g = torch.Generator().manual_seed(seed)
+    d = centred.shape[1]
+    lean = torch.randn(d_sae, len(centred), generator=g) @ (centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-9))
+    rows = torch.randn(d_sae, d, generator=g) / d**0.5 + lean / len(centred) ** 0.5
+    rows /= rows.norm(dim=1, keepdim=True)
+    return rows, (rows + 0.01 * torch.randn(d_sae, d, generator=g)).contiguous()
+
+
+# ---- variants -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """Seconds inside the hooks so far."""
+
+    seconds: float = 0.0
+
+
+Variant = Callable[[Bench], Any]  # a context manager that gives something with `seconds`
+
+
+def ours(mode: str, clamped: int = 0) -> Variant:
+    def enter(bench: Bench) -> Any:
+        edits = {}
+        if clamped:
+            layer, sae = next(iter(bench.saes.items()))
+            edits = {layer: [Clamp(f, 5.0 * float(sae.threshold[f])) for f in range(clamped)]}
+        return gsf.attach(bench.model, bench.saes, mode=mode, edits=edits)
+
+    return enter
+
+
+def by_hand(read: Callable[[Any], Callable[[Tensor], Tensor | None]]) -> Variant:
+    """Forward hooks in the same places; `read` makes of an SAE what a hook does with x [1, S, d]."""
+
+    @contextmanager
+    def enter(bench: Bench) -> Iterator[Clock]:
+        clock = Clock()
+        with ExitStack() as stack:
+            for layer, sae in bench.saes.items():
+                block = gsf.attach(bench.model, {layer: Activations()})._taps[0].reads.module
+                handle = block.register_forward_hook(_timed(read(sae), clock))
+                stack.callback(handle.remove)
+            yield clock
+
+    return enter
+
+
+def _timed(work: Callable[[Tensor], Tensor | None], clock: Clock) -> Callable[..., Any]:
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        begin = time.perf_counter()
+        x = output[0] if isinstance(output, tuple) else output
+        new = work(x)
+        if new is not None:
+            new = (new, *output[1:]) if isinstance(output, tuple) else new
+        clock.seconds += time.perf_counter() - begin
+        return new
+
+    return hook
+
+
+def eager(sae: gsf.JumpReLUSAE, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
+    """As one writes it in PyTorch: dense, in fp32; with the error term decode and add it back."""
+
+    def work(x: Tensor) -> Tensor | None:
+        wide = x.float()
+        z = wide @ sae.W_enc + sae.b_enc
+        f = torch.relu(z) * (z > sae.threshold)
+        if not with_error:
+            return None
+        x_hat = f @ sae.W_dec + sae.b_dec
+        return (x_hat + (wide - x_hat)).to(x.dtype)
+
+    return work
+
+
+def saelens(sae: gsf.JumpReLUSAE, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
+    """SAELens's own module on the same weights, called from the same hook."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
+
+    theirs = JumpReLUSAE(JumpReLUSAEConfig(d_in=sae.d_in, d_sae=sae.d_sae, device="cpu", apply_b_dec_to_input=False))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
+        getattr(theirs, name).data = getattr(sae, name).data
+    theirs.requires_grad_(False)
+    theirs.use_error_term = with_error
+
+    def work(x: Tensor) -> Tensor | None:
+        wide = x.float()
+        if with_error:
+            return theirs(wide).to(x.dtype)
+        theirs.encode(wide)
+        return None
+
+    return work
+
+
+VARIANTS: dict[str, Variant] = {
+    "observe": ours("observe"),
+    "splice+error": ours("splice+error"),
+    "clamp of three": ours("splice+error", 3),
+    "eager, observe": by_hand(eager),
+    "eager, splice+error": by_hand(lambda sae: eager(sae, True)),
+}
+if importlib.util.find_spec("sae_lens"):
+    VARIANTS["SAELens, observe"] = by_hand(saelens)
+    VARIANTS["SAELens, splice+error"] = by_hand(lambda sae: saelens(sae, True))
+
+
+# ---- timing ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Steps:
+    """Per decoded token, seconds: the whole step, and what of it was inside the hooks."""
+
+    whole: list[float] = field(default_factory=list)
+    hooks: list[float] = field(default_factory=list)
+
+    def summary(self, base: Steps | None) -> dict[str, float]:
+        model = statistics.median(w - h for w, h in zip(self.whole, self.hooks, strict=True))
+        hooks = statistics.median(self.hooks)
+        out = {"hooks_ms": 1e3 * hooks, "model_ms": 1e3 * model, "overhead_percent": 100 * hooks / model}
+        out["step_ms_p10"], out["step_ms_p90"] = (1e3 * q for q in _deciles(self.whole))
+        if base is not None:
+            out["ab_percent"] = 100 * (statistics.median(self.whole) / statistics.median(base.whole) - 1)
+        return out
+
+
+def _deciles(values: list[float]) -> tuple[float, float]:
+    cuts = statistics.quantiles(values, n=10)
+    return cuts[0], cuts[-1]
+
+
+def decode(bench: Bench, variant: Variant | None, tokens: int, steps: Steps) -> Tensor:
+    """Greedy decoding; each step after the prefill is one entry.  Gives the sequence."""
+    marks: list[tuple[float, float]] = []
+    with torch.inference_mode(), variant(bench) if variant else _nothing() as clock:
+
+        def mark(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+            marks.append((time.perf_counter(), clock.seconds))
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        out = bench.model.generate(
+            bench.ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, stopping_criteria=[mark]
+        )
+    for (t0, h0), (t1, h1) in itertools.pairwise(marks):
+        steps.whole.append(t1 - t0)
+        steps.hooks.append(h1 - h0)
+    return out
+
+
+@contextmanager
+def _nothing() -> Iterator[Clock]:
+    yield Clock()
+
+
+def verify(bench: Bench) -> float:
+    """Latents of every layer against fp64, tokens unchanged; gives the mean L0 of decoded tokens."""
+    plain = decode(bench, None, 4, Steps())
+    with torch.inference_mode():
+        outer = gsf.attach(bench.model, {layer: Activations() for layer in bench.saes})
+        with outer, gsf.attach(bench.model, bench.saes) as run:
+            out = bench.model.generate(bench.ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert torch.equal(out, plain), "observing changed a token"
+    fired = []
+    for layer, sae in bench.saes.items():
+        latents, x = run.latents[layer], outer.activations[layer].float()
+        check = compare_support(latents[-4:], x[-4:], sae)
+        assert check.equal, (layer, check)
+        fired.append(latents.nnz / latents.n_rows)
+    return statistics.mean(fired)
+
+
+CASES: dict[str, Callable[[], Bench]] = {
+    "270m": lambda: small(None, 4096),
+    "270m-16k": lambda: small(None, D_SAE),
+    "270m-all": lambda: small(18, D_SAE),
+    "2b": lambda: two_b([12]),
+    "2b-all": lambda: two_b(list(range(26))),
+}
+
+
+def measure(bench: Bench, tokens: int, rounds: int) -> dict[str, Any]:
+    l0 = verify(bench)
+    steps = {name: Steps() for name in ("without", *VARIANTS)}
+    for turn in range(rounds + 1):
+        for name, own in steps.items():
+            # the first round warms up
+            decode(bench, VARIANTS.get(name), tokens if turn else 3, own if turn else Steps())
+    base = steps["without"]
+    return {
+        "case": bench.name,
+        "l0": l0,
+        "tokens": tokens * rounds,
+        "variants": {name: own.summary(None if own is base else base) for name, own in steps.items()},
+    }
+
+
+def machine() -> dict[str, Any]:
+    import transformers
+
+    return {
+        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": transformers.__version__, "gemmascope_fast": gsf.__version__,
+        "isa": backends.isa(),
+    }  # fmt: skip
+
+
+def show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "variant", "hooks ms", "model ms", "overhead %", "A/B %", title=f"{result['case']}, L0 {result['l0']:.0f}"
+    )
+    for name, own in result["variants"].items():
+        ab = f"{own['ab_percent']:.1f}" if "ab_percent" in own else ""
+        table.add_row(name, f"{own['hooks_ms']:.3f}", f"{own['model_ms']:.1f}", f"{own['overhead_percent']:.2f}", ab)
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=CASES, help="default: 270m")
+    parser.add_argument("--tokens", type=int, default=16, help="decoded per turn (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of every variant (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args(argv)
+    for name in list(VARIANTS):
+        if args.variants and name not in args.variants:
+            del VARIANTS[name]
+    results = []
+    for case in args.case or ["270m"]:
+        results.append(measure(CASES[case](), args.tokens, args.rounds))
+        show(results[-1])
+    if args.json:
+        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
