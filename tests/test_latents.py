@@ -233,3 +233,20 @@ def test_constructor_checks_the_number_of_rows():
         gsf.SparseLatents(torch.zeros(3), torch.zeros(0), torch.zeros(0), ())
     with pytest.raises(TypeError, match="dense: expected a floating dtype"):
         gsf.SparseLatents.from_dense(torch.ones(2, 2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("ids", [[0, 5, 5, 19], [3], [], torch.tensor([19, 0, 7])])
+def test_features_of_one_row_are_those_of_many(ids):
+    """A decoded token is looked up in another way than a text."""
+    dense = torch.zeros(3, 20)
+    dense[0, [0, 5, 18]] = torch.tensor([1.5, float("nan"), 2.5])
+    dense[1, [7, 19]] = torch.tensor([-1.0, float("inf")])
+    latents = gsf.SparseLatents.from_dense(dense)
+    for row in range(3):
+        one = latents[row].features(ids)
+        assert one.shape == (1, len(ids))
+        torch.testing.assert_close(one[0], dense[row, torch.as_tensor(ids, dtype=torch.int64)], equal_nan=True)
+        torch.testing.assert_close(one, latents.features(ids)[row : row + 1], equal_nan=True)
+        for wrong in ([20], [-1], torch.tensor([3, 20])):
+            with pytest.raises(IndexError, match="ids"):
+                latents[row].features(wrong)
