@@ -143,6 +143,7 @@ class Session:
         """Go on from `text`; `seen` is called at every token."""
         writing = Writing(text)
         inputs = self.tokenizer(text, return_tensors="pt")
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # some add token types
         mode = "splice+error" if edits else "observe"
         watcher = _Watcher(self.tokenizer, writing, self.args.top)
         # keep=False: a conversation may be long, and what is shown is in the steps

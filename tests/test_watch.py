@@ -57,12 +57,12 @@ def test_each_token_is_shown_with_its_strongest_features(session):
 def test_held_features_are_edits_and_the_newest_counts(session):
     plain = session.write(TEXT, [], lambda w: None)
     session.held = []
-    assert session.command("/clamp 3 40")
+    assert session.command("/clamp 7 40")
     assert session.command("/ablate 5")
-    assert session.command("/clamp 3 60")
-    assert [watch._named(e) for e in session.held] == ["ablate 5", "clamp 3 at 60"]
+    assert session.command("/clamp 7 900")
+    assert [watch._named(e) for e in session.held] == ["ablate 5", "clamp 7 at 900"]
     held = session.write(TEXT, session.held, lambda w: None)
-    edits = [gsf.Ablate(5), gsf.Clamp(3, 60.0)]
+    edits = [gsf.Ablate(5), gsf.Clamp(7, 900.0)]
     ids = session.tokenizer(TEXT, return_tensors="pt").input_ids
     with (
         torch.inference_mode(),
