@@ -210,8 +210,11 @@ def show(console: Any, session: Session, line: str) -> None:
     done: list[tuple[str, Writing]] = []
     with Live(console=console, refresh_per_second=12) as live:
         for name, edits in ways:
-            writing = session.write(text, edits, lambda w, n=name: live.update(_view([*done, (n, w)])))
-            done.append((name, writing))
+
+            def seen(writing: Writing, name: str = name) -> None:
+                live.update(_view([*done, (name, writing)]))
+
+            done.append((name, session.write(text, edits, seen)))
             live.update(_view(done))
     session.text = text + done[-1][1].text
 
