@@ -96,7 +96,7 @@ def test_train_reads_a_real_encoder(encoder, tmp_path):
 
     model, tokenizer = encoder
     text = " ".join(f"Sentence {i} speaks of dogs, ice and letters." for i in range(80))
-    x = collect(model, tokenizer, 3, text, tmp_path, "text")
+    x = torch.cat(collect(model, tokenizer, 3, text, tmp_path, "text"))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert x.shape == (len(ids), 384)
     assert len(ids) > 510  # several windows

@@ -50,7 +50,7 @@ def test_train_reads_the_layer_and_writes_an_sae_that_attaches(name, tmp_path, c
     # what was collected is the block's output at the letters, no more
     loaded, _ = load_model(str(tmp_path / "model"))
     assert type(loaded) is type(model)
-    (kept,) = [np.load(p) for p in (tmp_path / "kept").iterdir() if "held-out" in p.name]
+    (kept,) = [np.load(p) for p in (tmp_path / "kept").rglob("*.npy") if "held-out" in p.parent.name]
     ids = torch.tensor([[2, *own(TEXT[630:], add_special_tokens=False)["input_ids"], *([1] * ("bert" in name))]])
     outputs = []
     with torch.no_grad(), gsf.attach(loaded, sae) as run:
