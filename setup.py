@@ -4,7 +4,9 @@ The metadata is in pyproject.toml.  GSF_REQUIRE_EXT=1 turns a failed build of th
 """
 
 import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -29,6 +31,9 @@ def extension() -> dict:
             raise RuntimeError(f"GSF_REQUIRE_EXT=1, but no C++ compiler {compiler!r} was found")
         print(f"gemmascope-fast: no C++ compiler ({compiler}): installing without the native kernels")
         return {}
+    # torch looks for the toolkit once, when this is imported
+    if "CUDA_HOME" not in os.environ and (home := cuda_toolkit()) is not None:
+        os.environ["CUDA_HOME"] = home
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class OptionalBuild(BuildExtension):
@@ -65,6 +70,16 @@ def extension() -> dict:
     )
     extensions = [ext, *cuda_extension(flags)]
     return {"ext_modules": extensions, "cmdclass": {"build_ext": OptionalBuild.with_options(use_ninja=True)}}
+
+
+def cuda_toolkit() -> str | None:
+    """Where nvcc's headers and libraries are, as it says itself: the nvcc on the path may be a wrapper elsewhere."""
+    if shutil.which("nvcc") is None:
+        return None
+    command = ["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    found = re.search(r"^#\$ TOP=(.*)$", said, re.MULTILINE)
+    return None if found is None else str(Path(found[1].strip()).resolve())
 
 
 def cuda_extension(cxx_flags: list[str]) -> list:

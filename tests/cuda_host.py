@@ -23,9 +23,11 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 SLOTS = 4
 
 
-def build_program(out: Path, sanitizer: str, sources: Path = ROOT / "csrc") -> Path:
-    """The self-checking program of tests/cuda/host_build.cpp."""
-    command = ["g++", *FLAGS, *SANITIZERS[sanitizer], "-DGSF_MAIN", "-I", str(sources), str(MAIN), "-o", str(out)]
+def build_program(
+    out: Path, sanitizer: str, sources: Path = ROOT / "csrc", main: Path = MAIN, define: str = "GSF_MAIN"
+) -> Path:
+    """The self-checking program of tests/cuda/host_build.cpp, or of another file."""
+    command = ["g++", *FLAGS, *SANITIZERS[sanitizer], f"-D{define}", "-I", str(sources), str(main), "-o", str(out)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return out
 
@@ -57,6 +59,14 @@ class DecodeArgs(ctypes.Structure):
     _fields_ = (
         *((n, ctypes.c_void_p) for n in ("crow", "col", "values", "w", "row_scale", "bias", "out")),
         *((n, ctypes.c_int64) for n in ("N", "d", "capacity")),
+    )
+
+
+class SpliceArgs(ctypes.Structure):
+    _fields_ = (
+        ("g", GatherArgs),
+        *((n, ctypes.c_void_p) for n in ("x", "w", "bias", "features", "kind", "amount", "out")),
+        *((n, ctypes.c_int64) for n in ("d_out", "edits")),
     )
 
 
@@ -106,3 +116,21 @@ class HostLibrary:
         args = DecodeArgs(*held, crow.numel() - 1, W_dec.shape[1], capacity)
         self.call("decode", args, W_dec.dtype, order)
         return out
+
+    def splice(self, x, W_enc, b_enc, threshold, W_dec, b_dec, table, error, order="ascending", capacity=None):
+        """out and (crow, col, values): the two launches of the fused loop; table: features, kind, amount."""
+        rows, xs, bias, theta = W_enc.t().contiguous(), x.float().contiguous(), b_enc.float(), threshold.float()
+        (T, d), F, d_out = x.shape, rows.shape[0], W_dec.shape[1]
+        words = -(-F // 32)
+        bitmap, count = (torch.full((T, words), -1, dtype=torch.int32) for _ in range(2))
+        slots = torch.full((T, words, SLOTS), float("nan"))
+        e = EncodeArgs(*[pointer(t) for t in (xs, rows, bias, theta, bitmap, count, slots)], T, F, d, words, 0.0)
+        self.call("encode", e, rows.dtype, order)
+        capacity = T * F if capacity is None else capacity
+        crow = torch.full((T + 1,), -1, dtype=torch.int64)
+        col, values = torch.full((capacity,), -1, dtype=torch.int32), torch.full((capacity,), float("inf"))
+        out, dec_bias = torch.full((T, d_out), float("inf")), b_dec.float()
+        g = GatherArgs(e, None, pointer(crow), pointer(col), pointer(values), capacity)
+        held = [pointer(t) for t in (xs if error else None, W_dec, dec_bias, *table, out)]
+        self.call("splice", SpliceArgs(g, *held, d_out, table[0].numel()), rows.dtype, order)
+        return out, (crow, col, values)

@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
-from cuda_host import ORDERS, ROOT, HostLibrary, build_program, run_program
+from cuda_host import MAIN, ORDERS, ROOT, HostLibrary, build_program, run_program
 
 from gemmascope_fast import ops
+from gemmascope_fast.attach import Ablate, Add, Clamp, MinClamp, Scale
+from gemmascope_fast.gpu.loop import EditTable
 from gemmascope_fast.testing import same_bytes
 
 SHAPES = [(1, 33, 70), (4, 16, 32), (6, 17, 131), (8, 64, 31), (9, 65, 40), (33, 20, 97)]
@@ -82,12 +84,49 @@ def test_a_short_capacity_never_passes_in_silence(host, T):
     assert bool(got[-1].isnan().all())
 
 
+@pytest.mark.parametrize("error", [False, True])
+@pytest.mark.parametrize(("T", "F", "dtype"), [(1, 70, torch.float32), (16, 40, torch.bfloat16)])
+def test_the_fused_loop(host, T, F, dtype, error):
+    args = case(T, 33, F, dtype)
+    W_dec, b_dec = torch.randn(F, 33).to(dtype), torch.randn(33).to(dtype)
+    table = EditTable.of([Ablate(0), Scale(3, 2.5), Clamp(5, 1.5), Add([7, 31], -0.75), MinClamp(9, 0.5)], F)
+    columns = (table.features, table.kind, table.amount)
+    csr = ops.encode(*args, None)
+    base = args[0].float() if error else ops.decode(*csr, W_dec, b_dec, None)
+    old = torch.zeros(T, F)
+    old[torch.repeat_interleave(torch.arange(T), csr[0].diff()), csr[1].long()] = csr[2]
+    delta = torch.zeros(T, F)
+    delta[:, 0], delta[:, 3], delta[:, 5] = -old[:, 0], old[:, 3] * 2.5 - old[:, 3], 1.5 - old[:, 5]
+    delta[:, 7] = delta[:, 31] = -0.75
+    delta[:, 9] = torch.where(old[:, 9] < 0.5, 0.5 - old[:, 9], 0.0)
+    crow = torch.cat([torch.zeros(1, dtype=torch.int64), (delta != 0).sum(1).cumsum(0)])
+    extra = ops.decode(crow, delta.nonzero()[:, 1].int(), delta[delta != 0], W_dec, None, None)
+    for order in ORDERS:
+        out, got = host.splice(*args, W_dec, b_dec, columns, error, order)
+        nnz = csr[1].numel()
+        assert same_bytes((got[0], got[1][:nnz], got[2][:nnz]), csr)
+        assert same_bytes([out], [base + extra])
+    short, got = host.splice(*args, W_dec, b_dec, columns, error, capacity=nnz - 1)
+    assert int(got[0][-1]) == nnz
+    assert bool(short[-1].isnan().all())
+
+
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_silent_under_sanitizers_in_three_orders(sanitizer, tmp_path):
     program = build_program(tmp_path / "check", sanitizer)
     for order in ORDERS:
         done = run_program(program, order)
         assert done.returncode == 0, f"{order}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+def test_the_emulator_tells_a_missing_warp_barrier(tmp_path):
+    main = MAIN.with_name("warp_selftest.cpp")
+    sound = build_program(tmp_path / "sound", "thread", main=main)
+    assert [run_program(sound, order).returncode for order in ORDERS] == [0, 0, 0]
+    broken = build_program(tmp_path / "broken", "thread", main=main, define="GSF_NO_BARRIER")
+    assert "data race" in run_program(broken, "ascending").stderr
+    wrong = build_program(tmp_path / "wrong", "plain", main=main, define="GSF_NO_BARRIER")
+    assert any(run_program(wrong, order).returncode == 1 for order in ORDERS)
 
 
 # file, text, what it becomes, the build that must notice

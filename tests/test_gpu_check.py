@@ -13,10 +13,12 @@ from gemmascope_fast.gpu.specs import all_specs
 SPECS = {s.label: s for s in all_specs()}
 
 
-# the other three architectures stand in `make gpu-check`
-@pytest.mark.parametrize("arch", ["sm_86", "sm_100", "gfx942"])
-def test_every_kernel_compiles_within_the_gates(arch):
-    for spec in SPECS.values():
+# every kernel for two of the six architectures in turn; all of them stand in `make gpu-check`
+@pytest.mark.parametrize(("turn", "arch"), enumerate(devices.ARCHS))
+def test_every_kernel_compiles_within_the_gates(turn, arch):
+    for number, spec in enumerate(SPECS.values()):
+        if (number + turn) % 3:
+            continue
         binary = aot.compile_spec(spec, arch)
         assert binary.faults(spec.bandwidth_bound) == [], binary
 
@@ -88,6 +90,17 @@ def test_report(tmp_path, monkeypatch, capsys):
 def test_nvcc_compiles_within_the_gates():
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    rows = nvcc.compile_source(nvcc.SOURCES / "cuda" / "compact.cu", "sm_90")
-    assert len(rows) == 3
-    assert all(row["faults"] == [] for row in rows)
+    for name, kernels in (("compact.cu", 3), ("splice.cu", 3)):
+        rows = nvcc.compile_source(nvcc.SOURCES / "cuda" / name, "sm_90")
+        assert len(rows) == kernels
+        assert all(row["faults"] == [] for row in rows)
+        assert all(row["bytes"] > 0 and row["model_microseconds"]["H100"] > 0 for row in rows)
+
+
+def test_costs_of_the_cuda_kernels():
+    moved, operations = nvcc.cost("encode_few<4, true, gsf::BF16>")
+    assert moved == pytest.approx(2 * 2304 * 16384, rel=0.01)
+    assert operations == 2 * 4 * 2304 * 16384
+    assert nvcc.cost("decode_few<signed char>")[0] == pytest.approx(80 * 2304 + 4 * 2304, rel=0.01)
+    with pytest.raises(ValueError, match="no cost"):
+        nvcc.cost("unknown<float>")

@@ -1,51 +1,9 @@
 // From bitmap words, counts and slots to compressed sparse rows: a block takes 256 words of one token.
+#include "cuda/block.h"
 #include "cuda/intrin.h"
 #include "cuda/kernels.h"
 
 namespace gsf::cuda {
-
-// One dot in section 3a's order by one thread: for the rare word whose values did not fit its slots.
-template <typename W>
-GSF_DEVICE float dot_alone(const float* x, const W* w, int64_t d) {
-  float acc[16] = {};
-  for (int64_t k = 0; k < d; k += 16) {
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const bool inside = k + j < d;
-      acc[j] = fma_rn(inside ? x[k + j] : 0.0f, inside ? widened(w[k + j]) : 0.0f, acc[j]);
-    }
-  }
-#pragma unroll
-  for (int half = 8; half > 0; half /= 2) {
-#pragma unroll
-    for (int j = 0; j < half; ++j) acc[j] = add_rn(acc[j], acc[j + half]);
-  }
-  return acc[0];
-}
-
-// Sum over the block, the same in every thread; `part` is used once.
-GSF_DEVICE int64_t block_sum(int64_t v, int64_t* part) {
-  for (int half = 16; half > 0; half /= 2) v += shuffle_xor(v, half);
-  if (lane() == 0) part[warp()] = v;
-  sync_block();  // all parts are there
-  int64_t sum = 0;
-  for (int i = 0; i < kWarps; ++i) sum += part[i];
-  return sum;
-}
-
-// Sum over the threads before this one.
-GSF_DEVICE int block_prefix(int v, int* part) {
-  int inclusive = v;
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = shuffle(inclusive, lane() >= step ? lane() - step : lane());
-    if (lane() >= step) inclusive += other;
-  }
-  if (lane() == 31) part[warp()] = inclusive;
-  sync_block();  // all parts are there
-  int before = inclusive - v;
-  for (int i = 0; i < warp(); ++i) before += part[i];
-  return before;
-}
 
 template <typename W>
 GSF_GLOBAL void GSF_BOUNDS(kThreads) gather(GatherArgs a) {

@@ -41,7 +41,8 @@ struct Fiber {
   char* stack;
   void* tsan;
   Wait wait;
-  uint64_t give, take[32];  // what a lane offers, what its warp offered when all had arrived
+  unsigned block_turn, warp_turn;  // barriers passed so far
+  uint64_t give, take[32];         // what a lane offers, what its warp offered when all had arrived
   uint32_t votes;
 };
 
@@ -55,7 +56,9 @@ struct Block {
   int64_t number;
   Order order;
   uint64_t seed;
-  char block_clock, warp_clock[kMaxThreads / 32];  // addresses that the race detector orders by
+  // Addresses that the race detector orders by.  Barriers take two in turn: with one alone, a thread that
+  // comes out of a barrier late would be ordered behind what others did since, up to their next barrier.
+  char start_clock, end_clock, block_clock[2], warp_clock[kMaxThreads / 32][2];
 };
 
 inline Block& state() {
@@ -86,22 +89,26 @@ GSF_NO_TSAN inline void park(Wait wait) {
 }
 
 GSF_NO_TSAN inline void sync_block() {
+  Block& b = state();
+  [[maybe_unused]] char* clock = &b.block_clock[b.fibers[b.current].block_turn++ % 2];
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(&state().block_clock);
+  __tsan_release(clock);
 #endif
   park(Wait::block);
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&state().block_clock);
+  __tsan_acquire(clock);
 #endif
 }
 
 GSF_NO_TSAN inline void sync_warp() {
+  Block& b = state();
+  [[maybe_unused]] char* clock = &b.warp_clock[b.current >> 5][b.fibers[b.current].warp_turn++ % 2];
 #if defined(__SANITIZE_THREAD__)
-  __tsan_release(&state().warp_clock[state().current >> 5]);
+  __tsan_release(clock);
 #endif
   park(Wait::warp);
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&state().warp_clock[state().current >> 5]);
+  __tsan_acquire(clock);
 #endif
 }
 
@@ -182,6 +189,7 @@ GSF_NO_TSAN inline void start_fibers() {
     f.context.uc_link = nullptr;
     makecontext(&f.context, fiber_main, 0);
     f.wait = Wait::none;
+    f.block_turn = f.warp_turn = 0;
   }
 }
 
@@ -218,7 +226,7 @@ GSF_NO_TSAN inline void run_block() {
 #if defined(__SANITIZE_THREAD__)
   b.scheduler_tsan = __tsan_get_current_fiber();
   // a launch comes after everything before it
-  __tsan_release(&b.block_clock);
+  __tsan_release(&b.start_clock);
 #endif
   start_fibers();
   for (;;) {
@@ -233,7 +241,7 @@ GSF_NO_TSAN inline void run_block() {
     if (!ran && !freed) fail("threads wait for each other: a barrier or a warp operation not reached by all");
   }
 #if defined(__SANITIZE_THREAD__)
-  __tsan_acquire(&b.block_clock);
+  __tsan_acquire(&b.end_clock);
 #endif
 }
 
@@ -247,11 +255,11 @@ void launch(int64_t blocks, int threads, Order order, uint64_t seed, Fn body) {
   struct Call {
     static void run(void* fn) {
 #if defined(__SANITIZE_THREAD__)
-      __tsan_acquire(&state().block_clock);
+      __tsan_acquire(&state().start_clock);
 #endif
       (*static_cast<Fn*>(fn))();
 #if defined(__SANITIZE_THREAD__)
-      __tsan_release(&state().block_clock);
+      __tsan_release(&state().end_clock);
 #endif
     }
   };

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/half.h"
+#include "cuda/launcher.h"
 
 #ifdef __CUDACC__
 #include <cuda_fp16.h>
@@ -14,7 +15,6 @@
 // Two blocks on a multiprocessor at least: up to 128 registers a thread, a quarter of the warps or more.
 #define GSF_BOUNDS(threads) __launch_bounds__(threads, 2)
 #else
-#include "cuda/host.h"
 #define GSF_GLOBAL
 #define GSF_DEVICE inline
 // One block runs at a time, so one copy is enough; its content before the first write is another block's.
@@ -23,29 +23,6 @@
 #endif
 
 namespace gsf::cuda {
-
-constexpr int kThreads = 256;  // of every block
-constexpr int kWarps = kThreads / 32;
-
-// launch(kernel, blocks, args): the one thing that differs between a device and the host build.
-#ifdef __CUDACC__
-struct Launcher {
-  cudaStream_t stream;
-  template <typename Kernel, typename Args>
-  void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
-    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
-  }
-};
-#else
-struct Launcher {
-  host::Order order;
-  uint64_t seed;
-  template <typename Kernel, typename Args>
-  void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
-    host::launch(blocks, kThreads, order, seed, [&] { kernel(args); });
-  }
-};
-#endif
 
 #ifdef __CUDACC__
 GSF_DEVICE int thread() { return static_cast<int>(threadIdx.x); }

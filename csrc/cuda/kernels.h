@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
-#include "cuda/intrin.h"
+#include "cuda/launcher.h"
 
 namespace gsf::cuda {
 
@@ -43,8 +43,24 @@ struct DecodeArgs {
   int64_t N, d, capacity;  // a row that ends beyond the capacity becomes NaN
 };
 
+struct SpliceArgs {
+  GatherArgs g;             // its latents are written too; total is null
+  const float* x;           // [T][d_out], widened, or null: the reconstruction takes its place
+  const void* w;            // [F][d_out] of its element type: the decoder's rows
+  const float* bias;        // [d_out]
+  const int32_t* features;  // [edits], ascending
+  const int32_t* kind;      // [edits]: EditKind
+  const float* amount;      // [edits]
+  float* out;               // [T][d_out]
+  int64_t d_out, edits;
+};
+
+enum EditKind : int32_t { kScale = 0, kClamp = 1, kAdd = 2, kMinClamp = 3 };  // gemmascope_fast/gpu/loop.py
+
 void encode_words(const Launcher& launch, const EncodeArgs& a, Dtype w);
 void gather_words(const Launcher& launch, const GatherArgs& a, Dtype w);
 void decode_rows(const Launcher& launch, const DecodeArgs& a, Dtype w);
+// w: of the encoder's rows and of the decoder's
+void splice_tokens(const Launcher& launch, const SpliceArgs& a, Dtype w);
 
 }  // namespace gsf::cuda

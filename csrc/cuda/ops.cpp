@@ -1,11 +1,17 @@
 // The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/gpu/register.py puts
 // under the package's own ops.  Tensors and checks live here, kernels in the .cu files.
+#define GSF_CUDA_OPS
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/cuda/CUDAContext.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/cumsum.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -22,7 +28,7 @@ constexpr int64_t kChunkBytes = 16 << 20;
 
 using Csr = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-Launcher here() { return Launcher{at::cuda::getCurrentCUDAStream()}; }
+Launcher here() { return Launcher{c10::cuda::getCurrentCUDAStream()}; }
 
 at::Tensor fp32(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
 
@@ -32,33 +38,49 @@ void check_device(const at::Tensor& t, const at::Tensor& like, const char* name)
 }
 
 void check_capability() {
-  const cudaDeviceProp* p = at::cuda::getCurrentDeviceProperties();
-  TORCH_CHECK(p->major >= 8, "compute capability: expected 8.0 or newer, got ", p->major, ".", p->minor);
+  int device = c10::cuda::current_device(), major = 0, minor = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  TORCH_CHECK(major >= 8, "compute capability: expected 8.0 or newer, got ", major, ".", minor);
+}
+
+// What the encode kernel leaves, allocated.
+struct Words {
+  at::Tensor bitmap, count, slots;
+
+  Words(const at::Tensor& x, int64_t T, int64_t words)
+      : bitmap(at::empty({T, words}, x.options().dtype(at::kInt))),
+        count(at::empty({T, words}, x.options().dtype(at::kInt))),
+        slots(at::empty({T, words, kSlots}, x.options())) {}
+};
+
+EncodeArgs arguments(const at::Tensor& x, const at::Tensor& rows, const at::Tensor& bias,
+                     const at::Tensor& theta, Words& words, float half_bandwidth) {
+  return {x.const_data_ptr<float>(),
+          rows.const_data_ptr(),
+          bias.const_data_ptr<float>(),
+          theta.const_data_ptr<float>(),
+          reinterpret_cast<uint32_t*>(words.bitmap.mutable_data_ptr<int32_t>()),
+          words.count.mutable_data_ptr<int32_t>(),
+          words.slots.mutable_data_ptr<float>(),
+          x.size(0),
+          rows.size(0),
+          x.size(1),
+          words.bitmap.size(1),
+          half_bandwidth};
 }
 
 // One pass over a chunk of tokens; one number (the count of latents) is read back.
 Csr encode_chunk(const at::Tensor& x, const at::Tensor& rows, const at::Tensor& bias, const at::Tensor& theta,
                  float half_bandwidth) {
-  const int64_t T = x.size(0), d = x.size(1), F = rows.size(0), words = (F + 31) / 32;
+  const int64_t T = x.size(0);
   const auto ints = x.options().dtype(at::kInt), longs = x.options().dtype(at::kLong);
-  at::Tensor bitmap = at::empty({T, words}, ints), count = at::empty({T, words}, ints);
-  at::Tensor slots = at::empty({T, words, kSlots}, x.options());
-  EncodeArgs e{x.const_data_ptr<float>(),
-               rows.const_data_ptr(),
-               bias.const_data_ptr<float>(),
-               theta.const_data_ptr<float>(),
-               reinterpret_cast<uint32_t*>(bitmap.mutable_data_ptr<int32_t>()),
-               count.mutable_data_ptr<int32_t>(),
-               slots.mutable_data_ptr<float>(),
-               T,
-               F,
-               d,
-               words,
-               half_bandwidth};
+  Words words(x, T, (rows.size(0) + 31) / 32);
+  const EncodeArgs e = arguments(x, rows, bias, theta, words, half_bandwidth);
   const Dtype dtype = dtype_of(rows, "W_enc");
   encode_words(here(), e, dtype);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  const at::Tensor total = at::cumsum(count.flatten(), 0, at::kLong);
+  const at::Tensor total = at::cumsum(words.count.flatten(), 0, at::kLong);
   const int64_t nnz = total[-1].item<int64_t>();
   at::Tensor crow = at::empty({T + 1}, longs), col = at::empty({nnz}, ints),
              values = at::empty({nnz}, x.options());
@@ -73,12 +95,12 @@ Csr encode_chunk(const at::Tensor& x, const at::Tensor& rows, const at::Tensor& 
   return {crow, col, values};
 }
 
-Csr encode_cuda(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc,
-                const at::Tensor& threshold, std::optional<double> bandwidth) {
+void check_encode(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc,
+                  const at::Tensor& threshold) {
   check_float(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 2, "x: expected [N, d_in], got ", x.sizes());
   TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
-  const int64_t T = x.size(0), d = W_enc.size(0), F = W_enc.size(1);
+  const int64_t d = W_enc.size(0), F = W_enc.size(1);
   TORCH_CHECK_VALUE(x.size(1) == d, "x: expected d_in = ", d, " in its last dimension, got ", x.size(1));
   check_shape(b_enc, {F}, "b_enc");
   check_shape(threshold, {F}, "threshold");
@@ -87,6 +109,12 @@ Csr encode_cuda(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& 
   check_device(threshold, x, "threshold");
   TORCH_CHECK_TYPE(dtype_of(W_enc, "W_enc") != Dtype::i8,
                    "W_enc: expected float32, bfloat16 or float16, got int8");
+}
+
+Csr encode_cuda(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc,
+                const at::Tensor& threshold, std::optional<double> bandwidth) {
+  check_encode(x, W_enc, b_enc, threshold);
+  const int64_t T = x.size(0), F = W_enc.size(1);
   TORCH_CHECK_VALUE(!bandwidth || *bandwidth > 0, "bandwidth: expected a positive number, got ",
                     bandwidth.value_or(0));
   const c10::cuda::CUDAGuard guard(x.device());
@@ -166,6 +194,64 @@ at::Tensor decode_cuda(const at::Tensor& crow, const at::Tensor& col, const at::
   return out;
 }
 
+// Two launches and no read: T <= 16 tokens, edits as gemmascope_fast/gpu/loop.py packs them.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> splice_cuda(
+    const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
+    const at::Tensor& W_dec, const at::Tensor& b_dec, const at::Tensor& features, const at::Tensor& kind,
+    const at::Tensor& amount, bool error, int64_t capacity) {
+  check_encode(x, W_enc, b_enc, threshold);
+  const int64_t T = x.size(0), F = W_enc.size(1), edits = features.numel();
+  TORCH_CHECK_VALUE(T >= 1 && T <= 16, "x: expected from 1 to 16 tokens, got ", T);
+  TORCH_CHECK_VALUE(F > 0 && W_dec.dim() == 2 && W_dec.size(0) == F, "W_dec: expected [d_sae = ", F,
+                    ", d_out], got ", W_dec.sizes());
+  const int64_t d_out = W_dec.size(1);
+  check_shape(b_dec, {d_out}, "b_dec");
+  TORCH_CHECK_TYPE(W_dec.scalar_type() == W_enc.scalar_type(), "W_dec: expected ", W_enc.scalar_type(),
+                   ", like W_enc, got ", W_dec.scalar_type());
+  TORCH_CHECK_VALUE(!error || d_out == x.size(1), "W_dec: expected d_out = ", x.size(1),
+                    " with the error term, got ", d_out);
+  TORCH_CHECK_TYPE(features.scalar_type() == at::kInt && kind.scalar_type() == at::kInt &&
+                       amount.scalar_type() == at::kFloat,
+                   "features, kind, amount: expected int32, int32 and float32");
+  check_shape(kind, {edits}, "kind");
+  check_shape(amount, {edits}, "amount");
+  for (const auto& [tensor, name] : {std::pair<const at::Tensor&, const char*>{W_dec, "W_dec"},
+                                     {b_dec, "b_dec"},
+                                     {features, "features"},
+                                     {kind, "kind"},
+                                     {amount, "amount"}}) {
+    check_device(tensor, x, name);
+  }
+  TORCH_CHECK_VALUE(capacity >= 0, "capacity: expected a count, got ", capacity);
+  const c10::cuda::CUDAGuard guard(x.device());
+  check_capability();
+  const at::Tensor xs = fp32(x), rows = W_enc.t().contiguous(), bias = fp32(b_enc), theta = fp32(threshold);
+  const at::Tensor dec = W_dec.contiguous(), dec_bias = fp32(b_dec);
+  const at::Tensor ids = features.contiguous(), kinds = kind.contiguous(), amounts = amount.contiguous();
+  const auto ints = x.options().dtype(at::kInt), longs = x.options().dtype(at::kLong);
+  Words words(xs, T, (F + 31) / 32);
+  at::Tensor crow = at::empty({T + 1}, longs), col = at::empty({capacity}, ints),
+             values = at::empty({capacity}, xs.options()), out = at::empty({T, d_out}, xs.options());
+  const EncodeArgs e = arguments(xs, rows, bias, theta, words, 0.0f);
+  const Dtype dtype = dtype_of(rows, "W_enc");
+  encode_words(here(), e, dtype);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  SpliceArgs a{{e, nullptr, crow.mutable_data_ptr<int64_t>(), col.mutable_data_ptr<int32_t>(),
+                values.mutable_data_ptr<float>(), capacity},
+               error ? xs.const_data_ptr<float>() : nullptr,
+               dec.const_data_ptr(),
+               dec_bias.const_data_ptr<float>(),
+               ids.const_data_ptr<int32_t>(),
+               kinds.const_data_ptr<int32_t>(),
+               amounts.const_data_ptr<float>(),
+               out.mutable_data_ptr<float>(),
+               d_out,
+               edits};
+  splice_tokens(here(), a, dtype);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {out, crow, col, values};
+}
+
 }  // namespace
 
 TORCH_LIBRARY(gemmascope_fast_cuda, m) {
@@ -175,11 +261,16 @@ TORCH_LIBRARY(gemmascope_fast_cuda, m) {
   m.def(
       "decode(Tensor crow_indices, Tensor col_indices, Tensor values, Tensor W_dec, Tensor? b_dec=None,"
       " Tensor? row_scale=None) -> Tensor");
+  m.def(
+      "splice(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor W_dec, Tensor b_dec,"
+      " Tensor features, Tensor kind, Tensor amount, bool error, int capacity)"
+      " -> (Tensor out, Tensor crow_indices, Tensor col_indices, Tensor values)");
 }
 
 TORCH_LIBRARY_IMPL(gemmascope_fast_cuda, CUDA, m) {
   m.impl("encode", encode_cuda);
   m.impl("decode", decode_cuda);
+  m.impl("splice", splice_cuda);
 }
 
 }  // namespace gsf::cuda

@@ -3,6 +3,7 @@
 #include "cuda/compact.cu"
 #include "cuda/decode.cu"
 #include "cuda/encode.cu"
+#include "cuda/splice.cu"
 
 using HostLaunch = gsf::cuda::Launcher;
 
@@ -21,6 +22,11 @@ void gsf_host_gather(const gsf::cuda::GatherArgs* args, int dtype, int order, ui
 void gsf_host_decode(const gsf::cuda::DecodeArgs* args, int dtype, int order, uint64_t seed) {
   const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
   gsf::cuda::decode_rows(launch, *args, static_cast<gsf::Dtype>(dtype));
+}
+
+void gsf_host_splice(const gsf::cuda::SpliceArgs* args, int dtype, int order, uint64_t seed) {
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  gsf::cuda::splice_tokens(launch, *args, static_cast<gsf::Dtype>(dtype));
 }
 }
 
@@ -142,6 +148,68 @@ int check_case(int64_t T, int64_t d, int64_t F, float shift, bool scan, const Ho
   return 0;
 }
 
+// The fused loop's second launch, against the same sums written out; every second feature is edited.
+int check_splice(int64_t T, int64_t d, int64_t F, float shift, bool error, const HostLaunch& launch) {
+  auto x = array<float>(T * d), w = array<float>(F * d), bias = array<float>(F), theta = array<float>(F);
+  auto dec_bias = array<float>(d), out = array<float>(T * d);
+  for (int64_t i = 0; i < T * d; ++i) x[i] = uniform();
+  for (int64_t i = 0; i < F * d; ++i) w[i] = uniform();
+  for (int64_t i = 0; i < F; ++i) bias[i] = uniform() + shift, theta[i] = 0.5f * uniform();
+  for (int64_t i = 0; i < d; ++i) dec_bias[i] = uniform();
+  const int64_t words = (F + 31) / 32, edits = F / 2;
+  auto features = array<int32_t>(edits), kind = array<int32_t>(edits);
+  auto amount = array<float>(edits);
+  for (int64_t i = 0; i < edits; ++i) features[i] = 2 * i + 1, kind[i] = i % 4, amount[i] = uniform();
+  auto bitmap = array<uint32_t>(T * words);
+  auto count = array<int32_t>(T * words);
+  auto slots = array<float>(T * words * gsf::cuda::kSlots);
+  gsf::cuda::EncodeArgs e{x.get(),     w.get(), bias.get(), theta.get(), bitmap.get(), count.get(),
+                          slots.get(), T,       F,          d,           words,        0.0f};
+  gsf::cuda::encode_words(launch, e, gsf::Dtype::f32);
+  int64_t nnz = 0;
+  for (int64_t i = 0; i < T * words; ++i) nnz += count[i];
+  auto crow = array<int64_t>(T + 1);
+  auto col = array<int32_t>(nnz);
+  auto values = array<float>(nnz);
+  gsf::cuda::SpliceArgs a{{e, nullptr, crow.get(), col.get(), values.get(), nnz},
+                          error ? x.get() : nullptr,
+                          w.get(),
+                          dec_bias.get(),
+                          features.get(),
+                          kind.get(),
+                          amount.get(),
+                          out.get(),
+                          d,
+                          edits};
+  gsf::cuda::splice_tokens(launch, a, gsf::Dtype::f32);
+  if (crow[T] != nnz) return differs("the count of the loop's latents", crow[T]);
+  for (int64_t t = 0; t < T; ++t) {
+    auto latent = array<float>(F);
+    for (int64_t f = 0; f < F; ++f) {
+      const float z = reference_dot(x.get() + t * d, w.get() + f * d, d) + bias[f];
+      latent[f] = z <= std::fmax(theta[f], 0.0f) ? 0.0f : z;
+    }
+    for (int64_t i = crow[t]; i < crow[t + 1]; ++i) {
+      if (values[i] != latent[col[i]]) return differs("the loop's latents", i);
+    }
+    for (int64_t k = 0; k < d; ++k) {
+      float sum = 0.0f, extra = 0.0f;
+      for (int64_t f = 0; f < F; ++f) sum = std::fma(latent[f], w[f * d + k], sum);
+      bool changed = false;
+      for (int64_t i = 0; i < edits; ++i) {
+        const float old = latent[features[i]], v = amount[i];
+        const float all[4] = {old * v - old, v - old, v, old < v ? v - old : 0.0f};
+        changed |= all[kind[i]] != 0.0f;
+        extra = std::fma(all[kind[i]], w[features[i] * d + k], extra);
+      }
+      const float base = error ? x[t * d + k] : sum + dec_bias[k];
+      const float want = changed ? base + extra : base;
+      if (memcmp(&want, &out[t * d + k], 4) != 0) return differs("splice", t * d + k);
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -163,6 +231,11 @@ int main(int argc, char** argv) {
       }
     }
   }
+  for (bool error : {false, true}) {
+    if (check_splice(1, 40, 300, 0.0f, error, launch) != 0) return 1;
+    if (check_splice(3, 33, 70, 9.0f, error, launch) != 0) return 1;
+  }
+  if (check_splice(1, 4, 8300, -0.5f, false, launch) != 0) return 1;  // more words than a block has threads
   return 0;
 }
 #endif

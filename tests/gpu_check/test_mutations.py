@@ -8,7 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cuda_host import ORDERS, ROOT, build_program, run_program
 
-FILES = ("encode.cu", "compact.cu", "decode.cu")
+FILES = ("encode.cu", "compact.cu", "decode.cu", "splice.cu", "block.h")
 BARRIERS = [
     (file, number)
     for file in FILES
@@ -31,11 +31,16 @@ EDITS = [
     ("compact.cu", "i < row + first", "i <= row + first", "plain"),
     ("compact.cu", "if (at >= a.capacity) break;", "", "address"),
     ("compact.cu", "mine < kSlots ||", "mine <= kSlots ||", "plain"),
-    ("compact.cu", "lane() == 31) part", "lane() == 30) part", "plain"),
+    ("block.h", "lane() == 31) part", "lane() == 30) part", "plain"),
     ("compact.cu", "ballot(count > kSlots)", "ballot(count > kSlots && lane() != 5)", "plain"),
     ("decode.cu", "inside = k < a.d", "inside = k <= a.d", "address"),
     ("decode.cu", "if (k >= a.d) return;", "if (k > a.d) return;", "address"),
     ("decode.cu", "r < count; ++r", "r < count - 1; ++r", "plain"),
+    ("splice.cu", "word < e.words", "word <= e.words", "address"),
+    ("splice.cu", "inside ? k : a.d_out - 1", "k", "address"),
+    ("splice.cu", "at >= kSpliceStage", "at > kSpliceStage", "address"),
+    ("splice.cu", "popcount(bits & (bit - 1))", "popcount(bits & bit)", "plain"),
+    ("splice.cu", "r < count; ++r", "r < count - 1; ++r", "plain"),
 ]
 
 

@@ -1,0 +1,39 @@
+// launch(kernel, blocks, args): the one thing that differs between a device and the host build.  The ops,
+// which a C++ compiler compiles beside nvcc's kernels (GSF_CUDA_OPS), hold a launcher and pass it on.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__) || defined(GSF_CUDA_OPS)
+#include <cuda_runtime_api.h>
+#else
+#include "cuda/host.h"
+#endif
+
+namespace gsf::cuda {
+
+constexpr int kThreads = 256;  // of every block
+constexpr int kWarps = kThreads / 32;
+
+#if defined(__CUDACC__) || defined(GSF_CUDA_OPS)
+struct Launcher {
+  cudaStream_t stream;
+#ifdef __CUDACC__
+  template <typename Kernel, typename Args>
+  void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
+    kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(args);
+  }
+#endif
+};
+#else
+struct Launcher {
+  host::Order order;
+  uint64_t seed;
+  template <typename Kernel, typename Args>
+  void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
+    host::launch(blocks, kThreads, order, seed, [&] { kernel(args); });
+  }
+};
+#endif
+
+}  // namespace gsf::cuda
