@@ -42,6 +42,7 @@ def from_pretrained(
     site: Site | None = None,
     site_out: Site | None = None,
     progress: bool | None = None,
+    rows: str = "memory",
 ) -> Any:
     """The SAE, transcoder or crosscoder that a place holds, as the module of its kind.
 
@@ -50,12 +51,24 @@ def from_pretrained(
     revision: of the repository.  kind, site, site_out: what the checkpoint cannot say itself (a params.npz whose
     path does not name its repository); a ValueError where it says otherwise.
     progress: a bar on stderr; None: for loads above 256 MB on a terminal.
+    rows: "memory", or "mmap": only the 8-bit screen is resident, and the fp32 rows that refine are read from a packed
+    file beside the checkpoint, written at first use (`gemmascope_fast.packed`); on cpu, in float32.
 
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
     another dtype than float32, bfloat16 and float16.
     """
     wanted = held_dtype(dtype)
     checkpoint = _told(find_checkpoint(repo_or_folder, sae_id, revision), kind, site, site_out)
+    if rows not in ("memory", "mmap"):
+        raise ValueError(f'rows: expected "memory" or "mmap", got {rows!r}')
+    if rows == "mmap":
+        if torch.device(device).type != "cpu" or wanted != torch.float32:
+            raise ValueError(f'rows: "mmap" serves float32 on cpu, got {wanted} on {device}')
+        from gemmascope_fast import packed
+
+        with _bar(checkpoint, progress):
+            file = packed.pack(checkpoint, checkpoint.path.with_name(checkpoint.path.name + ".packed"))
+        return packed.open_packed(file, checkpoint)
     with _bar(checkpoint, progress):
         made = build(checkpoint, torch.device(device), wanted)
     take_screen(made, checkpoint)

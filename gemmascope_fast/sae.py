@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from gemmascope_fast import ops
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.prepare import Prepared
 from gemmascope_fast.sites import Site
+
+if TYPE_CHECKING:
+    from gemmascope_fast.packed import Mapped
 
 
 @dataclass
@@ -81,6 +84,7 @@ class JumpReLUSAE(nn.Module):
         self.b_dec = nn.Parameter(b_dec.detach())
         self.threshold = nn.Parameter(threshold.detach())
         self._prepared = Prepared()
+        self._mapped: Mapped | None = None  # the file that the rows are read from, where they are not resident
 
     @classmethod
     def from_weights(
@@ -135,6 +139,8 @@ class JumpReLUSAE(nn.Module):
         Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x.
         """
         flat = self._tokens(x)
+        if self._mapped is not None:
+            self._mapped.check()
         if precision != "exact":
             return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
         # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
@@ -187,6 +193,8 @@ class JumpReLUSAE(nn.Module):
             raise ValueError(
                 f"latents: expected d_sae = {self.cfg.d_sae} in the last dimension, got {tuple(latents.shape)}"
             )
+        if self._mapped is not None:
+            self._mapped.check()
         if isinstance(latents, Tensor):
             if latents.requires_grad and torch.is_grad_enabled():
                 dense = latents.float() @ self.W_dec.float() + self.b_dec.float()
