@@ -13,6 +13,7 @@ from gemmascope_fast.dashboard.pages import Dashboard
 def server(dashboard: Dashboard, host: str = "127.0.0.1", port: int = 0) -> ThreadingHTTPServer:
     """A server that is not yet running: call its `serve_forever`.  Port 0: any that is free."""
     page = lru_cache(maxsize=256)(dashboard.page)
+    index = dashboard.index  # seconds for 16k features: before anybody waits for it
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -21,7 +22,7 @@ def server(dashboard: Dashboard, host: str = "127.0.0.1", port: int = 0) -> Thre
             path = self.path.split("?")[0]
             match = re.fullmatch(r"/feature/(\d{1,9})\.html", path)
             if path in ("/", "/index.html"):
-                self._send(HTTPStatus.OK, dashboard.index)
+                self._send(HTTPStatus.OK, index)
             elif match and int(match[1]) < len(dashboard):
                 self._send(HTTPStatus.OK, page(int(match[1])))
             else:

@@ -1,0 +1,168 @@
+"""Which features differ between two sets of texts: effect sizes, tests, correction for having tested many."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+BLOCK = 512  # features made dense at once
+Rows = dict[str, np.ndarray]
+
+
+def compare_sets(
+    a: Any, b: Any, *, least: int = 3, test: str = "rank", permutations: int = 2000, seed: int = 0
+) -> dict:
+    """Every feature that is not zero in at least `least` texts of either set, strongest difference first.
+
+    a, b: csr_array [texts, d_sae].  test "rank": Mann-Whitney U, two-sided, with the correction for ties;
+    "permutation": of the difference of means over n shuffles of the labels, p = (1 + as extreme) / (1 + n).
+    Columns: feature, mean_a, mean_b, d (Cohen's, pooled standard deviation), auc (chance that a text of a exceeds one
+    of b, ties half), p, q (Benjamini-Hochberg).  ValueError for a set of fewer than two texts.
+    """
+    from scipy.stats import false_discovery_control, mannwhitneyu
+
+    if min(a.shape[0], b.shape[0]) < 2:
+        raise ValueError(f"expected at least two texts in each set, got {a.shape[0]} and {b.shape[0]}")
+    if test not in ("rank", "permutation"):
+        raise ValueError(f"--test: expected 'rank' or 'permutation', got {test!r}")
+    fired = np.maximum(_fired(a), _fired(b))
+    features = np.nonzero(fired >= least)[0]
+    parts: dict[str, list[np.ndarray]] = {k: [] for k in ("mean_a", "mean_b", "d", "auc", "p")}
+    shuffles = _shuffles(a.shape[0], b.shape[0], permutations, seed) if test == "permutation" else None
+    for start in range(0, len(features), BLOCK):
+        own = features[start : start + BLOCK]
+        x, y = a[:, own].toarray(), b[:, own].toarray()
+        result = mannwhitneyu(x, y, axis=0, method="asymptotic")
+        parts["auc"].append(result.statistic / (len(x) * len(y)))
+        parts["p"].append(result.pvalue if shuffles is None else _permuted(x, y, shuffles))
+        parts["mean_a"].append(x.mean(0))
+        parts["mean_b"].append(y.mean(0))
+        parts["d"].append(cohen_d(x, y))
+    found = {name: np.concatenate([np.empty(0), *each]) for name, each in parts.items()}
+    # a feature that is the same in every text has no p: it does not differ
+    found["p"] = np.nan_to_num(found["p"], nan=1.0)
+    found["q"] = false_discovery_control(found["p"]) if len(features) else found["p"]
+    order = np.lexsort((features, -np.abs(found["d"]), found["p"]))
+    return {"feature": features[order]} | {name: each[order] for name, each in found.items()}
+
+
+def cohen_d(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Difference of column means over the pooled standard deviation; 0 where nothing varies."""
+    n, m = len(x), len(y)
+    variance = ((n - 1) * x.var(0, ddof=1) + (m - 1) * y.var(0, ddof=1)) / (n + m - 2)
+    return np.divide(x.mean(0) - y.mean(0), np.sqrt(variance), out=np.zeros(x.shape[1]), where=variance > 0)
+
+
+def _fired(x: Any) -> np.ndarray:
+    return np.bincount(x.indices[x.data != 0], minlength=x.shape[1])
+
+
+def _shuffles(n: int, m: int, count: int, seed: int) -> np.ndarray:
+    """bool [count, n + m]: which texts count as the first set."""
+    generator = np.random.default_rng(seed)
+    found = np.zeros((count, n + m), bool)
+    for row in found:
+        row[generator.permutation(n + m)[:n]] = True
+    return found
+
+
+def _permuted(x: np.ndarray, y: np.ndarray, shuffles: np.ndarray) -> np.ndarray:
+    both = np.concatenate([x, y])
+    n, m = len(x), len(y)
+    weights = np.where(shuffles, 1 / n, -1 / m)
+    seen = np.abs(weights @ both)
+    own = np.abs(x.mean(0) - y.mean(0))
+    # equal shuffles are as extreme: a slack of rounding of the two sums
+    return (1 + (seen >= own * (1 - 1e-12)).sum(0)) / (1 + len(shuffles))
+
+
+# ---- pairs ------------------------------------------------------------------------------------------
+
+
+def covariates(text: str) -> np.ndarray:
+    """What a preference may be about besides content: log of characters, line breaks, list items, markdown marks, code
+    blocks; each per text."""
+    lines = text.split("\n")
+    items = sum(bool(re.match(r"\s*(?:[-*•]|\d+[.)])\s", line)) for line in lines)
+    marks = len(re.findall(r"\*\*|^#{1,6}\s|`", text, flags=re.MULTILINE))
+    return np.array([np.log1p(len(text)), len(lines) - 1, items, marks, text.count("```") // 2], float)
+
+
+COVARIATES = ("log length", "line breaks", "list items", "markdown marks", "code blocks")
+
+
+def compare_pairs(chosen: Any, rejected: Any, z: np.ndarray | None, *, least: int = 3) -> Rows:
+    """Features of preferred against rejected answers to the same prompts, before and after covariates.
+
+    chosen, rejected: csr_array [pairs, d_sae]; z [pairs, c]: differences of the covariates, None for none.  With
+    y = chosen - rejected, `before` is mean(y) / sd(y), p_before the t test of mean 0; `after` is the intercept of y on
+    z by least squares (what is left between two answers of equal length and format) over the same sd(y), p_after its
+    t test.  Columns of z that are constant or depend on others take no part.  q: Benjamini-Hochberg.
+    """
+    from scipy.stats import false_discovery_control, t
+
+    n = chosen.shape[0]
+    design = np.ones((n, 1)) if z is None else np.concatenate([np.ones((n, 1)), z], 1)
+    kept = [0]
+    for column in range(1, design.shape[1]):
+        if np.linalg.matrix_rank(design[:, [*kept, column]]) == len(kept) + 1:
+            kept.append(column)
+    design = design[:, kept]
+    if n < len(kept) + 2:
+        raise ValueError(f"pairs: expected at least {len(kept) + 2} for {len(kept) - 1} covariates, got {n}")
+    inverse = np.linalg.inv(design.T @ design)
+    features = np.nonzero(np.maximum(_fired(chosen), _fired(rejected)) >= least)[0]
+    parts: dict[str, list[np.ndarray]] = {k: [] for k in ("difference", "before", "p_before", "after", "p_after")}
+    for start in range(0, len(features), BLOCK):
+        own = features[start : start + BLOCK]
+        y = chosen[:, own].toarray() - rejected[:, own].toarray()
+        sd = y.std(0, ddof=1)
+        beta = inverse @ design.T @ y
+        left = ((y - design @ beta) ** 2).sum(0) / (n - len(kept))
+        parts["difference"].append(y.mean(0))
+        parts["before"].append(_ratio(y.mean(0), sd))
+        parts["p_before"].append(2 * t.sf(np.abs(_ratio(y.mean(0), sd / np.sqrt(n))), n - 1))
+        parts["after"].append(_ratio(beta[0], sd))
+        parts["p_after"].append(2 * t.sf(np.abs(_ratio(beta[0], np.sqrt(left * inverse[0, 0]))), n - len(kept)))
+    found = {name: np.concatenate([np.empty(0), *each]) for name, each in parts.items()}
+    for when in ("before", "after"):
+        found[f"q_{when}"] = false_discovery_control(found[f"p_{when}"]) if len(features) else found[f"p_{when}"]
+    order = np.lexsort((features, -np.abs(found["after"]), found["p_after"]))
+    return {"feature": features[order]} | {name: each[order] for name, each in found.items()}
+
+
+def _ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    return np.divide(x, y, out=np.zeros_like(x), where=y > 0)
+
+
+# ---- depth ------------------------------------------------------------------------------------------
+
+
+def separability(x: np.ndarray, labels: Sequence[bool], folds: int = 5, seed: int = 0) -> float:
+    """ROC AUC of a difference-of-means direction between two sets of texts [n, d], each text scored by the folds it is
+    not in.  Dimensions are weighted by their inverse variance within the sets, of the fold's training texts."""
+    y = np.asarray(labels, bool)
+    order = np.random.default_rng(seed).permutation(len(y))
+    fold = np.empty(len(y), int)
+    for of in (True, False):
+        own = order[y[order] == of]
+        fold[own] = np.arange(len(own)) % folds
+    total = pairs = 0.0
+    for k in range(folds):
+        train, test = fold != k, fold == k
+        if not (y[train].any() and (~y[train]).any() and y[test].any() and (~y[test]).any()):
+            continue
+        own, others = x[train & y], x[train & ~y]
+        within = (own.var(0) * len(own) + others.var(0) * len(others)) / int(train.sum())
+        difference = own.mean(0) - others.mean(0)
+        # a dimension that never varies within the sets separates them or says nothing
+        w = difference / np.maximum(within, 1e-6 * max(float(within.mean()), 1e-12))
+        high, low = x[test & y] @ w, x[test & ~y] @ w
+        wins = (high[:, None] > low).sum() + 0.5 * (high[:, None] == low).sum()
+        total, pairs = total + wins, pairs + high.size * low.size
+    if not pairs:
+        raise ValueError(f"expected at least two texts in each set, got {int(y.sum())} and {int((~y).sum())}")
+    return float(total / pairs)
