@@ -65,6 +65,8 @@ COMMANDS = (
         "gemmascope_fast.watch",
         "add_watch_arguments",
         "run_watch",
+    ),
+    Command(
         "concepts",
         "find and steer concepts by SAE, DiffMean, probe and ReFT-r1, as AxBench does",
         "gemmascope_fast.concepts.command",
@@ -72,7 +74,7 @@ COMMANDS = (
         "run_concepts",
     ),
     Command(
-        "compare",
+        "compare-texts",
         "which features differ between two sets of texts",
         "gemmascope_fast.compare.sets_command",
         "add_compare_arguments",

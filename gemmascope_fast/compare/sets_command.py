@@ -1,4 +1,4 @@
-"""`gemmascope-fast compare`: which features differ between two sets of texts, or preferred and rejected answers."""
+"""`gemmascope-fast compare-texts`: which features differ between two sets of texts, or pairs of answers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    require("scipy", "analysis", "compare")
+    require("scipy", "analysis", "compare-texts")
     if args.plot is not None:
         require("matplotlib", "plot", "--plot")
     if (args.pairs is None) == (args.a is None or args.b is None):
