@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from gemmascope_fast import backends, ops
 from gemmascope_fast.screen import Screen, pays
@@ -31,11 +32,13 @@ class Prepared:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._seen: Fingerprint | None = None
+        self._alive: tuple[StorageWeakRef, ...] = ()  # the storages last seen: an address may be given out again
         self._screen: Screen | None = None
-        self._screen_of: Fingerprint | None = None  # the weights the screen was built from
+        self._sight = 0  # counts the changes seen: new weights may lie at the old ones' address
+        self._screen_of = -1  # the sight that the screen was built from
         self._centre: Tensor | None = None  # given by the user; None: the module's own choice
         self._second_digit = True
-        self._edited: Fingerprint | None = None  # weights other than the screen's, as last seen
+        self._edited = -1  # the sight of weights other than the screen's, as last met
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copy packs its own weights anew; locks do not travel
@@ -55,7 +58,7 @@ class Prepared:
     def refresh(self, sae: JumpReLUSAE, force: bool = False) -> None:
         """Check and lay out the weights anew where they were seen to change."""
         weights = (sae.W_enc, sae.b_enc, sae.threshold)
-        if not force and self._seen == fingerprint(*weights):
+        if not force and self._seen == fingerprint(*weights) and not any(s.expired() for s in self._alive):
             return
         from gemmascope_fast.sae import as_rows, check_threshold
 
@@ -65,9 +68,12 @@ class Prepared:
                 # loaded by assignment, or `.data =` with Gemma Scope's own layout: laid out once, not at each call
                 with torch.no_grad():
                     sae.W_enc.data = as_rows(sae.W_enc.data)
-            self._seen = fingerprint(sae.W_enc, sae.b_enc, sae.threshold)
+            weights = (sae.W_enc, sae.b_enc, sae.threshold)
+            self._seen = fingerprint(*weights)
+            self._alive = tuple(StorageWeakRef(t.untyped_storage()) for t in weights)
+            self._sight += 1
             if force:
-                self._screen = self._screen_of = None
+                self._screen, self._screen_of = None, -1
 
     def build(
         self, sae: JumpReLUSAE, *, sample: Tensor | None = None, centre: Tensor | None = None, second_digit: bool = True
@@ -83,7 +89,7 @@ class Prepared:
             centre = sample.detach().reshape(-1, sae.d_in).double().mean(0).float()
         with self._lock:
             self._centre, self._second_digit = centre, second_digit
-            self._screen = self._screen_of = None
+            self._screen, self._screen_of = None, -1
             self._screened(sae)
 
     def adopt(self, sae: JumpReLUSAE, screen: Screen) -> None:
@@ -91,12 +97,12 @@ class Prepared:
         self.refresh(sae)
         with self._lock:
             self._centre, self._second_digit = screen.centre, screen.code2 is not None
-            self._screen, self._screen_of = screen, self._seen
+            self._screen, self._screen_of = screen, self._sight
 
     def _screened(self, sae: JumpReLUSAE) -> Screen:
         """The screen of the weights last seen, built where it is of others."""
         screen = self._screen
-        if screen is not None and self._screen_of == self._seen:
+        if screen is not None and self._screen_of == self._sight:
             return screen
         with self._lock:
             if self.stale() or self._screen is None:
@@ -104,7 +110,7 @@ class Prepared:
                 self._screen = Screen.build(
                     sae.W_enc, sae.b_enc, sae.threshold, centre=centre, second_digit=self._second_digit
                 )
-                self._screen_of = self._seen
+                self._screen_of = self._sight
                 for rows in (sae.W_enc, sae.W_dec):
                     backends.advise_large_pages(rows)
             return self._screen
@@ -126,9 +132,9 @@ class Prepared:
         if self._screen is None or not self.stale():
             return True
         # weights edited since the screen was built may be edited again (training): build at the second sight
-        again, self._edited = self._edited == self._seen, self._seen
+        again, self._edited = self._edited == self._sight, self._sight
         return again
 
     def stale(self) -> bool:
         """Whether there is no screen of the weights last seen."""
-        return self._screen is None or self._screen_of != self._seen
+        return self._screen is None or self._screen_of != self._sight

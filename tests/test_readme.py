@@ -39,7 +39,7 @@ def test_commands_and_targets_exist():
     used = re.findall(r"make ([a-z]+)", " ".join(blocks("bash")) + " ".join(re.findall(r"`([^`]+)`", README)))
     assert {"demo", "test"} <= set(used) <= set(targets)
     for line in re.findall(r"gemmascope-fast [^`\n]+", README):
-        words = shlex.split(line)[1:]
+        words = shlex.split(line, comments=True)[1:]
         if words and re.fullmatch(r"[a-z]+", words[0]):
             cli.build_parser().parse_args(words)
 

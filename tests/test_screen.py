@@ -509,6 +509,15 @@ def test_edits_are_noticed(edit):
     assert after != before
 
 
+def test_weights_laid_out_where_the_old_ones_lay_are_noticed():
+    """Gemma Scope's layout given by `.data =` is laid out anew, often at the address that was just given back."""
+    sae, x = make_sae(1, 200, 300, 20), make_activations(2, 20, 200)
+    for _ in range(20):
+        sae.encode_sparse(x, screen=True)
+        sae.W_enc.data = (sae.W_enc.data * 1.1).contiguous()
+        assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
+
+
 def test_weights_edited_at_each_step_are_not_packed_at_each_step(monkeypatch):
     sae, x = make_sae(1, 200, 300, 20), make_activations(2, 20, 200)
     built = []

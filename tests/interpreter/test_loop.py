@@ -29,7 +29,7 @@ def composed(args, edits, error):
     delta = torch.zeros_like(old)
     for edit in edits:
         for f in edit.features:
-            delta[:, f] = edit.delta(old[:, f], delta[:, f])
+            delta[:, [f]] = edit.delta(old[:, [f]], delta[:, [f]], torch.tensor([float(edit.amount)]))
     counts = torch.zeros(len(x) + 1, dtype=torch.int64)
     counts[1:] = (delta != 0).sum(1).cumsum(0)
     at = delta.nonzero()
