@@ -1,8 +1,7 @@
 // Sparse decode: out[n] = sum over the row's features, ascending, of value * w[f] by fused multiply-add, then
 // the bias.  The sum of one output element runs in that order whatever the blocking over columns.
 
-// Rows ahead to prefetch: four whole rows of a column block are 1 KiB in flight, ten of a core's line
-// buffers; 16 ahead was no faster.
+// Rows ahead to prefetch: 16 of them were no faster.
 constexpr int64_t kDecodeAhead = 4;
 
 static inline float scaled_value(const DecodeArgs& a, int64_t i) {
