@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gemmascope_fast import backends, ops
-from gemmascope_fast.screen import Screen, pays
+from gemmascope_fast.screen import Screen, pays, principal_directions
 
 if TYPE_CHECKING:
     from gemmascope_fast.sae import JumpReLUSAE
@@ -37,6 +37,7 @@ class Prepared:
         self._sight = 0  # counts the changes seen: new weights may lie at the old ones' address
         self._screen_of = -1  # the sight that the screen was built from
         self._centre: Tensor | None = None  # given by the user; None: the module's own choice
+        self._directions: Tensor | None = None
         self._second_digit = True
         self._edited = -1  # the sight of weights other than the screen's, as last met
 
@@ -76,19 +77,31 @@ class Prepared:
                 self._screen, self._screen_of = None, -1
 
     def build(
-        self, sae: JumpReLUSAE, *, sample: Tensor | None = None, centre: Tensor | None = None, second_digit: bool = True
+        self,
+        sae: JumpReLUSAE,
+        *,
+        sample: Tensor | None = None,
+        centre: Tensor | None = None,
+        directions: int | Tensor | None = None,
+        second_digit: bool = True,
     ) -> None:
-        """Build the screen with these options, which later rebuilds keep."""
+        """Build the screen with these options, which later rebuilds keep (`JumpReLUSAE.prepare` says what they are)."""
         if sample is not None and centre is not None:
             raise ValueError("sample, centre: expected at most one of them")
+        if isinstance(directions, int) and directions and sample is None:
+            raise ValueError(f"directions: {directions} of them can only be found in a sample; got none")
         if sample is not None:
             if sample.shape[-1:] != (sae.d_in,) or not sample.is_floating_point():
                 raise ValueError(
                     f"sample: expected floating activations [..., d_in = {sae.d_in}], got {tuple(sample.shape)}"
                 )
-            centre = sample.detach().reshape(-1, sae.d_in).double().mean(0).float()
+            sample = sample.detach().reshape(-1, sae.d_in)
+            centre = sample.double().mean(0).float()
+            if isinstance(directions, int) and directions:
+                directions = principal_directions(sample, directions)
+        found = None if isinstance(directions, int) else directions
         with self._lock:
-            self._centre, self._second_digit = centre, second_digit
+            self._centre, self._directions, self._second_digit = centre, found, second_digit
             self._screen, self._screen_of = None, -1
             self._screened(sae)
 
@@ -96,7 +109,8 @@ class Prepared:
         """Take a screen that was stored with these very weights."""
         self.refresh(sae)
         with self._lock:
-            self._centre, self._second_digit = screen.centre, screen.code2 is not None
+            self._centre, self._directions = screen.centre, screen.directions
+            self._second_digit = screen.code2 is not None
             self._screen, self._screen_of = screen, self._sight
 
     def _screened(self, sae: JumpReLUSAE) -> Screen:
@@ -108,7 +122,12 @@ class Prepared:
             if self.stale() or self._screen is None:
                 centre = sae.screen_centre() if self._centre is None else self._centre
                 self._screen = Screen.build(
-                    sae.W_enc, sae.b_enc, sae.threshold, centre=centre, second_digit=self._second_digit
+                    sae.W_enc,
+                    sae.b_enc,
+                    sae.threshold,
+                    centre=centre,
+                    second_digit=self._second_digit,
+                    directions=self._directions,
                 )
                 self._screen_of = self._sight
                 for rows in (sae.W_enc, sae.W_dec):

@@ -214,7 +214,9 @@ class JumpReLUSAE(nn.Module):
         (`p.data.mul_()`, a numpy alias, inference tensors).
         Options, kept for later rebuilds; answers depend on none of them: centre [d_in], a point near the mean of the
         activations (default: b_dec where the SAE reconstructs its own input); sample [..., d_in], activations whose
-        mean is taken for it; second_digit (default True), another byte a weight that spares nearly all rows that do
+        mean is taken for it; directions, [k, d_in] or how many to find in the sample (default none), along which
+        activations vary most: with several tokens they leave fewer features to a second look; second_digit (default
+        True), another byte a weight that spares nearly all rows that do
         not fire.
         """
         self._prepared.refresh(self, force=force)

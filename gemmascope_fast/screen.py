@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from gemmascope_fast import backends, ops
 from gemmascope_fast.errors import StaleScreenError
+from gemmascope_fast.ops.screen_rows import MOST_DIRECTIONS
 
 MOST_INPUTS = 66_000  # 255 · 127 · 66,000 < 2^31: integer dots of longer rows could overflow
 BLOCK = 1024  # rows hashed at a time
@@ -24,13 +25,15 @@ class Screen:
     """What the screen of one encoder keeps.
 
     code, code2: uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64], the rows' two digits in tiles; code2 None without the second.
-    table: fp32 [9, d_sae rounded up to 16] of `ops.screen_rows`.  centre: fp32 [d_in] or None, the fixed μ.
+    table: fp32 [9 + k, d_sae rounded up to 16] of `ops.screen_rows`.  centre: fp32 [d_in] or None, the fixed μ.
+    directions: fp32 [k, d_in] or None, taken out of the activations before they are rounded and added exactly.
     """
 
     code: Tensor
     code2: Tensor | None
     table: Tensor
     centre: Tensor | None
+    directions: Tensor | None = None
 
     @classmethod
     def build(
@@ -41,12 +44,16 @@ class Screen:
         *,
         centre: Tensor | None = None,
         second_digit: bool = True,
+        directions: Tensor | None = None,
     ) -> Screen:
         """From W_enc [d_in, d_sae], b_enc and threshold [d_sae]; any of float32, bfloat16 and float16.
 
         centre: [d_in] near the mean of the activations; the nearer, the fewer features are left.  Answers do not
         depend on it.  second_digit: another byte a weight that takes away nearly all false candidates.
-        Raises ValueError for d_in above 66,000, for a centre of another shape or with entries that are not finite.
+        directions: [k, d_in], k up to 128, along which activations vary most (`principal_directions`); what lies along
+        them is multiplied in fp32, so that the int8 digits hold the rest alone.  They are made orthonormal.
+        Raises ValueError for d_in above 66,000, for a centre or directions of another shape or with entries that are
+        not finite.
         """
         if W_enc.shape[0] > MOST_INPUTS:
             raise ValueError(f"W_enc: the screen takes d_in up to {MOST_INPUTS}, got {W_enc.shape[0]}")
@@ -54,12 +61,12 @@ class Screen:
             if centre.shape != W_enc.shape[:1]:
                 raise ValueError(f"centre: expected [d_in = {W_enc.shape[0]}], got {tuple(centre.shape)}")
             # a copy: the caller may edit its own, b_dec say
-            centre = centre.detach().to(W_enc.device, torch.float32, copy=True).contiguous()
-            if not bool(torch.isfinite(centre).all()):
-                raise ValueError("centre: expected finite values")
+            centre = _finite(centre.detach().to(W_enc.device, torch.float32, copy=True).contiguous(), "centre")
+        if directions is not None:
+            directions = _orthonormal(directions, W_enc.shape[0]).to(W_enc.device)
         with torch.no_grad():
-            code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit)
-        return cls(code, code2 if second_digit else None, table, centre)
+            code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit, directions)
+        return cls(code, code2 if second_digit else None, table, centre, directions)
 
     def encode(
         self,
@@ -75,7 +82,17 @@ class Screen:
         Raises StaleScreenError where a refined pair lies outside its bound: the weights are not those of the build.
         """
         crow, col, values, stats = ops.encode_screened(
-            x, W_enc, b_enc, threshold, self.code, self.code2, self.table, self.centre, digits, bandwidth
+            x,
+            W_enc,
+            b_enc,
+            threshold,
+            self.code,
+            self.code2,
+            self.table,
+            self.centre,
+            digits,
+            bandwidth,
+            self.directions,
         )
         _survivors, refined, violations, _rest = stats.tolist()
         if violations:
@@ -86,8 +103,8 @@ class Screen:
         return crow, col, values
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is of code, code2, table and centre, by name."""
-        named = {"code": self.code, "code2": self.code2, "table": self.table, "centre": self.centre}
+        """What there is of code, code2, table, centre and directions, by name."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: t for name, t in named.items() if t is not None}
 
     def digest(self) -> str:
@@ -97,6 +114,32 @@ class Screen:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
+
+
+def principal_directions(sample: Tensor, k: int) -> Tensor:
+    """fp32 [k, d_in]: the k directions of greatest variance of activations [N, d_in] (their covariance, in fp64)."""
+    x = sample.double()
+    x = x - x.mean(0)
+    _values, vectors = torch.linalg.eigh(x.t() @ x)  # ascending
+    return vectors[:, -k:].flip(1).t().float().contiguous()
+
+
+def _orthonormal(directions: Tensor, d_in: int) -> Tensor:
+    """The same span in rows fp32 [k, d_in] of unit length."""
+    k = directions.shape[0] if directions.dim() == 2 else 0
+    if directions.shape != (k, d_in) or not 0 < k <= min(MOST_DIRECTIONS, d_in):
+        raise ValueError(
+            f"directions: expected [k, d_in = {d_in}] with k up to {min(MOST_DIRECTIONS, d_in)},"
+            f" got {tuple(directions.shape)}"
+        )
+    basis, _ = torch.linalg.qr(_finite(directions.detach(), "directions").double().t())
+    return basis.t().float().contiguous()
+
+
+def _finite(t: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(t).all()):
+        raise ValueError(f"{name}: expected finite values")
+    return t
 
 
 def most_bytes(d_in: int, d_sae: int) -> int:

@@ -25,7 +25,7 @@ def screened(x, W, b, theta, screen, digits=0, second=True, bandwidth=None):
     """(csr, stats) of the op itself."""
     code2 = screen.code2 if second else None
     *csr, stats = ops.encode_screened(
-        x, W, b, theta, screen.code, code2, screen.table, screen.centre, digits, bandwidth
+        x, W, b, theta, screen.code, code2, screen.table, screen.centre, digits, bandwidth, screen.directions
     )
     return tuple(csr), dict(zip(("survivors", "refined", "violations", "rest"), stats.tolist(), strict=True))
 
@@ -33,12 +33,14 @@ def screened(x, W, b, theta, screen, digits=0, second=True, bandwidth=None):
 def assert_same(x, W, b, theta, centre=None, bandwidth=None):
     """Every form of the screen gives the bytes of the full encode, and no pair lies outside its bound."""
     want = ops.encode(x, W, b, theta, bandwidth)
-    screen = Screen.build(W, b, theta, centre=centre)
-    for digits, second in FORMS:
-        got, stats = screened(x, W, b, theta, screen, digits, second, bandwidth)
-        assert same_bytes(got, want), (digits, second)
-        assert stats["violations"] == 0
-        assert len(want[1]) <= stats["refined"] + stats["rest"] * W.shape[1]
+    for k in (min(3, W.shape[0]), 0):
+        directions = torch.eye(W.shape[0])[:k] + 0.1 if k else None
+        screen = Screen.build(W, b, theta, centre=centre, directions=directions)
+        for digits, second in FORMS:
+            got, stats = screened(x, W, b, theta, screen, digits, second, bandwidth)
+            assert same_bytes(got, want), (k, digits, second)
+            assert stats["violations"] == 0
+            assert len(want[1]) <= stats["refined"] + stats["rest"] * W.shape[1]
     return stats
 
 
@@ -100,6 +102,23 @@ def test_activations_like_gemmas(isa):
     x[6, 163] = 3e5
     stats = assert_same(x, sae.W_enc, sae.b_enc, sae.threshold, centre=sae.b_dec)
     assert stats["rest"] == 0
+
+
+def test_directions_leave_fewer_candidates():
+    """Activations that vary along a few directions far more than elsewhere, as Gemma's do, and one digit for them."""
+    sae, x = make_sae(3, 640, 4096, 73).requires_grad_(False), make_activations(4, 1024, 640)
+    g = torch.Generator().manual_seed(1)
+    x = x + 50 * x.std() * torch.randn(1024, 1, generator=g) * torch.nn.functional.normalize(
+        torch.randn(640, generator=g), dim=0
+    )
+    left = []
+    for k in (0, 4):
+        sae.prepare(sample=x, directions=k)
+        screen = sae._prepared.screen
+        csr, stats = screened(x[:64], sae.W_enc, sae.b_enc, sae.threshold, screen, digits=1)
+        assert same_bytes(csr, ops.encode(x[:64], sae.W_enc, sae.b_enc, sae.threshold, None))
+        left.append(stats["survivors"] - len(csr[1]))
+    assert left[1] < 0.5 * left[0]
 
 
 def test_few_false_candidates_on_activations_like_gemmas():
@@ -218,7 +237,7 @@ def with_row(screen, row, factor):
     """The screen with one row of its table scaled, START included where it is built from it."""
     table = screen.table.clone()
     table[row] *= factor
-    return Screen(screen.code, screen.code2, table, screen.centre)
+    return Screen(screen.code, screen.code2, table, screen.centre, screen.directions)
 
 
 def just_below(z):
@@ -308,6 +327,33 @@ def test_rounding_alone(isa):
     raise AssertionError(f"only {decided} trials stood on the bound")
 
 
+@pytest.mark.parametrize("digits", [1, 2])
+def test_rounding_along_the_directions_alone(isa, digits):
+    """Rows and tokens on their grids, a small token, and a centre so far away along the directions that the fp32 chain
+    of their products, which cancel in the end, is rounded by more than all that separates z from its threshold."""
+    g = torch.Generator().manual_seed(9)
+    d, k, F = 128, 64, 8192
+    W = torch.where(torch.rand(d, F, generator=g) < 0.5, 127 / 128, -1.0)
+    W[-1], W[-2] = 127 / 128, -1.0
+    far = torch.full((k,), 3e5) + torch.rand(k, generator=g) * 1e4
+    # the first half of the chain climbs, the second comes down again
+    W[: k // 2] = torch.where(torch.rand(k // 2, F, generator=g) < 0.02, -1.0, 127 / 128)
+    W[k // 2 : k] = -W[: k // 2].flip(0)
+    W = W.clamp(-1, 127 / 128)
+    x, mu = torch.zeros(1, d), torch.zeros(d)
+    mu[:k] = -far
+    x[0, k:] = torch.randint(-127, 128, (d - k,), generator=g).float()
+    x[0, k] = 127.0
+    b = torch.zeros(F)
+    z = gsf.SparseLatents(*ops.encode(x, W, b, torch.full((F,), -1e9), 4e9), (1, F)).to_dense()[0]
+    theta = just_below(z)
+    screen = Screen.build(W, b, theta, centre=mu, directions=torch.eye(d)[:k])
+    assert torch.equal(screen.directions.abs(), torch.eye(d)[:k])
+    csr, stats = screened(x, W, b, theta, screen, digits)
+    assert fired(csr) == int((z > 0).sum())
+    assert stats["violations"] == 0
+
+
 def test_the_second_digits_error(isa):
     """As the weights' error, one digit further: the token lies along e2, and θ is just below z."""
     g = torch.Generator().manual_seed(8)
@@ -333,21 +379,24 @@ def test_the_second_digits_error(isa):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_against_their_reference(isa, dtype):
+@pytest.mark.parametrize("k", [0, 5])
+def test_rows_against_their_reference(isa, dtype, k):
     _, W, b, theta = problem(1, 203, 77, dtype)
     W[:, 5] = 0.0
     W[3, 6] = math.nan
     mu = torch.linspace(-3, 3, 203)
+    directions = torch.randn(k, 203, generator=torch.Generator().manual_seed(2)) if k else None
     for second in (True, False):
-        code, code2, table = ops.screen_rows(W, b, theta, mu, second)
+        code, code2, table = ops.screen_rows(W, b, theta, mu, second, directions)
         with gsf.backend("eager"):
-            want = ops.screen_rows(W, b, theta, mu, second)
+            want = ops.screen_rows(W, b, theta, mu, second, directions)
         assert torch.equal(code, want[0])
         assert torch.equal(code2, want[1])
         exact = [Row.SCALE, Row.ZERO, Row.SCALE2]
         assert torch.equal(table[exact], want[2][exact])
         # norms and biases: sums in fp64 in another order, then one rounding upwards
         torch.testing.assert_close(table, want[2], rtol=3e-7, atol=1e-9)
+        assert table.shape == (len(Row) + k, 80)
     never = table[Row.START, :77] == math.inf
     assert never.nonzero().flatten().tolist() == [5, 6]
     assert bool((table[Row.START, 77:] == -math.inf).all())
@@ -377,9 +426,9 @@ def test_norms_are_rounded_up():
 @pytest.mark.parametrize("digits", [0, 1, 2])
 def test_opcheck(digits):
     x, W, b, theta = problem(5, 40, 30)
-    torch.library.opcheck(torch.ops.gemmascope_fast.screen_rows.default, (W, b, theta, x[0], True))
-    screen = Screen.build(W, b, theta)
-    args = (x, W, b, theta, screen.code, screen.code2, screen.table, screen.centre, digits, 0.3)
+    torch.library.opcheck(torch.ops.gemmascope_fast.screen_rows.default, (W, b, theta, x[0], True, x[1:3]))
+    screen = Screen.build(W, b, theta, directions=x[1:3])
+    args = (x, W, b, theta, screen.code, screen.code2, screen.table, None, digits, 0.3, screen.directions)
     torch.library.opcheck(torch.ops.gemmascope_fast.encode_screened.default, args)
     grad = [t.clone().requires_grad_() for t in (x, W, b)]
     # opcheck's own backward fails for any op whose first output is integer; compiled gradients are checked below
@@ -425,7 +474,7 @@ def test_gradients_equal_those_of_the_full_encode():
 def test_bad_arguments():
     x, W, b, theta = problem(2, 40, 30)
     screen = Screen.build(W, b, theta)
-    good = [x, W, b, theta, screen.code, screen.code2, screen.table, None, 0, None]
+    good = [x, W, b, theta, screen.code, screen.code2, screen.table, None, 0, None, None]
 
     def call(**changed):
         args = list(good)
@@ -441,6 +490,9 @@ def test_bad_arguments():
         ({"_8": 3}, "digits"),
         ({"_9": 0.0}, "bandwidth"),
         ({"_0": x[:, 1:]}, "x"),
+        ({"_10": torch.zeros(1, 39)}, "directions"),
+        ({"_10": torch.zeros(129, 40)}, "directions"),
+        ({"_10": torch.zeros(1, 40)}, "table"),
     ):
         with pytest.raises(ValueError, match=match):
             call(**wrong)
@@ -450,6 +502,11 @@ def test_bad_arguments():
         Screen.build(W, b, theta, centre=torch.zeros(3))
     with pytest.raises(ValueError, match="finite"):
         Screen.build(W, b, theta, centre=torch.full((40,), math.nan))
+    for wrong in (torch.zeros(40), torch.zeros(2, 39), torch.zeros(0, 40), torch.zeros(41, 40)):
+        with pytest.raises(ValueError, match="directions"):
+            Screen.build(W, b, theta, directions=wrong)
+    with pytest.raises(ValueError, match="finite"):
+        Screen.build(W, b, theta, directions=torch.full((2, 40), math.inf))
 
 
 # ---- the module: when a screen is used, and when it is of other weights --------------------------------
@@ -545,24 +602,27 @@ def test_what_nobody_can_see_is_caught_by_the_bound():
 
 def test_prepare_keeps_its_options():
     sae, x = make_sae(1, 200, 300, 20), make_activations(2, 40, 200)
-    sae.prepare(sample=x)
-    centre = sae._prepared.screen.centre
+    sae.prepare(sample=x, directions=3)
+    centre, directions = sae._prepared.screen.centre, sae._prepared.screen.directions
+    torch.testing.assert_close(directions @ directions.t(), torch.eye(3), rtol=0, atol=1e-6)
     torch.testing.assert_close(centre, x.double().mean(0).float())
     edit_in_place(sae)
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
     assert torch.equal(sae._prepared.screen.centre, centre)
+    assert torch.equal(sae._prepared.screen.directions, directions)
     sae.prepare(second_digit=False)
     assert sae._prepared.screen.code2 is None
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
-    for wrong in ({"sample": x, "centre": x[0]}, {"sample": x[:, 1:]}, {"centre": x[0, 1:]}):
-        with pytest.raises(ValueError, match=r"sample|centre"):
+    for wrong in ({"sample": x, "centre": x[0]}, {"sample": x[:, 1:]}, {"centre": x[0, 1:]}, {"directions": 3}):
+        with pytest.raises(ValueError, match=r"sample|centre|directions"):
             sae.prepare(**wrong)
 
 
 @pytest.mark.parametrize("second", [True, False])
-def test_a_stored_screen_is_taken_and_not_built(tmp_path, monkeypatch, second):
+@pytest.mark.parametrize("k", [None, 3])
+def test_a_stored_screen_is_taken_and_not_built(tmp_path, monkeypatch, second, k):
     sae, x = make_sae(1, 200, 302, 20), make_activations(2, 40, 200)
-    sae.prepare(sample=x, second_digit=second)
+    sae.prepare(sample=x, directions=k, second_digit=second)
     save(sae, tmp_path / "sae.safetensors", screen=True)
     monkeypatch.setattr(Screen, "build", None)  # a build would fail
     loaded = gsf.SAE.from_pretrained(tmp_path)

@@ -123,19 +123,19 @@ struct RoofLoops {
 
 // ---- the certified screen (docs/screen.md names every quantity) ----
 
-// Per-feature numbers, rows of one fp32 table [kScreenRows][stride]; stride is F rounded up to 16, and the
-// columns past F never survive.
+// Per-feature numbers, rows of one fp32 table [kScreenRows + k][stride]; stride is F rounded up to 16, and
+// the columns past F never survive.
 enum ScreenRow : int {
   kScale = 0,    // s of the first digit: the row is about s (code - zero)
   kZero,         // its zero point, an integer in [0, 255]
   kError,        // |e|, rounded up
-  kNorm,         // |w|, rounded up
+  kNorm,         // |w|, or |p| of its products with the directions where that is more, rounded up
   kCentredBias,  // b' = b + w . mu
   kSlack,        // beta
   kStart,        // b' + beta - max(threshold, 0), rounded up; +inf: never discarded
   kScale2,       // s2 of the second digit: e is about s2 (code2 - 128)
   kError2,       // |e2|, rounded up
-  kScreenRows
+  kScreenRows    // and after these the row times each of the k directions
 };
 
 // Codes and digits lie in tiles of four rows, 64 columns of each in turn, so that a tile is one stream:
@@ -148,7 +148,8 @@ inline int64_t tile_offset(int64_t row, int64_t width) {
   return row / kTileRows * kTileRows * width + row % kTileRows * kTileColumns;
 }
 
-// One token as the screen sees it.  r = x - mu is about t q1 + (t / 256) q2.
+// One token as the screen sees it.  r = x - mu less its part along the directions is about t q1 + (t / 256)
+// q2.
 struct ScreenToken {
   float t;               // scale of the first digit
   float reach, error;    // R and E with the first digit alone
@@ -158,24 +159,28 @@ struct ScreenToken {
 };
 
 struct ScreenTokenArgs {
-  const float* x;   // [d]
-  const float* mu;  // [d] or null
-  int8_t* q1;       // [width] in a tile, zeros after d
-  int8_t* q2;       // [width] in a tile
+  const float* x;           // [d]
+  const float* mu;          // [d] or null
+  const float* directions;  // [k][d]
+  int8_t* q1;               // [width] in a tile, zeros after d
+  int8_t* q2;               // [width] in a tile
+  float* along;             // [k], the token's coefficients
   ScreenToken* out;
   float* space;  // [width]
-  int64_t d, width;
+  int64_t d, width, k;
+  double frobenius;  // norm of the directions, rounded up
 };
 
 struct ScreenRowArgs {
-  const void* w;           // [F][d] of w_dtype: the rows that refine
-  const float* mu;         // [d] or null
-  const float* bias;       // [F]
-  const float* threshold;  // [F]
-  uint8_t* code;           // [F/4][width/64][4][64]
-  uint8_t* code2;          // the same or null
-  float* table;            // [kScreenRows][stride]
-  int64_t d, width, stride;
+  const void* w;            // [F][d] of w_dtype: the rows that refine
+  const float* mu;          // [d] or null
+  const float* bias;        // [F]
+  const float* threshold;   // [F]
+  const float* directions;  // [k][d]
+  uint8_t* code;            // [F/4][width/64][4][64]
+  uint8_t* code2;           // the same or null
+  float* table;             // [kScreenRows + k][stride]
+  int64_t d, width, stride, k;
   Dtype w_dtype;
 };
 
@@ -204,13 +209,14 @@ struct ScreenArgs {
   const int8_t* q1;   // [T/4][width/64][4][64]; with `both` the rows of a tile are the first digits of two
   const int8_t* q2;   // tokens and then their second ones, and q2 is null
   const ScreenToken* tokens;  // [T]
-  const float*
-      lanes;  // [4][lane_stride][4]: scale, R, E and (as int32) digit sum of a token, four times each
+  const float* along;         // [T][k] coefficients along the directions
+  const float* lanes;    // [4 + k][lane_stride][4]: scale, R, E, (as int32) digit sum and coefficients of a
+                         // token, four times each
   int64_t lane_stride;   // tokens of a plane of `lanes`: T rounded up to four
   const uint8_t* code;   // [F/4][width/64][4][64]
   const uint8_t* code2;  // the same or null: no second digit
-  const float* table;    // [kScreenRows][stride]
-  int64_t width, stride;
+  const float* table;    // [kScreenRows + k][stride]
+  int64_t width, stride, k;
   bool both;      // the first stage reads both digits of the activations
   bool adaptive;  // the second digit of the rows is read where it pays; otherwise wherever there is one
   void (*fetch)(const void* row, int64_t bytes);  // null, or told of every row before it is refined

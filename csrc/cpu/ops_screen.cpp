@@ -15,6 +15,8 @@ namespace {
 
 // 255 * 127 * 66,000 < 2^31: the largest integer dot still fits its 32 bits.
 constexpr int64_t kMostInputs = 66000;
+// The bound of sums over directions (docs/screen.md) counts so many.
+constexpr int64_t kMostDirections = 128;
 // Up to this many tokens the first stage waits for memory: reading both digits of the activations was no
 // slower at 1 and 4 tokens, and leaves fewer candidates; at 16 it took half as long again.
 constexpr int64_t kBothDigits = 4;
@@ -32,6 +34,18 @@ void check_sizes(const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Ten
                    "W_enc: expected float32, bfloat16 or float16, got int8");
 }
 
+// Directions [k, d] and how many there are.
+int64_t check_directions(const std::optional<at::Tensor>& directions, int64_t d) {
+  if (!directions) return 0;
+  TORCH_CHECK_VALUE(
+      directions->dim() == 2 && directions->size(1) == d && directions->size(0) <= kMostDirections,
+      "directions: expected [k up to ", kMostDirections, ", d_in = ", d, "], got ", directions->sizes());
+  check_cpu(*directions, "directions");
+  TORCH_CHECK_TYPE(directions->scalar_type() == at::kFloat && directions->is_contiguous(),
+                   "directions: expected contiguous float32, got ", directions->scalar_type());
+  return directions->size(0);
+}
+
 void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
   if (!centre) return;
   check_shape(*centre, {d}, "centre");
@@ -46,19 +60,18 @@ at::Tensor zero_codes(at::IntArrayRef shape) {
   return t.zero_();
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor& W_enc,
-                                                               const at::Tensor& b_enc,
-                                                               const at::Tensor& threshold,
-                                                               const std::optional<at::Tensor>& centre,
-                                                               bool second_digit) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
+    const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
+    const std::optional<at::Tensor>& centre, bool second_digit, const std::optional<at::Tensor>& directions) {
   check_sizes(W_enc, b_enc, threshold);
   const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = round_to(F, 16);
   check_centre(centre, d);
+  const int64_t k = check_directions(directions, d);
   const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
   const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
   const at::Tensor code = zero_codes({tiles, steps, kTileRows, kTileColumns});
   const at::Tensor code2 = zero_codes({second_digit ? tiles : 0, steps, kTileRows, kTileColumns});
-  at::Tensor table = at::zeros({kScreenRows, stride}, at::kFloat);
+  at::Tensor table = at::zeros({kScreenRows + k, stride}, at::kFloat);
   ScreenRowArgs args{};
   args.w = rows.const_data_ptr();
   args.w_dtype = dtype_of(W_enc, "W_enc");
@@ -68,7 +81,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor&
   args.code = code.mutable_data_ptr<uint8_t>();
   args.code2 = second_digit ? code2.mutable_data_ptr<uint8_t>() : nullptr;
   args.table = table.mutable_data_ptr<float>();
-  args.d = d, args.width = width, args.stride = stride;
+  args.directions = k ? directions->const_data_ptr<float>() : nullptr;
+  args.d = d, args.width = width, args.stride = stride, args.k = k;
   // the columns past F are discarded whatever the token
   float* start = args.table + kStart * stride;
   for (int64_t f = F; f < stride; ++f) start[f] = -std::numeric_limits<float>::infinity();
@@ -81,22 +95,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(const at::Tensor&
   return {code, code2, table};
 }
 
-// A token's numbers four times each, as the tiles of four features read them: planes of scale, R, E, digit
-// sum.
-void fill_lanes(const std::vector<ScreenToken>& tokens, bool both, float* lanes, int64_t stride) {
-  for (size_t t = 0; t < tokens.size(); ++t) {
-    const ScreenToken& k = tokens[t];
-    const float numbers[3] = {both ? k.t * 0.00390625f : k.t, both ? k.reach2 : k.reach,
-                              both ? k.error2 : k.error};
-    for (int copy = 0; copy < 4; ++copy) {
-      for (int plane = 0; plane < 3; ++plane) lanes[4 * (plane * stride + t) + copy] = numbers[plane];
-      std::memcpy(&lanes[4 * (3 * stride + t) + copy], &k.sum, sizeof k.sum);
-    }
-  }
-}
-
 // The table's first bound against threshold - bandwidth / 2 in place of max(threshold, 0).
-at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F, float half) {
+at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F, int64_t k, float half) {
   at::Tensor own = table.clone();
   const int64_t stride = own.size(1);
   float* p = own.mutable_data_ptr<float>();
@@ -105,8 +105,8 @@ at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F
     if (start == std::numeric_limits<float>::infinity()) continue;
     const double edge = std::min(std::max<double>(theta[f], 0.0), static_cast<double>(theta[f]) - half);
     const double exact = static_cast<double>(p[kCentredBias * stride + f]) + p[kSlack * stride + f] - edge;
-    // 5u|edge| of slack for the epilogue, as the builder gave for |tau|
-    const double roomy = exact + 3e-7 * std::fabs(edge);
+    // (5 + 1.02 k) u |edge| of slack for the epilogue, as the builder gave for |tau|
+    const double roomy = exact + (3e-7 + 6.1e-8 * static_cast<double>(k)) * std::fabs(edge);
     const float near = static_cast<float>(roomy);
     start = near >= roomy ? near : std::nextafter(near, std::numeric_limits<float>::infinity());
   }
@@ -117,10 +117,30 @@ struct Tokens {
   at::Tensor x;                     // [T][d] of the tokens that are screened
   at::Tensor digits;                // as ScreenArgs::q1 says, and after it q2
   std::vector<ScreenToken> screen;  // [T]
-  std::vector<int32_t> ids;         // [T]; empty where all are screened
-  at::Tensor rest;                  // [R][d] of the others
-  std::vector<int32_t> rest_ids;    // [R]
+  std::vector<float> along;         // [T][k]
+  int64_t k = 0;
+  std::vector<int32_t> ids;       // [T]; empty where all are screened
+  at::Tensor rest;                // [R][d] of the others
+  std::vector<int32_t> rest_ids;  // [R]
 };
+
+// A token's numbers four times each, as the tiles of four features read them: planes of scale, R, E, digit
+// sum, coefficients.
+void fill_lanes(const Tokens& tokens, bool both, float* lanes, int64_t stride) {
+  for (size_t t = 0; t < tokens.screen.size(); ++t) {
+    const ScreenToken& k = tokens.screen[t];
+    const float numbers[3] = {both ? k.t * 0.00390625f : k.t, both ? k.reach2 : k.reach,
+                              both ? k.error2 : k.error};
+    const float* along = tokens.along.data() + t * tokens.k;
+    for (int64_t j = 0; j < tokens.k; ++j) {
+      std::fill_n(&lanes[4 * ((4 + j) * stride + static_cast<int64_t>(t))], 4, along[j]);
+    }
+    for (int copy = 0; copy < 4; ++copy) {
+      for (int plane = 0; plane < 3; ++plane) lanes[4 * (plane * stride + t) + copy] = numbers[plane];
+      std::memcpy(&lanes[4 * (3 * stride + t) + copy], &k.sum, sizeof k.sum);
+    }
+  }
+}
 
 at::Tensor chosen_rows(const at::Tensor& x, const std::vector<int32_t>& ids) {
   const int64_t d = x.size(1);
@@ -131,21 +151,40 @@ at::Tensor chosen_rows(const at::Tensor& x, const std::vector<int32_t>& ids) {
   return out;
 }
 
-Tokens quantised(const at::Tensor& x, const float* mu, int64_t width, bool both) {
+// The directions of a call.
+struct Directions {
+  const float* v;  // [k][d]
+  int64_t k;
+  double frobenius;
+};
+
+Directions of_call(const std::optional<at::Tensor>& directions, int64_t d) {
+  const int64_t k = check_directions(directions, d);
+  if (k == 0) return {nullptr, 0, 0};
+  const float* v = directions->const_data_ptr<float>();
+  double square = 0;
+  for (int64_t i = 0; i < k * d; ++i) square += static_cast<double>(v[i]) * v[i];
+  return {v, k, std::sqrt(square) * (1 + 1e-9)};
+}
+
+Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, int64_t width, bool both) {
   const int64_t T = x.size(0), d = x.size(1), second = round_to(T, kTileRows) * width;
   Tokens out;
   out.x = x;
   out.digits = at::zeros({both ? round_to(T, 2) * 2 * width : 2 * second}, at::kChar);
   out.screen.resize(T);
+  out.k = along.k;
+  out.along.resize(T * along.k);
   int8_t* q = out.digits.mutable_data_ptr<int8_t>();
   const Kernels& kernel = kernels();
   const int workers = static_cast<int>(std::min<int64_t>(std::max(1, at::get_num_threads()), T));
   std::vector<float> space(workers * width);
   const auto token = [&](int worker, int64_t t) {
     int8_t* q1 = q + (both ? t / 2 * kTileRows * width + t % 2 * kTileColumns : tile_offset(t, width));
-    kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, mu, q1,
-                                        q1 + (both ? 2 * kTileColumns : second), &out.screen[t],
-                                        space.data() + worker * width, d, width});
+    kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, mu, along.v, q1,
+                                        q1 + (both ? 2 * kTileColumns : second),
+                                        out.along.data() + t * along.k, &out.screen[t],
+                                        space.data() + worker * width, d, width, along.k, along.frobenius});
   };
   if (T == 1) {
     SubnormalsOn guard;
@@ -161,7 +200,7 @@ Tokens quantised(const at::Tensor& x, const float* mu, int64_t width, bool both)
     return out;
   }
   // rare: NaN, infinities, or nothing at all; the others close ranks
-  Tokens kept = quantised(chosen_rows(x, out.ids), mu, width, both);
+  Tokens kept = quantised(chosen_rows(x, out.ids), mu, along, width, both);
   kept.ids = std::move(out.ids);
   kept.rest = chosen_rows(x, out.rest_ids);
   kept.rest_ids = std::move(out.rest_ids);
@@ -171,7 +210,8 @@ Tokens quantised(const at::Tensor& x, const float* mu, int64_t width, bool both)
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
     const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
     const at::Tensor& code, const std::optional<at::Tensor>& code2, const at::Tensor& table,
-    const std::optional<at::Tensor>& centre, int64_t digits, std::optional<double> bandwidth) {
+    const std::optional<at::Tensor>& centre, int64_t digits, std::optional<double> bandwidth,
+    const std::optional<at::Tensor>& directions) {
   check_float(x, "x");
   check_cpu(x, "x");
   check_sizes(W_enc, b_enc, threshold);
@@ -180,7 +220,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   TORCH_CHECK_VALUE(x.size(0) < INT32_MAX && F < INT32_MAX, "x: more than 2^31 tokens or features");
   const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
   check_shape(code, {tiles, steps, kTileRows, kTileColumns}, "code");
-  check_shape(table, {kScreenRows, stride}, "table");
+  const Directions along = of_call(directions, d);
+  check_shape(table, {kScreenRows + along.k, stride}, "table");
   if (code2) check_shape(*code2, code.sizes(), "code2");
   check_centre(centre, d);
   TORCH_CHECK_TYPE(code.scalar_type() == at::kByte && (!code2 || code2->scalar_type() == at::kByte) &&
@@ -198,7 +239,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   a.adaptive = digits == 0;
   a.both = a.adaptive ? T <= kBothDigits : digits == 2;
   const Tokens tokens =
-      quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, width, a.both);
+      quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, along, width, a.both);
   const int64_t kept = static_cast<int64_t>(tokens.screen.size());
   EncodeArgs& e = a.encode;
   e.x = tokens.x.const_data_ptr<float>();
@@ -210,9 +251,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   e.half_bandwidth = bandwidth ? static_cast<float>(*bandwidth / 2) : 0.0f;
   e.ids = tokens.ids.empty() ? nullptr : tokens.ids.data();
   a.lane_stride = round_to(kept, kTileRows);
-  std::vector<float> lanes(16 * a.lane_stride);
-  fill_lanes(tokens.screen, a.both, lanes.data(), a.lane_stride);
-  const at::Tensor own_table = bandwidth ? with_bandwidth(table, e.threshold, F, e.half_bandwidth) : table;
+  std::vector<float> lanes(4 * (4 + along.k) * a.lane_stride);
+  fill_lanes(tokens, a.both, lanes.data(), a.lane_stride);
+  const at::Tensor own_table = bandwidth ? with_bandwidth(table, e.threshold, F, along.k, e.half_bandwidth) : table;
   a.lanes = lanes.data();
   a.q1 = tokens.digits.const_data_ptr<int8_t>();
   a.q2 = a.both ? nullptr : a.q1 + round_to(kept, kTileRows) * width;
@@ -220,7 +261,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   a.code = code.const_data_ptr<uint8_t>();
   a.code2 = code2 ? code2->const_data_ptr<uint8_t>() : nullptr;
   a.table = own_table.const_data_ptr<float>();
-  a.width = width, a.stride = stride;
+  a.width = width, a.stride = stride, a.k = along.k;
+  a.along = tokens.along.data();
   EncodeArgs rest = e;
   rest.T = T - kept;
   if (rest.T) rest.x = tokens.rest.const_data_ptr<float>(), rest.ids = tokens.rest_ids.data();

@@ -37,6 +37,9 @@ static inline uint32_t left_over(const ScreenArgs& a, V16 n, int64_t t0, int64_t
   const int64_t plane = 4 * a.lane_stride;
   V16 v =
       fma16(mul16(repeat4(table + kScale * a.stride), load16(lanes)), n, repeat4(table + kStart * a.stride));
+  for (int64_t j = 0; j < a.k; ++j) {
+    v = fma16(repeat4(table + (kScreenRows + j) * a.stride), load16(lanes + (4 + j) * plane), v);
+  }
   v = fma16(repeat4(table + kNorm * a.stride), load16(lanes + 2 * plane), v);
   v = fma16(repeat4(table + kError * a.stride), load16(lanes + plane), v);
   return not_below16(v);
@@ -131,13 +134,23 @@ static inline void screen_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, Can
   }
 }
 
+// What the directions add to z^: exact but for fp64's rounding.
+static inline double along_directions(const ScreenArgs& a, const Candidate& c) {
+  const float* along = a.along + c.token * a.k;
+  const float* projected = a.table + kScreenRows * a.stride + c.feature;
+  double sum = 0;
+  for (int64_t j = 0; j < a.k; ++j) sum += static_cast<double>(projected[j * a.stride]) * along[j];
+  return sum;
+}
+
 // z^ and B of a candidate in fp64, from the first digit of the row.
 static inline void first_estimate(const ScreenArgs& a, Candidate& c) {
   const ScreenToken& token = a.tokens[c.token];
   const float* table = a.table + c.feature;
   const double n = a.both ? c.n1 + c.n2 * 0.00390625 : c.n1;
   const double reach = a.both ? token.reach2 : token.reach, error = a.both ? token.error2 : token.error;
-  c.z = static_cast<double>(table[kScale * a.stride]) * token.t * n + table[kCentredBias * a.stride];
+  c.z = static_cast<double>(table[kScale * a.stride]) * token.t * n + table[kCentredBias * a.stride] +
+        along_directions(a, c);
   c.bound = table[kError * a.stride] * reach + table[kNorm * a.stride] * error + table[kSlack * a.stride];
 }
 
@@ -171,7 +184,8 @@ static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) { 
     const double n2 = a.both ? c[p]->n2 : sums[8 + p] - zero * token.sum2;
     const double m1 = sums[p] - 128.0 * token.sum, m2 = sums[4 + p] - 128.0 * token.sum2;
     c[p]->z = table[kScale * a.stride] * (t * c[p]->n1 + t2 * n2) +
-              table[kScale2 * a.stride] * (t * m1 + t2 * m2) + table[kCentredBias * a.stride];
+              table[kScale2 * a.stride] * (t * m1 + t2 * m2) + table[kCentredBias * a.stride] +
+              along_directions(a, *c[p]);
     c[p]->bound = static_cast<double>(table[kError2 * a.stride]) * token.reach2 +
                   static_cast<double>(table[kNorm * a.stride]) * token.error2 + table[kSlack * a.stride];
   }

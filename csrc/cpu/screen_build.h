@@ -11,6 +11,8 @@ constexpr double kTiny = 8.673617379884035e-19;       // 2^-60: norms outside [2
 constexpr double kHuge = 1.152921504606847e+18;       // 2^60
 constexpr double kCancel = 8.881784197001252e-16;     // 2^-50: fp64 cancellation in e and e_r
 constexpr double kUnderflow = 2.350988701644575e-38;  // 2^-125
+constexpr double kFar = 9.1e-13;                      // above 2^-40: sums of d <= 66,000 products in fp64
+constexpr double kFarther = 2.9e-14;                  // above 2^-45: sums of k <= 128 products in fp64
 
 // The least float that is not below v.
 static inline float round_up(double v) {
@@ -36,12 +38,31 @@ static inline int64_t column_offset(int64_t k) { return k / kTileColumns * kTile
 
 static inline float clamp_digit(float v) { return v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v); }
 
+// r loses its part along the directions; their coefficients, as rounded here, are what the screen multiplies
+// by.  Gives |c|.
+static inline double take_out_directions(const ScreenTokenArgs& a, float* r) {
+  double square = 0;
+  if (a.k == 0) return square;
+  for (int64_t j = 0; j < a.k; ++j) {
+    const float* v = a.directions + j * a.d;
+    Sum16 dot;
+    for (int64_t k = 0; k < a.d; ++k) dot.v[k & 15] += static_cast<double>(r[k]) * v[k];
+    a.along[j] = static_cast<float>(dot.total());
+    square += static_cast<double>(a.along[j]) * a.along[j];
+  }
+  for (int64_t k = 0; k < a.d; ++k) {
+    double rest = r[k];
+    for (int64_t j = 0; j < a.k; ++j) rest -= static_cast<double>(a.along[j]) * a.directions[j * a.d + k];
+    r[k] = static_cast<float>(rest);
+  }
+  return __builtin_sqrt(square) * kSumUp;
+}
+
 static void screen_token(const ScreenTokenArgs& a) {
   ScreenToken& out = *a.out;
   out = ScreenToken{};
   float* r = a.space;
-  Sum16 xx, rr;
-  float most[16] = {};
+  Sum16 xx, rr, left;
   const int64_t d = a.d;
   for (int64_t k = 0; k < a.width; k += 16) {
     float x[16] = {}, mu[16] = {};
@@ -54,19 +75,28 @@ static void screen_token(const ScreenTokenArgs& a) {
       if (a.mu) memcpy(mu, a.mu + k, static_cast<size_t>(n) * sizeof(float));
     }
     for (int i = 0; i < 16; ++i) {
-      const float ri = x[i] - mu[i], size = __builtin_fabsf(ri);
+      const float ri = x[i] - mu[i];
       r[k + i] = ri;
-      // NaN keeps the larger side false, and the sums below turn NaN: `fits` sees it there
-      most[i] = size > most[i] ? size : most[i];
       xx.v[i] += static_cast<double>(x[i]) * x[i];
       rr.v[i] += static_cast<double>(ri) * ri;
     }
   }
+  const double norm_x = __builtin_sqrt(xx.total()) * kSumUp, norm_r = __builtin_sqrt(rr.total()) * kSumUp;
+  const double norm_c = take_out_directions(a, r);
+  float most[16] = {};
+  for (int64_t k = 0; k < a.width; k += 16) {
+    for (int i = 0; i < 16; ++i) {
+      const float ri = r[k + i], size = __builtin_fabsf(ri);
+      // NaN keeps the larger side false, and the sums turn NaN: `fits` sees it there
+      most[i] = size > most[i] ? size : most[i];
+      left.v[i] += static_cast<double>(ri) * ri;
+    }
+  }
   float top = 0;
   for (float m : most) top = m > top ? m : top;
-  const double norm_x = __builtin_sqrt(xx.total()) * kSumUp, norm_r = __builtin_sqrt(rr.total()) * kSumUp;
+  const double norm_left = __builtin_sqrt(left.total()) * kSumUp;
   // written so that NaN fails
-  if (!(top >= kTiny && top <= kHuge && norm_x <= kHuge && norm_r <= kHuge)) {
+  if (!(top >= kTiny && top <= kHuge && norm_x <= kHuge && norm_r <= kHuge && norm_c <= kHuge)) {
     return;  // its digits are zeros already
   }
   const float t = top / 127.0f, per_t = 1.0f / t, t2 = t * 0.00390625f, per_t2 = per_t * 256.0f;
@@ -94,14 +124,19 @@ static void screen_token(const ScreenTokenArgs& a) {
   }
   const double n1 = __builtin_sqrt(r1r1.total()) * kSumUp, n2 = __builtin_sqrt(r2r2.total()) * kSumUp;
   const double nb = __builtin_sqrt(rhat.total()) * kSumUp;
-  const double l1 = __builtin_sqrt(left1.total()) * kSumUp + kCancel * norm_r;
-  const double l2 = __builtin_sqrt(left2.total()) * kSumUp + kCancel * norm_r;
-  const double rounding = dot_kappa(d) * norm_x + 1.01 * kU * norm_r;
+  const double l1 = __builtin_sqrt(left1.total()) * kSumUp + kCancel * norm_left;
+  const double l2 = __builtin_sqrt(left2.total()) * kSumUp + kCancel * norm_left;
+  double rounding = dot_kappa(d) * norm_x + 1.01 * kU * norm_r;
+  if (a.k > 0) {
+    rounding += 1.01 * kU * norm_left + kFarther * (norm_r + norm_c * a.frobenius) +
+                (1.02 * (static_cast<double>(a.k) + 4) * kU + kFar * a.frobenius) * norm_c;
+  }
+  const double steps = (7 + 1.02 * static_cast<double>(a.k)) * kU;
   out.t = t;
-  out.reach = round_up((n1 + 7 * kU * n1) * kUp);
-  out.error = round_up((l1 + rounding + 7 * kU * n1) * kUp);
-  out.reach2 = round_up((nb + 7 * kU * (n1 + n2)) * kUp);
-  out.error2 = round_up((l2 + rounding + 7 * kU * (n1 + n2)) * kUp);
+  out.reach = round_up((n1 + steps * n1) * kUp);
+  out.error = round_up((l1 + rounding + steps * n1) * kUp);
+  out.reach2 = round_up((nb + steps * (n1 + n2)) * kUp);
+  out.error2 = round_up((l2 + rounding + steps * (n1 + n2)) * kUp);
   for (int i = 0; i < 16; ++i) out.sum += sum[i], out.sum2 += sum2[i];
   out.fits = 1;
 }
@@ -129,8 +164,22 @@ static inline void widen_any(const ScreenRowArgs& a, int64_t f, float* out) {
 
 static inline void refine_always(const ScreenRowArgs& a, int64_t f) {
   // its codes stay zeros
-  for (int row = 0; row < kScreenRows; ++row) a.table[row * a.stride + f] = 0.0f;
+  for (int64_t row = 0; row < kScreenRows + a.k; ++row) a.table[row * a.stride + f] = 0.0f;
   a.table[kStart * a.stride + f] = __builtin_inff();
+}
+
+// The row's products with the directions into the table; gives their norm.
+static inline double project(const ScreenRowArgs& a, int64_t f, const float* w) {
+  double square = 0;
+  for (int64_t j = 0; j < a.k; ++j) {
+    const float* v = a.directions + j * a.d;
+    Sum16 dot;
+    for (int64_t k = 0; k < a.d; ++k) dot.v[k & 15] += static_cast<double>(w[k]) * v[k];
+    const double p = dot.total();
+    a.table[(kScreenRows + j) * a.stride + f] = static_cast<float>(p);
+    square += p * p;
+  }
+  return __builtin_sqrt(square) * kSumUp;
 }
 
 // The first digit of a row: the 8-bit min-max code of gemmascope_fast/matryoshka/codes.py, per channel.
@@ -157,8 +206,10 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   const double norm = __builtin_sqrt(ww.total()) * kSumUp;
   const double b = a.bias[f], centred = b + wmu.total();
   const double tau = a.threshold[f] > 0.0f ? a.threshold[f] : 0.0;
+  const double across = project(a, f, w);
   // written so that NaN fails; a bias near the end of fp32's range is left to the full dot
-  if (!(norm >= kTiny && norm <= kHuge && __builtin_fabs(b) <= 1e38 && __builtin_fabs(centred) <= 1e38)) {
+  if (!(norm >= kTiny && norm <= kHuge && across <= kHuge && __builtin_fabs(b) <= 1e38 &&
+        __builtin_fabs(centred) <= 1e38)) {
     return refine_always(a, f);
   }
   const float s = (most - least) / 255.0f, zero = __builtin_rintf(-least / s);
@@ -181,15 +232,16 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   float top = 0;
   for (float m : rest_most) top = m > top ? m : top;
   const double error = __builtin_sqrt(ee.total()) * kSumUp + kCancel * norm;
+  const double steps = 1.02 * static_cast<double>(a.k) * kU;
   const double beta =
-      (dot_kappa(a.d) * __builtin_fabs(b) + 5 * kU * (__builtin_fabs(centred) + tau) +
-       9.1e-13 * (__builtin_fabs(b) + norm * norm_mu) + static_cast<double>(a.d) * kUnderflow) *
-      kUp;
+      (dot_kappa(a.d) * __builtin_fabs(b) + (5 * kU + steps) * (__builtin_fabs(centred) + tau) +
+       kFar * (__builtin_fabs(b) + norm * norm_mu) + static_cast<double>(a.d) * kUnderflow) *
+      (kUp + steps);
   float* table = a.table + f;
   table[kScale * a.stride] = s;
   table[kZero * a.stride] = zero;
   table[kError * a.stride] = round_up(error * kUp);
-  table[kNorm * a.stride] = round_up(norm * kUp);
+  table[kNorm * a.stride] = round_up((norm > across ? norm : across) * kUp);
   table[kCentredBias * a.stride] = static_cast<float>(centred);
   table[kSlack * a.stride] = round_up(beta);
   table[kStart * a.stride] =

@@ -70,9 +70,10 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
     if digest != weights_digest(sae.W_enc, sae.b_enc, sae.threshold):
         raise CheckpointError(f"{path}: screen: built from other weights than those of the file")
     d, F = sae.d_in, sae.d_sae
-    tiles, table = (-(-F // 4), -(-d // 64), 4, 64), (len(Row), -(-F // 16) * 16)
+    k = held["directions"].shape[0] if "directions" in held and held["directions"].shape else 0
+    tiles, table = (-(-F // 4), -(-d // 64), 4, 64), (len(Row) + k, -(-F // 16) * 16)
     want = {"code": (tiles, torch.uint8), "table": (table, torch.float32)}
-    want |= {"code2": (tiles, torch.uint8), "centre": ((d,), torch.float32)}
+    want |= {"code2": (tiles, torch.uint8), "centre": ((d,), torch.float32), "directions": ((k, d), torch.float32)}
     tensors: dict[str, torch.Tensor] = {}
     for name, entry in held.items():
         if name not in want or (entry.shape, entry.dtype) != want[name]:
@@ -81,7 +82,8 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
         tensors[name] = entry.read(sae.device, entry.dtype, finite=False)
     if not {"code", "table"} <= set(tensors):
         raise CheckpointError(f"{path}: screen: expected code and table, got {sorted(tensors)}")
-    screen = Screen(tensors["code"], tensors.get("code2"), tensors["table"], tensors.get("centre"))
+    optional = (tensors.get(name) for name in ("centre", "directions"))
+    screen = Screen(tensors["code"], tensors.get("code2"), tensors["table"], *optional)
     if screen.digest() != about.get("screen_data"):
         raise CheckpointError(f"{path}: screen: damaged")
     return screen

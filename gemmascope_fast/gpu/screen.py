@@ -162,9 +162,11 @@ def encode_screened(
     centre: Tensor | None,
     digits: int = 0,
     bandwidth: float | None = None,
+    directions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Op `encode_screened` (see ops/encode_screened.py) in Triton; two digits of the activations, whatever `digits` is:
-    the second costs no bytes.  The statistics are summed on the device."""
+    the second costs no bytes, and leaves the directions little to do, which are not used.  The statistics are
+    summed on the device."""
     arrays = _ARRAYS.get(code)
     if arrays is None:
         arrays = _ARRAYS[code] = ScreenArrays.of_rows(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))

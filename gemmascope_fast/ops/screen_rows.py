@@ -17,19 +17,21 @@ from gemmascope_fast.ops._library import Cost, register
 from gemmascope_fast.ops.encode import kappa
 
 SCHEMA = (
-    "screen_rows(Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? centre, bool second_digit)"
+    "screen_rows(Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? centre, bool second_digit,"
+    " Tensor? directions=None)"
     " -> (Tensor code, Tensor code2, Tensor table)"
 )
 U = 2.0**-24
 UP = 1 + 8 * U
 SUM_UP = 1 + 2.0**-30
 CANCEL, NORM_MU_ERROR, UNDERFLOW = 2.0**-50, 9.1e-13, 2.0**-125
+MOST_DIRECTIONS = 128  # the bound of sums over directions counts so many
 TINY, HUGE, MOST_BIAS = 2.0**-60, 2.0**60, 1e38
 BLOCK = 1024  # rows at a time in fp64
 
 
 class Row(IntEnum):
-    """Rows of the table, as `ScreenRow` in csrc/cpu/kernels.h."""
+    """First rows of the table, as `ScreenRow` in csrc/cpu/kernels.h; those after them belong to the directions."""
 
     SCALE = 0
     ZERO = 1
@@ -49,14 +51,19 @@ def up32(v: Tensor) -> Tensor:
 
 
 def screen_rows_reference(
-    W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None, second_digit: bool
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    centre: Tensor | None,
+    second_digit: bool,
+    directions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None.
+    """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None, directions fp32 [k, d_in] or None.
 
     Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four
-    rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9, d_sae rounded up to 16].  A row
-    whose norm or bias is out of range has START = +inf: it is never discarded.  Norms may differ from the native
-    kernel's in their last bits.
+    rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9 + k, d_sae rounded up to 16], the
+    last k rows being the encoder's products with the directions.  A row whose norm or bias is out of range has
+    START = +inf: it is never discarded.  Norms may differ from the native kernel's in their last bits.
     """
     d, F = W_enc.shape
     width, stride = -(-d // 64) * 64, -(-F // 16) * 16
@@ -64,12 +71,13 @@ def screen_rows_reference(
     tiled = -(-F // 4) * 4
     code = torch.zeros(tiled, width, dtype=torch.uint8, device=device)
     code2 = torch.zeros(tiled if second_digit else 0, width, dtype=torch.uint8, device=device)
-    table = torch.zeros(len(Row), stride, device=device)
+    V = W_enc.new_empty(0, d, dtype=torch.float64) if directions is None else directions.double()
+    table = torch.zeros(len(Row) + V.shape[0], stride, device=device)
     table[Row.START, F:] = -math.inf
     for start in range(0, F, BLOCK):
         rows = slice(start, min(F, start + BLOCK))
         out = (code[rows], code2[rows] if second_digit else None, table[:, rows])
-        _block(W_enc[:, rows].t().float(), b_enc[rows].double(), threshold[rows].double(), centre, out)
+        _block(W_enc[:, rows].t().float(), b_enc[rows].double(), threshold[rows].double(), centre, V, out)
     return tiles(code), tiles(code2), table
 
 
@@ -83,14 +91,18 @@ def rows_of(tiles: Tensor) -> Tensor:
     return tiles.transpose(1, 2).reshape(tiles.shape[0] * 4, -1)
 
 
-def _block(w: Tensor, b: Tensor, theta: Tensor, mu: Tensor | None, out: tuple[Tensor, Tensor | None, Tensor]) -> None:
+def _block(
+    w: Tensor, b: Tensor, theta: Tensor, mu: Tensor | None, V: Tensor, out: tuple[Tensor, Tensor | None, Tensor]
+) -> None:
     code, code2, table = out
     d = w.shape[1]
     w64 = w.double()
     norm = w64.norm(dim=1) * SUM_UP
     mu64 = torch.zeros(d, dtype=torch.float64, device=w.device) if mu is None else mu.double()
     centred = b + w64 @ mu64
-    good = (norm >= TINY) & (norm <= HUGE) & (b.abs() <= MOST_BIAS) & (centred.abs() <= MOST_BIAS)
+    projected = w64 @ V.t()
+    across = projected.norm(dim=1) * SUM_UP
+    good = (norm >= TINY) & (norm <= HUGE) & (across <= HUGE) & (b.abs() <= MOST_BIAS) & (centred.abs() <= MOST_BIAS)
     w = torch.where(good[:, None], w, 1.0)  # any rows that have a code: their table says that it is not used
     w64 = w.double()
     s = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)) / 255
@@ -98,13 +110,15 @@ def _block(w: Tensor, b: Tensor, theta: Tensor, mu: Tensor | None, out: tuple[Te
     c = ((w / s[:, None]).round() + zero[:, None]).clamp(0, 255)
     e = w64 - s.double()[:, None] * (c - zero[:, None]).double()
     tau = theta.clamp(min=0)
-    beta = kappa(d) * b.abs() + 5 * U * (centred.abs() + tau) + d * UNDERFLOW
-    beta = (beta + NORM_MU_ERROR * (b.abs() + norm * mu64.norm() * SUM_UP)) * UP
+    steps = 1.02 * V.shape[0] * U
+    beta = kappa(d) * b.abs() + (5 * U + steps) * (centred.abs() + tau) + d * UNDERFLOW
+    beta = (beta + NORM_MU_ERROR * (b.abs() + norm * mu64.norm() * SUM_UP)) * (UP + steps)
     made = torch.zeros_like(table)
     made[Row.SCALE], made[Row.ZERO] = s, zero
     made[Row.ERROR] = up32((e.norm(dim=1) * SUM_UP + CANCEL * norm) * UP)
-    made[Row.NORM] = up32(norm * UP)
+    made[Row.NORM] = up32(torch.maximum(norm, across) * UP)
     made[Row.CENTRED_BIAS] = centred.float()
+    made[len(Row) :] = projected.t().float()
     made[Row.SLACK] = up32(beta)
     made[Row.START] = up32(centred.float().double() + up32(beta).double() - tau)
     code[:, :d] = torch.where(good[:, None], c, 0.0).to(torch.uint8)
@@ -123,17 +137,27 @@ def _block(w: Tensor, b: Tensor, theta: Tensor, mu: Tensor | None, out: tuple[Te
     table.copy_(torch.where(good, made, never))
 
 
-def _fake(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None, second_digit: bool):
+def _fake(
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    centre: Tensor | None,
+    second_digit: bool,
+    directions: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     d, F = W_enc.shape
+    k = 0 if directions is None else directions.shape[0]
     width, stride = -(-d // 64) * 64, -(-F // 16) * 16
     return (
         W_enc.new_empty(-(-F // 4), width // 64, 4, 64, dtype=torch.uint8),
         W_enc.new_empty(-(-F // 4) if second_digit else 0, width // 64, 4, 64, dtype=torch.uint8),
-        W_enc.new_empty(len(Row), stride, dtype=torch.float32),
+        W_enc.new_empty(len(Row) + k, stride, dtype=torch.float32),
     )
 
 
-def _cost(W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None, second_digit: bool) -> Cost:
+def _cost(
+    W_enc: Tensor, b_enc: Tensor, threshold: Tensor, centre: Tensor | None, second_digit: bool, *_: object
+) -> Cost:
     made = (2 if second_digit else 1) * W_enc.numel()
     return Cost(bytes=W_enc.numel() * W_enc.element_size() + made, flops=20 * W_enc.numel())
 
