@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import shutil
@@ -27,13 +28,13 @@ from gemmascope_fast import backends, ops
 from gemmascope_fast.checkpoints.arrays import Entry, open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.ops.screen_rows import Row
+from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.sae import JumpReLUSAE, SAEConfig, SAEMetadata
 from gemmascope_fast.screen import MOST_INPUTS, Screen
 from gemmascope_fast.sites import Site
 
 KEY = "gemmascope_fast_packed"
-VERSION = 1
+VERSION = 2
 HEADER = 1 << 20  # bytes kept for the header, which is written last; also the alignment of the first rows
 # fp32 rows at a time.  Packing holds about three times as much, and reads W_enc once a panel, since a checkpoint has
 # it column by column: ten times for a million features of 2,304.
@@ -58,7 +59,7 @@ class _Layout:
             "W_dec": (torch.float32, (F, out)),
             "screen.code": (torch.uint8, tiles),
             "screen.code2": (torch.uint8, tiles),
-            "screen.table": (torch.float32, (len(Row), -(-F // 16) * 16)),
+            "screen.table": (torch.float32, (len(Row), table_stride(F))),
             "screen.centre": (torch.float32, (d,)),
             "b_enc": (torch.float32, (F,)),
             "threshold": (torch.float32, (F,)),
@@ -124,7 +125,7 @@ def _fill(
 ) -> None:
     d, F = layout.d_in, layout.d_sae
     step = max(64, PANEL_BYTES // (4 * d) // 64 * 64)
-    places, stride = layout.tensors(), -(-F // 16) * 16
+    places, stride = layout.tensors(), table_stride(F)
     for panel, start in enumerate(range(0, F, step)):
         if panel < len(done):
             continue
@@ -143,8 +144,10 @@ def _fill(
             _write(file, places[name][2] + offset, tensor)
             digest.update(_data(tensor))
         for row in range(len(Row)):
-            # the last panel brings the columns past d_sae too
-            part = table[row] if end == F else table[row, : end - start]
+            part = table[row, : end - start]
+            if end == F:  # and the columns past d_sae, which are discarded whatever the token
+                beyond = torch.full((stride - F,), -math.inf if row == Row.START else 0.0)
+                part = torch.cat([part, beyond])
             _write(file, places["screen.table"][2] + 4 * (row * stride + start), part)
             digest.update(_data(part))
         file.flush()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemmascope_fast import backends, ops
 from gemmascope_fast.errors import StaleScreenError
-from gemmascope_fast.ops.screen_rows import MOST_DIRECTIONS
+from gemmascope_fast.ops.screen_rows import MOST_DIRECTIONS, Row, table_stride
 
 MOST_INPUTS = 66_000  # 255 · 127 · 66,000 < 2^31: integer dots of longer rows could overflow
 BLOCK = 1024  # rows hashed at a time
@@ -25,7 +25,7 @@ class Screen:
     """What the screen of one encoder keeps.
 
     code, code2: uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64], the rows' two digits in tiles; code2 None without the second.
-    table: fp32 [9 + k, d_sae rounded up to 16] of `ops.screen_rows`.  centre: fp32 [d_in] or None, the fixed μ.
+    table: fp32 [9 + k, table_stride(d_sae)] of `ops.screen_rows`.  centre: fp32 [d_in] or None, the fixed μ.
     directions: fp32 [k, d_in] or None, taken out of the activations before they are rounded and added exactly.
     """
 
@@ -145,7 +145,7 @@ def _finite(t: Tensor, name: str) -> Tensor:
 def most_bytes(d_in: int, d_sae: int) -> int:
     """Bytes of a screen with both digits and a centre, for an encoder of these dimensions."""
     code = 4 * -(-d_sae // 4) * 64 * -(-d_in // 64)
-    return 2 * code + 4 * (9 * 16 * -(-d_sae // 16) + d_in)
+    return 2 * code + 4 * (len(Row) * table_stride(d_sae) + d_in)
 
 
 def weights_digest(W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> str:

@@ -14,7 +14,7 @@ import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.matryoshka.codes import quantize
-from gemmascope_fast.ops.screen_rows import Row, rows_of
+from gemmascope_fast.ops.screen_rows import Row, rows_of, table_stride
 from gemmascope_fast.screen import Screen, weights_digest
 from gemmascope_fast.testing import make_activations, make_sae, same_bytes, threads
 
@@ -397,6 +397,7 @@ def test_rows_against_their_reference(isa, dtype, k):
         # norms and biases: sums in fp64 in another order, then one rounding upwards
         torch.testing.assert_close(table, want[2], rtol=3e-7, atol=1e-9)
         assert table.shape == (len(Row) + k, 80)
+        assert table_stride(16_384) == 16_384 + 16
     never = table[Row.START, :77] == math.inf
     assert never.nonzero().flatten().tolist() == [5, 6]
     assert bool((table[Row.START, 77:] == -math.inf).all())

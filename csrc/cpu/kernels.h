@@ -123,8 +123,8 @@ struct RoofLoops {
 
 // ---- the certified screen (docs/screen.md names every quantity) ----
 
-// Per-feature numbers, rows of one fp32 table [kScreenRows + k][stride]; stride is F rounded up to 16, and
-// the columns past F never survive.
+// Per-feature numbers, rows of one fp32 table [kScreenRows + k][stride]; stride is F rounded up
+// (table_stride), and the columns past F never survive.
 enum ScreenRow : int {
   kScale = 0,    // s of the first digit: the row is about s (code - zero)
   kZero,         // its zero point, an integer in [0, 255]
@@ -212,7 +212,7 @@ struct ScreenArgs {
   const float* along;         // [T][k] coefficients along the directions
   const float* lanes;    // [4 + k][lane_stride][4]: scale, R, E, (as int32) digit sum and coefficients of a
                          // token, four times each
-  int64_t lane_stride;   // tokens of a plane of `lanes`: T rounded up to four
+  int64_t lane_stride;   // tokens of a plane of `lanes`: T rounded up to an odd number of fours
   const uint8_t* code;   // [F/4][width/64][4][64]
   const uint8_t* code2;  // the same or null: no second digit
   const float* table;    // [kScreenRows + k][stride]

@@ -23,6 +23,10 @@ constexpr int64_t kBothDigits = 4;
 
 int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
+// Columns of the table, an odd number of cache lines: its rows, of which the kernel reads a line each at
+// once, would else lie in one set of the first cache (65,536 bytes apart for 16,384 features).
+int64_t table_stride(int64_t F) { return ((F + 15) / 16 | 1) * 16; }
+
 void check_sizes(const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold) {
   TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
   TORCH_CHECK_VALUE(W_enc.size(0) <= kMostInputs, "W_enc: the screen takes d_in up to ", kMostInputs,
@@ -64,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
     const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
     const std::optional<at::Tensor>& centre, bool second_digit, const std::optional<at::Tensor>& directions) {
   check_sizes(W_enc, b_enc, threshold);
-  const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = round_to(F, 16);
+  const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = table_stride(F);
   check_centre(centre, d);
   const int64_t k = check_directions(directions, d);
   const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
@@ -215,7 +219,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   check_float(x, "x");
   check_cpu(x, "x");
   check_sizes(W_enc, b_enc, threshold);
-  const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = round_to(F, 16);
+  const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = table_stride(F);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.size(1) == d, "x: expected [N, d_in = ", d, "], got ", x.sizes());
   TORCH_CHECK_VALUE(x.size(0) < INT32_MAX && F < INT32_MAX, "x: more than 2^31 tokens or features");
   const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
@@ -250,10 +254,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   e.w_dtype = dtype_of(W_enc, "W_enc");
   e.half_bandwidth = bandwidth ? static_cast<float>(*bandwidth / 2) : 0.0f;
   e.ids = tokens.ids.empty() ? nullptr : tokens.ids.data();
-  a.lane_stride = round_to(kept, kTileRows);
+  a.lane_stride = round_to(kept, kTileRows) | kTileRows;  // odd in lines, as the table's
   std::vector<float> lanes(4 * (4 + along.k) * a.lane_stride);
   fill_lanes(tokens, a.both, lanes.data(), a.lane_stride);
-  const at::Tensor own_table = bandwidth ? with_bandwidth(table, e.threshold, F, along.k, e.half_bandwidth) : table;
+  const at::Tensor own_table =
+      bandwidth ? with_bandwidth(table, e.threshold, F, along.k, e.half_bandwidth) : table;
   a.lanes = lanes.data();
   a.q1 = tokens.digits.const_data_ptr<int8_t>();
   a.q2 = a.both ? nullptr : a.q1 + round_to(kept, kTileRows) * width;

@@ -6,6 +6,8 @@
 constexpr int64_t kRowBytes = 18432;
 // Tokens whose digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk pass.
 constexpr int64_t kTokenBlock = 64;
+// From this many tokens most rows have a candidate.
+constexpr int64_t kManyTokens = 128;
 // Up to this many tokens a row hardly has two candidates, and they are refined in the order in which they
 // came.
 constexpr int64_t kFewTokens = 8;
@@ -85,11 +87,29 @@ static inline void both_digits(const ScreenArgs& a, I16 sums, int64_t t0, int64_
   if (left) push_candidates(left, n1, n2, t0, f0, out);
 }
 
+// Lines on their way into L2 while something else is computed, a few at each call.
+struct Fetching {
+  const char *at = nullptr, *end = nullptr;
+  int64_t lines = 0;
+  void some() {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
+
+// The full-precision rows of a chunk, which many tokens will hardly spare: fetched while it is screened.
+static inline Fetching rows_of_chunk(const ScreenArgs& a, int64_t f0, int64_t f1) {
+  if (a.encode.T < kManyTokens) return {};
+  const int64_t bytes = a.encode.d * (a.encode.w_dtype == Dtype::f32 ? 4 : 2);
+  const char* w = static_cast<const char*>(a.encode.w);
+  const int64_t tiles = (a.encode.T + 3) / 4 * ((f1 - f0 + 3) / 4);
+  return {w + f0 * bytes, w + f1 * bytes, ((f1 - f0) * bytes / 64 + tiles) / tiles};
+}
+
 // The rows [f0, f1) against tokens [t0, t1).  Few tokens wait for the codes: the next block's, at `next`, are
 // on their way into L2 meanwhile, AHEAD lines a step.
 template <int AHEAD>
 static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int64_t f0, int64_t f1,
-                                const uint8_t* next, CandidateSink& out) {
+                                const uint8_t* next, Fetching& wanted, CandidateSink& out) {
   const char* ahead = reinterpret_cast<const char*>(next);
   const int64_t step = a.both ? 2 : 4;
   for (int64_t t = t0; t < t1; t += step) {
@@ -101,6 +121,7 @@ static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int
                        : a.both   ? screen_sums<AHEAD, 2>(q, code, ahead, a.width)
                                   : screen_sums<AHEAD, 4>(q, code, ahead, a.width);
       ahead += AHEAD * a.width;
+      wanted.some();
       // the table's columns past F never survive
       if (a.both) {
         both_digits(a, sums, t, f, rows, out);
@@ -116,19 +137,20 @@ static inline void screen_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, Can
   // how often a block of rows is walked: that many of its lines are fetched in each of its steps
   const int64_t tiles = (a.encode.T + (a.both ? 1 : 3)) / (a.both ? 2 : 4);
   const int64_t end = (a.encode.F + 3) / 4 * 4;
+  Fetching wanted = rows_of_chunk(a, f0, f1);
   for (int64_t t = 0; t < a.encode.T; t += kTokenBlock) {
     const int64_t t1 = t + kTokenBlock < a.encode.T ? t + kTokenBlock : a.encode.T;
     for (int64_t f = f0; f < f1; f += rows) {
       const int64_t last = f + rows < f1 ? f + rows : f1;
       const uint8_t* next = a.code + last * a.width;
       if (t > 0 || tiles > 4 || last + rows > end) {
-        screen_block<0>(a, t, t1, f, last, next, out);
+        screen_block<0>(a, t, t1, f, last, next, wanted, out);
       } else if (tiles == 1) {
-        screen_block<4>(a, t, t1, f, last, next, out);
+        screen_block<4>(a, t, t1, f, last, next, wanted, out);
       } else if (tiles == 2) {
-        screen_block<2>(a, t, t1, f, last, next, out);
+        screen_block<2>(a, t, t1, f, last, next, wanted, out);
       } else {
-        screen_block<1>(a, t, t1, f, last, next, out);
+        screen_block<1>(a, t, t1, f, last, next, wanted, out);
       }
     }
   }
@@ -143,18 +165,74 @@ static inline double along_directions(const ScreenArgs& a, const Candidate& c) {
   return sum;
 }
 
-// z^ and B of a candidate in fp64, from the first digit of the row.
-static inline void first_estimate(const ScreenArgs& a, Candidate& c) {
+// z^ and B of a candidate in fp64, from the first digit of the row and both of the token.
+static inline void estimate(const ScreenArgs& a, Candidate& c) {
   const ScreenToken& token = a.tokens[c.token];
   const float* table = a.table + c.feature;
-  const double n = a.both ? c.n1 + c.n2 * 0.00390625 : c.n1;
-  const double reach = a.both ? token.reach2 : token.reach, error = a.both ? token.error2 : token.error;
-  c.z = static_cast<double>(table[kScale * a.stride]) * token.t * n + table[kCentredBias * a.stride] +
-        along_directions(a, c);
-  c.bound = table[kError * a.stride] * reach + table[kNorm * a.stride] * error + table[kSlack * a.stride];
+  c.z = static_cast<double>(table[kScale * a.stride]) * token.t * (c.n1 + c.n2 * 0.00390625) +
+        table[kCentredBias * a.stride] + along_directions(a, c);
+  c.bound = static_cast<double>(table[kError * a.stride]) * token.reach2 +
+            static_cast<double>(table[kNorm * a.stride]) * token.error2 + table[kSlack * a.stride];
 }
 
-// The same of four candidates from both digits of row and token: w . r^ to within |e2| |r^|.
+// n2 of sixteen candidates, the tokens' second digits against the rows' first, and what the epilogue leaves
+// of them: bit i as in left_over, whose chain this is with both digits.
+static inline uint32_t second_look(const ScreenArgs& a, Candidate* const* c) {  // [16]
+  const uint8_t* row[16];
+  const int8_t* q[16];
+  float scale[16], start[16], norm[16], error[16], reach2[16], error2[16], n[16];
+  I16 acc[16];
+  for (int i = 0; i < 16; ++i) {
+    row[i] = a.code + tile_offset(c[i]->feature, a.width);
+    q[i] = a.q2 + tile_offset(c[i]->token, a.width);
+    acc[i] = izero16();
+  }
+  for (int64_t k = 0; k < 4 * a.width; k += kTileStep) {
+    for (int i = 0; i < 16; ++i) acc[i] = dot64(acc[i], load64(row[i] + k), load_digits64(q[i] + k));
+  }
+  int32_t sums[16];
+  store16i(sums, sums16(acc));
+  for (int i = 0; i < 16; ++i) {
+    const float* table = a.table + c[i]->feature;
+    const ScreenToken& token = a.tokens[c[i]->token];
+    c[i]->n2 = sums[i] - static_cast<int32_t>(table[kZero * a.stride]) * token.sum2;
+    n[i] = __builtin_fmaf(256.0f, static_cast<float>(c[i]->n1), static_cast<float>(c[i]->n2));
+    scale[i] = table[kScale * a.stride] * (token.t * 0.00390625f);
+    start[i] = table[kStart * a.stride];
+    norm[i] = table[kNorm * a.stride];
+    error[i] = table[kError * a.stride];
+    reach2[i] = token.reach2;
+    error2[i] = token.error2;
+  }
+  V16 v = fma16(load16(scale), load16(n), load16(start));
+  for (int64_t j = 0; j < a.k; ++j) {
+    float p[16], along[16];
+    for (int i = 0; i < 16; ++i) {
+      p[i] = a.table[(kScreenRows + j) * a.stride + c[i]->feature];
+      along[i] = a.along[c[i]->token * a.k + j];
+    }
+    v = fma16(load16(p), load16(along), v);
+  }
+  v = fma16(load16(norm), load16(error2), v);
+  v = fma16(load16(error), load16(reach2), v);
+  return not_below16(v);
+}
+
+// Candidates [begin, end) that the tokens' second digits leave; always worth its quarter of a fp32 dot's
+// bytes.
+static inline Candidate* left_by_second_look(const ScreenArgs& a, Candidate* begin, Candidate* end) {
+  Candidate *kept = begin, *group[16];
+  for (Candidate* c = begin; c < end; c += 16) {
+    const int count = end - c < 16 ? static_cast<int>(end - c) : 16;
+    for (int i = 0; i < 16; ++i) group[i] = c + (i < count ? i : count - 1);
+    for (uint32_t left = second_look(a, group) & ((1u << count) - 1); left; left &= left - 1) {
+      *kept++ = c[__builtin_ctz(left)];
+    }
+  }
+  return kept;
+}
+
+// The same as `estimate` of four candidates from both digits of row and token: w . r^ to within |e2| |r^|.
 static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) {  // [4]
   I16 acc[16];
   for (I16& v : acc) v = izero16();
@@ -168,11 +246,9 @@ static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) { 
   }
   for (int64_t k = 0; k < 4 * a.width; k += kTileStep) {
     for (int p = 0; p < 4; ++p) {
-      const B64 x1 = load_digits64(q1[p] + k), x2 = load_digits64(q2[p] + k),
-                c2 = load64(a.code2 + row[p] + k);
-      acc[p] = dot64(acc[p], c2, x1);
-      acc[4 + p] = dot64(acc[4 + p], c2, x2);
-      if (!a.both) acc[8 + p] = dot64(acc[8 + p], load64(a.code + row[p] + k), x2);
+      const B64 c2 = load64(a.code2 + row[p] + k);
+      acc[p] = dot64(acc[p], c2, load_digits64(q1[p] + k));
+      acc[4 + p] = dot64(acc[4 + p], c2, load_digits64(q2[p] + k));
     }
   }
   int32_t sums[16];
@@ -180,10 +256,9 @@ static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) { 
   for (int p = 0; p < 4; ++p) {
     const ScreenToken& token = a.tokens[c[p]->token];
     const float* table = a.table + c[p]->feature;
-    const double zero = table[kZero * a.stride], t = token.t, t2 = t * 0.00390625;
-    const double n2 = a.both ? c[p]->n2 : sums[8 + p] - zero * token.sum2;
+    const double t = token.t, t2 = t * 0.00390625;
     const double m1 = sums[p] - 128.0 * token.sum, m2 = sums[4 + p] - 128.0 * token.sum2;
-    c[p]->z = table[kScale * a.stride] * (t * c[p]->n1 + t2 * n2) +
+    c[p]->z = table[kScale * a.stride] * (t * c[p]->n1 + t2 * c[p]->n2) +
               table[kScale2 * a.stride] * (t * m1 + t2 * m2) + table[kCentredBias * a.stride] +
               along_directions(a, *c[p]);
     c[p]->bound = static_cast<double>(table[kError2 * a.stride]) * token.reach2 +
@@ -205,17 +280,18 @@ static inline bool discarded(const ScreenArgs& a, const Candidate& c) {
   return c.z + c.bound <= least_stored(a.encode, c.feature) && !never_discarded(a, c.feature);
 }
 
-// Whether the second digit is worth reading: of the pairs that the first could not decide, at least half were
-// discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows are dear.
+// Whether the rows' second digit is worth reading: of the pairs that the first could not decide, at least
+// half were discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows are dear.
 static inline bool second_pays(const ScreenArgs& a, const ScreenStats& stats) {
   return a.code2 &&
          (!a.adaptive || a.fetch || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
 }
 
-// Candidates [begin, end) with their estimates; those that the second digit discards are left out.
+// Candidates [begin, end) with their estimates; those that a second digit discards are left out.
 static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, Candidate* end,
                                         ScreenStats& stats) {
-  for (Candidate* c = begin; c < end; ++c) first_estimate(a, *c);
+  if (!a.both) end = left_by_second_look(a, begin, end);
+  for (Candidate* c = begin; c < end; ++c) estimate(a, *c);
   if (!second_pays(a, stats)) return end;
   Candidate *kept = begin, *four[4];
   int waiting = 0;
@@ -242,25 +318,28 @@ static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, C
   return kept;
 }
 
-// Full precision for up to four pairs; what is stored stays in the order of the candidates.
+// Full precision for the first four pairs of [c, end), while the next four's tokens are fetched; what is
+// stored stays in the order of the candidates.
 template <typename E>
-static inline void refine(const ScreenArgs& a, const Candidate* c, int count, ScreenStats& stats,
+static inline void refine(const ScreenArgs& a, const Candidate* c, const Candidate* end, ScreenStats& stats,
                           HitSink& sink) {
+  const int count = end - c < 4 ? static_cast<int>(end - c) : 4;
   const EncodeArgs& e = a.encode;
-  const float* x[4];
+  const float *x[4], *next[4];
   const E* w[4];
   float z[4];
   bool one_row = true;
   for (int p = 0; p < 4; ++p) {
     const Candidate& pair = c[p < count ? p : count - 1];
+    next[p] = e.x + (end - c > p + 4 ? c[p + 4] : pair).token * e.d;
     x[p] = e.x + pair.token * e.d;
     w[p] = static_cast<const E*>(e.w) + pair.feature * e.d;
     one_row &= pair.feature == c[0].feature;
   }
   if (one_row) {
-    dot_tile<4, 1>(x, w, e.d, z);
+    dot_tile<4, 1, true>(x, w, e.d, z, next);
   } else {
-    dot_pairs<4>(x, w, e.d, z);
+    dot_pairs<4, true>(x, w, e.d, z, next);
   }
   sink.reserve(4);
   for (int p = 0; p < count; ++p) {
@@ -286,7 +365,7 @@ static inline void refine_all(const ScreenArgs& a, const Candidate* begin, const
     }
   }
   for (const Candidate* c = begin; c < end; c += 4) {
-    refine<E>(a, c, end - c < 4 ? static_cast<int>(end - c) : 4, stats, sink);
+    refine<E>(a, c, end, stats, sink);
   }
   stats.refined += end - begin;
 }

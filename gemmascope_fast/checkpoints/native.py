@@ -13,7 +13,7 @@ from gemmascope_fast.checkpoints.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site
 from gemmascope_fast.checkpoints.write import Source, write_safetensors
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.ops.screen_rows import Row
+from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.screen import Screen, weights_digest
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
         raise CheckpointError(f"{path}: screen: built from other weights than those of the file")
     d, F = sae.d_in, sae.d_sae
     k = held["directions"].shape[0] if "directions" in held and held["directions"].shape else 0
-    tiles, table = (-(-F // 4), -(-d // 64), 4, 64), (len(Row) + k, -(-F // 16) * 16)
+    tiles, table = (-(-F // 4), -(-d // 64), 4, 64), (len(Row) + k, table_stride(F))
     want = {"code": (tiles, torch.uint8), "table": (table, torch.float32)}
     want |= {"code2": (tiles, torch.uint8), "centre": ((d,), torch.float32), "directions": ((k, d), torch.float32)}
     tensors: dict[str, torch.Tensor] = {}

@@ -44,6 +44,15 @@ class Row(IntEnum):
     ERROR2 = 8
 
 
+def table_stride(d_sae: int) -> int:
+    """Columns of the table: d_sae rounded up to an odd number of cache lines of 16.
+
+    A kernel reads one line of every row at once.  An even number of them, 65,536 bytes for 16,384 features, would put
+    all of them into the same set of the first cache.
+    """
+    return (-(-d_sae // 16) | 1) * 16
+
+
 def up32(v: Tensor) -> Tensor:
     """fp64 → the least fp32 that is not below it."""
     near = v.float()
@@ -61,12 +70,12 @@ def screen_rows_reference(
     """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None, directions fp32 [k, d_in] or None.
 
     Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four
-    rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9 + k, d_sae rounded up to 16], the
+    rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9 + k, table_stride(d_sae)], the
     last k rows being the encoder's products with the directions.  A row whose norm or bias is out of range has
     START = +inf: it is never discarded.  Norms may differ from the native kernel's in their last bits.
     """
     d, F = W_enc.shape
-    width, stride = -(-d // 64) * 64, -(-F // 16) * 16
+    width, stride = -(-d // 64) * 64, table_stride(F)
     device = W_enc.device
     tiled = -(-F // 4) * 4
     code = torch.zeros(tiled, width, dtype=torch.uint8, device=device)
@@ -147,7 +156,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d, F = W_enc.shape
     k = 0 if directions is None else directions.shape[0]
-    width, stride = -(-d // 64) * 64, -(-F // 16) * 16
+    width, stride = -(-d // 64) * 64, table_stride(F)
     return (
         W_enc.new_empty(-(-F // 4), width // 64, 4, 64, dtype=torch.uint8),
         W_enc.new_empty(-(-F // 4) if second_digit else 0, width // 64, 4, 64, dtype=torch.uint8),
