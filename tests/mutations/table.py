@@ -22,9 +22,9 @@ SCREEN, BUILD, SCREENED = "csrc/cpu/screen.h", "csrc/cpu/screen_build.h", "tests
 
 CPP = [
     # the certified screen: every term of the bound, every stage
-    Mutation("no rounding of the deciding dot in the bound", BUILD, "const double rounding = dot_kappa(d) * norm_x +", "const double rounding =", SCREENED),
+    Mutation("no rounding of the deciding dot in the bound", BUILD, "double rounding = dot_kappa(d) * norm_x +", "double rounding =", SCREENED),
     Mutation("half of the error of the rows", BUILD, "round_up(error * kUp)", "round_up(0.5 * error * kUp)", SCREENED),
-    Mutation("half of the norm of the rows", BUILD, "round_up(norm * kUp)", "round_up(0.5 * norm * kUp)", SCREENED),
+    Mutation("half of the norm of the rows", BUILD, "round_up((norm > across ? norm : across) * kUp)", "round_up(0.5 * norm * kUp)", SCREENED),
     Mutation("half of the error of the first digits", BUILD, "out.error = round_up((l1 +", "out.error = round_up((0.5 * l1 +", SCREENED),
     Mutation("half of the error of both digits", BUILD, "out.error2 = round_up((l2 +", "out.error2 = round_up((0.5 * l2 +", SCREENED),
     Mutation("NaN is discarded by the screen", "csrc/cpu/screen_vec.h", "_mm512_setzero_ps(), _CMP_NLE_UQ", "_mm512_setzero_ps(), _CMP_GT_OQ", SCREENED),
@@ -33,6 +33,10 @@ CPP = [
     Mutation("the second digits of a token are lost", SCREEN, "n2[i] = raw[8 + i] -", "n2[i] = 0 * raw[8 + i] -", SCREENED),
     Mutation("violations are not counted", SCREEN, "++stats.violations;", ";", SCREENED),
     Mutation("the second digit's bound is nothing", SCREEN, "static_cast<double>(table[kError2 * a.stride]) * token.reach2", "0.0 * token.reach2", SCREENED),
+    Mutation("no rounding along the directions in the bound", BUILD, "(1.02 * (static_cast<double>(a.k) + 4) * kU + kFar * a.frobenius) * norm_c", "0.0", SCREENED),
+    Mutation("the directions are not added back", SCREEN, "load16(lanes + (4 + j) * plane), v);", "zero16(), v);", SCREENED),
+    Mutation("the second look forgets the zero point", SCREEN, "* token.sum2;\n    n[i] =", "* 0;\n    n[i] =", SCREENED),
+    Mutation("the second look drops the last of a group", SCREEN, "((1u << count) - 1); left; left", "((1u << (count - 1)) - 1); left; left", SCREENED),
     Mutation("the last candidates are dropped", SCREEN, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
     # the comparison
     Mutation("z >= threshold fires", "csrc/cpu/encode.h", "return !(z <= (", "return !(z < (", ENCODE),
