@@ -24,6 +24,18 @@ PYBIND11_MODULE(_C, m) {
         gsf::advise_large_pages(reinterpret_cast<void*>(address), bytes);
       },
       "Ask for large pages in this range, and to gather the pages already touched; an advice.");
+  m.def(
+      "announce_rows",
+      [](uintptr_t rows, size_t row_bytes, uintptr_t ids, size_t count) {
+        gsf::PageAnnouncer pages;
+        const auto* id = reinterpret_cast<const int64_t*>(ids);
+        for (size_t i = 0; i < count; ++i) {
+          pages.range(reinterpret_cast<const char*>(rows) + id[i] * row_bytes, row_bytes);
+        }
+      },
+      py::call_guard<py::gil_scoped_release>(),
+      "Tell the system of rows of a mapped file that are about to be read; ids: int64, ascending.  An "
+      "advice.");
   m.def("supported_isas", [] {
     std::vector<std::string> names;
     for (int i = 0; i < gsf::kIsaCount; ++i) {

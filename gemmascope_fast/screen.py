@@ -76,9 +76,11 @@ class Screen:
         threshold: Tensor,
         digits: int = 0,
         bandwidth: float | None = None,
+        mapped: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(crow_indices, col_indices, values fp32): the bytes of `ops.encode` on the same arguments.
 
+        mapped: W_enc lies in a mapped file, whose pages are announced before they are read.
         Raises StaleScreenError where a refined pair lies outside its bound: the weights are not those of the build.
         """
         crow, col, values, stats = ops.encode_screened(
@@ -93,6 +95,7 @@ class Screen:
             digits,
             bandwidth,
             self.directions,
+            mapped,
         )
         _survivors, refined, violations, _rest = stats.tolist()
         if violations:

@@ -429,7 +429,7 @@ def test_opcheck(digits):
     x, W, b, theta = problem(5, 40, 30)
     torch.library.opcheck(torch.ops.gemmascope_fast.screen_rows.default, (W, b, theta, x[0], True, x[1:3]))
     screen = Screen.build(W, b, theta, directions=x[1:3])
-    args = (x, W, b, theta, screen.code, screen.code2, screen.table, None, digits, 0.3, screen.directions)
+    args = (x, W, b, theta, screen.code, screen.code2, screen.table, None, digits, 0.3, screen.directions, digits == 1)
     torch.library.opcheck(torch.ops.gemmascope_fast.encode_screened.default, args)
     grad = [t.clone().requires_grad_() for t in (x, W, b)]
     # opcheck's own backward fails for any op whose first output is integer; compiled gradients are checked below
@@ -470,6 +470,33 @@ def test_gradients_equal_those_of_the_full_encode():
         run(leaves).square().sum().backward()
         grads.append([t.grad for t in leaves])
     assert all(torch.equal(p, q) for p, q in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize("T", [1, 3, 17, 70])
+def test_mapped_rows_give_the_same_bytes(isa, T):
+    """Few candidates a chunk, which wait for all chunks, and many, which do not; tokens that skip the screen."""
+    for l0 in (20, 600):
+        sae, x = make_sae(3, 203, 901, l0).requires_grad_(False), make_activations(4, T, 203)
+        x[T // 2, 7] = math.nan
+        weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare()._prepared.screen
+        *csr, stats = ops.encode_screened(x, *weights, *screen.tensors().values(), 0, 0.1, None, True)
+        assert same_bytes(csr, ops.encode(x, *weights, 0.1))
+        assert stats[2:].tolist() == [0, 1]
+
+
+def test_of_mapped_rows_the_second_digit_is_always_read():
+    """Otherwise it is given up where the first 256 pairs that it looks at fire; here the others do not."""
+    sae, x = make_sae(3, 256, 2048, 20).requires_grad_(False), make_activations(4, 1, 256).repeat(64, 1)
+    sae.b_enc += 1000 - (x[:1] @ sae.W_enc + sae.b_enc)[0]
+    sae.threshold.fill_(1005.0)  # nearer than the bound of one digit, farther than that of two
+    sae.threshold[:512] = 995.0
+    weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare()._prepared.screen
+    with threads(1):
+        stats = [
+            ops.encode_screened(x, *weights, *screen.tensors().values(), digits, None, None, mapped)[3].tolist()[:2]
+            for digits, mapped in ((0, False), (1, False), (0, True))
+        ]
+    assert stats == [[64 * 2048, 64 * 2048], [64 * 2048, 64 * 512], [64 * 2048, 64 * 512]]
 
 
 def test_bad_arguments():

@@ -219,7 +219,13 @@ struct ScreenArgs {
   int64_t width, stride, k;
   bool both;      // the first stage reads both digits of the activations
   bool adaptive;  // the second digit of the rows is read where it pays; otherwise wherever there is one
-  void (*fetch)(const void* row, int64_t bytes);  // null, or told of every row before it is refined
+  bool mapped;    // rows may come from a disk: the second digit is read wherever there is one, and what is
+                  // left comes sorted by row
+};
+
+// What the screen left of a chunk.
+struct CandidateSpan {
+  const Candidate *begin, *end;
 };
 
 struct ScreenStats {
@@ -238,9 +244,12 @@ struct Kernels {
   void (*decode)(const DecodeArgs&, int64_t n0, int64_t n1, int64_t d0, int64_t d1);
   // Rows [n0, n1).
   void (*sampled_dot)(const SampledDotArgs&, int64_t n0, int64_t n1);
-  // Features [f0, f1) of all tokens, screened first; `space` holds the candidates and their order.
-  void (*encode_screened)(const ScreenArgs&, int64_t f0, int64_t f1, CandidateSink& space, ScreenStats&,
-                          HitSink&);
+  // The pairs of features [f0, f1) and all tokens that the screen cannot discard; they lie in `space`, which
+  // is overwritten.  A token's features ascend.
+  CandidateSpan (*screen_pairs)(const ScreenArgs&, int64_t f0, int64_t f1, CandidateSink& space,
+                                ScreenStats&);
+  // Full precision for them; hits come in the order of the pairs.
+  void (*refine_pairs)(const ScreenArgs&, CandidateSpan, ScreenStats&, HitSink&);
   void (*screen_token)(const ScreenTokenArgs&);
   // Rows [f0, f1).
   void (*screen_rows)(const ScreenRowArgs&, int64_t f0, int64_t f1, float* space);

@@ -20,6 +20,11 @@ constexpr int64_t kMostDirections = 128;
 // Up to this many tokens the first stage waits for memory: reading both digits of the activations was no
 // slower at 1 and 4 tokens, and leaves fewer candidates; at 16 it took half as long again.
 constexpr int64_t kBothDigits = 4;
+// Of mapped rows a chunk's candidates wait until all chunks are screened, unless they are more than this: 134
+// MB at a million features, whatever the number of tokens.  A chunk with more has reads enough in flight of
+// its own.
+constexpr int64_t kMostWaiting = 256;
+static_assert(kMostWaiting * sizeof(Candidate) * (1 << 20) / kChunkFeatures == 134217728, "as said");
 
 int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -211,11 +216,47 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
   return kept;
 }
 
+// The pairs' rows are on their way when this returns.
+void announce_pairs(const EncodeArgs& e, CandidateSpan pairs) {
+  const int64_t bytes = e.d * (e.w_dtype == Dtype::f32 ? 4 : 2);
+  PageAnnouncer pages;
+  for (const Candidate* c = pairs.begin; c < pairs.end; ++c) {
+    pages.range(static_cast<const char*>(e.w) + c->feature * bytes, bytes);
+  }
+}
+
+// Screens all chunks and finishes each with the pairs that are left of it.  Where rows are mapped the disk
+// fetches them while other chunks are screened.
+template <typename ScreenFn, typename FinishFn>
+void run_screened(const EncodeArgs& e, bool mapped, int64_t chunks, const ScreenFn& screen,
+                  const FinishFn& finish) {
+  if (!mapped) {
+    run_chunks(chunks, [&](int worker, int64_t chunk) { finish(worker, chunk, screen(worker, chunk)); });
+    return;
+  }
+  std::vector<std::vector<Candidate>> waiting(chunks);
+  std::vector<char> finished(chunks);  // not bool: threads write neighbours
+  run_chunks(chunks, [&](int worker, int64_t chunk) {
+    const CandidateSpan pairs = screen(worker, chunk);
+    announce_pairs(e, pairs);
+    if (pairs.end - pairs.begin > kMostWaiting) {
+      finish(worker, chunk, pairs);
+      finished[chunk] = 1;
+    } else {
+      waiting[chunk].assign(pairs.begin, pairs.end);
+    }
+  });
+  run_chunks(chunks, [&](int worker, int64_t chunk) {
+    const std::vector<Candidate>& pairs = waiting[chunk];
+    if (!finished[chunk]) finish(worker, chunk, CandidateSpan{pairs.data(), pairs.data() + pairs.size()});
+  });
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
     const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
     const at::Tensor& code, const std::optional<at::Tensor>& code2, const at::Tensor& table,
     const std::optional<at::Tensor>& centre, int64_t digits, std::optional<double> bandwidth,
-    const std::optional<at::Tensor>& directions) {
+    const std::optional<at::Tensor>& directions, bool mapped) {
   check_float(x, "x");
   check_cpu(x, "x");
   check_sizes(W_enc, b_enc, threshold);
@@ -241,6 +282,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   ScreenArgs a{};
   const int64_t T = x.size(0);
   a.adaptive = digits == 0;
+  a.mapped = mapped;
   a.both = a.adaptive ? T <= kBothDigits : digits == 2;
   const Tokens tokens =
       quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, along, width, a.both);
@@ -278,13 +320,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   std::vector<CandidateBuffer> space(workers);
   std::vector<ScreenStats> counts(workers);
   const Kernels& kernel = kernels();
-  run_chunks(chunks, [&](int worker, int64_t chunk) {
+  const auto screen = [&](int worker, int64_t chunk) {
+    const int64_t f0 = chunk * kChunkFeatures, f1 = std::min(F, f0 + kChunkFeatures);
+    if (!kept) return CandidateSpan{nullptr, nullptr};
+    return kernel.screen_pairs(a, f0, f1, space[worker].sink, counts[worker]);
+  };
+  const auto finish = [&](int worker, int64_t chunk, CandidateSpan pairs) {
     const int64_t f0 = chunk * kChunkFeatures, f1 = std::min(F, f0 + kChunkFeatures);
     hits.fill(worker, chunk, [&](HitSink& sink) {
-      if (kept) kernel.encode_screened(a, f0, f1, space[worker].sink, counts[worker], sink);
+      kernel.refine_pairs(a, pairs, counts[worker], sink);
       if (rest.T) kernel.encode(rest, f0, f1, sink);
     });
-  });
+  };
+  run_screened(e, mapped, chunks, screen, finish);
   at::Tensor stats = at::zeros({4}, at::kLong);
   int64_t* s = stats.mutable_data_ptr<int64_t>();
   for (const ScreenStats& c : counts) s[0] += c.survivors, s[1] += c.refined, s[2] += c.violations;

@@ -97,8 +97,9 @@ struct Fetching {
 };
 
 // The full-precision rows of a chunk, which many tokens will hardly spare: fetched while it is screened.
+// Mapped ones may not be there yet, and are not read right after.
 static inline Fetching rows_of_chunk(const ScreenArgs& a, int64_t f0, int64_t f1) {
-  if (a.encode.T < kManyTokens) return {};
+  if (a.mapped || a.encode.T < kManyTokens) return {};
   const int64_t bytes = a.encode.d * (a.encode.w_dtype == Dtype::f32 ? 4 : 2);
   const char* w = static_cast<const char*>(a.encode.w);
   const int64_t tiles = (a.encode.T + 3) / 4 * ((f1 - f0 + 3) / 4);
@@ -281,10 +282,11 @@ static inline bool discarded(const ScreenArgs& a, const Candidate& c) {
 }
 
 // Whether the rows' second digit is worth reading: of the pairs that the first could not decide, at least
-// half were discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows are dear.
+// half were discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows come from a
+// disk.
 static inline bool second_pays(const ScreenArgs& a, const ScreenStats& stats) {
   return a.code2 &&
-         (!a.adaptive || a.fetch || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
+         (!a.adaptive || a.mapped || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
 }
 
 // Candidates [begin, end) with their estimates; those that a second digit discards are left out.
@@ -356,14 +358,6 @@ static inline void refine(const ScreenArgs& a, const Candidate* c, const Candida
 template <typename E>
 static inline void refine_all(const ScreenArgs& a, const Candidate* begin, const Candidate* end,
                               ScreenStats& stats, HitSink& sink) {
-  if (a.fetch) {
-    const int64_t bytes = a.encode.d * static_cast<int64_t>(sizeof(E));
-    for (const Candidate* c = begin; c < end; ++c) {
-      if (c == begin || c->feature != c[-1].feature) {
-        a.fetch(static_cast<const char*>(a.encode.w) + c->feature * bytes, bytes);
-      }
-    }
-  }
   for (const Candidate* c = begin; c < end; c += 4) {
     refine<E>(a, c, end, stats, sink);
   }
@@ -384,21 +378,24 @@ static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0) {
   return sorted;
 }
 
-static void encode_screened(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& space,
-                            ScreenStats& stats, HitSink& sink) {
+static CandidateSpan screen_pairs(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& space,
+                                  ScreenStats& stats) {
   space.at = space.begin;
   screen_chunk(a, f0, f1, space);
   const int64_t count = space.at - space.begin;
   stats.survivors += count;
-  Candidate* begin = a.encode.T > kFewTokens ? sorted_by_feature(space, f0) : space.begin;
-  const Candidate* end = with_estimates(a, begin, begin + count, stats);
+  Candidate* begin = a.mapped || a.encode.T > kFewTokens ? sorted_by_feature(space, f0) : space.begin;
+  return {begin, with_estimates(a, begin, begin + count, stats)};
+}
+
+static void refine_pairs(const ScreenArgs& a, CandidateSpan pairs, ScreenStats& stats, HitSink& sink) {
   switch (a.encode.w_dtype) {
     case Dtype::f32:
-      return refine_all<float>(a, begin, end, stats, sink);
+      return refine_all<float>(a, pairs.begin, pairs.end, stats, sink);
     case Dtype::bf16:
-      return refine_all<BF16>(a, begin, end, stats, sink);
+      return refine_all<BF16>(a, pairs.begin, pairs.end, stats, sink);
     case Dtype::f16:
-      return refine_all<F16>(a, begin, end, stats, sink);
+      return refine_all<F16>(a, pairs.begin, pairs.end, stats, sink);
     case Dtype::i8:
       return;  // refused by the checks above this layer
   }

@@ -163,10 +163,11 @@ def encode_screened(
     digits: int = 0,
     bandwidth: float | None = None,
     directions: Tensor | None = None,
+    mapped: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Op `encode_screened` (see ops/encode_screened.py) in Triton; two digits of the activations, whatever `digits` is:
-    the second costs no bytes, and leaves the directions little to do, which are not used.  The statistics are
-    summed on the device."""
+    the second costs no bytes, and leaves the directions little to do, which are not used.  `mapped` says nothing to a
+    device.  The statistics are summed on the device."""
     arrays = _ARRAYS.get(code)
     if arrays is None:
         arrays = _ARRAYS[code] = ScreenArrays.of_rows(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))
