@@ -1,6 +1,7 @@
 """Checkpoints of every format, written here independently, give the weights and the site they say."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.numpy import save_file
 
 import gemmascope_fast as gsf
-from gemmascope_fast.checkpoints import native
+from gemmascope_fast.checkpoints import arrays, native
 from gemmascope_fast.loading import from_pretrained
 
 
@@ -111,3 +112,47 @@ def test_paths_and_repositories(tmp_path, monkeypatch):
     for where, sae_id in ((tmp_path, "../x"), (tmp_path / "none", None), ("nobody/nothing", "a")):
         with pytest.raises(gsf.CheckpointError):
             from_pretrained(where, sae_id)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "compressed"])
+def test_parts_of_matrices(tmp_path, kind, monkeypatch):
+    """Any rows and columns, of an array as it is, transposed, or changed on the way; only what is asked for is read."""
+    monkeypatch.setattr(arrays, "BLOCK_BYTES", 100)  # a few rows a block
+    a = np.random.default_rng(0).standard_normal((13, 11)).astype(np.float32)
+    before = np.zeros(7, np.float32)
+    if kind == "safetensors":
+        save_file({"before": before, "a": a}, tmp_path / "x")
+        plain = arrays.open_safetensors(tmp_path / "x")[0]["a"]
+    else:
+        (np.savez if kind == "npz" else np.savez_compressed)(tmp_path / "x.npz", before=before, a=a)
+        plain = arrays.open_npz(tmp_path / "x.npz")["a"]
+    assert (plain.at is None) == (kind == "compressed")
+    numbered = plain.mapped(lambda block, start: block.double() * torch.arange(start, start + len(block))[:, None])
+    want = torch.from_numpy(a)
+    times = want.double() * torch.arange(13)[:, None]
+    forms = [(plain, want), (plain.transposed(), want.t()), (numbered, times), (numbered.transposed(), times.t())]
+    for row, column, m, n in ((0, 0, 11, 11), (2, 3, 5, 4), (9, 0, 2, 11), (0, 10, 11, 1), (4, 4, 0, 2)):
+        for entry, whole in forms:
+            for target in (torch.empty(m, n, dtype=torch.float64), torch.empty(n, m, dtype=torch.float64).t()):
+                entry.read_part_into(target, row, column)
+                assert torch.equal(target, whole[row : row + m, column : column + n].double())
+    if kind != "compressed":
+        read = []
+        replace(plain, seen=read.append).read_part_into(torch.empty(5, 4), 2, 3)
+        assert sum(read) == 5 * 4 * 4
+    if kind == "safetensors":
+        with open(tmp_path / "x", "r+b") as file:
+            file.truncate(plain.at + 4 * 11 * 6)
+        plain.read_part_into(torch.empty(6, 11), 0, 0)
+        with pytest.raises(gsf.CheckpointError, match="a: truncated"):
+            plain.read_part_into(torch.empty(3, 4), 5, 3)
+
+
+def test_parts_are_checked_for_finite_values(tmp_path):
+    a = torch.zeros(3, 4)
+    a[1, 2] = torch.nan
+    np.savez(tmp_path / "x.npz", a=a.numpy())
+    entry = arrays.open_npz(tmp_path / "x.npz")["a"]
+    entry.read_part_into(torch.empty(3, 2), 0, 0)
+    with pytest.raises(gsf.CheckpointError, match="finite"):
+        entry.read_part_into(torch.empty(3, 2), 0, 1)

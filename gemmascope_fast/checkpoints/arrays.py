@@ -55,6 +55,8 @@ class Entry:
     flip: bool = False
     block: Block | None = None
     seen: Callable[[int], object] | None = None  # told how many bytes of the file were read
+    at: int | None = None  # the array's first byte in the file; None where it is compressed
+    checksum: bool = False  # the file keeps one, which reading to the end of `open`'s stream compares
 
     @property
     def nbytes(self) -> int:
@@ -89,17 +91,9 @@ class Entry:
         with opened as stream:
             for start in range(0, rows, step):
                 count = min(step, rows - start)
-                block = self._block(stream, count * row_bytes).reshape(count, *stored[1:])
-                if self.seen is not None:
-                    self.seen(count * row_bytes)
-                if self.block is not None:
-                    block = self.block(block, start)
-                block = block.to(dtype)
-                if finite and not bool(torch.isfinite(block).all()):
-                    raise CheckpointError(
-                        f"{self.file}: {self.name}: expected finite values in {dtype}, got NaN or Inf"
-                    )
-                yield start, block
+                buffer = bytearray(count * row_bytes)
+                self._fill(stream, memoryview(buffer))
+                yield start, self._made(buffer, (count, *stored[1:]), start, dtype, finite)
 
     def read(self, device: torch.device, dtype: torch.dtype, transposed: bool = False, finite: bool = True) -> Tensor:
         """The array on `device` in `dtype`; `transposed` [m, n] → a view of that shape over contiguous [n, m]."""
@@ -115,19 +109,76 @@ class Entry:
         for start, block in self.blocks(target.dtype, finite):
             rows[start : start + block.shape[0]].copy_(block.reshape(-1, *rows.shape[1:]))
 
-    def _block(self, stream: IO[bytes], size: int) -> Tensor:
-        buffer = bytearray(size)
-        view, got = memoryview(buffer), 0
+    def read_part_into(self, target: Tensor, row: int, column: int, finite: bool = True) -> None:
+        """Fill `target` [m, n], of any strides, with the part of a matrix that begins at this row and column.
+
+        Reads these bytes alone, unless the array is compressed, or a part of the columns goes through `block`: then
+        all of it.  Checksums are not looked at here: `verify` does.
+        """
+        if self.flip:
+            target, row, column = target.t(), column, row
+        m, n = target.shape
+        for start, block in self._part(row, column, m, n, target.dtype, finite):
+            target[start - row : start - row + block.shape[0]].copy_(block)
+
+    def _part(
+        self, row: int, column: int, m: int, n: int, dtype: torch.dtype, finite: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(row, values [k, n]) of the array as stored, in blocks."""
+        tail = (self.stored or self.shape)[1:]
+        width = math.prod(tail)
+        whole = (column, n) == (0, self.shape[0 if self.flip else 1])
+        if self.at is None or (self.block is not None and not whole):
+            for start, block in self.blocks(dtype, finite):
+                low, high = max(start, row), min(start + block.shape[0], row + m)
+                if low < high:
+                    yield low, block[low - start : high - start, column : column + n]
+            return
+        if not whole:
+            tail = (n,)
+        size = math.prod(tail) * self.dtype.itemsize
+        step = max(1, BLOCK_BYTES // max(1, size))
+        with open(self.file, "rb", buffering=0) as file:
+            for start in range(row, row + m, step):
+                count = min(step, row + m - start)
+                buffer = bytearray(count * size)
+                view = memoryview(buffer)
+                reads = 1 if whole else count  # whole rows follow one another
+                for i in range(reads):
+                    file.seek(self.at + ((start + i) * width + column) * self.dtype.itemsize)
+                    self._fill(file, view[i * len(view) // reads : (i + 1) * len(view) // reads])
+                yield start, self._made(buffer, (count, *tail), start, dtype, finite)
+
+    def verify(self) -> None:
+        """Compare the checksum that the file keeps of the array, where it does (npz); CheckpointError if it differs."""
+        if self.checksum:
+            for _ in self.blocks(self.dtype, finite=False):
+                pass
+
+    def _made(self, buffer: bytearray, shape: tuple[int, ...], start: int, dtype: torch.dtype, finite: bool) -> Tensor:
+        """The rows from `start` in `dtype` out of the bytes that the file has of them."""
+        if self.seen is not None:
+            self.seen(len(buffer))
+        made = torch.frombuffer(buffer, dtype=self.dtype) if buffer else torch.empty(0, dtype=self.dtype)
+        made = made.reshape(shape)
+        if self.block is not None:
+            made = self.block(made, start)
+        made = made.to(dtype)
+        if finite and not bool(torch.isfinite(made).all()):
+            raise CheckpointError(f"{self.file}: {self.name}: expected finite values in {dtype}, got NaN or Inf")
+        return made
+
+    def _fill(self, stream: IO[bytes], view: memoryview) -> None:
+        got = 0
         try:
-            while got < size:
-                more = stream.read(size - got)
+            while got < len(view):
+                more = stream.read(len(view) - got)
                 if not more:
-                    raise CheckpointError(f"{self.file}: {self.name}: truncated, {size - got} bytes missing")
+                    raise CheckpointError(f"{self.file}: {self.name}: truncated, {len(view) - got} bytes missing")
                 view[got : got + len(more)] = more
                 got += len(more)
         except _DAMAGE as error:
             raise CheckpointError(f"{self.file}: {self.name}: cannot be read: {error}") from error
-        return torch.frombuffer(buffer, dtype=self.dtype) if size else torch.empty(0, dtype=self.dtype)
 
 
 def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -180,7 +231,7 @@ class _Item(NamedTuple):
             file.seek(base + self.begin)
             return file
 
-        return Entry(path, name, self.shape, self.dtype, stream)
+        return Entry(path, name, self.shape, self.dtype, stream, at=base + self.begin)
 
 
 def _safetensors_item(path: Path, name: str, item: dict[str, Any]) -> _Item:
@@ -247,4 +298,9 @@ def _npz_entry(path: Path, name: str, info: zipfile.ZipInfo, member: IO[bytes]) 
         file.read(start)
         return file
 
-    return Entry(path, name, tuple(shape), _NUMPY[dtype.str], stream)
+    at = None
+    if info.compress_type == zipfile.ZIP_STORED:
+        with open(path, "rb") as file:  # the member's own header may be longer than the directory's
+            file.seek(info.header_offset + 26)
+            at = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + start
+    return Entry(path, name, tuple(shape), _NUMPY[dtype.str], stream, at=at, checksum=True)
