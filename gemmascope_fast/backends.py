@@ -125,6 +125,16 @@ def advise_large_pages(t: torch.Tensor) -> None:
         _C.advise_large_pages(t.data_ptr(), t.nbytes)
 
 
+def announce_rows(rows: torch.Tensor, ids: torch.Tensor) -> None:
+    """Tell the system which rows of a matrix in a mapped file are about to be read, so that the disk fetches many at
+    once (csrc/cpu/memory.h).  rows [n, d], contiguous; ids, integer, those outside [0, n) left out.  An advice."""
+    if _C is not None:
+        # unsorted ones would only be more calls
+        chosen = torch.unique(ids).long()
+        chosen = chosen[(chosen >= 0) & (chosen < rows.shape[0])].contiguous()
+        _C.announce_rows(rows.data_ptr(), rows.shape[1] * rows.element_size(), chosen.data_ptr(), chosen.numel())
+
+
 def supported_isas() -> list[str]:
     return [] if _C is None else _C.supported_isas()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,8 @@ def from_pretrained(
     path does not name its repository); a ValueError where it says otherwise.
     progress: a bar on stderr; None: for loads above 256 MB on a terminal.
     rows: "memory", or "mmap": only the 8-bit screen is resident, and the fp32 rows that refine are read from a packed
-    file beside the checkpoint, written at first use (`gemmascope_fast.packed`); on cpu, in float32.
+    file beside the checkpoint, written at first use (`gemmascope_fast.packed`); on cpu, in float32.  Such an SAE is
+    deep-copied without reading its rows, and not pickled.
 
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
     another dtype than float32, bfloat16 and float16.
@@ -64,11 +65,10 @@ def from_pretrained(
     if rows == "mmap":
         if torch.device(device).type != "cpu" or wanted != torch.float32:
             raise ValueError(f'rows: "mmap" serves float32 on cpu, got {wanted} on {device}')
-        from gemmascope_fast import packed
+        from gemmascope_fast import mapped, packed
 
-        with _bar(checkpoint, progress):
-            file = packed.pack(checkpoint, checkpoint.path.with_name(checkpoint.path.name + ".packed"))
-        return packed.open_packed(file, checkpoint)
+        file = checkpoint.path.with_name(checkpoint.path.name + ".packed")
+        return mapped.open_packed(packed.pack(checkpoint, file, progress=progress), checkpoint)
     with _bar(checkpoint, progress):
         made = build(checkpoint, torch.device(device), wanted)
     take_screen(made, checkpoint)
@@ -257,13 +257,19 @@ def _scaled(checkpoint: Checkpoint, scale: float) -> Checkpoint:
 @contextmanager
 def _bar(checkpoint: Checkpoint, progress: bool | None) -> Iterator[None]:
     """A bar over the bytes read, by way of the entries' streams."""
-    shown = (checkpoint.nbytes > BAR_BYTES and sys.stderr.isatty()) if progress is None else progress
-    if not shown:
+    with progress_bar(checkpoint.nbytes, checkpoint.path.name, progress) as update:
+        for part in (checkpoint, *checkpoint.layers):
+            part.arrays = {name: replace(entry, seen=update) for name, entry in part.arrays.items()}
         yield
+
+
+@contextmanager
+def progress_bar(total: int, name: str, shown: bool | None) -> Iterator[Callable[[int], object]]:
+    """A bar on stderr, by what it is to be told of bytes that are done; None: above 256 MB on a terminal."""
+    if not ((total > BAR_BYTES and sys.stderr.isatty()) if shown is None else shown):
+        yield lambda _bytes: None
         return
     from tqdm import tqdm
 
-    with tqdm(total=checkpoint.nbytes, unit="B", unit_scale=True, desc=checkpoint.path.name, leave=False) as bar:
-        for part in (checkpoint, *checkpoint.layers):
-            part.arrays = {name: replace(entry, seen=bar.update) for name, entry in part.arrays.items()}
-        yield
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False) as bar:
+        yield bar.update

@@ -113,6 +113,12 @@ class Prepared:
             self._second_digit = screen.code2 is not None
             self._screen, self._screen_of = screen, self._sight
 
+    def share(self, sae: JumpReLUSAE, twin: JumpReLUSAE) -> None:
+        """Give an SAE of the same weights the screen that `sae` has, if it has one of them."""
+        self.refresh(sae)
+        if self._screen is not None and not self.stale():
+            twin._prepared.adopt(twin, self._screen)
+
     def _screened(self, sae: JumpReLUSAE) -> Screen:
         """The screen of the weights last seen, built where it is of others."""
         screen = self._screen
@@ -130,8 +136,9 @@ class Prepared:
                     directions=self._directions,
                 )
                 self._screen_of = self._sight
-                for rows in (sae.W_enc, sae.W_dec):
-                    backends.advise_large_pages(rows)
+                if sae._mapped is None:  # large pages would be read from the disk in full
+                    for rows in (sae.W_enc, sae.W_dec):
+                        backends.advise_large_pages(rows)
             return self._screen
 
     def encode(
@@ -141,7 +148,8 @@ class Prepared:
         weights = (sae.W_enc, sae.b_enc, sae.threshold)
         # with a bandwidth weights are being trained: a screen would be built for one use
         if screen or (screen is None and bandwidth is None and self._pays(sae, x)):
-            return self._screened(sae).encode(x, *weights, bandwidth=bandwidth)
+            mapped = sae._mapped is not None and sae._mapped.holds(sae.W_enc)
+            return self._screened(sae).encode(x, *weights, bandwidth=bandwidth, mapped=mapped)
         return ops.encode(x, *weights, bandwidth)
 
     def _pays(self, sae: JumpReLUSAE, x: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from gemmascope_fast.prepare import Prepared
 from gemmascope_fast.sites import Site
 
 if TYPE_CHECKING:
-    from gemmascope_fast.packed import Mapped
+    from gemmascope_fast.mapped import Mapped
 
 
 @dataclass
@@ -62,6 +63,7 @@ class JumpReLUSAE(nn.Module):
     """
 
     kind = "sae"
+    _mapped: Mapped | None = None  # the file that the rows are read from, where they are not resident
 
     def __init__(
         self,
@@ -84,7 +86,6 @@ class JumpReLUSAE(nn.Module):
         self.b_dec = nn.Parameter(b_dec.detach())
         self.threshold = nn.Parameter(threshold.detach())
         self._prepared = Prepared()
-        self._mapped: Mapped | None = None  # the file that the rows are read from, where they are not resident
 
     @classmethod
     def from_weights(
@@ -200,6 +201,8 @@ class JumpReLUSAE(nn.Module):
                 dense = latents.float() @ self.W_dec.float() + self.b_dec.float()
                 return dense.to(self.W_dec.dtype)
             latents = SparseLatents.from_dense(latents)
+        if self._mapped is not None and not torch.compiler.is_compiling():
+            self._mapped.announce(self.W_dec, latents.col_indices)
         out = ops.decode(latents.crow_indices, latents.col_indices, latents.values, self.W_dec, self.b_dec, None)
         return out.to(self.W_dec.dtype).reshape(*latents.shape[:-1], self.cfg.d_out)
 
@@ -233,6 +236,25 @@ class JumpReLUSAE(nn.Module):
         return self._prepared.nbytes
 
     # ---- module plumbing ----------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JumpReLUSAE:
+        """A copy of its own; mapped rows stay in their file (`Mapped.copy_rows`), and their screen is shared."""
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        if self._mapped is not None:
+            self._mapped.copy_rows(self, memo)
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if made._mapped is not None:
+            self._prepared.share(self, made)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._mapped is not None:
+            raise TypeError(
+                f"{self._mapped.path}: an SAE of mapped rows is not pickled: its rows would be written in full; open"
+                ' its checkpoint with rows="mmap" where it is needed'
+            )
+        return self.__dict__
 
     @property
     def d_in(self) -> int:

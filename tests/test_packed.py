@@ -1,17 +1,28 @@
 """rows="mmap": the packed file, its answers, and what can go wrong with it."""
 
+import copy
+import ctypes
+import mmap
 import os
+import pickle
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import gemmascope_fast as gsf
 from gemmascope_fast import packed
+from gemmascope_fast.bank.store import copied_to
 from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.checkpoints.write import write_npz
 from gemmascope_fast.loading import open_checkpoint
+from gemmascope_fast.mapped import verify
 from gemmascope_fast.testing import make_activations, make_sae, same_bytes
 
 
@@ -69,20 +80,240 @@ def test_an_interrupted_packing_goes_on(folder, monkeypatch):
     small_panels(monkeypatch)
     checkpoint = open_checkpoint(folder / "sae.safetensors")
     whole = packed.pack(checkpoint, folder / "whole.packed").read_bytes()
-    read, calls = packed._columns, []
+    panel, calls = packed._panel, []
 
-    def fails_at_the_fourth(entry, start, end):
+    def fails_at_the_fourth(checkpoint, start, *rest):
         calls.append(start)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return read(entry, start, end)
+        return panel(checkpoint, start, *rest)
 
-    monkeypatch.setattr(packed, "_columns", fails_at_the_fourth)
+    monkeypatch.setattr(packed, "_panel", fails_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         packed.pack(checkpoint, folder / "parts.packed")
     assert not (folder / "parts.packed").exists()
+    told = told_progress(monkeypatch)
     assert packed.pack(checkpoint, folder / "parts.packed").read_bytes() == whole
     assert calls == [0, 128, 256, 384, 384, 512, 640, 768, 896]
+    assert sum(told["bytes"]) == told["total"]  # what was done before counts
+    assert sorted(p.name for p in folder.iterdir()) == ["parts.packed", "sae.safetensors", "whole.packed"]
+
+
+def told_progress(monkeypatch):
+    """What the bar of a packing is told."""
+    told = {"bytes": []}
+
+    @contextmanager
+    def bar(total, _name, _shown):
+        told["total"] = total
+        yield told["bytes"].append
+
+    monkeypatch.setattr(packed, "progress_bar", bar)
+    return told
+
+
+def test_the_bar_ends_at_its_end(folder, monkeypatch):
+    small_panels(monkeypatch)
+    told = told_progress(monkeypatch)
+    path = packed.pack(open_checkpoint(folder / "sae.safetensors"), folder / "sae.packed")
+    assert sum(told["bytes"]) == told["total"] == path.stat().st_size - packed.HEADER
+    assert len(told["bytes"]) > 8
+
+
+def test_two_writers_do_not_meet(folder):
+    checkpoint = open_checkpoint(folder / "sae.safetensors")
+    with (
+        packed._locked(folder / ".sae.packed.partial"),
+        pytest.raises(gsf.CheckpointError, match="another process"),
+    ):
+        packed.pack(checkpoint, folder / "sae.packed")
+
+
+def test_the_lock_is_of_the_file_that_has_the_name(folder, monkeypatch):
+    """A writer that waited for the lock of a file that has got its last name by then begins another."""
+    import fcntl
+
+    partial, lock = folder / "one.partial", fcntl.flock
+
+    def finished_in_between(file, how):
+        lock(file, how)
+        monkeypatch.setattr(fcntl, "flock", lock)
+        os.replace(partial, folder / "one.packed")
+
+    monkeypatch.setattr(fcntl, "flock", finished_in_between)
+    with packed._locked(partial) as file:
+        assert os.path.samestat(os.fstat(file.fileno()), partial.stat())
+
+
+# ---- what is read of the checkpoint -------------------------------------------------------------------
+
+
+def test_each_byte_of_the_checkpoint_is_read_once(folder, monkeypatch):
+    small_panels(monkeypatch)
+    for name, times in (("sae.safetensors", 1), ("params.npz", 2)):  # npz: its checksums too
+        checkpoint = open_checkpoint(folder / "sae.safetensors")
+        if name == "params.npz":
+            write_npz(folder / name, checkpoint.arrays)
+            checkpoint = open_checkpoint(folder / name)
+        read = {key: [] for key in checkpoint.arrays}
+        checkpoint.arrays = {k: replace(e, seen=read[k].append) for k, e in checkpoint.arrays.items()}
+        packed.pack(checkpoint, folder / f"{name}.packed")
+        for key in ("W_enc", "W_dec"):
+            assert sum(read[key]) == times * checkpoint.arrays[key].nbytes, (name, key)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_npz(folder, monkeypatch, compress):
+    small_panels(monkeypatch)
+    whole = load_file(folder / "sae.safetensors")
+    (np.savez_compressed if compress else np.savez)(folder / "params.npz", **{k: v.numpy() for k, v in whole.items()})
+    sae = gsf.SAE.from_pretrained(folder / "params.npz", rows="mmap", kind="sae")
+    assert same_bytes(sae.W_enc.detach().contiguous(), whole["W_enc"])
+    assert same_bytes(sae.W_dec.detach(), whole["W_dec"])
+
+
+def test_damage_that_a_checksum_of_the_checkpoint_shows(folder):
+    checkpoint = open_checkpoint(folder / "sae.safetensors")
+    write_npz(folder / "params.npz", checkpoint.arrays)
+    flip(folder / "params.npz", open_checkpoint(folder / "params.npz").arrays["W_enc"].at + 5000)
+    with pytest.raises(gsf.CheckpointError, match=r"W_enc.*CRC"):
+        gsf.SAE.from_pretrained(folder / "params.npz", rows="mmap", kind="sae")
+    assert not (folder / "params.npz.packed").exists()
+
+
+# ---- damage -------------------------------------------------------------------------------------------
+
+
+def flip(path, at):
+    with open(path, "r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("name", [n for n in packed.Layout(1, 1, 1, 64).arrays() if n not in (packed.ROWS, "W_dec")])
+def test_a_damaged_resident_array_is_named(folder, monkeypatch, name):
+    small_panels(monkeypatch)
+    path = packed.pack(open_checkpoint(folder / "sae.safetensors"), folder / "sae.safetensors.packed")
+    verify(path)
+    dtype, shape, at = packed.open_layout(path)[0].arrays()[name]
+    flip(path, at + int(np.prod(shape)) * dtype.itemsize - 1)
+    with pytest.raises(gsf.CheckpointError, match=rf"sae\.safetensors\.packed: {name}: damaged"):
+        gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+
+
+@pytest.mark.parametrize("name", [packed.ROWS, "W_dec"])
+def test_damaged_rows_show_when_they_are_verified(folder, monkeypatch, name):
+    small_panels(monkeypatch)
+    gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+    path = folder / "sae.safetensors.packed"
+    flip(path, packed.open_layout(path)[0].arrays()[name][2] + 4 * 200 * 300)
+    gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+    with pytest.raises(gsf.CheckpointError, match=rf"{name}: damaged in panel 2"):
+        verify(path)
+
+
+def test_a_header_that_does_not_fit(folder):
+    gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+    path = folder / "sae.safetensors.packed"
+    head = path.read_bytes()[: packed.HEADER]
+    changes = [(rb"\"d_in\": 200", rb"\"d_in\": 201"), (rb"\"panel\"", rb"\"pamel\""), (b'"W_dec"', b'"W_dek"')]
+    for old, new in changes:
+        assert old in head
+        with open(path, "r+b") as file:
+            file.write(head.replace(old, new))
+        with pytest.raises(gsf.CheckpointError, match=str(path)):
+            gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+
+
+# ---- copies -------------------------------------------------------------------------------------------
+
+
+def test_a_deepcopy_is_mapped_too_and_of_its_own(folder):
+    sae, x = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap"), make_activations(2, 9, 200)
+    twin, latents = copy.deepcopy(sae), sae.encode_sparse(x)
+    assert twin._mapped.holds(twin.W_enc)
+    assert twin._mapped.holds(twin.W_dec)
+    assert not sae._mapped.holds(twin.W_enc)
+    assert twin._prepared.screen is sae._prepared.screen
+    assert not twin._prepared.stale()
+    assert twin.encode_sparse(x) == latents
+    assert same_bytes(twin(x), sae(x))
+    with torch.no_grad():
+        twin.W_dec.mul_(2)
+        twin.threshold.mul_(3)
+    assert sae.encode_sparse(x) == latents
+    assert same_bytes(sae.decode(latents), make_sae(1, 200, 902, 20).decode(latents).detach())
+    assert twin.encode_sparse(x) == twin.encode_sparse(x, screen=False) != latents
+    with pytest.raises(ValueError, match=r"W_dec: expected the rows of .*edited"):
+        copy.deepcopy(twin)
+
+
+def test_a_deepcopy_goes_on_when_the_file_is_replaced(folder):
+    sae, x = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap"), make_activations(2, 9, 200)
+    (folder / "other").write_bytes(b"nothing")
+    os.replace(folder / "other", folder / "sae.safetensors.packed")
+    assert same_bytes(copy.deepcopy(sae)(x), sae(x))
+
+
+def test_a_copy_for_another_device_is_resident(folder):
+    sae, x = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap"), make_activations(2, 9, 200)
+    moved = copied_to(sae, torch.device("cpu"))
+    assert moved._mapped is None
+    assert same_bytes(moved(x), sae(x))
+
+
+def test_pickling_is_refused(folder):
+    sae = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+    with pytest.raises(TypeError, match="not pickled"):
+        pickle.dumps(sae)
+
+
+# ---- the disk -----------------------------------------------------------------------------------------
+
+
+def test_the_mapping_is_not_counted_as_memory(folder):
+    """Without NORESERVE ("nr") a private writable mapping wider than memory is refused."""
+    sae = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+    after = Path("/proc/self/smaps").read_text().split(str(sae._mapped.path))[1]
+    flags = next(line for line in after.splitlines() if line.startswith("VmFlags:")).split()
+    assert "nr" in flags
+    assert "ac" not in flags
+
+
+def cached_pages(tensor):
+    """Which pages of a mapped tensor are in memory."""
+    base = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    pages = -(-(tensor.data_ptr() + tensor.numel() * 4 - base) // mmap.PAGESIZE)
+    there = (ctypes.c_ubyte * pages)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(base), ctypes.c_size_t(pages * mmap.PAGESIZE), there) == 0
+    return np.frombuffer(there, np.uint8) & 1
+
+
+def pages_of_rows(tensor, rows):
+    first = (tensor.data_ptr() % mmap.PAGESIZE + rows * tensor.shape[1] * 4) // mmap.PAGESIZE
+    last = (tensor.data_ptr() % mmap.PAGESIZE + (rows + 1) * tensor.shape[1] * 4 - 1) // mmap.PAGESIZE
+    return {int(p) for f, l in zip(first, last, strict=True) for p in range(f, l + 1)}
+
+
+def test_only_rows_that_are_needed_come_from_the_disk(tmp_path):
+    """Announced pages are read alone; a page fault that nobody announced brings its neighbours too."""
+    save(make_sae(1, 512, 16_384, 20).requires_grad_(False), tmp_path / "sae.safetensors")
+    packed.pack(open_checkpoint(tmp_path / "sae.safetensors"), tmp_path / "sae.safetensors.packed")
+    sae, x = gsf.SAE.from_pretrained(tmp_path / "sae.safetensors", rows="mmap"), make_activations(2, 3, 512)
+    with open(tmp_path / "sae.safetensors.packed", "rb") as file:  # opening reads ahead
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    rows, decoder = sae.W_enc.detach().t(), sae.W_dec.detach()
+    if cached_pages(rows).any() or cached_pages(decoder).any():
+        pytest.skip("this file system keeps its files in memory")
+    latents = sae.encode_sparse(x)
+    fired = np.unique(latents.col_indices.numpy())
+    there = set(np.flatnonzero(cached_pages(rows)).tolist())
+    assert pages_of_rows(rows, fired) <= there
+    assert len(there) < 1.2 * len(pages_of_rows(rows, fired)) + 4
+    sae.decode(latents)
+    assert set(np.flatnonzero(cached_pages(decoder)).tolist()) == pages_of_rows(decoder, fired)
 
 
 def test_a_file_truncated_after_opening_raises(folder):
@@ -101,6 +332,15 @@ def test_too_little_room(folder, monkeypatch):
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(gsf.CheckpointError, match="disk"):
         gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
+    # what an interrupted packing has on the disk is not needed again
+    path = folder / "there"
+    path.write_bytes(bytes(1 << 20))
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+        usage.free = packed.SPARE_BYTES
+        packed._make_room(path, file, 1 << 20)
+        with pytest.raises(gsf.CheckpointError, match="disk"):
+            packed._make_room(path, file, 2 << 20)
 
 
 def test_bad_arguments(folder):

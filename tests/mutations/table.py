@@ -20,6 +20,9 @@ PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
 
 SCREEN, BUILD, SCREENED = "csrc/cpu/screen.h", "csrc/cpu/screen_build.h", "tests/test_screen.py"
 
+# the copy has no benchmarks
+PACKED = "tests/test_packed.py --deselect tests/test_packed.py::test_the_benchmark_of_wide_saes"
+
 CPP = [
     # the certified screen: every term of the bound, every stage
     Mutation("no rounding of the deciding dot in the bound", BUILD, "double rounding = dot_kappa(d) * norm_x +", "double rounding =", SCREENED),
@@ -38,6 +41,9 @@ CPP = [
     Mutation("the second look forgets the zero point", SCREEN, "* token.sum2;\n    n[i] =", "* 0;\n    n[i] =", SCREENED),
     Mutation("the second look drops the last of a group", SCREEN, "((1u << count) - 1); left; left", "((1u << (count - 1)) - 1); left; left", SCREENED),
     Mutation("the last candidates are dropped", SCREEN, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
+    Mutation("the second digit of mapped rows is given up", SCREEN, "(!a.adaptive || a.mapped ||", "(!a.adaptive ||", SCREENED),
+    Mutation("crowded chunks of mapped rows are lost", "csrc/cpu/ops_screen.cpp", "      finish(worker, chunk, pairs);\n      finished", "      finished", SCREENED),
+    Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    announce_pairs(e, pairs);", "", PACKED),
     # the comparison
     Mutation("z >= threshold fires", "csrc/cpu/encode.h", "return !(z <= (", "return !(z < (", ENCODE),
     Mutation(
@@ -90,5 +96,15 @@ PYTHON = [
     Mutation("slices keep their offset", "gemmascope_fast/latents.py", "crow - begin, self", "crow, self", LATENTS),
     Mutation("cat keeps offsets", "gemmascope_fast/latents.py", "p.crow_indices[1:] + base", "p.crow_indices[1:]", LATENTS),
     Mutation("dθ without θ", "gemmascope_fast/training/jumprelu.py", "dtheta = -(theta / ctx.bandwidth) * near * grad", "dtheta = -(1 / ctx.bandwidth) * near * grad", SAE),
+    Mutation("decoder rows are not announced", "gemmascope_fast/sae.py", "self._mapped.announce(self.W_dec, latents.col_indices)", "pass", PACKED),
+    Mutation("resident arrays are not checked", "gemmascope_fast/mapped.py", "        _compare(path, layout, about, name, tensor)\n", "", PACKED),
+    Mutation("the mapping counts as memory", "gemmascope_fast/mapped.py", "mmap.MAP_PRIVATE | _NORESERVE", "mmap.MAP_PRIVATE", PACKED),
+    Mutation("a copy maps the same pages", "gemmascope_fast/mapped.py", "twin = twin or Mapped(", "twin = self or Mapped(", PACKED),
+    Mutation("edited rows are copied without their edits", "gemmascope_fast/mapped.py", "weight._version != 0", "False", PACKED),
+    Mutation("npz checksums are not compared", "gemmascope_fast/packed.py", "                checkpoint.arrays[name].verify()", "                pass", PACKED),
+    Mutation("columns are read in whole rows", "gemmascope_fast/checkpoints/arrays.py", "if self.at is None or (", "if True or (", PACKED),
+    Mutation("the lock of a finished file serves", "gemmascope_fast/packed.py", "if partial.exists() and os.path.samestat(", "if True or os.path.samestat(", PACKED),
+    Mutation("the bar forgets the panels that were done", "gemmascope_fast/packed.py", "            update(sum(", "            len(str(", PACKED),
+    Mutation("a truncated file goes unnoticed", "gemmascope_fast/mapped.py", "if size < self.layout.size:", "if False:", PACKED),
     Mutation("complex x passes", "gemmascope_fast/sae.py", "if not x.is_floating_point():", "if False:", SAE),
 ]  # fmt: skip

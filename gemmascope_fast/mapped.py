@@ -1,0 +1,144 @@
+"""SAEs wider than memory: rows mapped from a packed file (packed.py), their 8-bit screen alone resident."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast import backends
+from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.loading import _CLASSES, progress_bar
+from gemmascope_fast.packed import ROWS, Layout, checksum, open_layout
+from gemmascope_fast.sae import SAEConfig, SAEMetadata
+from gemmascope_fast.screen import Screen
+from gemmascope_fast.sites import Site
+
+if TYPE_CHECKING:
+    from gemmascope_fast.sae import JumpReLUSAE
+
+# Python names it from 3.13 on; this is Linux's value wherever torch is built for it.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
+
+
+def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
+    """The SAE of a packed file: rows and decoder mapped, codes, bounds and vectors resident.
+
+    Answers are those of the resident SAE, byte for byte.  What is read here is compared with its checksums; `verify`
+    compares the rows too.  Raises CheckpointError naming file and array for a damaged or truncated file; a file that
+    is truncated later raises at the next call.
+    """
+    layout, about = open_layout(path)
+    mapped = Mapped(path, layout)
+
+    def resident(name: str) -> Tensor:
+        dtype, shape, at = layout.arrays()[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        backends.advise_large_pages(tensor)
+        with open(path, "rb") as file:
+            file.seek(at)
+            if file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)) != tensor.nbytes:
+                raise CheckpointError(f"{path}: {name}: truncated")
+        _compare(path, layout, about, name, tensor)
+        return tensor
+
+    extra: dict[str, Any] = {"figures": checkpoint.figures} if checkpoint.figures else {}
+    metadata = SAEMetadata(checkpoint.model_name, checkpoint.extra.get("neuronpedia_id"), extra)
+    site, out = (None if n is None else Site.from_hook_name(n) for n in (about["hook_name"], about["hook_name_out"]))
+    cfg = SAEConfig(layout.d_in, layout.d_sae, layout.d_out, site, out, metadata)
+    vectors = {name: resident(name) for name in ("b_enc", "b_dec", "threshold")}
+    sae = _CLASSES[about["kind"]](W_enc=mapped.view(ROWS).t(), W_dec=mapped.view("W_dec"), cfg=cfg, **vectors)
+    sae.requires_grad_(False)
+    screen = Screen(*(resident(f"screen.{n}") for n in ("code", "code2", "table", "centre")))
+    sae._prepared.adopt(sae, screen)
+    sae._mapped = mapped
+    return sae
+
+
+def verify(path: str | Path, progress: bool | None = None) -> None:
+    """Read a whole packed file and compare it with its checksums, the mapped rows included.
+
+    progress: a bar on stderr, as in `from_pretrained`.  Raises CheckpointError naming file and array where they differ.
+    """
+    path = Path(path)
+    layout, about = open_layout(path)
+    mapped = Mapped(path, layout)
+    with progress_bar(layout.size, path.name, progress) as update:
+        for name in layout.arrays():
+            _compare(path, layout, about, name, mapped.view(name), mapped)
+            update(mapped.view(name).nbytes)
+
+
+def _compare(
+    path: Path, layout: Layout, about: dict[str, Any], name: str, tensor: Tensor, mapped: Mapped | None = None
+) -> None:
+    for number, (index, want) in enumerate(zip(layout.pieces(name), about["checksums"][name], strict=True)):
+        if mapped is not None:
+            mapped.check()
+        if checksum(tensor[index]) != want:
+            raise CheckpointError(
+                f"{path}: {name}: damaged in panel {number}: its checksum differs; delete the file to have it written"
+                " again"
+            )
+
+
+class Mapped:
+    """A mapped packed file: its arrays, and its length, since reading past the end of a file that shrank would end the
+    process."""
+
+    def __init__(self, path: Path, layout: Layout, descriptor: int | None = None) -> None:
+        self.path, self.layout = path, layout
+        # as long as the mapping; a descriptor goes on to the same file where another has got its name
+        self._file = open(path if descriptor is None else descriptor, "rb")  # noqa: SIM115
+        self.check()
+        # Private: an edit of the weights stays in this process.  Writable private memory counts against what the
+        # system lends in all, and a mapping wider than memory would be refused, but for NORESERVE.
+        flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        self._buffer = mmap.mmap(self._file.fileno(), layout.size, flags=flags, prot=prot)
+        self._address = torch.frombuffer(self._buffer, dtype=torch.uint8, count=1).data_ptr()
+
+    def check(self) -> None:
+        """CheckpointError where the file is shorter than what was mapped."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < self.layout.size:
+            raise CheckpointError(f"{self.path}: truncated to {size} bytes of {self.layout.size}")
+
+    def view(self, name: str) -> Tensor:
+        """An array of the file, without reading it."""
+        dtype, shape, at = self.layout.arrays()[name]
+        return torch.frombuffer(self._buffer, dtype=dtype, count=math.prod(shape), offset=at).reshape(shape)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the file."""
+        return tensor.device.type == "cpu" and 0 <= tensor.data_ptr() - self._address < self.layout.size
+
+    def announce(self, rows: Tensor, ids: Tensor) -> None:
+        """Have these rows of a matrix fetched, all at once, if it lies in the file."""
+        if self.holds(rows) and rows.is_contiguous():
+            backends.announce_rows(rows, ids)
+
+    def copy_rows(self, sae: JumpReLUSAE, memo: dict[int, Any]) -> None:
+        """Put into the memo of a deepcopy of `sae` the rows out of a second private mapping: no memory is taken, and an
+        edit of one SAE is not seen in the other.
+
+        Raises ValueError where rows were edited in place: what was edited is in this mapping alone.
+        """
+        twin = None
+        for name, array in (("W_enc", ROWS), ("W_dec", "W_dec")):
+            weight = getattr(sae, name)
+            if id(weight) in memo or not self.holds(weight):
+                continue
+            if not weight.is_inference() and weight._version != 0:
+                raise ValueError(f"{name}: expected the rows of {self.path}, got edited ones, which are not copied")
+            twin = twin or Mapped(self.path, self.layout, os.dup(self._file.fileno()))
+            rows = twin.view(array)
+            copied = nn.Parameter(rows.t() if name == "W_enc" else rows, requires_grad=weight.requires_grad)
+            memo[id(weight)] = copied
+        memo[id(self)] = twin
