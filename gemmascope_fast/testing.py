@@ -63,19 +63,12 @@ def make_sae(
     """
     g = torch.Generator().manual_seed(seed)
     sample = make_activations(seed + 1, 128, d, world)
-    mean = _mean(d, MASSIVE_VALUE, torch.Generator().manual_seed(1000 + world))
-    lean = torch.randn(F, sample.shape[0], generator=g) @ (sample - mean) / (CENTRED_NORM * math.sqrt(len(sample)))
-    rows = torch.randn(F, d, generator=g) / math.sqrt(d) + lean
-    rows /= rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    mean = activations_mean(d, world)
+    rows = leaning_rows(g, F, sample - mean)
     bias = -(rows @ mean)
     z = make_activations(seed + 2, 256, d, world) @ rows.t() + bias
     scale = z.std(dim=0)
-    standard = (z / scale.clamp_min(1e-30)).flatten()
-    rank = max(1, min(standard.numel(), round(standard.numel() * (1 - l0 / F))))
-    # kthvalue on a sample: a few million numbers settle the quantile
-    step = max(1, standard.numel() // 4_000_000)
-    part = standard[::step]
-    cut = part.kthvalue(max(1, min(part.numel(), round(rank / step)))).values.clamp_min(0)
+    cut = standard_cut(z, scale, l0 / F)
     if d_out:
         decoder = torch.randn(F, d_out, generator=g) / math.sqrt(d_out)
     else:
@@ -87,6 +80,29 @@ def make_sae(
         (torch.zeros(d_out) if d_out else mean).to(dtype),
         (cut * scale).to(dtype),
     )
+
+
+def activations_mean(d: int, world: int = 0) -> Tensor:
+    """The mean of `make_activations(…, d, world)`, fp32 [d]."""
+    return _mean(d, MASSIVE_VALUE, torch.Generator().manual_seed(1000 + world))
+
+
+def leaning_rows(g: torch.Generator, F: int, centred: Tensor) -> Tensor:
+    """Unit rows, fp32 [F, d], that lean on the directions of centred activations [n, d]."""
+    n, d = centred.shape
+    lean = torch.randn(F, n, generator=g) @ centred / (CENTRED_NORM * math.sqrt(n))
+    rows = torch.randn(F, d, generator=g) / math.sqrt(d) + lean
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+def standard_cut(z: Tensor, scale: Tensor, share: float) -> Tensor:
+    """What this share of z / scale exceeds, at least 0; z [tokens, F], scale [F]."""
+    standard = (z / scale.clamp_min(1e-30)).flatten()
+    rank = max(1, min(standard.numel(), round(standard.numel() * (1 - share))))
+    # kthvalue on a sample: a few million numbers settle the quantile
+    step = max(1, standard.numel() // 4_000_000)
+    part = standard[::step]
+    return part.kthvalue(max(1, min(part.numel(), round(rank / step)))).values.clamp_min(0)
 
 
 # ---- error bounds -----------------------------------------------------------------------------------

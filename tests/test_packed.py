@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import json
 import mmap
 import os
 import pickle
@@ -372,3 +373,19 @@ print(anonymous() - before, sae.packed_bytes())
     grown, resident = map(int, done.stdout.split())
     rows = 16_384 * 256 * 4
     assert grown < resident + rows // 2
+
+
+def test_the_benchmark_of_wide_saes(tmp_path):
+    script = Path(__file__).parent.parent / "benchmarks" / "wide_sae.py"
+    sizes = ["--d-sae", "16384", "--d-in", "256", "--dtype", "float32", "--folder", str(tmp_path), "--compare"]
+    done = subprocess.run([sys.executable, str(script), *sizes], capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert report["equal"] is True
+    assert [row["tokens"] for row in report["runs"]] == [1, 16, 64]
+    for row in report["runs"]:
+        assert 10 < row["l0"] < 200
+        assert row["l0"] <= row["rows_read_per_token"] < 2 * row["l0"] + 1
+        assert row["encode_ms"] > 0
+    assert report["files"]["packed"] > 2 * 4 * 256 * 16384
+    assert report["files"]["checkpoint"] > 2 * 4 * 256 * 16384
+    assert 0 < report["memory"]["anonymous_peak"] < 1 << 30
