@@ -248,6 +248,12 @@ class JumpReLUSAE(nn.Module):
             self._prepared.share(self, made)
         return made
 
+    def _apply(self, fn: Any, recurse: bool = True) -> JumpReLUSAE:
+        super()._apply(fn, recurse)
+        if self._mapped is not None and not any(self._mapped.holds(w) for w in (self.W_enc, self.W_dec)):
+            self._mapped = None  # cast or moved: resident from here on
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         if self._mapped is not None:
             raise TypeError(

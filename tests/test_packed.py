@@ -265,6 +265,14 @@ def test_a_copy_for_another_device_is_resident(folder):
     assert same_bytes(moved(x), sae(x))
 
 
+def test_a_cast_makes_it_resident(folder):
+    sae, x = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap"), make_activations(2, 9, 200)
+    assert sae.to("cpu")._mapped is not None
+    cast = sae.to(torch.bfloat16)
+    os.truncate(folder / "sae.safetensors.packed", 0)
+    assert cast.encode_sparse(x) == pickle.loads(pickle.dumps(cast)).encode_sparse(x, screen=False)
+
+
 def test_pickling_is_refused(folder):
     sae = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
     with pytest.raises(TypeError, match="not pickled"):
