@@ -17,6 +17,7 @@ namespace GSF_NAMESPACE {
 //
 #include "cpu/matryoshka.h"
 #include "cpu/screen.h"
+#include "cpu/screen_refine.h"
 //
 #include "cpu/screen_build.h"
 //

@@ -18,7 +18,8 @@ ENCODE, DECODE, DOTS = "tests/test_encode.py", "tests/test_decode.py", "tests/te
 SAE, LATENTS, TRANSPOSE = "tests/test_sae.py", "tests/test_latents.py", "tests/test_transpose.py"
 PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
 
-SCREEN, BUILD, SCREENED = "csrc/cpu/screen.h", "csrc/cpu/screen_build.h", "tests/test_screen.py"
+SCREEN, REFINE, BUILD = "csrc/cpu/screen.h", "csrc/cpu/screen_refine.h", "csrc/cpu/screen_build.h"
+SCREENED = "tests/test_screen.py"
 
 # the copy has no benchmarks
 PACKED = "tests/test_packed.py --deselect tests/test_packed.py::test_the_benchmark_of_wide_saes"
@@ -34,14 +35,14 @@ CPP = [
     Mutation("tokens of nothing are screened", BUILD, "top >= kTiny && ", "", SCREENED),
     Mutation("the zero point is forgotten", SCREEN, "isub16(raw, imul16(zero,", "isub16(raw, imul16(isub16(zero, zero),", SCREENED),
     Mutation("the second digits of a token are lost", SCREEN, "n2[i] = raw[8 + i] -", "n2[i] = 0 * raw[8 + i] -", SCREENED),
-    Mutation("violations are not counted", SCREEN, "++stats.violations;", ";", SCREENED),
-    Mutation("the second digit's bound is nothing", SCREEN, "static_cast<double>(table[kError2 * a.stride]) * token.reach2", "0.0 * token.reach2", SCREENED),
+    Mutation("violations are not counted", REFINE, "++stats.violations;", ";", SCREENED),
+    Mutation("the second digit's bound is nothing", REFINE, "static_cast<double>(table[kError2 * a.stride]) * token.reach2", "0.0 * token.reach2", SCREENED),
     Mutation("no rounding along the directions in the bound", BUILD, "(1.02 * (static_cast<double>(a.k) + 4) * kU + kFar * a.frobenius) * norm_c", "0.0", SCREENED),
     Mutation("the directions are not added back", SCREEN, "load16(lanes + (4 + j) * plane), v);", "zero16(), v);", SCREENED),
-    Mutation("the second look forgets the zero point", SCREEN, "* token.sum2;\n    n[i] =", "* 0;\n    n[i] =", SCREENED),
-    Mutation("the second look drops the last of a group", SCREEN, "((1u << count) - 1); left; left", "((1u << (count - 1)) - 1); left; left", SCREENED),
-    Mutation("the last candidates are dropped", SCREEN, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
-    Mutation("the second digit of mapped rows is given up", SCREEN, "(!a.adaptive || a.mapped ||", "(!a.adaptive ||", SCREENED),
+    Mutation("the second look forgets the zero point", REFINE, "* token.sum2;\n    n[i] =", "* 0;\n    n[i] =", SCREENED),
+    Mutation("the second look drops the last of a group", REFINE, "((1u << count) - 1); left; left", "((1u << (count - 1)) - 1); left; left", SCREENED),
+    Mutation("the last candidates are dropped", REFINE, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
+    Mutation("the second digit of mapped rows is given up", REFINE, "(!a.adaptive || a.mapped ||", "(!a.adaptive ||", SCREENED),
     Mutation("crowded chunks of mapped rows are lost", "csrc/cpu/ops_screen.cpp", "      finish(worker, chunk, pairs);\n      finished", "      finished", SCREENED),
     Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    announce_pairs(e, pairs);", "", PACKED),
     # the comparison

@@ -1,0 +1,245 @@
+// After the first stage: a second look at what is left, and the deciding dot for what the second look leaves.
+
+// What the directions add to z^: exact but for fp64's rounding.
+static inline double along_directions(const ScreenArgs& a, const Candidate& c) {
+  const float* along = a.along + c.token * a.k;
+  const float* projected = a.table + kScreenRows * a.stride + c.feature;
+  double sum = 0;
+  for (int64_t j = 0; j < a.k; ++j) sum += static_cast<double>(projected[j * a.stride]) * along[j];
+  return sum;
+}
+
+// z^ and B of a candidate in fp64, from the first digit of the row and both of the token.
+static inline void estimate(const ScreenArgs& a, Candidate& c) {
+  const ScreenToken& token = a.tokens[c.token];
+  const float* table = a.table + c.feature;
+  c.z = static_cast<double>(table[kScale * a.stride]) * token.t * (c.n1 + c.n2 * 0.00390625) +
+        table[kCentredBias * a.stride] + along_directions(a, c);
+  c.bound = static_cast<double>(table[kError * a.stride]) * token.reach2 +
+            static_cast<double>(table[kNorm * a.stride]) * token.error2 + table[kSlack * a.stride];
+}
+
+// n2 of sixteen candidates, the tokens' second digits against the rows' first, and what the epilogue leaves
+// of them: bit i as in left_over, whose chain this is with both digits.
+static inline uint32_t second_look(const ScreenArgs& a, Candidate* const* c) {  // [16]
+  const uint8_t* row[16];
+  const int8_t* q[16];
+  float scale[16], start[16], norm[16], error[16], reach2[16], error2[16], n[16];
+  I16 acc[16];
+  for (int i = 0; i < 16; ++i) {
+    row[i] = a.code + tile_offset(c[i]->feature, a.width);
+    q[i] = a.q2 + tile_offset(c[i]->token, a.width);
+    acc[i] = izero16();
+  }
+  for (int64_t k = 0; k < 4 * a.width; k += kTileStep) {
+    for (int i = 0; i < 16; ++i) acc[i] = dot64(acc[i], load64(row[i] + k), load_digits64(q[i] + k));
+  }
+  int32_t sums[16];
+  store16i(sums, sums16(acc));
+  for (int i = 0; i < 16; ++i) {
+    const float* table = a.table + c[i]->feature;
+    const ScreenToken& token = a.tokens[c[i]->token];
+    c[i]->n2 = sums[i] - static_cast<int32_t>(table[kZero * a.stride]) * token.sum2;
+    n[i] = __builtin_fmaf(256.0f, static_cast<float>(c[i]->n1), static_cast<float>(c[i]->n2));
+    scale[i] = table[kScale * a.stride] * (token.t * 0.00390625f);
+    start[i] = table[kStart * a.stride];
+    norm[i] = table[kNorm * a.stride];
+    error[i] = table[kError * a.stride];
+    reach2[i] = token.reach2;
+    error2[i] = token.error2;
+  }
+  V16 v = fma16(load16(scale), load16(n), load16(start));
+  for (int64_t j = 0; j < a.k; ++j) {
+    float p[16], along[16];
+    for (int i = 0; i < 16; ++i) {
+      p[i] = a.table[(kScreenRows + j) * a.stride + c[i]->feature];
+      along[i] = a.along[c[i]->token * a.k + j];
+    }
+    v = fma16(load16(p), load16(along), v);
+  }
+  v = fma16(load16(norm), load16(error2), v);
+  v = fma16(load16(error), load16(reach2), v);
+  return not_below16(v);
+}
+
+// Candidates [begin, end) that the tokens' second digits leave; always worth its quarter of a fp32 dot's
+// bytes.
+static inline Candidate* left_by_second_look(const ScreenArgs& a, Candidate* begin, Candidate* end) {
+  Candidate *kept = begin, *group[16];
+  for (Candidate* c = begin; c < end; c += 16) {
+    const int count = end - c < 16 ? static_cast<int>(end - c) : 16;
+    for (int i = 0; i < 16; ++i) group[i] = c + (i < count ? i : count - 1);
+    for (uint32_t left = second_look(a, group) & ((1u << count) - 1); left; left &= left - 1) {
+      *kept++ = c[__builtin_ctz(left)];
+    }
+  }
+  return kept;
+}
+
+// The same as `estimate` of four candidates from both digits of row and token: w . r^ to within |e2| |r^|.
+static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) {  // [4]
+  I16 acc[16];
+  for (I16& v : acc) v = izero16();
+  const int8_t *q1[4], *q2[4];
+  int64_t row[4];
+  for (int p = 0; p < 4; ++p) {
+    const int64_t t = c[p]->token;
+    q1[p] = a.q1 + (a.both ? t / 2 * kTileRows * a.width + t % 2 * kTileColumns : tile_offset(t, a.width));
+    q2[p] = a.both ? q1[p] + 2 * kTileColumns : a.q2 + tile_offset(t, a.width);
+    row[p] = tile_offset(c[p]->feature, a.width);
+  }
+  for (int64_t k = 0; k < 4 * a.width; k += kTileStep) {
+    for (int p = 0; p < 4; ++p) {
+      const B64 c2 = load64(a.code2 + row[p] + k);
+      acc[p] = dot64(acc[p], c2, load_digits64(q1[p] + k));
+      acc[4 + p] = dot64(acc[4 + p], c2, load_digits64(q2[p] + k));
+    }
+  }
+  int32_t sums[16];
+  store16i(sums, sums16(acc));
+  for (int p = 0; p < 4; ++p) {
+    const ScreenToken& token = a.tokens[c[p]->token];
+    const float* table = a.table + c[p]->feature;
+    const double t = token.t, t2 = t * 0.00390625;
+    const double m1 = sums[p] - 128.0 * token.sum, m2 = sums[4 + p] - 128.0 * token.sum2;
+    c[p]->z = table[kScale * a.stride] * (t * c[p]->n1 + t2 * c[p]->n2) +
+              table[kScale2 * a.stride] * (t * m1 + t2 * m2) + table[kCentredBias * a.stride] +
+              along_directions(a, *c[p]);
+    c[p]->bound = static_cast<double>(table[kError2 * a.stride]) * token.reach2 +
+                  static_cast<double>(table[kNorm * a.stride]) * token.error2 + table[kSlack * a.stride];
+  }
+}
+
+static inline bool never_discarded(const ScreenArgs& a, int64_t f) {
+  return a.table[kStart * a.stride + f] == __builtin_inff();
+}
+
+// What a pre-activation must exceed for the pair to be stored, in any way.
+static inline double least_stored(const EncodeArgs& a, int64_t f) {
+  const double theta = a.threshold[f], edge = theta - a.half_bandwidth, tau = theta > 0 ? theta : 0;
+  return a.half_bandwidth > 0.0f && edge < tau ? edge : tau;
+}
+
+static inline bool discarded(const ScreenArgs& a, const Candidate& c) {
+  return c.z + c.bound <= least_stored(a.encode, c.feature) && !never_discarded(a, c.feature);
+}
+
+// Whether the rows' second digit is worth reading: of the pairs that the first could not decide, at least
+// half were discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows come from a
+// disk.
+static inline bool second_pays(const ScreenArgs& a, const ScreenStats& stats) {
+  return a.code2 &&
+         (!a.adaptive || a.mapped || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
+}
+
+// Candidates [begin, end) with their estimates; those that a second digit discards are left out.
+static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, Candidate* end,
+                                        ScreenStats& stats) {
+  if (!a.both) end = left_by_second_look(a, begin, end);
+  for (Candidate* c = begin; c < end; ++c) estimate(a, *c);
+  if (!second_pays(a, stats)) return end;
+  Candidate *kept = begin, *four[4];
+  int waiting = 0;
+  const auto decide = [&] {
+    for (int p = waiting; p < 4; ++p) four[p] = four[waiting - 1];
+    second_estimates(a, four);
+    stats.undecided += waiting;
+    waiting = 0;
+  };
+  // pairs that fire whatever the bound are not worth a second look
+  for (Candidate* c = begin; c < end; ++c) {
+    if (c->z - c->bound > least_stored(a.encode, c->feature)) continue;
+    four[waiting++] = c;
+    if (waiting == 4) decide();
+  }
+  if (waiting) decide();
+  for (Candidate* c = begin; c < end; ++c) {
+    if (discarded(a, *c)) {
+      ++stats.discarded;
+    } else {
+      *kept++ = *c;
+    }
+  }
+  return kept;
+}
+
+// Full precision for the first four pairs of [c, end), while the next four's tokens are fetched; what is
+// stored stays in the order of the candidates.
+template <typename E>
+static inline void refine(const ScreenArgs& a, const Candidate* c, const Candidate* end, ScreenStats& stats,
+                          HitSink& sink) {
+  const int count = end - c < 4 ? static_cast<int>(end - c) : 4;
+  const EncodeArgs& e = a.encode;
+  const float *x[4], *next[4];
+  const E* w[4];
+  float z[4];
+  bool one_row = true;
+  for (int p = 0; p < 4; ++p) {
+    const Candidate& pair = c[p < count ? p : count - 1];
+    next[p] = e.x + (end - c > p + 4 ? c[p + 4] : pair).token * e.d;
+    x[p] = e.x + pair.token * e.d;
+    w[p] = static_cast<const E*>(e.w) + pair.feature * e.d;
+    one_row &= pair.feature == c[0].feature;
+  }
+  if (one_row) {
+    dot_tile<4, 1, true>(x, w, e.d, z, next);
+  } else {
+    dot_pairs<4, true>(x, w, e.d, z, next);
+  }
+  sink.reserve(4);
+  for (int p = 0; p < count; ++p) {
+    const int64_t f = c[p].feature;
+    const float zb = z[p] + e.bias[f], theta = e.threshold[f];
+    // written so that NaN is a violation
+    if (!never_discarded(a, f) && !(__builtin_fabs(zb - c[p].z) <= c[p].bound)) ++stats.violations;
+    if (fires(zb, theta) || __builtin_fabsf(zb - theta) < e.half_bandwidth) {
+      sink.push(e.ids ? e.ids[c[p].token] : c[p].token, f, canonical(zb));
+    }
+  }
+}
+
+template <typename E>
+static inline void refine_all(const ScreenArgs& a, const Candidate* begin, const Candidate* end,
+                              ScreenStats& stats, HitSink& sink) {
+  for (const Candidate* c = begin; c < end; c += 4) {
+    refine<E>(a, c, end, stats, sink);
+  }
+  stats.refined += end - begin;
+}
+
+// By feature, and by token within one: a row is read once for all its tokens.  A feature's tokens come
+// ascending.
+static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0) {
+  const int64_t count = space.at - space.begin;
+  space.reserve(static_cast<size_t>(count));
+  const Candidate* c = space.begin;
+  Candidate* sorted = space.at;
+  int64_t starts[kChunkFeatures + 1] = {};
+  for (int64_t i = 0; i < count; ++i) ++starts[c[i].feature - f0 + 1];
+  for (int64_t f = 0; f < kChunkFeatures; ++f) starts[f + 1] += starts[f];
+  for (int64_t i = 0; i < count; ++i) sorted[starts[c[i].feature - f0]++] = c[i];
+  return sorted;
+}
+
+static CandidateSpan screen_pairs(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& space,
+                                  ScreenStats& stats) {
+  space.at = space.begin;
+  screen_chunk(a, f0, f1, space);
+  const int64_t count = space.at - space.begin;
+  stats.survivors += count;
+  Candidate* begin = a.mapped || a.encode.T > kFewTokens ? sorted_by_feature(space, f0) : space.begin;
+  return {begin, with_estimates(a, begin, begin + count, stats)};
+}
+
+static void refine_pairs(const ScreenArgs& a, CandidateSpan pairs, ScreenStats& stats, HitSink& sink) {
+  switch (a.encode.w_dtype) {
+    case Dtype::f32:
+      return refine_all<float>(a, pairs.begin, pairs.end, stats, sink);
+    case Dtype::bf16:
+      return refine_all<BF16>(a, pairs.begin, pairs.end, stats, sink);
+    case Dtype::f16:
+      return refine_all<F16>(a, pairs.begin, pairs.end, stats, sink);
+    case Dtype::i8:
+      return;  // refused by the checks above this layer
+  }
+}
