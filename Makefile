@@ -43,8 +43,8 @@ test: env ## the whole test suite
 
 # SAELens wants transformers < 6 and transformer-lens < 4.  circuit-tracer, dictionary_learning and SAEBench pin older
 # versions of what it shares with them, so they come without their dependencies and with what their coders import.
-PEERS := circuit-tracer==0.5.0 dictionary-learning==0.1.0 eai-sparsify==1.3.3 sae-bench==0.6.0
-LENS  := .venv-saelens
+LENS_PEERS := circuit-tracer==0.5.0 dictionary-learning==0.1.0 eai-sparsify==1.3.3 sae-bench==0.6.0
+LENS       := .venv-saelens
 
 $(LENS)/torch.stamp:
 	$(PYTHON) -m venv $(LENS)
@@ -55,7 +55,7 @@ $(LENS)/build.stamp: $(LENS)/torch.stamp pyproject.toml $(SOURCES)
 	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel "pybind11>=2.13" ninja
 	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[saelens,test]"
 	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check natsort schedulefree accelerate nnsight umap-learn
-	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
+	$(LENS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(LENS_PEERS)
 	@touch $@
 
 test-saelens: $(LENS)/build.stamp ## the drop-ins against SAELens and the other libraries, in .venv-saelens
@@ -79,17 +79,17 @@ bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes
 	    --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(BENCH_JSON)
 
 # The peers of the benchmark, in an environment of their own: SAELens's wheel pins other versions than ours.
-PEERS := .venv-peers
-$(PEERS)/peers.stamp: pyproject.toml $(SOURCES)
-	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" ninja
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,test]" \
+VENV_PEERS := .venv-peers
+$(VENV_PEERS)/peers.stamp: pyproject.toml $(SOURCES)
+	$(PYTHON) -m venv $(VENV_PEERS)
+	$(VENV_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(VENV_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[demo,test]" \
 	    sae-lens eai-sparsify torchao scipy
-	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python
+	-$(VENV_PEERS)/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python
 	@touch $@
 
-bench-peers: $(PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsify, torchao, scipy and, where it builds, llama.cpp
-	@echo "$(PEERS)/bin/gemmascope-fast bench --json $(BENCH_JSON)"
+bench-peers: $(VENV_PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsify, torchao, scipy and, where it builds, llama.cpp
+	@echo "$(VENV_PEERS)/bin/gemmascope-fast bench --json $(BENCH_JSON)"
 
 figures: env ## time this machine, store the run, draw it, write the README's table
 	$(VENV)/bin/gemmascope-fast bench --suite modules ops --op encode decode SAE --case 2304x16384 \
