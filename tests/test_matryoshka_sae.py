@@ -99,6 +99,14 @@ def test_decode_reads_only_rows_that_fired(sae, x):
     assert torch.equal(coded.decode(latents), want)
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_tokens_in_which_nothing_fires_decode_to_the_bias(sae, bits):
+    coded = MatryoshkaSAE.from_sae(sae, bits=bits)
+    silent = torch.zeros(3, D_SAE)
+    for latents in (silent, gsf.SparseLatents.from_dense(silent)):
+        assert torch.equal(coded.decode(latents), coded.b_dec.expand(3, -1))
+
+
 def test_a_token_depends_on_nothing_but_itself(sae, x, monkeypatch):
     coded = MatryoshkaSAE.from_sae(sae, bits=4)
     whole, back = coded.encode(x), coded(x)

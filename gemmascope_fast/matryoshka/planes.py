@@ -269,7 +269,7 @@ class Packed:
             shifts = (torch.arange(8 // width, dtype=torch.uint8, device=index.device) * width).reshape(-1, 1)
             field = (taken[:, :, :, None] >> shifts) & ((1 << width) - 1)
             code = (code << width) | field.reshape(code.shape)
-        flat = resliced(code.reshape(index.numel(), -1)[:, : self.in_features], held, bits, mode)
+        flat = resliced(code.flatten(1)[:, : self.in_features], held, bits, mode)
         if self.overflow is not None:
             crow, col = self.overflow
             for i, row in enumerate(index.tolist()):
