@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
-from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.latents import SparseLatents, check_latents
+from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.sae import JumpReLUSAE, JumpReLUTranscoder, SAEConfig, SAEMetadata
 from gemmascope_fast.sites import Site
 
@@ -112,9 +113,8 @@ class CrossLayerTranscoder(nn.Module):
         total: Tensor | None = None
         for i in range(self.n_layers):
             layer, sparse = self._layer(i), latents[i]
+            check_latents(sparse, layer.d_sae, f"latents[{i}]")
             sparse = SparseLatents.from_dense(sparse) if isinstance(sparse, Tensor) else sparse
-            if sparse.shape[-1] != layer.d_sae:
-                raise ValueError(f"latents[{i}]: expected d_sae = {layer.d_sae}, got {tuple(sparse.shape)}")
             flat = ops.decode(
                 sparse.crow_indices, sparse.col_indices, sparse.values, layer.W_dec, layer.b_dec, None
             ).reshape(*sparse.shape[:-1], self.n_layers - i, self.cfg.d_in)
@@ -138,6 +138,8 @@ class CrossLayerTranscoder(nn.Module):
     def _check(self, x: Tensor | Sequence[Tensor]) -> None:
         if len(x) != self.n_layers:
             raise ValueError(f"x: expected one input for each of {self.n_layers} layers, got {len(x)}")
+        for i in range(self.n_layers):
+            expect_tensor(f"x[{i}]", x[i])
 
 
 class Crosscoder(JumpReLUSAE):
@@ -160,6 +162,7 @@ class Crosscoder(JumpReLUSAE):
         return super()._tokens(self._flat(x))
 
     def _flat(self, x: Tensor) -> Tensor:
+        expect_tensor("x", x)
         d = self.cfg.d_in // self.n_layers
         return x.flatten(-2) if x.dim() > 1 and x.shape[-2:] == (self.n_layers, d) and d != self.cfg.d_in else x
 

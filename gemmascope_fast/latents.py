@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from gemmascope_fast.ops._csr import check_csr, from_mask, row_indices
+from gemmascope_fast.ops._library import expect_tensor
 
 
 @dataclass(eq=False)
@@ -45,7 +46,8 @@ class SparseLatents:
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseLatents:
-        """The entries of [..., d_sae] that are not zero (NaN is not zero)."""
+        """The entries of [..., d_sae] that are not zero (NaN is not zero).  TypeError for another thing or dtype."""
+        expect_tensor("dense", dense)
         if not dense.is_floating_point():
             raise TypeError(f"dense: expected a floating dtype, got {dense.dtype}")
         flat = dense.reshape(math.prod(dense.shape[:-1]), dense.shape[-1])
@@ -292,6 +294,14 @@ class SparseLatents:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def check_latents(latents: Tensor | SparseLatents, d_sae: int, name: str = "latents") -> None:
+    """What a decode takes: TypeError for what is neither a tensor nor SparseLatents, ValueError for another d_sae."""
+    if not isinstance(latents, SparseLatents):
+        expect_tensor(name, latents, "a torch.Tensor or SparseLatents")
+    if tuple(latents.shape[-1:]) != (d_sae,):
+        raise ValueError(f"{name}: expected d_sae = {d_sae} in the last dimension, got {tuple(latents.shape)}")
 
 
 pytree.register_pytree_node(

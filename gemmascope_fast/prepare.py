@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from gemmascope_fast import backends, ops
+from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.screen import Screen, pays, principal_directions
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class Prepared:
         """Build the screen with these options, which later rebuilds keep (`JumpReLUSAE.prepare` says what they are)."""
         if sample is not None and centre is not None:
             raise ValueError("sample, centre: expected at most one of them")
+        for name, given in (("sample", sample), ("centre", centre)):
+            if given is not None:
+                expect_tensor(name, given)
+        if not isinstance(directions, int | None):
+            expect_tensor("directions", directions, "a number or a torch.Tensor")
         if isinstance(directions, int) and directions and sample is None:
             raise ValueError(f"directions: {directions} of them can only be found in a sample; got none")
         if sample is not None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
-from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.latents import SparseLatents, check_latents
+from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.prepare import Prepared
 from gemmascope_fast.sites import Site
 
@@ -137,7 +138,8 @@ class JumpReLUSAE(nn.Module):
         value 0 where they did not fire, and the threshold gets its straight-through gradient (facts section 6).
         precision: "exact", or "tensor" for op `encode_tensor`: tensor cores on a GPU, with no promise of bytes,
         within the tolerance that ops/encode_tensor.py derives; it takes neither screen nor bandwidth.
-        Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x.
+        Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x and for lists and
+        arrays.
         """
         flat = self._tokens(x)
         if self._mapped is not None:
@@ -174,6 +176,7 @@ class JumpReLUSAE(nn.Module):
         return self.encode_sparse(x).to_dense()
 
     def _tokens(self, x: Tensor) -> Tensor:
+        expect_tensor("x", x)
         if not x.is_floating_point():
             raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
@@ -188,12 +191,10 @@ class JumpReLUSAE(nn.Module):
         """Reconstruction [..., d_out] in the SAE's dtype from dense [..., d_sae] or sparse latents.
 
         Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
-        Raises ValueError for another d_sae, IndexError where col_indices leave [0, d_sae).
+        Raises ValueError for another d_sae, TypeError for what is neither a tensor nor SparseLatents, IndexError where
+        col_indices leave [0, d_sae).
         """
-        if latents.shape[-1] != self.cfg.d_sae:
-            raise ValueError(
-                f"latents: expected d_sae = {self.cfg.d_sae} in the last dimension, got {tuple(latents.shape)}"
-            )
+        check_latents(latents, self.cfg.d_sae)
         if self._mapped is not None:
             self._mapped.check()
         if isinstance(latents, Tensor):
@@ -295,6 +296,7 @@ class JumpReLUSkipTranscoder(JumpReLUTranscoder):
 
     def __init__(self, *args: Any, W_skip: Tensor, **more: Any) -> None:
         super().__init__(*args, **more)
+        expect_tensor("W_skip", W_skip)
         if W_skip.shape != (self.cfg.d_in, self.cfg.d_out):
             raise ValueError(
                 f"W_skip: expected [d_in = {self.cfg.d_in}, d_out = {self.cfg.d_out}], got {tuple(W_skip.shape)}"
@@ -312,6 +314,7 @@ class JumpReLUSkipTranscoder(JumpReLUTranscoder):
 def _check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> None:
     named = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
     for name, tensor in named.items():
+        expect_tensor(name, tensor)
         want_dim = 2 if name.startswith("W") else 1
         if tensor.dim() != want_dim:
             raise ValueError(f"{name}: expected {want_dim} dimensions, got shape {tuple(tensor.shape)}")

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -271,9 +272,16 @@ def test_bad_input_names_argument_expected_and_got():
     outside, negative, falling = col.clone(), col.clone(), crow.clone()
     outside[-1], negative[0] = 10, -1
     falling[1] = crow[-1] + 1
+    last, both = col.numel() - 1, outside.clone()
+    both[1] = -1
     bad = [
-        ((crow, outside, values, W, b, None), IndexError, r"col_indices: expected values in \[0, 10\)"),
-        ((crow, negative, values, W, b, None), IndexError, r"col_indices: expected values in \[0, 10\)"),
+        ((crow, outside, values, W, b, None), IndexError, rf"values in \[0, 10\), got 10 at position {last}$"),
+        (
+            (crow, negative, values, W, b, None),
+            IndexError,
+            r"col_indices: expected values in \[0, 10\), got -1 at position 0",
+        ),
+        ((crow, both, values, W, b, None), IndexError, r"got -1 at position 1$"),
         ((falling, col, values, W, b, None), ValueError, r"crow_indices: expected offsets"),
         ((crow + 1, col, values, W, b, None), ValueError, r"crow_indices: expected offsets"),
         ((crow[:-1], col, values, W, b, None), ValueError, r"crow_indices: expected offsets"),
@@ -292,3 +300,21 @@ def test_bad_input_names_argument_expected_and_got():
             for args, kind, message in bad:
                 with pytest.raises(kind, match=message):
                     ops.decode(*args)
+
+
+@pytest.mark.parametrize("kind", [list, np.ndarray])
+def test_what_is_no_tensor_is_named(kind):
+    crow, col, values, W, b = problem(4, 8, 10)
+    for position, name in ((0, "crow_indices"), (1, "col_indices"), (2, "values"), (3, "W_dec")):
+        args = [crow, col, values, W, b, None]
+        args[position] = args[position].tolist() if kind is list else args[position].numpy()
+        with (
+            gsf.backend("eager"),
+            pytest.raises(TypeError, match=rf"^{name}: expected a torch.Tensor, got \S*{kind.__name__}$"),
+        ):
+            ops.decode(*args)
+        # through the dispatcher these are torch's words
+        with pytest.raises(
+            RuntimeError, match=f"type 'Tensor' for argument '{name}' but instead found type '{kind.__name__}'"
+        ):
+            ops.decode(*args)

@@ -173,7 +173,7 @@ def test_bad_input(sae, x):
         coded.decode(torch.zeros(2, D_SAE + 1))
     latents = coded.encode_sparse(x)
     latents.col_indices[0] = D_SAE
-    with pytest.raises(IndexError, match="col_indices"):
+    with pytest.raises(IndexError, match=rf"col_indices: expected values in \[0, {D_SAE}\), got {D_SAE} at position 0"):
         coded.decode(latents)
 
 

@@ -255,6 +255,49 @@ def test_bad_activations():
                 call(x)
 
 
+@pytest.mark.parametrize("kind", ["list", "numpy.ndarray"])
+def test_what_is_no_tensor_is_named(kind):
+    def other(t):
+        return t.tolist() if kind == "list" else t.numpy()
+
+    sae, w = make(), weights()
+    crosscoder = gsf.Crosscoder.from_weights(**w, n_layers=3)
+    coders = {
+        "sae": sae,
+        "top-k": gsf.TopKSAE.from_weights(**w, k=4),
+        "crosscoder": crosscoder,
+        "matryoshka": gsf.MatryoshkaSAE.from_sae(sae),
+        "skip": gsf.JumpReLUSkipTranscoder.from_weights(**w, W_skip=torch.eye(D)),
+    }
+    for name, coder in coders.items():
+        for call in (coder.encode_sparse, coder.encode, coder):
+            with pytest.raises(TypeError, match=rf"^x: expected a torch.Tensor, got {kind}$"):
+                call(other(tokens(3)))
+        with pytest.raises(TypeError, match=rf"^latents: expected a torch.Tensor or SparseLatents, got {kind}$"):
+            coder.decode(other(torch.zeros(3, F)))
+        assert coder.decode(torch.zeros(3, F)).shape == (3, D), name
+    layers = {n: [t, t] for n, t in w.items()} | {"W_dec": [torch.zeros(F, 2, D)] * 2}
+    clt = gsf.CrossLayerTranscoder.from_weights(**layers)
+    for call in (clt.encode_sparse, clt.encode, clt):
+        with pytest.raises(TypeError, match=rf"^x\[0\]: expected a torch.Tensor, got {kind}$"):
+            call(other(torch.zeros(2, 3, D)))
+    with pytest.raises(TypeError, match=rf"^latents\[0\]: expected a torch.Tensor or SparseLatents, got {kind}$"):
+        clt.decode(other(torch.zeros(2, 3, F)))
+    with pytest.raises(TypeError, match=rf"^b_enc: expected a torch.Tensor, got {kind}$"):
+        gsf.JumpReLUSAE.from_weights(**(w | {"b_enc": other(w["b_enc"])}))
+    with pytest.raises(TypeError, match=rf"^W_skip: expected a torch.Tensor, got {kind}$"):
+        gsf.JumpReLUSkipTranscoder.from_weights(**w, W_skip=other(torch.eye(D)))
+    for option in ("sample", "centre"):
+        with pytest.raises(TypeError, match=rf"^{option}: expected a torch.Tensor, got {kind}$"):
+            sae.prepare(**{option: other(tokens(1)[0])})
+    with pytest.raises(TypeError, match=rf"^directions: expected a number or a torch.Tensor, got {kind}$"):
+        sae.prepare(directions=other(torch.eye(D)))
+    with pytest.raises(TypeError, match=rf"^dense: expected a torch.Tensor, got {kind}$"):
+        gsf.SparseLatents.from_dense(other(torch.zeros(3, F)))
+    with pytest.raises(TypeError, match=r"^latents: expected a torch.Tensor or SparseLatents, got NoneType$"):
+        sae.decode(None)
+
+
 def test_bad_latents():
     sae = make()
     with pytest.raises(ValueError, match=r"latents: expected d_sae = 70 .*got \(3, 69\)"):
@@ -263,7 +306,7 @@ def test_bad_latents():
         sae.decode(gsf.SparseLatents.empty((3, F + 1)))
     bad = gsf.SparseLatents(torch.tensor([0, 1]), torch.tensor([F], dtype=torch.int32), torch.ones(1), (1, F))
     for name in ("native", "eager"):
-        with gsf.backend(name), pytest.raises(IndexError, match=r"col_indices: expected values in \[0, 70\)"):
+        with gsf.backend(name), pytest.raises(IndexError, match=r"col_indices: expected values in \[0, 70\), got 70"):
             sae.decode(bad)
 
 

@@ -1,5 +1,7 @@
 #include "cpu/ops_common.h"
 
+#include <algorithm>
+
 namespace gsf {
 
 at::Tensor widened(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
@@ -20,9 +22,14 @@ void check_csr(const at::Tensor& crow, const at::Tensor& col, int64_t features) 
   TORCH_CHECK_VALUE(ascending, "crow_indices: expected offsets from 0 to ", col.numel(),
                     " that never fall, got ", p[0], " to ", p[rows]);
   const int32_t* c = col.const_data_ptr<int32_t>();
-  bool inside = true;
-  for (int64_t i = 0, n = col.numel(); i < n; ++i) inside &= c[i] >= 0 && c[i] < features;
-  TORCH_CHECK_INDEX(inside, "col_indices: expected values in [0, ", features, "), got one outside");
+  const auto wrong = [features](int32_t f) { return f < 0 || f >= features; };
+  const int64_t nnz = col.numel();
+  bool inside = true;  // no early exit: a loop without one is vectorised
+  for (int64_t i = 0; i < nnz; ++i) inside &= !wrong(c[i]);
+  if (inside) return;
+  const int64_t at = std::find_if(c, c + nnz, wrong) - c;
+  TORCH_CHECK_INDEX(false, "col_indices: expected values in [0, ", features, "), got ", c[at],
+                    " at position ", at);
 }
 
 }  // namespace gsf

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from gemmascope_fast import ops
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.latents import SparseLatents, check_latents
 from gemmascope_fast.matryoshka import storage
 from gemmascope_fast.matryoshka.codes import Codes, check_mode, quantize
 from gemmascope_fast.matryoshka.linear import MatryoshkaLinear, MatryoshkaMatrix
 from gemmascope_fast.matryoshka.planes import Packed
-from gemmascope_fast.ops._csr import from_mask, row_indices
+from gemmascope_fast.ops._csr import check_columns, from_mask, row_indices
 from gemmascope_fast.sae import JumpReLUSAE, SAEConfig
 
 PRE_BYTES = 1 << 26  # dense pre-activations held at once
@@ -156,10 +156,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         """
         if isinstance(latents, Tensor) and latents.requires_grad and torch.is_grad_enabled():
             return super().decode(latents)
-        if latents.shape[-1] != self.d_sae:
-            raise ValueError(
-                f"latents: expected d_sae = {self.d_sae} in the last dimension, got {tuple(latents.shape)}"
-            )
+        check_latents(latents, self.d_sae)
         if isinstance(latents, Tensor):
             latents = SparseLatents.from_dense(latents)
         # int(): a token may hold more than GATHERED latents, and is then a part of its own
@@ -175,10 +172,9 @@ class MatryoshkaSAE(JumpReLUSAE):
     def _decode_rows(self, latents: SparseLatents, first: int, last: int) -> Tensor:
         start, end = int(latents.crow_indices[first]), int(latents.crow_indices[last])
         crow = latents.crow_indices[first : last + 1] - start
+        check_columns(latents.col_indices[start:end], self.d_sae)
         # ascending, so that a token's features are summed in their order
         rows, col = torch.unique(latents.col_indices[start:end].long(), return_inverse=True)
-        if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= self.d_sae):
-            raise IndexError(f"col_indices: expected values in [0, {self.d_sae}), got {int(rows[0])} … {int(rows[-1])}")
         values = latents.values[start:end].float()
         return ops.decode(crow, col.to(torch.int32), values, self.decoder(rows), self.b_dec, None)
 

@@ -30,5 +30,14 @@ def check_csr(crow_indices: Tensor, col_indices: Tensor, features: int) -> None:
         raise ValueError(f"crow_indices: expected a vector [N+1], got {tuple(crow_indices.shape)}")
     if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != nnz or bool((crow_indices.diff() < 0).any()):
         raise ValueError(f"crow_indices: expected offsets from 0 to {nnz} that never fall")
-    if nnz and (int(col_indices.min()) < 0 or int(col_indices.max()) >= features):
-        raise IndexError(f"col_indices: expected values in [0, {features}), got one outside")
+    check_columns(col_indices, features)
+
+
+def check_columns(col_indices: Tensor, features: int) -> None:
+    """Raise IndexError naming the first column [nnz] outside [0, features)."""
+    wrong = (col_indices < 0) | (col_indices >= features)
+    if bool(wrong.any()):
+        at = int(wrong.nonzero()[0, 0])
+        raise IndexError(
+            f"col_indices: expected values in [0, {features}), got {int(col_indices[at])} at position {at}"
+        )

@@ -11,6 +11,14 @@ import torch
 LIBRARY = torch.library.Library("gemmascope_fast", "DEF")
 
 
+def expect_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> None:
+    """Raise TypeError where an argument is no tensor: a list or a numpy array."""
+    if not isinstance(value, torch.Tensor):
+        kind = type(value)
+        came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+        raise TypeError(f"{name}: expected {expected}, got {came}")
+
+
 @dataclass(frozen=True)
 class Cost:
     """Work of one call: bytes that must move (each input read once, each output written once), operations."""
@@ -30,10 +38,13 @@ class Op:
     name: str
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
-    dispatched: Callable[..., Any] = field(init=False)
+    dispatched: torch._ops.OpOverload = field(init=False)
+    tensors: tuple[tuple[int, str], ...] = field(init=False)  # the arguments that must be tensors
 
     def __post_init__(self) -> None:
         self.dispatched = getattr(torch.ops.gemmascope_fast, self.name).default
+        arguments = enumerate(self.dispatched._schema.arguments)
+        self.tensors = tuple((i, a.name) for i, a in arguments if a.type.kind() == "TensorType")
 
     def __call__(self, *args: Any) -> Any:
         from gemmascope_fast import backends
@@ -41,6 +52,10 @@ class Op:
         wanted = backends.requested()
         if wanted is None:
             return self.dispatched(*args)
+        # the dispatcher, which is passed by here, refuses these with words of its own
+        for position, name in self.tensors:
+            if position < len(args):
+                expect_tensor(name, args[position])
         return backends.implementation(self, wanted, args)(*args)
 
 
