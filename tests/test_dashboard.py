@@ -2,14 +2,13 @@
 
 import http.client
 import json
-import shutil
-import subprocess
 import threading
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
+from chromium import dumped, screenshot
 from tiny_model import letters, make_sae, save_model
 
 from gemmascope_fast import cli
@@ -254,27 +253,15 @@ def test_pages_in_chromium(dashboard, made, tmp_path):
     """A real browser runs the index's script, searches, and draws a page; .ci/run installs it."""
     from gemmascope_fast.dashboard.pages import write
 
-    browser = shutil.which("chromium")
-    assert browser, "expected chromium: apt-get install chromium"
     write(dashboard, tmp_path / "site")
-    options = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    options += [f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=2000"]
-
-    def dumped(path):
-        done = subprocess.run([*options, "--dump-dom", path.as_uri()], capture_output=True, timeout=120, check=True)
-        return done.stdout.decode()
-
-    index = dumped(tmp_path / "site" / "index.html")
+    index = dumped(tmp_path / "site" / "index.html", tmp_path / "profile")
     body = index.split('<tbody id="rows">')[1].split("</tbody>")[0]
     shown = [int(part.split(".html")[0]) for part in body.split('href="feature/')[1:]]
     fired = dashboard.collected.fired
     assert shown == sorted(range(96), key=lambda f: (-fired[f], f))
     picture = tmp_path / "page.png"
     page = tmp_path / "site" / "feature" / "7.html"
-    subprocess.run(
-        [*options, f"--screenshot={picture}", "--window-size=900,900", page.as_uri()],
-        capture_output=True, timeout=120, check=True,
-    )  # fmt: skip
+    screenshot(page, tmp_path / "profile", picture)
     from PIL import Image
 
     colours = Image.open(picture).convert("RGB").getcolors(1 << 24)

@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
+from chromium import dumped
 
 from gemmascope_fast import JumpReLUSAE, cli, load_demo
+from gemmascope_fast.demo import LABELS, TIMES
 from gemmascope_fast.report.figures import check_support, read_text
 from gemmascope_fast.report.page import render
 
@@ -89,6 +92,55 @@ def test_page_is_self_contained_and_escapes_the_text(model, sae):
     assert "<tiny>" not in page
     assert "src=" not in page
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
+
+
+ACT = """<script>
+$("feature").value = %(feature)d; $("feature").onchange({ target: $("feature") }); spans[3].onmouseenter();
+</script>"""
+
+
+def test_the_page_in_a_browser(model, sae, tmp_path):
+    """A feature is chosen and a token hovered over: shading, histogram and tip are what the latents say."""
+    reading = read_text(model, Letters(), sae, LAYER, "some text", model_name="tiny")
+    values, features = reading.latents[3].topk(8)
+    feature = int(features[0, 0])
+    page = tmp_path / "page.html"
+    page.write_text(render(reading).replace("</body>", ACT % {"feature": feature} + "</body>"), "utf-8")
+    document = dumped(page, tmp_path / "profile")
+    shaded = re.findall(r"<span([^>]*)>", document.split('<div id="text">')[1].split("</div>")[0])
+    fires = reading.latents.features([feature])[:, 0]
+    assert ["background" in span for span in shaded] == (fires > 0).tolist()
+    strength = [float(m[1]) if (m := re.search(r"rgba\(.*, ([\d.]+)\)", span)) else 0 for span in shaded]
+    assert strength == pytest.approx(((fires > 0) * (0.12 + 0.78 * fires / fires.max())).tolist(), abs=0.01)
+    tip = re.search(r'<div id="tip".*?>(.*?)</div>', document, re.DOTALL)[1].split("\n")
+    assert tip[0].endswith(f"L0 {int(reading.latents.l0()[3])}")
+    found = [(int(f), float(v)) for f, v in (line.split() for line in tip[1:])]
+    assert [f for f, _ in found] == features[0].tolist()
+    assert [v for _, v in found] == pytest.approx(values[0].tolist(), abs=0.01)
+    histogram = document.split('id="histogram"')[1].split("</svg>")[0]
+    counts = [int(c) for c in re.findall(r'text-anchor="middle">(\d+)<', histogram)]
+    assert histogram.count("<rect") == 20
+    assert sum(counts) == int((fires > 0).sum())
+
+
+def test_the_command_on_a_file_of_text(model, sae, tmp_path, monkeypatch, capsys):
+    """Every token with its strongest features, the cut that --max-tokens makes, the figures by name."""
+    monkeypatch.setattr("gemmascope_fast.demo.load_pair", lambda *_: (model, Letters(), sae, LAYER))
+    monkeypatch.setenv("COLUMNS", "200")
+    text, result = tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text("Straße am Fluß", encoding="utf-8")
+    words = ["demo", "--text-file", str(text), "--max-tokens", "9", "--top", "3", "--json", str(result)]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr().out
+    assert "6 tokens beyond --max-tokens 9 were not read" in printed
+    reading = read_text(model, Letters(), sae, LAYER, "Straße am Fluß", model_name="tiny", max_tokens=9)
+    values, features = reading.latents.topk(3)
+    for piece, of, at in zip(reading.pieces[1:], features[1:].tolist(), values[1:].tolist(), strict=True):
+        shown = "   ".join(f"{f}: {v:.1f}" for f, v in zip(of, at, strict=True))
+        assert any(repr(piece) in line and shown in line for line in printed.splitlines()), piece
+    assert list(json.loads(result.read_text("utf-8"))) == KEYS
+    for label in (*LABELS.values(), *(f"time per token, {which}" for which in TIMES.values())):
+        assert label in printed
 
 
 def test_bad_input_names_the_argument(model, sae):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import spread
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.sae import JumpReLUSAE
 
 REPEATS = 5
@@ -132,17 +132,16 @@ def eager(sae: JumpReLUSAE, x: Tensor) -> Tensor:
 def check_support(sae: JumpReLUSAE, x: Tensor, latents: SparseLatents) -> tuple[bool, int]:
     """(equal to fp64 wherever |z - θ| exceeds the dot's bound, pairs that differ from eager fp32).
 
-    The bound is κ(‖w‖‖x‖ + |b|) with κ = 1.01 (⌈d_in/16⌉ + 6) 2⁻²⁴, for 16 lanes folded 8-4-2-1 (design section 4).
+    The bound is κ(‖w‖‖x‖ + |b|), κ that of op `encode`'s sum (`ops.encode.kappa`).
     """
     W, b = sae.W_enc.double(), sae.b_enc.double()
     tau = sae.threshold.double().clamp(min=0)
-    kappa = 1.01 * (math.ceil(sae.d_in / 16) + 6) * 2.0**-24
     norms, equal, flips = W.norm(dim=0), True, 0
     for start in range(0, x.shape[0], 64):
         part = x[start : start + 64]
         ours = latents[start : start + 64].to_dense() != 0
         z = part.double() @ W + b
-        bound = kappa * (part.double().norm(dim=1, keepdim=True) * norms + b.abs())
+        bound = kappa(sae.d_in) * (part.double().norm(dim=1, keepdim=True) * norms + b.abs())
         sure = (z - tau).abs() > bound
         equal &= bool((ours == (z > tau))[sure].all())
         dense = part.float() @ sae.W_enc.float() + sae.b_enc.float()
