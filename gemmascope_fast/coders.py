@@ -113,7 +113,7 @@ class CrossLayerTranscoder(nn.Module):
         total: Tensor | None = None
         for i in range(self.n_layers):
             layer, sparse = self._layer(i), latents[i]
-            check_latents(sparse, layer.d_sae, f"latents[{i}]")
+            check_latents(sparse, layer.d_sae, layer.device, f"latents[{i}]")
             sparse = SparseLatents.from_dense(sparse) if isinstance(sparse, Tensor) else sparse
             flat = ops.decode(
                 sparse.crow_indices, sparse.col_indices, sparse.values, layer.W_dec, layer.b_dec, None

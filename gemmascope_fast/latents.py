@@ -296,12 +296,17 @@ class SparseLatents:
     __hash__ = None  # type: ignore[assignment]
 
 
-def check_latents(latents: Tensor | SparseLatents, d_sae: int, name: str = "latents") -> None:
-    """What a decode takes: TypeError for what is neither a tensor nor SparseLatents, ValueError for another d_sae."""
+def check_latents(latents: Tensor | SparseLatents, d_sae: int, device: torch.device, name: str = "latents") -> None:
+    """What a decode takes: TypeError for what is neither a floating tensor nor SparseLatents, ValueError for another
+    d_sae or device."""
     if not isinstance(latents, SparseLatents):
         expect_tensor(name, latents, "a torch.Tensor or SparseLatents")
+    if not latents.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating dtype, got {latents.dtype}")
     if tuple(latents.shape[-1:]) != (d_sae,):
         raise ValueError(f"{name}: expected d_sae = {d_sae} in the last dimension, got {tuple(latents.shape)}")
+    if latents.device != device:
+        raise ValueError(f"{name}: expected them on {device}, like the SAE, got {latents.device}")
 
 
 pytree.register_pytree_node(

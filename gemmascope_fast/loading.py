@@ -128,7 +128,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path = found[0]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file or folder")
-    return _READERS.get(path.name, native.read)(path)
+    other = gemma_scope_1.read if path.suffix == ".npz" else native.read
+    return _READERS.get(path.name, other)(path)
 
 
 def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:

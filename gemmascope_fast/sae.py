@@ -191,10 +191,10 @@ class JumpReLUSAE(nn.Module):
         """Reconstruction [..., d_out] in the SAE's dtype from dense [..., d_sae] or sparse latents.
 
         Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
-        Raises ValueError for another d_sae, TypeError for what is neither a tensor nor SparseLatents, IndexError where
-        col_indices leave [0, d_sae).
+        Raises ValueError for another d_sae or device, TypeError for what is neither a floating tensor nor
+        SparseLatents, IndexError where col_indices leave [0, d_sae).
         """
-        check_latents(latents, self.cfg.d_sae)
+        check_latents(latents, self.cfg.d_sae, self.device)
         if self._mapped is not None:
             self._mapped.check()
         if isinstance(latents, Tensor):

@@ -482,6 +482,14 @@ def test_arguments_that_mean_nothing(gemma, options, error):
         gsf.attach(gemma, {1: tiny.sae()}, **options)
 
 
+def test_a_model_and_saes_of_another_type_are_named(gemma):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
+        gsf.attach("google/gemma-2-2b", {1: tiny.sae()})
+    for saes, said in ((None, "got NoneType"), ("sae", "got str"), ({1: "sae"}, "got str under 1")):
+        with pytest.raises(TypeError, match=f"saes: expected .*{said}"):
+            gsf.attach(gemma, saes)
+
+
 def test_content_without_ids_is_an_error(gemma):
     embeds = gemma.get_input_embeddings()(tiny.ids()).detach()
     with torch.no_grad():

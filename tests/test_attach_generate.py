@@ -149,6 +149,70 @@ def test_splicing_acts_on_every_decoded_token(model, saes):
     assert not torch.equal(output, generate(model, ids, mask, eos_token_id=-1).sequences)
 
 
+class Replace:
+    """Hooks written by hand: `sae` in the place of what one site carries, from the first call to the last."""
+
+    def __init__(self, block, kind, sae):
+        if kind == "attn":  # what goes into o_proj: the heads side by side
+            self.handle = block.self_attn.o_proj.register_forward_pre_hook(lambda _m, args: (sae(args[0]), *args[1:]))
+        else:
+            module = block.post_feedforward_layernorm if kind == "mlp" else block
+            self.handle = tiny.Hand(module, change=sae).handle
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.handle.remove()
+
+
+@pytest.mark.parametrize("kind", ["resid", "mlp", "attn"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cached", [True, False], ids=["cache", "no cache"])
+def test_each_site_is_spliced_in_prefill_and_in_every_decoded_token(model, kind, batch, cached):
+    """Padded prompts of any number: scores bit for bit those of hooks by hand, or, with the error, of no SAE at all."""
+    sae = tiny.sae(48 if kind == "attn" else tiny.D)
+    ids, mask = padded(batch)
+    options = {"use_cache": cached}
+    before, base = tiny.hook_count(model), generate(model, ids, mask, **options)
+    with Replace(model.model.layers[1], kind, sae):
+        by_hand = generate(model, ids, mask, **options)
+    assert not torch.equal(by_hand.scores[0], base.scores[0])
+    runs = {}
+    for mode, want in (("observe", base), ("splice", by_hand), ("splice+error", base)):
+        with gsf.attach(model, {(1, kind): sae}, mode=mode) as runs[mode]:
+            output = generate(model, ids, mask, **options)
+        assert tiny.hook_count(model) == before
+        assert torch.equal(output.sequences, want.sequences)
+        assert all(torch.equal(one, other) for one, other in zip(output.scores, want.scores, strict=True))
+        steps = output.sequences.shape[1] - 9
+        per_sequence = 9 + steps - 1 if cached else sum(range(9, 9 + steps))
+        assert runs[mode].latents[1, kind].n_rows == len(runs[mode].tokens) == batch * per_sequence
+        assert runs[mode].latents[1, kind].nnz > 0
+    assert runs["observe"].latents[1, kind] == runs["splice+error"].latents[1, kind]
+
+
+@pytest.mark.parametrize("mode", ["observe", "splice", "splice+error"])
+@pytest.mark.parametrize("where", ["body", "model", "generate"])
+def test_an_exception_anywhere_leaves_no_hook(model, saes, mode, where):
+    ids, mask = padded()
+    before, base = tiny.hook_count(model), generate(model, ids, mask)
+
+    def fail(*_, **__):
+        raise RuntimeError("mine")
+
+    failing = model.model.layers[3].register_forward_hook(fail) if where == "model" else None
+    stop = [fail] if where == "generate" else None
+    run = fail if where == "body" else lambda: generate(model, ids, mask, stopping_criteria=stop)
+    with pytest.raises(RuntimeError, match="mine"), gsf.attach(model, saes, mode=mode):
+        run()
+    if failing is not None:
+        failing.remove()
+    assert tiny.hook_count(model) == before
+    again = generate(model, ids, mask)
+    assert all(torch.equal(one, other) for one, other in zip(again.scores, base.scores, strict=True))
+
+
 def test_several_generations_in_one_run(model, saes):
     ids, mask = padded()
     with gsf.attach(model, saes) as run:

@@ -164,6 +164,45 @@ def test_arrays_that_are_wrong(tmp_path, change, said, name):
         from_pretrained(tmp_path, dtype="float16")
 
 
+@pytest.mark.parametrize("name", ["params.npz", "params.safetensors", "own.npz", "own.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_says_so(tmp_path, name, share):
+    path = tmp_path / name
+    if name.endswith("npz"):
+        np.savez(path, **fuzz.weights())
+    elif name.startswith("own"):
+        native.save(gsf.JumpReLUSAE.from_weights(**{n: torch.from_numpy(a) for n, a in fuzz.weights().items()}), path)
+    else:
+        path.write_bytes(save({n.replace("W", "w"): a for n, a in fuzz.weights().items()}))
+    assert from_pretrained(path).d_sae == 10
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    said = "not a readable npz file" if name.endswith("npz") else "truncated|not a readable safetensors file"
+    with pytest.raises(gsf.CheckpointError, match=rf"{name}: ({said})"):
+        from_pretrained(path)
+
+
+@pytest.mark.parametrize("name", ["sae.pt", "sae.safetensors", "params.npz"])
+@pytest.mark.parametrize("old", [False, True], ids=["archive", "bare"])
+def test_a_pickle_is_never_loaded(tmp_path, name, old):
+    path = tmp_path / name
+    torch.save({"W_enc": Trap()}, path, _use_new_zipfile_serialization=not old)
+    said = (
+        r"data\.pkl: |not a readable npz"
+        if name.endswith("npz")
+        else "expected a safetensors file, got an archive or a pickle"
+    )
+    with pytest.raises(gsf.CheckpointError, match=said):
+        from_pretrained(path)
+
+
+class Trap:
+    """Unpickling this fails the test."""
+
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was loaded",)
+
+
 def test_members_that_numpy_does_not_write(tmp_path):
     for kind in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         with zipfile.ZipFile(tmp_path / "params.npz", "w", kind) as archive:

@@ -304,6 +304,12 @@ def test_bad_latents():
         sae.decode(torch.zeros(3, F - 1))
     with pytest.raises(ValueError, match="latents: expected d_sae = 70"):
         sae.decode(gsf.SparseLatents.empty((3, F + 1)))
+    for other in (torch.zeros(3, F), gsf.SparseLatents.empty((3, F))):
+        with pytest.raises(ValueError, match="latents: expected them on cpu, like the SAE, got meta"):
+            sae.decode(other.to("meta"))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"latents: expected a floating dtype, got {dtype}"):
+            sae.decode(torch.zeros(3, F, dtype=dtype))
     bad = gsf.SparseLatents(torch.tensor([0, 1]), torch.tensor([F], dtype=torch.int32), torch.ones(1), (1, F))
     for name in ("native", "eager"):
         with gsf.backend(name), pytest.raises(IndexError, match=r"col_indices: expected values in \[0, 70\), got 70"):

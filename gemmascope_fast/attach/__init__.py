@@ -69,4 +69,6 @@ def attach(
     Raises AttachError for a site that is not in the model, an SAE of another width, two splices at one site; ValueError
     or TypeError for arguments that mean nothing.  All of that before anything runs.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     return Run(model, saes, mode=mode, edits=edits, tokens=tokens, error_grad=error_grad, keep=keep)

@@ -188,7 +188,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path}: header of {length} bytes in a file of {size}")
+                raise CheckpointError(f"{path}: {_no_header(length, size)}")
             header = json.loads(file.read(length).decode(), object_pairs_hook=_each_once)
         metadata = header.pop("__metadata__", {})
         found = {name: _safetensors_item(path, name, item) for name, item in header.items()}
@@ -207,6 +207,14 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if 8 + length + end != size:
         raise CheckpointError(f"{path}: truncated or too long: {8 + length + end} bytes expected, {size} are there")
     return {name: item.entry(path, name, 8 + length) for name, item in found.items()}, metadata
+
+
+def _no_header(length: int, size: int) -> str:
+    """What a file may be whose first 8 bytes give no length of a header that it could hold."""
+    start = struct.pack("<Q", length)
+    if start.startswith((b"PK", b"\x80")):  # a zip archive, as torch.save writes, or a bare pickle
+        return "expected a safetensors file, got an archive or a pickle, which is never loaded"
+    return f"truncated, or no safetensors file: a header of {length} bytes in a file of {size}"
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

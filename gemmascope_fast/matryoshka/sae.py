@@ -156,7 +156,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         """
         if isinstance(latents, Tensor) and latents.requires_grad and torch.is_grad_enabled():
             return super().decode(latents)
-        check_latents(latents, self.d_sae)
+        check_latents(latents, self.d_sae, self.device)
         if isinstance(latents, Tensor):
             latents = SparseLatents.from_dense(latents)
         # int(): a token may hold more than GATHERED latents, and is then a part of its own
