@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 from chromium import dumped
+from tiny_model import LAYER, D, F, make_model
 
 from gemmascope_fast import JumpReLUSAE, cli, load_demo
 from gemmascope_fast.demo import LABELS, TIMES
 from gemmascope_fast.report.figures import check_support, read_text
 from gemmascope_fast.report.page import render
 
-D, F, LAYER = 32, 96, 1
 KEYS = [
     "model", "layer", "tokens", "d_in", "d_sae", "l0", "fvu", "ce_base", "ce_spliced", "ce_mean_ablated", "delta_loss",
     "dead_fraction", "support_equal", "support_flips_vs_eager", "ms_per_token", "backend",
@@ -34,13 +34,8 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def model():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=64, hidden_size=D, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=256,
-    )  # fmt: skip
-    return transformers.Gemma3ForCausalLM(config).eval()
+    pytest.importorskip("transformers")
+    return make_model()
 
 
 @pytest.fixture(scope="module")

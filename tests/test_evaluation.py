@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from tiny_model import BOS, LAYER, LETTERS, D, F, save_model
 
 from gemmascope_fast import JumpReLUSAE, cli
 from gemmascope_fast.errors import CheckpointError
@@ -17,30 +18,14 @@ from gemmascope_fast.training import activations as training_activations
 from gemmascope_fast.training import text as texts
 from gemmascope_fast.training.activations import activations, collect, first_layers, windows
 
-D, F, LAYER, BOS = 32, 96, 1, 1
 TEXT = "".join(chr(97 + (i * i + i // 7) % 23) for i in range(700))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny Gemma 3 with a tokenizer of single letters, saved as transformers saves them."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    where = tmp_path_factory.mktemp("model")
-    vocab = {"<pad>": 0, "<bos>": BOS, "<eos>": 2, "<unk>": 3} | {chr(97 + i): 4 + i for i in range(26)}
-    letters = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
-    letters.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=letters, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
-    ).save_pretrained(where)
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=32, hidden_size=D, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=256, bos_token_id=BOS, eos_token_id=2,
-        pad_token_id=0,
-    )  # fmt: skip
-    transformers.Gemma3ForCausalLM(config).save_pretrained(where)
-    return where
+    pytest.importorskip("transformers")
+    return save_model(tmp_path_factory.mktemp("model"), LETTERS[:26])
 
 
 @pytest.fixture(scope="module")

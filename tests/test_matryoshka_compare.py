@@ -5,30 +5,15 @@ import json
 
 import pytest
 import torch
+from tiny_model import two_blocks
 
 from gemmascope_fast import matryoshka
 from gemmascope_fast.matryoshka import comparison as grid
 from gemmascope_fast.matryoshka import measure, mixnmatch
 from gemmascope_fast.matryoshka.mixnmatch import Point, Unit
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 IDS = torch.randint(1, 64, (12, 16), generator=torch.Generator().manual_seed(1))
-
-
-def tiny():
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=8,
-        max_position_embeddings=64,
-    )
-    return transformers.Gemma3ForCausalLM(config).eval()
 
 
 def test_patterns_put_the_wide_blocks_where_they_say():
@@ -87,7 +72,7 @@ def test_the_frontier_drops_what_is_beaten():
 
 
 def test_units_are_blocks_and_their_bytes_those_of_the_layers():
-    model = matryoshka.quantize_(tiny())
+    model = matryoshka.quantize_(two_blocks())
     parts = mixnmatch.units(model)
     assert [p.name for p in parts] == ["model.layers.0", "model.layers.1"]
     assert all(len(p.layers) == 3 for p in parts)
@@ -144,7 +129,7 @@ def test_dithering_stays_within_the_cells():
     ids=lambda run: run.label,
 )
 def test_a_run_gives_its_figures_and_is_not_done_twice(tmp_path, monkeypatch, run):
-    model = tiny()
+    model = two_blocks()
     before = {n: p.clone() for n, p in model.state_dict().items()}
     comparison = grid.Comparison(model, IDS[:8], IDS[8:], tmp_path, {"epochs": 1}, steps=1)
     comparison.do(run)
@@ -162,7 +147,7 @@ def test_a_run_gives_its_figures_and_is_not_done_twice(tmp_path, monkeypatch, ru
 
 def test_alone_is_stored_at_its_own_width(tmp_path):
     run = grid.Run("ffn", None, "omniquant", (2,), "alone")
-    comparison = grid.Comparison(tiny(), IDS[:8], IDS[8:], tmp_path, {"epochs": 1})
+    comparison = grid.Comparison(two_blocks(), IDS[:8], IDS[8:], tmp_path, {"epochs": 1})
     comparison.do(run)
     figure = comparison.results.figures[run.cases()[0].key()]
     weights, rows = 2 * 3 * 64 * 32, 2 * (64 + 64 + 32)
@@ -170,7 +155,7 @@ def test_alone_is_stored_at_its_own_width(tmp_path):
 
 
 def test_mixing_measures_candidates_and_finds_the_frontier(tmp_path):
-    model = tiny()
+    model = two_blocks()
     comparison = grid.Comparison(model, IDS[:4], IDS[8:], tmp_path)
     points = comparison.mix(grid.Run("ffn", None, "minmax"), points=2, windows=2)
     assert not matryoshka.layers(model)
@@ -180,7 +165,7 @@ def test_mixing_measures_candidates_and_finds_the_frontier(tmp_path):
     assert best == sorted(best, key=lambda p: p["nbytes"])
     assert [p["loss"] for p in best] == sorted((p["loss"] for p in best), reverse=True)
     # recomputed
-    served = matryoshka.quantize_(tiny(), activations="exact")
+    served = matryoshka.quantize_(two_blocks(), activations="exact")
     for point in held["points"][::7]:
         matryoshka.set_bits(served, point["widths"])
         assert measure.mean_loss(served, IDS[8:]) == pytest.approx(point["loss"], rel=1e-6)

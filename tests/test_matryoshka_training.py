@@ -4,29 +4,14 @@ import json
 
 import pytest
 import torch
+from tiny_model import two_blocks
 from torch import nn
 
 from gemmascope_fast import matryoshka
 from gemmascope_fast.matryoshka import Packed, endtoend, equivalent, measure, quantize, training
 from gemmascope_fast.matryoshka.nested import NestedWeight, Recipe
 
-transformers = pytest.importorskip("transformers")
-
-
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        sliding_window=8,
-        max_position_embeddings=64,
-    )
-    return transformers.Gemma3ForCausalLM(config).eval()
+pytest.importorskip("transformers")
 
 
 IDS = torch.randint(1, 64, (8, 16), generator=torch.Generator().manual_seed(1))
@@ -76,7 +61,7 @@ def error_of(model, bits, mode, codes=None):
 
 @pytest.mark.parametrize(("method", "mode"), [("omniquant", "prefix"), ("qat", "matquant")])
 def test_training_brings_two_bits_nearer_and_leaves_the_model_alone(method, mode):
-    model = tiny()
+    model = two_blocks()
     before = {n: p.clone() for n, p in model.state_dict().items()}
     recipe = Recipe(method, mode=mode, epochs=8, weight_rate=2e-3, clip_rate=5e-2, scale_rate=2e-2)
     trained = training.train(model, IDS, recipe)
@@ -89,7 +74,7 @@ def test_training_brings_two_bits_nearer_and_leaves_the_model_alone(method, mode
 
 
 def test_an_interrupted_run_loses_at_most_one_block(tmp_path, monkeypatch):
-    model, recipe = tiny(), Recipe(epochs=1, bits=(8, 2))
+    model, recipe = two_blocks(), Recipe(epochs=1, bits=(8, 2))
     want = training.train(model, IDS, recipe)
     fits = []
     fit = training.fit_block
@@ -126,7 +111,7 @@ def same(got, want):
 
 def scaled_block():
     """One block of the tiny model with learned scales: (block, arguments, hidden, nested, scales)."""
-    model = tiny()
+    model = two_blocks()
     blocks = model.model.layers
     hidden, arguments = training.capture(model, blocks, IDS)
     block = blocks[0]
@@ -162,14 +147,14 @@ def test_channel_scales_change_nothing_before_quantisation(dtype):
 
 
 def test_a_norm_that_feeds_a_layer_left_alone_is_not_scaled():
-    model = tiny()
+    model = two_blocks()
     hidden, arguments = training.capture(model, model.model.layers, IDS)
     norms, gated = equivalent.find(model.model.layers[0], ["mlp.gate_proj"], hidden[:1], arguments[0])
     assert (norms, gated) == ({}, [])
 
 
 def test_the_offset_of_a_norm():
-    assert equivalent.offset_of(tiny().model.norm) == 1.0
+    assert equivalent.offset_of(two_blocks().model.norm) == 1.0
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     norm = LlamaRMSNorm(8)
@@ -178,16 +163,16 @@ def test_the_offset_of_a_norm():
 
 
 def test_files_carry_the_gains_with_the_codes(tmp_path):
-    model = tiny()
+    model = two_blocks()
     trained = training.train(model, IDS, Recipe(epochs=1, bits=(2,), scale_rate=0.1))
     matryoshka.quantize_(model, codes=trained, bits=2)
     matryoshka.save(model, tmp_path / "codes.safetensors")
-    back = matryoshka.load_(tiny(), tmp_path / "codes.safetensors")
+    back = matryoshka.load_(two_blocks(), tmp_path / "codes.safetensors")
     matryoshka.set_bits(back, 2)
     assert torch.equal(back(IDS).logits, model(IDS).logits)
     name = next(iter(trained.gains))
     assert torch.equal(back.get_submodule(name).weight, trained.gains[name].float())
-    assert not torch.equal(trained.gains[name].float(), tiny().get_submodule(name).weight)
+    assert not torch.equal(trained.gains[name].float(), two_blocks().get_submodule(name).weight)
 
 
 # ---- end to end -------------------------------------------------------------------------------------------
@@ -200,7 +185,7 @@ def slice_loss(model, trained, bits):
 
 
 def test_end_to_end_training_lowers_the_loss_of_every_slice_and_leaves_the_model_alone():
-    model = tiny()
+    model = two_blocks()
     before = {n: p.clone() for n, p in model.state_dict().items()}
     recipe = Recipe("qat", weight_rate=3e-3, weights={8: 1.0, 4: 1.0, 2: 1.0})
     trained = endtoend.finetune(model, IDS, recipe, steps=12)
@@ -211,7 +196,7 @@ def test_end_to_end_training_lowers_the_loss_of_every_slice_and_leaves_the_model
 
 
 def test_end_to_end_training_goes_on_where_it_was(tmp_path, monkeypatch):
-    model = tiny()
+    model = two_blocks()
     start = training.train(model, IDS, Recipe("qat", bits=(8, 2), epochs=1))
     recipe = Recipe("qat", bits=(8, 2), batch=3)
     want = endtoend.finetune(model, IDS, recipe, steps=5, start=start)
@@ -244,7 +229,7 @@ def test_starting_at_codes_starts_at_those_codes():
 
 
 def test_the_losses_of_the_head_are_cross_entropy_and_divergence():
-    model = tiny()
+    model = two_blocks()
     hidden = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     wider = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
     ids = IDS[:2, :9]
@@ -282,7 +267,7 @@ def test_alone_is_min_max_at_its_own_width():
 
 
 def test_results_survive_an_interruption(tmp_path):
-    model = tiny()
+    model = two_blocks()
     results = measure.Results(tmp_path / "t.json")
     cases = [measure.Case(slicing=s, bits=b) for s in ("prefix", "matquant", "matquant-extra", "alone") for b in (4, 2)]
     measure.compare(model, IDS, cases[:3], results)
@@ -290,7 +275,7 @@ def test_results_survive_an_interruption(tmp_path):
     again = measure.Results(tmp_path / "t.json")
     found = measure.compare(model, IDS, cases, again)
     assert set(found) == {"full"} | {c.key() for c in cases}
-    direct = matryoshka.quantize_(tiny(), activations="exact")
+    direct = matryoshka.quantize_(two_blocks(), activations="exact")
     matryoshka.set_bits(direct, 2)
     assert found[cases[1].key()]["loss"] == pytest.approx(measure.mean_loss(direct, IDS), rel=1e-6)
     assert json.loads((tmp_path / "t.json").read_text()) == found
@@ -307,7 +292,7 @@ def test_bad_recipes():
     ]:
         with pytest.raises(ValueError, match=message):
             Recipe(**options)
-    model = tiny()
+    model = two_blocks()
     matryoshka.quantize_(model)
     with pytest.raises(ValueError, match="already quantised"):
         training.train(model, IDS, Recipe())
@@ -348,7 +333,7 @@ class Words:
 def run_command(monkeypatch, options):
     from gemmascope_fast import cli, demo_model
 
-    monkeypatch.setattr(demo_model, "load_model", lambda _name: (tiny(), Words()))
+    monkeypatch.setattr(demo_model, "load_model", lambda _name: (two_blocks(), Words()))
     monkeypatch.setattr(measure, "WINDOW", 16)
     return cli.main(["quantize", "--windows", "4", "--train-windows", "4", *options])
 
@@ -372,7 +357,7 @@ def test_the_command_trains_measures_and_writes(monkeypatch, tmp_path):
     assert run_command(monkeypatch, [*options, "--table", str(table), "--out", str(out), "--work", str(tmp_path)]) == 0
     figures = json.loads(table.read_text())
     assert set(figures) == {"full", *(f"ffn/channel/qat-2-alone/alone/int2/{a}" for a in ("exact", "int8"))}
-    back = matryoshka.load_(tiny(), out)
+    back = matryoshka.load_(two_blocks(), out)
     layer = next(iter(matryoshka.layers(back).values()))
     assert layer.packed.stored == layer.bits == 2
     assert layer.weight.unique(dim=None).numel() > 3

@@ -20,14 +20,27 @@ def save_model(where, letters=LETTERS, window=256, seed=0, layers=3):
     transformers.PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     ).save_pretrained(where)
-    torch.manual_seed(seed)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=len(vocab), hidden_size=D, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=window, bos_token_id=BOS, eos_token_id=2,
-        pad_token_id=0,
+    made = make_model(
+        seed, vocab_size=len(vocab), num_hidden_layers=layers, max_position_embeddings=window,
+        bos_token_id=BOS, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    transformers.Gemma3ForCausalLM(config).save_pretrained(where)
+    made.save_pretrained(where)
     return where
+
+
+def make_model(seed=0, **config):
+    """A random Gemma 3 in evaluation mode; `config` in place of what a test does not care about."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "hidden_size": D, "intermediate_size": 48, "num_hidden_layers": 3, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes | config)).eval()
+
+
+def two_blocks(seed=0):
+    """The model of the tests of Matryoshka training: rows of every matrix are whole groups of 32."""
+    return make_model(seed, intermediate_size=64, num_hidden_layers=2, sliding_window=8, max_position_embeddings=64)
 
 
 def make_sae(seed=1, features=F):
