@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -21,17 +22,22 @@ def add_info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
-def collect() -> dict[str, Any]:
-    """Keys: versions (None where a package is not installed), cpu, compiler, cuda, ops (rows of backends.choices)."""
-    versions: dict[str, str | None] = {"gemmascope-fast": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
+def versions(packages: Iterable[str]) -> dict[str, str | None]:
+    """Version by name of this package, Python and `packages`; None where a package is not installed."""
+    found: dict[str, str | None] = {"gemmascope-fast": __version__, "python": platform.python_version()}
+    for name in packages:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
+            found[name] = None
+    return found
+
+
+def collect() -> dict[str, Any]:
+    """Keys: versions, cpu, compiler, cuda, ops (rows of backends.choices)."""
     compiled = backends._C
     return {
-        "versions": versions,
+        "versions": versions(PACKAGES),
         "cpu": {
             "machine": platform.machine(),
             "threads": torch.get_num_threads(),

@@ -1,10 +1,13 @@
 """The command line: info against what it reports on, errors as one line and a status."""
 
 import json
+import platform
 
 import pytest
+import torch
 
-from gemmascope_fast import backends, cli
+from gemmascope_fast import backends, cli, info
+from gemmascope_fast.bench import machine
 
 
 def test_info_json_gives_the_choices_of_the_dispatcher(capsys):
@@ -13,6 +16,17 @@ def test_info_json_gives_the_choices_of_the_dispatcher(capsys):
     rows = [(c.op, c.device, c.backend, c.reason) for c in backends.choices()]
     assert [(r["op"], r["device"], r["backend"], r["reason"]) for r in found["ops"]] == rows
     assert found["cpu"]["isa"] == backends.isa()
+
+
+def test_versions_are_those_installed_and_none_of_what_is_not():
+    found = info.versions(("torch", "no-package-of-this-name"))
+    assert list(found) == ["gemmascope-fast", "python", "torch", "no-package-of-this-name"]
+    assert found["torch"] == torch.__version__
+    assert found["python"] == platform.python_version()
+    assert found["no-package-of-this-name"] is None
+    told = machine.describe(threads=1)["versions"]
+    assert told | found == told | {"no-package-of-this-name": None}
+    assert "gguf" in info.collect()["versions"]
 
 
 def test_wrong_input_is_one_line_and_status_one(capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import asdict
 from pathlib import Path
@@ -11,19 +10,13 @@ from typing import Any
 import torch
 
 from gemmascope_fast import backends, roof
-from gemmascope_fast._version import __version__
+from gemmascope_fast.info import versions
 
 PACKAGES = ("torch", "numpy", "scipy", "transformers", "triton", "sae-lens", "torchao", "eai-sparsify")
 
 
 def describe(threads: int) -> dict[str, Any]:
     """Keys: processor, isa, supported_isas, last_level_cache, memory_bytes, threads, versions."""
-    versions: dict[str, str | None] = {"gemmascope-fast": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
     return {
         "processor": _processor(),
         "isa": backends.isa(),
@@ -32,7 +25,7 @@ def describe(threads: int) -> dict[str, Any]:
         "memory_bytes": _memory("MemTotal"),
         "threads": threads,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "versions": versions,
+        "versions": versions(PACKAGES),
     }
 
 
