@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 from gemmascope_fast import backends
 
@@ -17,3 +18,12 @@ def isa(request):
         pytest.skip(f"this machine does not have {request.param}")
     with backends.forced_isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """Shapes this small gain nothing from several, and wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
