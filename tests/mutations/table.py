@@ -16,6 +16,7 @@ class Mutation(NamedTuple):
 
 ENCODE, DECODE, DOTS = "tests/test_encode.py", "tests/test_decode.py", "tests/test_sampled_dot.py"
 SAE, LATENTS, TRANSPOSE = "tests/test_sae.py", "tests/test_latents.py", "tests/test_transpose.py"
+BAD = "tests/test_sae_bad_input.py"
 PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
 
 SCREEN, REFINE, BUILD = "csrc/cpu/screen.h", "csrc/cpu/screen_refine.h", "csrc/cpu/screen_build.h"
@@ -79,8 +80,8 @@ CPP = [
     Mutation("the bias twice in the tail", "csrc/cpu/decode.h", "if (a.bias) acc = add16(acc, load16_tail(a.bias + k, count));", "if (a.bias) acc = add16(add16(acc, load16_tail(a.bias + k, count)), load16_tail(a.bias + k, count));", DECODE),
     Mutation("the scale is ignored", "csrc/cpu/decode.h", "a.row_scale ? a.values[i] * a.row_scale[a.col[i]]", "false ? 0.0f", DECODE),
     Mutation("int8 read as unsigned in plain C++", "csrc/cpu/vec.h", "for (int i = 0; i < 16; ++i) r.v[i] = p[i];", "for (int i = 0; i < 16; ++i) r.v[i] = static_cast<uint8_t>(p[i]);", DECODE),
-    Mutation("an index one past the end passes", "csrc/cpu/ops_common.cpp", "c[i] < features;", "c[i] <= features;", DECODE),
-    Mutation("a negative index passes", "csrc/cpu/ops_common.cpp", "c[i] >= 0 && ", "", DECODE),
+    Mutation("an index one past the end passes", "csrc/cpu/ops_common.cpp", "f >= features;", "f > features;", DECODE),
+    Mutation("a negative index passes", "csrc/cpu/ops_common.cpp", "f < 0 || ", "", DECODE),
     # sampled dot and transpose
     Mutation("no bias in sampled_dot", "csrc/cpu/sampled_dot.h", "a.bias ? z[f] + a.bias[a.col[i + f]] : z[f]", "z[f]", DOTS),
     Mutation("a short group reads its first row", "csrc/cpu/sampled_dot.h", "(f < count ? f : count - 1)", "(count == 4 ? f : 0)", DOTS),
@@ -107,5 +108,7 @@ PYTHON = [
     Mutation("the lock of a finished file serves", "gemmascope_fast/packed.py", "if partial.exists() and os.path.samestat(", "if True or os.path.samestat(", PACKED),
     Mutation("the bar forgets the panels that were done", "gemmascope_fast/packed.py", "            update(sum(", "            len(str(", PACKED),
     Mutation("a truncated file goes unnoticed", "gemmascope_fast/mapped.py", "if size < self.layout.size:", "if False:", PACKED),
-    Mutation("complex x passes", "gemmascope_fast/sae.py", "if not x.is_floating_point():", "if False:", SAE),
+    Mutation("complex x passes", "gemmascope_fast/sae.py", "if not x.is_floating_point():", "if False:", BAD),
+    Mutation("a list passes for a tensor", "gemmascope_fast/ops/_library.py", "if not isinstance(value, torch.Tensor):", "if False:", BAD),
+    Mutation("latents of another device pass", "gemmascope_fast/latents.py", "if latents.device != device:", "if False:", BAD),
 ]  # fmt: skip
