@@ -135,7 +135,7 @@ class JumpReLUSAE(nn.Module):
 
         screen: True and False force the certified screen on or off, None takes what is fastest for the number
         of tokens; the bytes are the same.  bandwidth ε: pairs with |z - threshold| < ε/2 are stored too, with
-        value 0 where they did not fire, and the threshold gets its straight-through gradient (facts section 6).
+        value 0 where they did not fire, and the threshold gets its straight-through gradient.
         precision: "exact", or "tensor" for op `encode_tensor`: tensor cores on a GPU, with no promise of bytes,
         within the tolerance that ops/encode_tensor.py derives; it takes neither screen nor bandwidth.
         Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x and for lists and

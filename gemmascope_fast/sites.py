@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# What each kind is in transformers' Gemma (facts sections 1 and 2):
+# What each kind is in transformers' Gemma:
 #   resid           output of model.layers[L]
 #   mlp             output of post_feedforward_layernorm (what the MLP adds to the residual stream)
 #   attn            input of self_attn.o_proj: the heads, concatenated

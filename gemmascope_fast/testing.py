@@ -1,7 +1,8 @@
 """For tests and benchmarks: calibrated SAEs, error bounds, and the one order of summation written a second time.
 
-`emulate_dot` and `emulate_decode` follow design section 3a in numpy alone, with every fused multiply-add rounded
-once by error-free transformation; they share no code with the kernels, so equality of bytes is evidence.
+`emulate_dot` and `emulate_decode` follow the fixed order of summation (docs/how/exact.md) in numpy alone, with every
+fused multiply-add rounded once by error-free transformation; they share no code with the kernels, so equality of bytes
+is evidence.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def pre_activations64(x: Tensor, sae: JumpReLUSAE) -> Tensor:
 
 
 def dot_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """fp64 [N, d_sae]: how far section 3a's fp32 z may lie from the exact one, κ(Σ|x||w| + |b|) and underflow."""
+    """fp64 [N, d_sae]: how far the fixed order's fp32 z may lie from the exact one, κ(Σ|x||w| + |b|) and underflow."""
     d = x.shape[-1]
     size = x.float().double().abs() @ W_enc.detach().double().abs() + b_enc.detach().double().abs()
     return kappa(d) * size + (d + 16) * 2.0**-149

@@ -1,4 +1,4 @@
-"""The one order of summation in Triton (design section 3a): 16 lanes, k ascending, one rounding per step,
+"""The one order of summation in Triton (docs/how/exact.md): 16 lanes, k ascending, one rounding per step,
 lanes folded 8-4-2-1.  Folds are written out because `tl.reduce` promises no order."""
 
 import triton

@@ -1,4 +1,4 @@
-"""Triton kernels of the screened encode (design section 4): int8 decides what may fire, fp32 answers.
+"""Triton kernels of the screened encode (docs/screen.md): int8 decides what may fire, fp32 answers.
 
 Three launches before the gather: `digits_kernel` quantises the tokens, `screen_kernel` is an int8 GEMM on tensor
 cores whose epilogue compares ẑ + B with the threshold and keeps one bit a pair, `refine_kernel` computes what is

@@ -99,3 +99,13 @@ def test_the_api_page_names_what_is_there():
         except ModuleNotFoundError:
             module, _, name = path.rpartition(".")
             assert getattr(importlib.import_module(module), name).__doc__, path
+
+
+def test_pages_that_the_code_refers_to_exist():
+    """A comment that sends its reader to a document outside the repository explains nothing."""
+    files = [f for folder in ("gemmascope_fast", "csrc", "kernels") for f in (ROOT / folder).rglob("*.*")]
+    text = "\n".join(f.read_text("utf-8") for f in files if f.suffix in (".py", ".h", ".cpp", ".cu"))
+    pages = set(re.findall(r"docs/[\w/-]+\.md", text))
+    assert "docs/how/exact.md" in pages
+    assert [page for page in pages if not (ROOT / page).exists()] == []
+    assert re.findall(r"(?:design|facts) sections? \S+|section 3a", text) == []

@@ -1,4 +1,4 @@
-// The one order of summation (design section 3a): lane j of 16 sums the products k = j (mod 16), k ascending,
+// The one order of summation (docs/how/exact.md): lane j of 16 sums the products k = j (mod 16), k ascending,
 // by fused multiply-add; the lanes fold 8-4-2-1; the bias is added last, by the caller.
 
 // A TT x FF tile of dots: z[t][f] = x[t] . w[f].  One 16-lane accumulator a pair keeps the order whatever the

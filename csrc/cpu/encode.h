@@ -1,7 +1,7 @@
 // JumpReLU encode, every pair in full precision: dot, bias, threshold and compaction in one pass; nothing of
 // size [T][F] is stored.
 
-// What a latent is (design section 3): z > max(theta, 0), or z is NaN.  `!(z <= tau)` is both at once.
+// What a latent is (docs/how/exact.md): z > max(theta, 0), or z is NaN.  `!(z <= tau)` is both at once.
 static inline bool fires(float z, float threshold) { return !(z <= (threshold > 0.0f ? threshold : 0.0f)); }
 
 static inline float canonical(float z) { return z == z ? z : __builtin_nanf(""); }

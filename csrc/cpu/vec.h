@@ -21,7 +21,7 @@ static inline V16 load16(const F16* p) {
 static inline V16 load16(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-// The fold of design section 3a: lanes 8-4-2-1.
+// The fold of the one order of summation (docs/how/exact.md): lanes 8-4-2-1.
 static inline float fold16(V16 a) {
   const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));

@@ -6,7 +6,8 @@
 
 namespace gsf::cuda {
 
-// One dot in section 3a's order by one thread: for the rare word whose values did not fit its slots.
+// One dot in the one order of summation, by one thread: for the rare word whose values did not fit its
+// slots.
 template <typename W>
 GSF_DEVICE float dot_alone(const float* x, const W* w, int64_t d) {
   float acc[16] = {};

@@ -1,4 +1,4 @@
-// Exact JumpReLU encode: the dots of design section 3a, bias, threshold and a bitmap in one pass.
+// Exact JumpReLU encode: the dots of docs/how/exact.md, bias, threshold and a bitmap in one pass.
 //
 // Why CUDA and not Triton: the 16 accumulators of a pair are 16 lanes of a half-warp (or 4 x 4 of a quad), so
 // that the fold is four shuffles; Triton has no layout of that kind and goes through shared memory.

@@ -79,7 +79,7 @@ GSF_DEVICE uint32_t lanes_below() { return (1u << lane()) - 1u; }
 // Stored NaNs are the canonical quiet one.
 GSF_DEVICE float canonical(float z) { return z == z ? z : quiet_nan(); }
 
-// What a latent is (design section 3): z > max(theta, 0), or z is NaN; within the bandwidth also what is
+// What a latent is (docs/how/exact.md): z > max(theta, 0), or z is NaN; within the bandwidth also what is
 // near.
 GSF_DEVICE bool fires(float z, float theta, float half_bandwidth) {
   const float near = z > theta ? z - theta : theta - z;

@@ -1,4 +1,4 @@
-"""Gemma Scope (Gemma 2): params.npz; the site is told by the path (facts section 1)."""
+"""Gemma Scope (Gemma 2): params.npz; the site is told by the path."""
 
 from __future__ import annotations
 

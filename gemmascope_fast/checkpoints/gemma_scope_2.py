@@ -1,4 +1,4 @@
-"""Gemma Scope 2 (Gemma 3): params.safetensors and config.json (facts section 2).
+"""Gemma Scope 2 (Gemma 3): params.safetensors and config.json.
 
 Single-layer SAEs and transcoders, with and without affine skip; the skip is stored [d_in, d_out]: x @ A.
 """

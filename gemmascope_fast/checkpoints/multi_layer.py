@@ -1,4 +1,4 @@
-"""Gemma Scope 2's cross-layer transcoders and crosscoders: one params_layer_{i}.safetensors a layer (facts section 2).
+"""Gemma Scope 2's cross-layer transcoders and crosscoders: one params_layer_{i}.safetensors a layer.
 
 A cross-layer transcoder's layer i holds w_dec [d_sae, n_layers, d], of which [:, i:, :] counts: it writes to
 its own layer and to those after it.  A crosscoder's files either hold w_dec [d_sae, d], the layer's part of one

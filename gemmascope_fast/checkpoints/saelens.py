@@ -1,4 +1,4 @@
-"""SAELens folders: cfg.json and sae_weights.safetensors (facts section 3; held against version 6.54)."""
+"""SAELens folders: cfg.json and sae_weights.safetensors (held against version 6.54)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launchers of exact encode: a GEMM in section 3a's order with a compacting epilogue, a scan, a gather.
+"""Launchers of exact encode: a GEMM in the fixed order of summation with a compacting epilogue, a scan, a gather.
 
 Two forms.  `encode` is the op: it reads one number back (how many latents there are) to give tensors of exactly
 that size.  `encode_fixed` reads nothing back and can be captured in a CUDA graph: its tensors have the capacity

@@ -205,7 +205,7 @@ def tensor_specs() -> list[KernelSpec]:
     return specs
 
 
-LEFT = 0.025  # of pairs that two digits of activation and one of weights leave to refine (design section 4)
+LEFT = 0.025  # of pairs that two digits of activation and one of weights leave to refine
 
 
 def screen_specs() -> list[KernelSpec]:

@@ -1,8 +1,8 @@
 """Op `encode`: JumpReLU encode into compressed sparse rows.
 
 z = x @ W_enc + b_enc; a pair (token, feature) is stored if and only if relu(z) * (z > threshold) is not zero,
-where NaN counts as not zero: z > max(threshold, 0), or z is NaN (design section 3).  With a bandwidth ε the
-pairs with |z - threshold| < ε/2 are stored too, fired or not: training needs them (facts section 6).
+where NaN counts as not zero: z > max(threshold, 0), or z is NaN (docs/how/exact.md).  With a bandwidth ε the
+pairs with |z - threshold| < ε/2 are stored too, fired or not: training needs them (training/jumprelu.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SCHEMA = (
 
 
 def kappa(d: int) -> float:
-    """Relative bound of section 3a's dot of length d: 16 lanes of ⌈d/16⌉ terms, four folds, the bias, one to spare."""
+    """Relative bound of the fixed order's dot of length d: ⌈d/16⌉ terms a lane, four folds, the bias, one to spare."""
     return 1.01 * (math.ceil(d / 16) + 6) * 2.0**-24
 
 
@@ -36,7 +36,7 @@ def fires(z: Tensor, threshold: Tensor) -> Tensor:
 
 
 def encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None = None) -> Csr:
-    """Dense eager fp32.  Differentiable by torch itself; its sums are in torch's order, not section 3a's.
+    """Dense eager fp32.  Differentiable by torch itself; its sums are in torch's order, not the fixed one.
 
     x [N, d_in], W_enc [d_in, d_sae], b_enc and threshold [d_sae]; 16-bit inputs are widened first.
     Gives crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].

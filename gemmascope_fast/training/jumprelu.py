@@ -1,4 +1,4 @@
-"""Straight-through gradients of JumpReLU and of the L0 step, on the pairs that matter (facts section 6).
+"""Straight-through gradients of JumpReLU and of the L0 step, on the pairs that matter.
 
 `ops.encode(..., bandwidth)` gives z at every pair that fired or lies within ε/2 of its threshold; everywhere
 else both pseudo-derivatives are zero, so that sums over the stored pairs equal dense autograd.
