@@ -70,7 +70,9 @@ def as_coo(latents: SparseLatents, kept: Tensor) -> tuple[Tensor, Tensor]:
     features = latents.col_indices.long()
     at = torch.stack([kept.nonzero()[:, 0][latents.row_indices()], features])
     size = (kept.shape[0], latents.d_sae)
-    return torch.sparse_coo_tensor(at, latents.values, size, is_coalesced=True), features
+    # torch warns where nobody says whether the indices are to be checked; an encode's need no check
+    made = torch.sparse_coo_tensor(at, latents.values, size, is_coalesced=True, check_invariants=False)
+    return made, features
 
 
 def positions_kept(x: Tensor, zero_positions: Any) -> Tensor:

@@ -41,6 +41,20 @@ def make(kind="jumprelu", seed=0, d_in=D_IN, hook_name="blocks.0.hook_resid_post
     return sae
 
 
+def fill(module, seed=0):
+    """The same for a coder of another library, [D_IN, D_SAE]: seeded weights, thresholds of which few are reached."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / D_IN**0.5)
+            if "threshold" in name:
+                parameter.abs_().add_(1.5)
+        for name, buffer in module.named_buffers():
+            if name == "threshold":
+                buffer.fill_(1.75)
+    return module
+
+
 def tokens(*shape, seed=1):
     return torch.randn(*(shape or (3, 5, D_IN)), generator=torch.Generator().manual_seed(seed))
 

@@ -11,40 +11,32 @@ from circuit_tracer.transcoder.single_layer_transcoder import (
     TranscoderSet,
     load_relu_transcoder,
 )
-from lens_saes import LargestTensor
+from lens_saes import D_IN as D
+from lens_saes import D_SAE as WIDTH
+from lens_saes import LargestTensor, fill, tokens
 from torch.nn import functional as F
 
 import gemmascope_fast as gsf
 from gemmascope_fast.dropin import circuit_tracer as ours
 
-D, WIDTH, LAYERS, POSITIONS = 24, 160, 3, 40
+LAYERS, POSITIONS = 3, 40
 CPU = torch.device("cpu")
-
-
-def fill(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / D**0.5)
-            if "threshold" in name:
-                parameter.abs_().add_(1.5)
-    return module.requires_grad_(False)
 
 
 def single(layer=0, skip=False, relu=False, dtype=torch.float32):
     activation = F.relu if relu else JumpReLU(torch.zeros(WIDTH, dtype=dtype), 0.1)
     made = SingleLayerTranscoder(D, WIDTH, activation, layer, skip_connection=skip, device=CPU, dtype=dtype)
-    return fill(made, layer)
+    return fill(made, layer).requires_grad_(False)
 
 
 def cross(skip=False, relu=False):
     kind = "relu" if relu else "jump_relu"
     more = {"skip_connection": skip, "lazy_decoder": False, "device": CPU, "dtype": torch.float32}
-    return fill(CrossLayerTranscoder(LAYERS, WIDTH, D, activation_function=kind, **more))
+    return fill(CrossLayerTranscoder(LAYERS, WIDTH, D, activation_function=kind, **more)).requires_grad_(False)
 
 
 def inputs(layers=LAYERS, seed=9):
-    return torch.randn(layers, POSITIONS, D, generator=torch.Generator().manual_seed(seed))
+    return tokens(layers, POSITIONS, D, seed=seed)
 
 
 def assert_same(got, wanted):

@@ -8,14 +8,15 @@ import torch
 from dictionary_learning.trainers.batch_top_k import BatchTopKSAE as DLBatchTopK
 from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKSAE
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
-from lens_saes import LargestTensor, assert_as_exact, tokens
+from lens_saes import D_IN as D
+from lens_saes import D_SAE as WIDTH
+from lens_saes import LargestTensor, assert_as_exact, fill, tokens
 from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_sae
 from sparsify import SparseCoder, SparseCoderConfig
 
 import gemmascope_fast as gsf
 from gemmascope_fast.dropin import saebench
 
-D, WIDTH = 24, 160
 ABOUT = {"model_name": "tiny", "hook_layer": 0, "device": torch.device("cpu"), "dtype": torch.float32}
 BENCH = {
     "jumprelu": lambda: jumprelu_sae.JumpReluSAE(D, WIDTH, **ABOUT),
@@ -32,19 +33,6 @@ DICTIONARIES = {
     "batch_topk": lambda: DLBatchTopK(D, WIDTH, 6),
     "matryoshka": lambda: MatryoshkaBatchTopKSAE(D, WIDTH, 6, [40, 60, 60]),
 }
-
-
-def fill(module, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / D**0.5)
-            if "threshold" in name:
-                parameter.abs_().add_(1.5)
-        for name, buffer in module.named_buffers():
-            if name == "threshold":
-                buffer.fill_(1.75)
-    return module
 
 
 def checked(fast, plain, x):
