@@ -38,7 +38,7 @@ class Prepared:
         self._sight = 0  # counts the changes seen: new weights may lie at the old ones' address
         self._screen_of = -1  # the sight that the screen was built from
         self._centre: Tensor | None = None  # given by the user; None: the module's own choice
-        self._directions: Tensor | None = None
+        self._directions: Tensor | int | None = None  # None: the module's own choice; 0: none
         self._second_digit = True
         self._edited = -1  # the sight of weights other than the screen's, as last met
 
@@ -105,9 +105,8 @@ class Prepared:
             centre = sample.double().mean(0).float()
             if isinstance(directions, int) and directions:
                 directions = principal_directions(sample, directions)
-        found = None if isinstance(directions, int) else directions
         with self._lock:
-            self._centre, self._directions, self._second_digit = centre, found, second_digit
+            self._centre, self._directions, self._second_digit = centre, directions, second_digit
             self._screen, self._screen_of = None, -1
             self._screened(sae)
 
@@ -115,7 +114,8 @@ class Prepared:
         """Take a screen that was stored with these very weights."""
         self.refresh(sae)
         with self._lock:
-            self._centre, self._directions = screen.centre, screen.directions
+            self._centre = screen.centre
+            self._directions = 0 if screen.directions is None else screen.directions
             self._second_digit = screen.code2 is not None
             self._screen, self._screen_of = screen, self._sight
 
@@ -133,13 +133,14 @@ class Prepared:
         with self._lock:
             if self.stale() or self._screen is None:
                 centre = sae.screen_centre() if self._centre is None else self._centre
+                directions = sae.screen_directions() if self._directions is None else self._directions
                 self._screen = Screen.build(
                     sae.W_enc,
                     sae.b_enc,
                     sae.threshold,
                     centre=centre,
                     second_digit=self._second_digit,
-                    directions=self._directions,
+                    directions=None if isinstance(directions, int) else directions,
                 )
                 self._screen_of = self._sight
                 if sae._mapped is None:  # large pages would be read from the disk in full

@@ -13,6 +13,7 @@ from gemmascope_fast import ops
 from gemmascope_fast.latents import SparseLatents, check_latents
 from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.prepare import Prepared
+from gemmascope_fast.screen import massive_dimensions
 from gemmascope_fast.sites import Site
 
 if TYPE_CHECKING:
@@ -218,9 +219,9 @@ class JumpReLUSAE(nn.Module):
         (`p.data.mul_()`, a numpy alias, inference tensors).
         Options, kept for later rebuilds; answers depend on none of them: centre [d_in], a point near the mean of the
         activations (default: b_dec where the SAE reconstructs its own input); sample [..., d_in], activations whose
-        mean is taken for it; directions, [k, d_in] or how many to find in the sample (default none), along which
-        activations vary most: with several tokens they leave fewer features to a second look; second_digit (default
-        True), another byte a weight that spares nearly all rows that do
+        mean is taken for it; directions, [k, d_in] or how many to find in the sample, along which activations vary most
+        (default: the massive dimensions that b_dec shows, 0: none): with several tokens they leave fewer features to a
+        second look; second_digit (default True), another byte a weight that spares nearly all rows that do
         not fire.
         """
         self._prepared.refresh(self, force=force)
@@ -231,6 +232,10 @@ class JumpReLUSAE(nn.Module):
     def screen_centre(self) -> Tensor | None:
         """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
         return self.b_dec.detach().float() if self.kind == "sae" else None
+
+    def screen_directions(self) -> Tensor | None:
+        """What the screen takes out of activations unless told: the massive dimensions, [k, d_in]."""
+        return massive_dimensions(self.b_dec.detach().float()) if self.kind == "sae" else None
 
     def packed_bytes(self) -> int:
         """Bytes held beside the parameters: the screen's codes and bounds."""

@@ -18,6 +18,8 @@ from gemmascope_fast.ops.screen_rows import MOST_DIRECTIONS, Row, table_stride
 
 MOST_INPUTS = 66_000  # 255 · 127 · 66,000 < 2^31: integer dots of longer rows could overflow
 BLOCK = 1024  # rows hashed at a time
+MASSIVE = 50.0  # times the median entry: Gemma's massive dimensions are hundreds of times it, the next ones 10 to 20
+MOST_MASSIVE = 2
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,20 @@ def principal_directions(sample: Tensor, k: int) -> Tensor:
     return vectors[:, -k:].flip(1).t().float().contiguous()
 
 
+def massive_dimensions(mean: Tensor) -> Tensor | None:
+    """fp32 [k, d_in]: unit vectors of up to MOST_MASSIVE entries of a mean activation [d_in] that stand out from it, or
+    None.
+
+    A residual stream's massive dimensions are large in every token but not equally large, so that they decide the scale
+    of the digits.  On Gemma 3 270M's layer 12 (b_dec's entry 163 is 12,700, its others are below 800) taking out the
+    one left 7 % of the pairs where 18 % were left, and a fifth of the time was saved.
+    """
+    size = mean.abs()
+    most = size.topk(min(MOST_MASSIVE, size.numel())).indices
+    found = most[size[most] > MASSIVE * size.median()]
+    return torch.nn.functional.one_hot(found, size.numel()).float() if found.numel() else None
+
+
 def _orthonormal(directions: Tensor, d_in: int) -> Tensor:
     """The same span in rows fp32 [k, d_in] of unit length."""
     k = directions.shape[0] if directions.dim() == 2 else 0
@@ -146,9 +162,9 @@ def _finite(t: Tensor, name: str) -> Tensor:
 
 
 def most_bytes(d_in: int, d_sae: int) -> int:
-    """Bytes of a screen with both digits and a centre, for an encoder of these dimensions."""
+    """Bytes of a screen with what it has unless told, for an encoder of these dimensions."""
     code = 4 * -(-d_sae // 4) * 64 * -(-d_in // 64)
-    return 2 * code + 4 * (len(Row) * table_stride(d_sae) + d_in)
+    return 2 * code + 4 * ((len(Row) + MOST_MASSIVE) * table_stride(d_sae) + (1 + MOST_MASSIVE) * d_in)
 
 
 def weights_digest(W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> str:

@@ -53,7 +53,7 @@ def test_answers_are_those_of_the_resident_sae(folder, monkeypatch):
 
 def test_the_screen_is_the_one_that_is_built_in_memory(folder, monkeypatch):
     small_panels(monkeypatch)
-    resident = gsf.SAE.from_pretrained(folder).prepare()
+    resident = gsf.SAE.from_pretrained(folder).prepare(directions=0)
     mapped = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
     for name, tensor in resident._prepared.screen.tensors().items():
         assert torch.equal(mapped._prepared.screen.tensors()[name], tensor), name

@@ -30,6 +30,10 @@ def screened(x, W, b, theta, screen, digits=0, second=True, bandwidth=None):
     return tuple(csr), dict(zip(("survivors", "refined", "violations", "rest"), stats.tolist(), strict=True))
 
 
+def arrays(screen):
+    return screen.code, screen.code2, screen.table, screen.centre
+
+
 def assert_same(x, W, b, theta, centre=None, bandwidth=None):
     """Every form of the screen gives the bytes of the full encode, and no pair lies outside its bound."""
     want = ops.encode(x, W, b, theta, bandwidth)
@@ -479,7 +483,7 @@ def test_mapped_rows_give_the_same_bytes(isa, T):
         sae, x = make_sae(3, 203, 901, l0).requires_grad_(False), make_activations(4, T, 203)
         x[T // 2, 7] = math.nan
         weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare()._prepared.screen
-        *csr, stats = ops.encode_screened(x, *weights, *screen.tensors().values(), 0, 0.1, None, True)
+        *csr, stats = ops.encode_screened(x, *weights, *arrays(screen), 0, 0.1, screen.directions, True)
         assert same_bytes(csr, ops.encode(x, *weights, 0.1))
         assert stats[2:].tolist() == [0, 1]
 
@@ -493,7 +497,7 @@ def test_of_mapped_rows_the_second_digit_is_always_read():
     weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare()._prepared.screen
     with threads(1):
         stats = [
-            ops.encode_screened(x, *weights, *screen.tensors().values(), digits, None, None, mapped)[3].tolist()[:2]
+            ops.encode_screened(x, *weights, *arrays(screen), digits, None, screen.directions, mapped)[3].tolist()[:2]
             for digits, mapped in ((0, False), (1, False), (0, True))
         ]
     assert stats == [[64 * 2048, 64 * 2048], [64 * 2048, 64 * 512], [64 * 2048, 64 * 512]]
@@ -644,6 +648,22 @@ def test_prepare_keeps_its_options():
     for wrong in ({"sample": x, "centre": x[0]}, {"sample": x[:, 1:]}, {"centre": x[0, 1:]}, {"directions": 3}):
         with pytest.raises(ValueError, match=r"sample|centre|directions"):
             sae.prepare(**wrong)
+
+
+def test_massive_dimensions_are_taken_out_unless_told():
+    sae, x = make_sae(1, 640, 300, 20), make_activations(2, 40, 640)
+    assert torch.equal(sae.prepare()._prepared.screen.directions.abs(), torch.eye(640)[163:164])
+    assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
+    edit_in_place(sae)
+    sae.encode_sparse(x, screen=True)
+    assert sae._prepared.screen.directions is not None
+    assert sae.prepare(directions=0)._prepared.screen.directions is None
+    edit_in_place(sae)
+    sae.encode_sparse(x, screen=True)
+    assert sae._prepared.screen.directions is None
+    with torch.no_grad():
+        sae.b_dec[163] = 0.0
+    assert sae.prepare(directions=None)._prepared.screen.directions is None
 
 
 @pytest.mark.parametrize("second", [True, False])
