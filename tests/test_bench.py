@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemmascope_fast import cli
-from gemmascope_fast.bench import cases, command, compare, peers, scaling, suite_ops, timing
+from gemmascope_fast.bench import cases, command, compare, machine, peers, scaling, suite_ops, timing
 from gemmascope_fast.bench.cases import Case
 from gemmascope_fast.bench.checks import Truth, close
 from gemmascope_fast.bench.engine import Bench, Candidate, Work, WrongAnswer, roof_share, time_bench
@@ -197,6 +197,17 @@ def test_guard_says_where_nothing_is_stored(monkeypatch, tmp_path, capsys):
     guard_run(monkeypatch, [(1.0, 1.0)], isa="avx2")
     assert cli.main(["bench", "--guard", str(stored)]) == 0
     assert "none for avx2: nothing was held" in capsys.readouterr().out
+
+
+def test_guard_holds_a_machine_against_its_own_kind(monkeypatch, tmp_path, capsys):
+    here = machine.describe(1)
+    assert machine.kind(here).startswith(str(here["isa"]))
+    assert machine.kind({"isa": "avx2", "core": ""}) == "avx2"
+    stored = tmp_path / "ratios.json"
+    stored.write_text(json.dumps({machine.kind({"isa": "avx512", "core": "A 1 2"}): {row(T=1).key: 4.0}}))
+    guard_run(monkeypatch, [(1.0, 1.0)])
+    assert cli.main(["bench", "--guard", str(stored)]) == 0
+    assert "nothing was held" in capsys.readouterr().out
 
 
 def test_stored_ratios_are_ours_alone_and_beside_other_instruction_sets(tmp_path):

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast import backends
 from gemmascope_fast.bench.cases import CASES
 from gemmascope_fast.bench.compare import Stored, bench_names, compare, lost, store, stored_ratios
+from gemmascope_fast.bench.machine import kind
 from gemmascope_fast.bench.rows import Results, Row
 from gemmascope_fast.bench.run import QUICK, SUITES, Options, run
 
@@ -41,7 +41,7 @@ def run_bench(args: argparse.Namespace) -> int:
     results = run(options, save=args.json)
     _show(results)
     if args.write_guard:
-        store(args.write_guard, str(backends.isa()), results)
+        store(args.write_guard, kind(results.machine), results)
     status = 0
     if old is not None:
         status |= _compared(old, results)
@@ -80,11 +80,11 @@ def _compared(old: Results, new: Results) -> int:
 
 def _guarded(every: Stored, results: Results, options: Options) -> int:
     """What fell by more than a third is measured once more before it counts."""
-    isa = str(results.machine["isa"])
-    if isa not in every:
-        print(f"guard: ratios are stored for {', '.join(every)}, none for {isa}: nothing was held")
+    here = kind(results.machine)
+    if here not in every:
+        print(f"guard: ratios are stored for {'; '.join(every)}, none for {here}: nothing was held")
         return 0
-    stored = every[isa]
+    stored = every[here]
     fallen = lost(stored, results)
     if fallen:
         names = bench_names(fallen, results)

@@ -56,24 +56,27 @@ Stored = dict[str, dict[str, float]]
 
 
 def stored_ratios(path: Path) -> Stored:
-    """The guard's file: speed-up over eager fp32 by instruction set and row key."""
+    """The guard's file: speed-up over eager fp32 by kind of machine (machine.kind) and row key."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         return {isa: {str(k): float(v) for k, v in ratios.items()} for isa, ratios in found.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise GemmaScopeFastError(
-            f"{path}: expected JSON of ratios by instruction set and row key, got {error}"
+            f"{path}: expected JSON of ratios by kind of machine and row key, got {error}"
         ) from error
 
 
-def store(path: Path, isa: str, results: Results) -> None:
-    """Put this run's ratios into the file, beside those of other instruction sets.
+def store(path: Path, kind: str, results: Results) -> None:
+    """Put this run's ratios into the file, beside those of other machines.
 
+    Of a ratio that is there already the lower is kept: a few runs leave what the machine reaches on a bad day.  Delete
+    the file to begin anew.
     Figures from the cache and ops that have no kernel of ours behind them are left out: they would guard nothing.
     """
     stored = stored_ratios(path) if path.exists() else {}
     kept = {k: r for k, r in results.ratios.items() if is_ours(k) and "(warm)" not in k and "/slice " not in k}
-    stored[isa] = {key: round(ratio.median, 2) for key, ratio in sorted(kept.items())}
+    before = stored.get(kind, {})
+    stored[kind] = {key: min(round(r.median, 2), before.get(key, r.median)) for key, r in sorted(kept.items())}
     path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 

@@ -16,9 +16,11 @@ PACKAGES = ("torch", "numpy", "scipy", "transformers", "triton", "sae-lens", "to
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """Keys: processor, isa, supported_isas, last_level_cache, memory_bytes, threads, versions."""
+    """Keys: processor, core (vendor, family and model, where a name says little), isa, supported_isas, last_level_cache,
+    memory_bytes, threads, cuda, versions."""
     return {
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "core": " ".join(filter(None, map(_cpuinfo, ("vendor_id", "cpu family", "model")))),
         "isa": backends.isa(),
         "supported_isas": backends.supported_isas(),
         "last_level_cache": roof.last_level_cache(),
@@ -34,13 +36,18 @@ def measured_roof(threads: int) -> dict[str, Any] | None:
     return None if backends._C is None else asdict(roof.measure(threads))
 
 
-def _processor() -> str:
+def kind(machine: dict[str, Any]) -> str:
+    """What ratios can be held against: the instruction set and, where it is known, the core that runs it."""
+    return ", ".join(filter(None, (str(machine["isa"]), machine.get("core"))))
+
+
+def _cpuinfo(entry: str) -> str:
+    """The entry's value for the first core, empty where there is none."""
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next(
+        (value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == entry), ""
+    )
 
 
 def available_memory() -> int:
