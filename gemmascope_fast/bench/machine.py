@@ -16,8 +16,8 @@ PACKAGES = ("torch", "numpy", "scipy", "transformers", "triton", "sae-lens", "to
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """Keys: processor, core (vendor, family and model, where a name says little), isa, supported_isas, last_level_cache,
-    memory_bytes, threads, cuda, versions."""
+    """Keys: processor, core (vendor, family and model, where a name says little), isa, supported_isas,
+    last_level_cache, memory_bytes, threads, cuda, versions."""
     return {
         "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "core": " ".join(filter(None, map(_cpuinfo, ("vendor_id", "cpu family", "model")))),
