@@ -95,11 +95,15 @@ def test_the_bundled_sae_is_small_and_says_where_it_belongs():
 
 
 def test_the_cards_command_is_one():
-    card = (demo_model.SAE_FILE.parent / "README.md").read_text("utf-8")
+    """And it is that of the run whose settings are in the file."""
+    card = (demo_model.SAE_FILE.parent / "README.md").read_text("utf-8").replace("\\\n", " ")
     (line,) = re.findall(r"^gemmascope-fast (train .+)$", card, re.MULTILINE)
     args = cli.build_parser().parse_args(shlex.split(line))
-    assert (args.model, args.layer, args.d_sae, args.text) == ("demo", 12, 4096, ["pydoc", "stdlib"])
+    assert (args.model, args.layer) == ("demo", 12)
     assert args.out.name == demo_model.SAE_FILE.name
+    made = gsf.SAE.from_pretrained(demo_model.SAE_FILE).cfg.metadata.extra["figures"]["settings"]
+    for name in ("text", "d_sae", "steps", "batch", "lr", "nudge", "l0", "bandwidth", "seed", "model_dtype"):
+        assert getattr(args, name) == made[name], name
 
 
 @pytest.mark.model

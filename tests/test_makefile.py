@@ -1,5 +1,6 @@
 """The Makefile's variables mean one thing each: its recipes are printed (`make -n`), never run."""
 
+import os
 import re
 import subprocess
 from collections import Counter
@@ -11,7 +12,9 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 def recipe(target):
     """The commands of a target and of all it needs, whether or not they were made already."""
-    done = subprocess.run(["make", "-nB", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    # `make test` runs this too: what make tells its children does not belong here
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make", "-nB", target], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     return done.stdout.replace("\\\n", " ").splitlines()
 
 
