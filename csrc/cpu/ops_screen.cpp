@@ -297,7 +297,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   e.half_bandwidth = bandwidth ? static_cast<float>(*bandwidth / 2) : 0.0f;
   e.ids = tokens.ids.empty() ? nullptr : tokens.ids.data();
   a.lane_stride = round_to(kept, kTileRows) | kTileRows;  // odd in lines, as the table's
-  std::vector<float> lanes(4 * (4 + along.k) * a.lane_stride);
+  // with both digits a tile begins at every second token and its load takes in the two after it
+  std::vector<float> lanes(4 * (4 + along.k) * a.lane_stride + 8);
   fill_lanes(tokens, a.both, lanes.data(), a.lane_stride);
   const at::Tensor own_table =
       bandwidth ? with_bandwidth(table, e.threshold, F, along.k, e.half_bandwidth) : table;
