@@ -12,7 +12,7 @@ time of reading the codes once, or of their integer products, whichever is longe
 Where int8 is only four times fp32, as on Zen 4, an exact answer cannot be eight times eager for many tokens.
 
 The synthetic activations are kinder than real ones: with one digit of the activations 0.3 % of pairs are left that do
-not fire, and 3 to 6 % for Gemma 3 270M's layer 12 (`real`; with two digits, one token, 0.07 and 0.6 %).
+not fire, and 3 to 6 % for Gemma 3 270M's layer 12 (`real`; with two digits and one token 0.07 and 0.6 %).
 """
 
 from __future__ import annotations
