@@ -3,12 +3,10 @@
 
 // A TT x FF tile of dots: z[t][f] = x[t] . w[f].  One 16-lane accumulator a pair keeps the order whatever the
 // tile, so a tile's shape is free to follow the registers: 4x4 leaves room for its operands in 32 of them.
-// `ahead`: rows that come next, fetched meanwhile.
-template <int TT, int FF, bool AHEAD = false, typename E>
+template <int TT, int FF, typename E>
 static inline void dot_tile(const float* const* x,  // [TT] -> [d]
                             const E* const* w,      // [FF] -> [d]
-                            int64_t d, float* z,    // [TT][FF]
-                            const float* const* ahead = nullptr) {
+                            int64_t d, float* z) {  // [TT][FF]
   V16 acc[TT][FF];
   for (int t = 0; t < TT; ++t) {
     for (int f = 0; f < FF; ++f) acc[t][f] = zero16();
@@ -17,7 +15,6 @@ static inline void dot_tile(const float* const* x,  // [TT] -> [d]
   for (int64_t k = 0; k < whole; k += 16) {
     V16 wk[FF];
     for (int f = 0; f < FF; ++f) wk[f] = load16(w[f] + k);
-    for (int t = 0; AHEAD && t < TT; ++t) __builtin_prefetch(ahead[t] + k);
     for (int t = 0; t < TT; ++t) {
       const V16 xk = load16(x[t] + k);
       for (int f = 0; f < FF; ++f) acc[t][f] = fma16(xk, wk[f], acc[t][f]);
@@ -37,16 +34,14 @@ static inline void dot_tile(const float* const* x,  // [TT] -> [d]
 }
 
 // Dots of P pairs that need have nothing in common, in the same order.
-template <int P, bool AHEAD = false, typename E>
+template <int P, typename E>
 static inline void dot_pairs(const float* const* x,  // [P] -> [d]
                              const E* const* w,      // [P] -> [d]
-                             int64_t d, float* z,    // [P]
-                             const float* const* ahead = nullptr) {
+                             int64_t d, float* z) {  // [P]
   V16 acc[P];
   for (int p = 0; p < P; ++p) acc[p] = zero16();
   const int64_t whole = d & ~int64_t{15};
   for (int64_t k = 0; k < whole; k += 16) {
-    for (int p = 0; AHEAD && p < P; ++p) __builtin_prefetch(ahead[p] + k);
     for (int p = 0; p < P; ++p) acc[p] = fma16(load16(x[p] + k), load16(w[p] + k), acc[p]);
   }
   if (whole < d) {

@@ -75,10 +75,10 @@ struct SampledDotArgs {
   Dtype w_dtype;
 };
 
-// Up to 16 tokens that pass together; `width` of 1, 4, 8 or 16 with zeros after the last.
 // Most blocks that one step of the matryoshka kernel unpacks at once.
 constexpr int kMatryoshkaBlocks = 3;
 
+// Up to 16 tokens that pass together; `width` of 1, 4, 8 or 16 with zeros after the last.
 struct MatryoshkaTile {
   const int8_t* q;      // [in/4][width][4]; exact: null
   const int32_t* qsum;  // [groups][width]; exact: null

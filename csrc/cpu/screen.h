@@ -6,8 +6,6 @@
 constexpr int64_t kRowBytes = 18432;
 // Tokens whose digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk pass.
 constexpr int64_t kTokenBlock = 64;
-// From this many tokens most rows have a candidate.
-constexpr int64_t kManyTokens = 128;
 // Up to this many tokens a row hardly has two candidates, and they are refined in the order in which they
 // came.
 constexpr int64_t kFewTokens = 8;
@@ -87,30 +85,11 @@ static inline void both_digits(const ScreenArgs& a, I16 sums, int64_t t0, int64_
   if (left) push_candidates(left, n1, n2, t0, f0, out);
 }
 
-// Lines on their way into L2 while something else is computed, a few at each call.
-struct Fetching {
-  const char *at = nullptr, *end = nullptr;
-  int64_t lines = 0;
-  void some() {
-    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
-  }
-};
-
-// The full-precision rows of a chunk, which many tokens will hardly spare: fetched while it is screened.
-// Mapped ones may not be there yet, and are not read right after.
-static inline Fetching rows_of_chunk(const ScreenArgs& a, int64_t f0, int64_t f1) {
-  if (a.mapped || a.encode.T < kManyTokens) return {};
-  const int64_t bytes = a.encode.d * (a.encode.w_dtype == Dtype::f32 ? 4 : 2);
-  const char* w = static_cast<const char*>(a.encode.w);
-  const int64_t tiles = (a.encode.T + 3) / 4 * ((f1 - f0 + 3) / 4);
-  return {w + f0 * bytes, w + f1 * bytes, ((f1 - f0) * bytes / 64 + tiles) / tiles};
-}
-
 // The rows [f0, f1) against tokens [t0, t1).  Few tokens wait for the codes: the next block's, at `next`, are
 // on their way into L2 meanwhile, AHEAD lines a step.
 template <int AHEAD>
 static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int64_t f0, int64_t f1,
-                                const uint8_t* next, Fetching& wanted, CandidateSink& out) {
+                                const uint8_t* next, CandidateSink& out) {
   const char* ahead = reinterpret_cast<const char*>(next);
   const int64_t step = a.both ? 2 : 4;
   for (int64_t t = t0; t < t1; t += step) {
@@ -122,7 +101,6 @@ static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int
                        : a.both   ? screen_sums<AHEAD, 2>(q, code, ahead, a.width)
                                   : screen_sums<AHEAD, 4>(q, code, ahead, a.width);
       ahead += AHEAD * a.width;
-      wanted.some();
       // the table's columns past F never survive
       if (a.both) {
         both_digits(a, sums, t, f, rows, out);
@@ -138,20 +116,19 @@ static inline void screen_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, Can
   // how often a block of rows is walked: that many of its lines are fetched in each of its steps
   const int64_t tiles = (a.encode.T + (a.both ? 1 : 3)) / (a.both ? 2 : 4);
   const int64_t end = (a.encode.F + 3) / 4 * 4;
-  Fetching wanted = rows_of_chunk(a, f0, f1);
   for (int64_t t = 0; t < a.encode.T; t += kTokenBlock) {
     const int64_t t1 = t + kTokenBlock < a.encode.T ? t + kTokenBlock : a.encode.T;
     for (int64_t f = f0; f < f1; f += rows) {
       const int64_t last = f + rows < f1 ? f + rows : f1;
       const uint8_t* next = a.code + last * a.width;
       if (t > 0 || tiles > 4 || last + rows > end) {
-        screen_block<0>(a, t, t1, f, last, next, wanted, out);
+        screen_block<0>(a, t, t1, f, last, next, out);
       } else if (tiles == 1) {
-        screen_block<4>(a, t, t1, f, last, next, wanted, out);
+        screen_block<4>(a, t, t1, f, last, next, out);
       } else if (tiles == 2) {
-        screen_block<2>(a, t, t1, f, last, next, wanted, out);
+        screen_block<2>(a, t, t1, f, last, next, out);
       } else {
-        screen_block<1>(a, t, t1, f, last, next, wanted, out);
+        screen_block<1>(a, t, t1, f, last, next, out);
       }
     }
   }

@@ -38,16 +38,19 @@ static inline int64_t column_offset(int64_t k) { return k / kTileColumns * kTile
 
 static inline float clamp_digit(float v) { return v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v); }
 
+static inline double dot_fp64(const float* a, const float* b, int64_t d) {
+  Sum16 dot;
+  for (int64_t k = 0; k < d; ++k) dot.v[k & 15] += static_cast<double>(a[k]) * b[k];
+  return dot.total();
+}
+
 // r loses its part along the directions; their coefficients, as rounded here, are what the screen multiplies
 // by.  Gives |c|.
 static inline double take_out_directions(const ScreenTokenArgs& a, float* r) {
   double square = 0;
   if (a.k == 0) return square;
   for (int64_t j = 0; j < a.k; ++j) {
-    const float* v = a.directions + j * a.d;
-    Sum16 dot;
-    for (int64_t k = 0; k < a.d; ++k) dot.v[k & 15] += static_cast<double>(r[k]) * v[k];
-    a.along[j] = static_cast<float>(dot.total());
+    a.along[j] = static_cast<float>(dot_fp64(r, a.directions + j * a.d, a.d));
     square += static_cast<double>(a.along[j]) * a.along[j];
   }
   for (int64_t k = 0; k < a.d; ++k) {
@@ -172,10 +175,7 @@ static inline void refine_always(const ScreenRowArgs& a, int64_t f) {
 static inline double project(const ScreenRowArgs& a, int64_t f, const float* w) {
   double square = 0;
   for (int64_t j = 0; j < a.k; ++j) {
-    const float* v = a.directions + j * a.d;
-    Sum16 dot;
-    for (int64_t k = 0; k < a.d; ++k) dot.v[k & 15] += static_cast<double>(w[k]) * v[k];
-    const double p = dot.total();
+    const double p = dot_fp64(w, a.directions + j * a.d, a.d);
     a.table[(kScreenRows + j) * a.stride + f] = static_cast<float>(p);
     square += p * p;
   }
@@ -267,9 +267,7 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
 }
 
 static void screen_rows(const ScreenRowArgs& a, int64_t f0, int64_t f1, float* space) {
-  Sum16 mumu;
-  for (int64_t k = 0; a.mu && k < a.d; ++k) mumu.v[k & 15] += static_cast<double>(a.mu[k]) * a.mu[k];
-  const double norm_mu = __builtin_sqrt(mumu.total()) * kSumUp;
+  const double norm_mu = a.mu ? __builtin_sqrt(dot_fp64(a.mu, a.mu, a.d)) * kSumUp : 0.0;
   for (int64_t f = f0; f < f1; ++f) {
     widen_any(a, f, space);
     screen_row(a, f, space, norm_mu);

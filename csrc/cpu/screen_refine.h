@@ -146,7 +146,7 @@ static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, C
     stats.undecided += waiting;
     waiting = 0;
   };
-  // pairs that fire whatever the bound are not worth a second look
+  // pairs that fire whatever the bound are not worth the rows' second digit
   for (Candidate* c = begin; c < end; ++c) {
     if (c->z - c->bound > least_stored(a.encode, c->feature)) continue;
     four[waiting++] = c;
@@ -163,28 +163,26 @@ static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, C
   return kept;
 }
 
-// Full precision for the first four pairs of [c, end), while the next four's tokens are fetched; what is
-// stored stays in the order of the candidates.
+// Full precision for the first four pairs of [c, end); what is stored stays in the order of the candidates.
 template <typename E>
 static inline void refine(const ScreenArgs& a, const Candidate* c, const Candidate* end, ScreenStats& stats,
                           HitSink& sink) {
   const int count = end - c < 4 ? static_cast<int>(end - c) : 4;
   const EncodeArgs& e = a.encode;
-  const float *x[4], *next[4];
+  const float* x[4];
   const E* w[4];
   float z[4];
   bool one_row = true;
   for (int p = 0; p < 4; ++p) {
     const Candidate& pair = c[p < count ? p : count - 1];
-    next[p] = e.x + (end - c > p + 4 ? c[p + 4] : pair).token * e.d;
     x[p] = e.x + pair.token * e.d;
     w[p] = static_cast<const E*>(e.w) + pair.feature * e.d;
     one_row &= pair.feature == c[0].feature;
   }
   if (one_row) {
-    dot_tile<4, 1, true>(x, w, e.d, z, next);
+    dot_tile<4, 1>(x, w, e.d, z);
   } else {
-    dot_pairs<4, true>(x, w, e.d, z, next);
+    dot_pairs<4>(x, w, e.d, z);
   }
   sink.reserve(4);
   for (int p = 0; p < count; ++p) {
