@@ -1,6 +1,6 @@
 """The 26 residual SAEs of a 2B-shaped release inside a model, within a budget of four: time, loads, peak memory.
 
-    python benchmarks/bank_release.py --folder /tmp/release --json bank.json
+    python benchmarks/bank_release.py --folder release --json bank.json
 
 The SAEs are synthetic, at the real shape (2304 × 16,384; --d-sae for less), and written once: 7.9 GB in float32, half
 in bfloat16.  The model has Gemma 2 2B's residual stream and layers; --intermediate says how wide its MLPs are.  What

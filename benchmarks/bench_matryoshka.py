@@ -13,7 +13,6 @@ import argparse
 import itertools
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,22 +22,16 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import backends
+from gemmascope_fast.bench.cases import copy_count
 from gemmascope_fast.matryoshka import MatryoshkaLinear, Packed, quantize
-
-sys.path.insert(0, str(Path(__file__).parent))
-from cases import FEW_TOKENS, L3_BYTES
 
 WIDTHS = (8, 4, 2)
 Call = Callable[[], Tensor]
 
 
-def copies(nbytes: int, tokens: int) -> int:
-    return 1 if tokens > FEW_TOKENS else -(-4 * L3_BYTES // nbytes)
-
-
 def rotate(make: Callable[[], Any], nbytes: int, tokens: int) -> Callable[[], Any]:
     """Each call gives the next of enough weights to miss the cache."""
-    return itertools.cycle([make() for _ in range(copies(nbytes, tokens))]).__next__
+    return itertools.cycle([make() for _ in range(copy_count(nbytes, tokens))]).__next__
 
 
 class Peers:

@@ -185,7 +185,7 @@ def may_fire(z, bound, theta, half_bandwidth, HAS_BANDWIDTH: tl.constexpr):
 
 
 @triton.jit
-def nth_candidate(bits, n, end, i, total, WORDS: tl.constexpr):
+def nth_candidate(bits, n, end, i, WORDS: tl.constexpr):
     """The i-th [PAIRS] set bit of words bits [WORDS] -> (its word or WORDS, its rank in the word, its bit).
 
     n and end: the words' popcounts and their inclusive sums.  All in registers: no program waits for memory here.
@@ -231,7 +231,7 @@ def refine_kernel(
     token_ptr,  # fp32 [T, 3]
     candidate_ptr,  # int32 [T, words]
     guess_ptr,  # fp32 [T, words, SLOTS]
-    high_ptr,  # int8 [T, padded]; this and the five below are read where HAS_SECOND
+    high_ptr,  # int8 [T, padded]; this and the four below are read where HAS_SECOND
     low_ptr,  # int8 [T, padded]
     code_ptr,  # int8 [F, d]: the second digit, a row is close to scale * (code - zero) + scale2 * code2
     scale_ptr,  # fp32 [F]
@@ -272,7 +272,7 @@ def refine_kernel(
     kept = tl.zeros([WORDS], dtype=tl.int32)
     refined = tl.zeros([PAIRS], dtype=tl.int32)
     for i0 in range(0, total, PAIRS):
-        word, rank, position = nth_candidate(bits, n, end, i0 + pair, total, WORDS)
+        word, rank, position = nth_candidate(bits, n, end, i0 + pair, WORDS)
         there = i0 + pair < total
         f = tl.where(there, (first + word) * 32 + position, F)
         known = there & (rank < SLOTS)

@@ -16,7 +16,7 @@ PEERS = {
     "sae_bench": ("saebench", "sae-bench", (0, 6), (0, 7)),
     "circuit_tracer": ("circuit_tracer", "circuit-tracer", (0, 5), (0, 6)),
     "dictionary_learning": ("dictionary_learning", "dictionary-learning", (0, 1), (0, 2)),
-    "sparsify": ("sparsify", "eai-sparsify", (1, 3), (2, 0)),
+    "sparsify": ("sparsify", "eai-sparsify", (1, 3), (1, 4)),
 }
 
 

@@ -16,6 +16,11 @@ BACKENDS = ["triton", *(["cuda"] if register.compiled("encode") else [])]
 SHAPES = [(1, 2304, 16384), (3, 640, 4097), (16, 2304, 4096), (130, 641, 4096), (1024, 640, 4096)]
 
 
+def shape_id(shape):
+    """scripts/gpu.sh picks shapes by these names."""
+    return "-".join(map(str, shape))
+
+
 def case(T, d, F, dtype=torch.float32):
     sae = make_sae(0, d, F, F / 200, dtype)
     return sae, make_activations(1, T, d)
@@ -30,7 +35,7 @@ def cpu(tensors):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encode_and_decode_are_the_cpu_s(backend, shape, dtype):
     sae, x = case(*shape, dtype)
@@ -44,7 +49,7 @@ def test_encode_and_decode_are_the_cpu_s(backend, shape, dtype):
     assert same_bytes([back.cpu()], [out])
 
 
-@pytest.mark.parametrize("shape", SHAPES[:4])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=shape_id)
 def test_gradients_are_the_cpu_s(shape):
     found = []
     for device in ("cpu", "cuda"):
@@ -56,7 +61,7 @@ def test_gradients_are_the_cpu_s(shape):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES[:4])
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=shape_id)
 def test_tensor_mode_is_within_its_tolerance(shape, dtype):
     sae, x = case(*shape, dtype)
     args = (x, sae.W_enc.detach(), sae.b_enc.detach(), sae.threshold.detach())
