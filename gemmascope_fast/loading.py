@@ -59,12 +59,12 @@ def from_pretrained(
     another dtype than float32, bfloat16 and float16.
     """
     wanted = held_dtype(dtype)
-    checkpoint = _told(find_checkpoint(repo_or_folder, sae_id, revision), kind, site, site_out)
     if rows not in ("memory", "mmap"):
         raise ValueError(f'rows: expected "memory" or "mmap", got {rows!r}')
+    if rows == "mmap" and (torch.device(device).type != "cpu" or wanted != torch.float32):
+        raise ValueError(f'rows: "mmap" serves float32 on cpu, got {wanted} on {device}')
+    checkpoint = _told(find_checkpoint(repo_or_folder, sae_id, revision), kind, site, site_out)
     if rows == "mmap":
-        if torch.device(device).type != "cpu" or wanted != torch.float32:
-            raise ValueError(f'rows: "mmap" serves float32 on cpu, got {wanted} on {device}')
         from gemmascope_fast import mapped, packed
 
         file = checkpoint.path.with_name(checkpoint.path.name + ".packed")

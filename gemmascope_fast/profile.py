@@ -77,9 +77,8 @@ def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], tr
         for e in averages.values()
         if cuda and str(e.device_type).endswith("CUDA")
     ]
-    peak = torch.cuda.max_memory_allocated() if cuda else _peak_memory()
     sae_ms = sum(s.ms for s in shares)
-    return Profile(wall, spent, sae_ms, shares, None if roof is None else asdict(roof), peak, kernels)
+    return Profile(wall, spent, sae_ms, shares, None if roof is None else asdict(roof), _peak_memory(), kernels)
 
 
 def _share(event: Any, costs: dict[str, tuple[int, int]], roof: Roof | None) -> OpShare:

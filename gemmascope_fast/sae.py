@@ -182,8 +182,8 @@ class JumpReLUSAE(nn.Module):
             raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
         if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
             raise ValueError(f"x: expected d_in = {self.cfg.d_in} in its last dimension, got {tuple(x.shape)}")
-        if x.device != self.W_enc.device:
-            raise ValueError(f"x: expected a tensor on {self.W_enc.device}, like the SAE, got {x.device}")
+        if x.device != self.device:
+            raise ValueError(f"x: expected a tensor on {self.device}, like the SAE, got {x.device}")
         return x.reshape(-1, x.shape[-1])
 
     # ---- decode -------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def show(console: Any, session: Session, line: str) -> None:
 
 
 def _named(edit: Any) -> str:
-    return f"{type(edit).__name__.lower()} {edit.feature}" + (f" at {edit.amount:g}" if edit.amount else "")
+    return f"{type(edit).__name__.lower()} {edit.feature}" + (f" at {edit.amount:g}" if edit.NUMBER else "")
 
 
 def _view(writings: list[tuple[str, Writing]]) -> Any:

@@ -11,6 +11,7 @@ from bank_releases import ONE, WEIGHTS, D, arrays, device, each_loaded, release,
 from safetensors.numpy import save_file
 
 import gemmascope_fast as gsf
+from gemmascope_fast.attach import Activations
 from gemmascope_fast.bank import Bank
 from gemmascope_fast.loading import from_pretrained
 
@@ -62,7 +63,7 @@ def test_the_next_layers_sae_is_brought_while_this_one_is_in_use(gemma, tmp_path
             after[self.layer] = [bank[n].cfg.site.layer for n in device(bank)["names"]]
 
     saes = {i: sae for i, sae in enumerate(bank.values())}
-    probes = {f"model.layers.{i}.mlp.output": gsf.attach.__globals__["Activations"](Watch(i)) for i in range(4)}
+    probes = {f"model.layers.{i}.mlp.output": Activations(Watch(i)) for i in range(4)}
     with torch.no_grad(), gsf.attach(gemma, {**saes, **probes}):
         gemma(tiny.ids())
     # at the MLP of layer i its SAE is there before the model asks, and the one before has not left yet

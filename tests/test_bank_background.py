@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ def test_an_announcement_fills_the_device_then_the_host(tmp_path):
     assert [bank[n].cfg.site.layer for n in held["device"]["names"]] == [0, 1, 2]  # not 0, 1, 10
     assert [bank[n].cfg.site.layer for n in held["host"]["names"]] == [3, 4]
     assert bank.stats.prefetched == bank.stats.loads == 5
-    assert not [t for t in threading.enumerate() if t.name.startswith("gemmascope-fast")]
+    for loader in [t for t in threading.enumerate() if t.name.startswith("gemmascope-fast")]:
+        loader.join(JOIN)  # it says that it is done before it has ended
+        assert not loader.is_alive()
     bank[held["device"]["names"][0]].lease().release()
     assert bank.stats.hits == 1
     with pytest.raises(KeyError, match="expected one of"):
@@ -129,8 +132,10 @@ def test_a_thread_waits_for_what_another_has_in_use(tmp_path):
     def first():
         lease = bank[a].lease()
         held.set()
+        end = time.monotonic() + JOIN
         while not bank._store._waiting:  # until the other one waits for room
-            pass
+            assert time.monotonic() < end
+            time.sleep(0.001)
         done.append("a")
         lease.release()
 

@@ -240,8 +240,11 @@ def test_noise_is_said():
     assert any("1 of 1" in w for w in noise(quiet))
 
 
-def test_quick_is_small_and_unknown_names_are_refused():
+def test_quick_is_small_and_unknown_names_are_refused(capsys):
     assert QUICK.cases == ("640x4096",)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as refused:
         cli.main(["bench", "--suite", "nothing"])
+    assert refused.value.code == 2
+    assert "--suite" in capsys.readouterr().err
     assert cli.main(["bench", "--device", "cuda"]) == 1
+    assert "--device cuda" in capsys.readouterr().err

@@ -11,7 +11,16 @@ from tiny_model import LAYER, F, letters, make_sae, save_model
 from gemmascope_fast import JumpReLUSAE, SparseLatents, cli
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.compare import conversation as talk
-from gemmascope_fast.compare.models import by_span, changes, common_spans, gather, matched_features, phi, token_ends
+from gemmascope_fast.compare.models import (
+    Side,
+    by_span,
+    changes,
+    common_spans,
+    gather,
+    matched_features,
+    phi,
+    token_ends,
+)
 from gemmascope_fast.compare.pooled import pool, pooled
 from gemmascope_fast.compare.sets import compare_pairs, compare_sets, covariates, separability
 from gemmascope_fast.compare.variants import (
@@ -460,3 +469,10 @@ def test_conversation_by_command(folder, tmp_path, capsys):
     path.write_text("[1]")
     assert cli.main(words) == 1
     assert "turn 1: expected strings" in capsys.readouterr().err
+
+
+def test_a_side_without_tokens_is_empty():
+    assert Side(5).matrix(0).shape == (0, 5)
+    side = Side(5)
+    side.parts.append((np.array([1]), np.array([4]), np.array([2.0])))
+    assert side.matrix(3).toarray().tolist() == [[0] * 5, [0, 0, 0, 0, 2.0], [0] * 5]

@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import fuzz_checkpoints as fuzz
 import numpy as np
@@ -146,7 +145,7 @@ def test_what_is_written_is_read_again(tmp_path_factory, sizes, kind, dtype, to)
         ({"W_dec": None}, "W_dec"),
         ({"more": np.zeros(3, "f4")}, "more"),
         ({"W_enc": np.zeros((6, 10), "i4")}, "int32|<i4"),
-        ({"W_enc": np.zeros((10, 6), "f4")}, "W_dec|W_enc|b_enc"),
+        ({"W_enc": np.zeros((10, 6), "f4")}, "[Ww]_(dec|enc).*expected"),
         ({"W_enc": np.zeros((6, 0), "f4")}, "empty|W_enc"),
         ({"b_dec": np.full(6, np.inf, "f4")}, "b_dec.*finite"),
         ({"W_dec": np.full((10, 6), 1e30, "f8")}, "[Ww]_dec.*finite"),
@@ -308,4 +307,3 @@ def test_special_files_and_folders_are_no_checkpoints(tmp_path):
     (tmp_path / "folder" / "params.safetensors").mkdir(parents=True)
     with pytest.raises(gsf.CheckpointError):
         from_pretrained(tmp_path / "folder")
-    assert Path(fuzz.__file__).name == "fuzz_checkpoints.py"

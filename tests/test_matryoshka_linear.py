@@ -318,6 +318,7 @@ def test_saved_models_answer_the_same(tmp_path, bits):
     assert weights * (bits + 0.75) / 8 <= size - biases <= weights * (bits + 0.75) / 8 + 10_000
     back = matryoshka.load_(Tiny(), path)
     assert torch.equal(back(IDS), model(IDS))
+    assert matryoshka.save(back, tmp_path / "again.safetensors") == size  # what was narrowed stays so
     with pytest.raises(ValueError, match="already quantised"):
         matryoshka.load_(back, path)
     with pytest.raises(CheckpointError, match="no linear layer"):

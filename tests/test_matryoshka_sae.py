@@ -196,3 +196,7 @@ def test_cases_serve_what_they_say(sae):
         "int8",
     )
     assert len({case.key() for case in cases()}) == len(cases()) == 2 + 4 * 6
+
+
+def test_nothing_is_packed_beside_the_codes(sae):
+    assert MatryoshkaSAE.from_sae(sae).prepare().packed_bytes() == 0

@@ -59,7 +59,16 @@ def error_of(model, bits, mode, codes=None):
         return (served.model(IDS, use_cache=False).last_hidden_state[:, 1:] - want).square().mean().item()
 
 
-@pytest.mark.parametrize(("method", "mode"), [("omniquant", "prefix"), ("qat", "matquant")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        ("omniquant", "prefix"),
+        # rounded slices get worse by block-wise training: 1.09 of the untrained error here, 1.04 without channel scales
+        pytest.param("omniquant", "matquant", marks=pytest.mark.xfail(strict=True, reason="a known fault")),
+        ("qat", "prefix"),
+        ("qat", "matquant"),
+    ],
+)
 def test_training_brings_two_bits_nearer_and_leaves_the_model_alone(method, mode):
     model = two_blocks()
     before = {n: p.clone() for n, p in model.state_dict().items()}
@@ -92,9 +101,11 @@ def test_an_interrupted_run_loses_at_most_one_block(tmp_path, monkeypatch):
     got = training.train(model, IDS, recipe, work=tmp_path)
     assert len(fits) == 3  # block 0, the one that was lost, and that one again
     same(got, want)
-    assert len(fits) == 3
     same(training.train(model, IDS, recipe, work=tmp_path), want)
     assert len(fits) == 3
+    # another recipe starts anew
+    training.train(model, IDS, Recipe(epochs=1, bits=(4,)), work=tmp_path)
+    assert len(fits) == 5
 
 
 def same(got, want):

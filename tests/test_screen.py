@@ -645,8 +645,13 @@ def test_prepare_keeps_its_options():
     sae.prepare(second_digit=False)
     assert sae._prepared.screen.code2 is None
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
-    for wrong in ({"sample": x, "centre": x[0]}, {"sample": x[:, 1:]}, {"centre": x[0, 1:]}, {"directions": 3}):
-        with pytest.raises(ValueError, match=r"sample|centre|directions"):
+    for wrong, match in (
+        ({"sample": x, "centre": x[0]}, "sample, centre: expected at most one"),
+        ({"sample": x[:, 1:]}, "sample: expected"),
+        ({"centre": x[0, 1:]}, "centre: expected"),
+        ({"directions": 3}, "directions: 3 of them"),
+    ):
+        with pytest.raises(ValueError, match=match):
             sae.prepare(**wrong)
 
 

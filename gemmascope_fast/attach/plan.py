@@ -11,6 +11,7 @@ from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.edits import Direction, Edit, FeatureEdit, Mask, check_edits
 from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.ops._csr import from_mask
 from gemmascope_fast.sae import JumpReLUSAE
 
 
@@ -92,12 +93,11 @@ class Plan:
 
     def _decode(self, delta: Tensor, W_dec: Tensor) -> Tensor:
         """delta [n, k] of the touched features times their decoder rows: fp32 [n, d_out]."""
-        n, k = delta.shape
-        if n == 1:  # a decoded token: what it needs is there
-            crow, col = self.ends.to(delta.device), self.ids.to(delta.device)
-        else:
-            crow, col = torch.arange(0, n * k + 1, k, device=delta.device), self.ids.to(delta.device).repeat(n)
-        return ops.decode(crow, col, delta.reshape(-1), W_dec, None, None)
+        ids = self.ids.to(delta.device)
+        if delta.shape[0] == 1:  # a decoded token: what it needs is there, and a look for zeros costs more than they
+            return ops.decode(self.ends.to(delta.device), ids, delta.reshape(-1), W_dec, None, None)
+        crow, col = from_mask(delta != 0)
+        return ops.decode(crow, ids[col.long()], delta[delta != 0], W_dec, None, None)
 
     def _delta(self, latents: SparseLatents, call: Call, at: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What is added to the touched features, fp32 [n, k], and, where there are masks, to what fired [nnz]."""

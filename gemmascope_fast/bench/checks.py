@@ -8,6 +8,7 @@ from torch import Tensor
 from gemmascope_fast.bench.engine import Verdict, WrongAnswer
 from gemmascope_fast.bench.peers import eager_encode
 from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.sae import JumpReLUSAE
 from gemmascope_fast.testing import dot_bound, pre_activations64
 
@@ -35,7 +36,7 @@ class Truth:
         both = stored & self.fires
         error = torch.where(both, (dense - self.z).abs(), 0.0)
         # activations, weights, bias and result are each rounded once to the type, half an ulp at most
-        size = self.bound / _relative(self.sae.d_in)
+        size = self.bound / kappa(self.sae.d_in)
         limit = self.bound if dtype == "fp32" else 1.01 * 4 * UNIT[dtype] * size + self.bound
         if dtype == "fp32" and not isinstance(found, SparseLatents):
             limit = self.bound * 16  # any order of summation: 16 lanes make the bound 16 times smaller
@@ -65,12 +66,6 @@ class Truth:
         if not relative <= allowed:
             raise WrongAnswer(f"the reconstruction is off by {relative:.2g} of its norm ({allowed:.2g} allowed)")
         return Verdict(float(error.max()))
-
-
-def _relative(d: int) -> float:
-    from gemmascope_fast.testing import kappa
-
-    return kappa(d)
 
 
 def close(found: Tensor, exact: Tensor, size: Tensor, terms: int, dtype: str = "fp32") -> Verdict:

@@ -39,7 +39,10 @@ def llama_row(threads: int, tokens: int = 16) -> tuple[Row | None, str | None]:
     with tempfile.TemporaryDirectory() as folder:
         gguf = importlib.import_module(MODEL_PACKAGE).assemble(Path(folder) / "model.gguf")
         command = [sys.executable, "-c", SCRIPT, str(gguf), str(threads), str(tokens)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        except subprocess.TimeoutExpired:
+            return None, "failed: no answer in 300 s"
     if done.returncode:
         return None, f"failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
     median, p20, p80 = percentiles_ms(np.array(json.loads(done.stdout.splitlines()[-1])))

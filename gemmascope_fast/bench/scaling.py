@@ -17,6 +17,7 @@ from gemmascope_fast.bench.machine import available_memory
 from gemmascope_fast.bench.rows import Row
 from gemmascope_fast.bench.suite_ops import full_work, screened_work, uses_screen
 from gemmascope_fast.roof import last_level_cache
+from gemmascope_fast.screen import most_bytes
 from gemmascope_fast.testing import compare_support
 
 WIDTHS = tuple(2**p for p in range(14, 21))  # 16k … 1m
@@ -117,18 +118,18 @@ def _why(op: str, impl: str, row: Row, to: int) -> str:
         size = row.d_in * to * (1 if impl == "ours" and row.T == 1 else 4)
         if size / 2 < cache:
             return f"the encoder's rows ({size / 1e6:.0f} MB) leave the last-level cache ({cache / 1e6:.0f} MB)"
-        return "a disturbed measurement or the allocator: the traffic is proportional to the width here"
+        return "not explained: the traffic is proportional to the width here"
     if op == "tokens":
         if to <= 64:
             return "few tokens share one reading of the weights: memory bounds, and more tokens cost little"
         return "every token costs its arithmetic: the weights' reading no longer shows"
-    return "threads share one memory: its bandwidth is reached before the cores are"
+    return "expected: threads share one memory, and its bandwidth does not grow with them"
 
 
 def memory(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Bytes that stay resident per width: full-precision matrices, and the screen's two digits and bounds."""
     shapes = dict.fromkeys((r.d_in, r.d_sae) for r in rows if r.suite == "scaling" and r.op == "width")
     return [
-        {"d_in": d, "d_sae": F, "fp32_bytes": 8 * d * F, "bf16_bytes": 4 * d * F, "screen_bytes": 2 * d * F + 36 * F}
+        {"d_in": d, "d_sae": F, "fp32_bytes": 8 * d * F, "bf16_bytes": 4 * d * F, "screen_bytes": most_bytes(d, F)}
         for d, F in shapes
     ]

@@ -18,6 +18,7 @@ from gemmascope_fast.bench.engine import Bench, Candidate, Plan, Work
 from gemmascope_fast.matryoshka import MatryoshkaLinear, quantize, slice_codes
 from gemmascope_fast.roof import last_level_cache
 from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.screen import pays
 
 Pool = Callable[[], JumpReLUSAE]
 
@@ -80,11 +81,7 @@ def encode_bench(case: Case, T: int) -> Bench:
 
 def uses_screen(sae: JumpReLUSAE, x: Tensor) -> bool:
     """Whether `screen=None` takes the certified screen for this many tokens."""
-    try:
-        from gemmascope_fast.screen import pays
-    except ImportError:
-        return False
-    return bool(pays(x, sae.W_enc))
+    return pays(x, sae.W_enc)
 
 
 def full_work(sae: JumpReLUSAE, x: Tensor) -> Work:

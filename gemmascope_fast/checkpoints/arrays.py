@@ -200,7 +200,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         raise CheckpointError(f"{path}: __metadata__: expected an object of texts, got {metadata!r:.80}")
     # arrays lie one after the other and fill the file: one that was cut off, or shares bytes, shows
     end = 0
-    for name, item in sorted(found.items(), key=lambda pair: pair[1].begin):
+    for name, item in sorted(found.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
         if item.begin != end:
             raise CheckpointError(f"{path}: {name}: expected to begin at byte {end} of the data, got {item.begin}")
         end = item.end

@@ -60,10 +60,9 @@ class Side:
         """scipy.sparse.csc_array fp64 [spans, d_sae]."""
         from scipy.sparse import coo_array
 
-        empty: tuple[np.ndarray, ...] = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
-        rows, columns, values = (
-            np.concatenate([e, *p]) for e, p in zip(empty, zip(*self.parts, strict=True), strict=True)
-        )
+        # a side without a token has no part
+        empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
+        rows, columns, values = (np.concatenate(p) for p in zip(empty, *self.parts, strict=True))
         return coo_array((values, (rows, columns)), shape=(spans, self.d_sae)).tocsc()
 
 
@@ -108,19 +107,23 @@ def phi(a: Any, b: Any) -> Iterable[tuple[int, np.ndarray]]:
 def matched_features(a: Any, b: Any) -> dict[str, np.ndarray]:
     """For each feature of a: the feature of b that fires most like it, their correlation, and the same the other way.
 
-    match, correlation [F_a]; back, back_correlation [F_b] (-1 and 0 where nothing correlates).
+    match, correlation [F_a]; back, back_correlation [F_b] (-1 and 0 where nothing correlates); own [min(F_a, F_b)], the
+    correlation with the feature of the same number.
     """
     fa, fb = a.shape[1], b.shape[1]
     match, best = np.full(fa, -1), np.zeros(fa)
     back, back_best = np.full(fb, -1), np.zeros(fb)
+    same = []
     for start, block in phi(a, b):
         own = slice(start, start + block.shape[0])
         match[own], best[own] = block.argmax(1), block.max(1)
+        same.append(np.diagonal(block, start))
         column, highest = block.argmax(0), block.max(0)
         better = highest > back_best
         back[better], back_best[better] = column[better] + start, highest[better]
     match[best <= 0], best[best <= 0] = -1, 0
-    return {"match": match, "correlation": best, "back": back, "back_correlation": back_best}
+    found = {"match": match, "correlation": best, "back": back, "back_correlation": back_best}
+    return found | {"own": np.concatenate(same)}
 
 
 def changes(a: Any, b: Any, *, same: float = 0.5, least: int = 3) -> list[dict[str, Any]]:
@@ -132,7 +135,7 @@ def changes(a: Any, b: Any, *, same: float = 0.5, least: int = 3) -> list[dict[s
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"expected one SAE on both sides, got {a.shape[1]} and {b.shape[1]} features")
     found = matched_features(a, b)
-    own = np.concatenate([np.diagonal(block, start) for start, block in phi(a, b)])
+    own = found["own"]
     fired = [np.asarray((x != 0).sum(0)).ravel() for x in (a, b)]
     records = []
     for f in np.nonzero(np.maximum(*fired) >= least)[0].tolist():

@@ -15,6 +15,8 @@ def load_reward_model(name: str) -> tuple[Any, Any]:
     """(model, tokenizer) for --reward: a sequence classifier of one output, fp32 and eval."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    if name == "demo":
+        raise ValueError("--reward: expected --model, a sequence classifier; the demo's model is none")
     model = AutoModelForSequenceClassification.from_pretrained(name, dtype="float32").eval()
     if model.config.num_labels != 1:
         raise ValueError(f"--reward {name}: expected a model of one output, got {model.config.num_labels}")

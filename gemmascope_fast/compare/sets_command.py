@@ -58,7 +58,7 @@ def run_compare(args: argparse.Namespace) -> int:
     out: dict[str, Any] = {"texts": [len(first), len(second)], "features": _records(rows)}
     _show(rows, args.top, f"{len(first)} texts against {len(second)}")
     if args.layers:
-        out["layers"] = depth(model, tokenizer, {key: sae}, first, second)
+        out["layers"] = depth(model, tokenizer, {key: sae}, first, second, args.window)
         _show_layers(out["layers"])
     if args.json is not None:
         write_json(args.json, out)
@@ -116,25 +116,28 @@ def _compare(args: Any, model: Any, tokenizer: Any, sites: Any, first: Any, seco
     return compare_sets(made[0], made[1], test=args.test)
 
 
-def depth(model: Any, tokenizer: Any, sites: Any, first: list[str], second: list[str]) -> list[dict[str, Any]]:
+def depth(
+    model: Any, tokenizer: Any, sites: Any, first: list[str], second: list[str], window: int = 1023
+) -> list[dict[str, Any]]:
     """Separability of the two sets at the output of every layer, and on the latents where there is an SAE."""
     from tqdm import tqdm
 
     from gemmascope_fast.attach import Activations
+    from gemmascope_fast.attach.structure import Structure
     from gemmascope_fast.compare.pooled import pool
     from gemmascope_fast.compare.sets import separability
     from gemmascope_fast.extraction.texts import read_texts
 
-    layers = range(len(model.get_decoder().layers))
+    layers = range(len(Structure(model).stack()[1]))
     keys: dict[Any, Any] = {(layer, "resid"): Activations() for layer in layers}
     ((own, sae),) = sites.items()
     labels = [True] * len(first) + [False] * len(second)
     means: dict[Any, list[np.ndarray]] = {key: [] for key in (*keys, "latents")}
     with tqdm(total=len(labels), desc="every layer", unit="text") as bar:
-        for _, rows in read_texts(model, tokenizer, keys, [*first, *second], progress=bar.update):
+        for _, rows in read_texts(model, tokenizer, keys, [*first, *second], window=window, progress=bar.update):
             for key in keys:
                 means[key].append(rows[key].double().mean(0).numpy())
-        for _, rows in read_texts(model, tokenizer, {own: sae}, [*first, *second]):
+        for _, rows in read_texts(model, tokenizer, {own: sae}, [*first, *second], window=window):
             dense = np.zeros(sae.cfg.d_sae)
             features, values = pool(rows[own], "mean")
             dense[features] = values

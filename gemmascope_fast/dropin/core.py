@@ -77,7 +77,7 @@ def _empty(given: dict[str, Any], k: int | None, raw: bool) -> JumpReLUSAE:
 
 def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
     """Every z = x @ W_enc + b_enc, dense [..., d_sae] in the SAE's dtype, with the bytes that encoding gives."""
-    core.prepare()  # lays the rows out where the weights are new
+    core._prepared.refresh(core)  # lays the rows out where the weights are new; the screen is not for every pair
     flat = x.reshape(-1, core.cfg.d_in)
     # an infinite bandwidth stores every pair but those of z = -inf
     crow, col, values = ops.encode(flat, core.W_enc, core.b_enc, core.threshold, float("inf"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import site_of
 from gemmascope_fast.attach.observers import Observer
+from gemmascope_fast.attach.structure import Structure
 from gemmascope_fast.extraction.windows import batches, padded
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.training.activations import first_layers
@@ -49,7 +50,7 @@ def read_texts(
     """
     layers = [site_of(key, getattr(getattr(coder, "cfg", None), "site", None)).layer for key, coder in sites.items()]
     known = [layer for layer in layers if layer is not None]
-    last = max(known) if len(known) == len(layers) else len(model.get_decoder().layers) - 1
+    last = max(known) if len(known) == len(layers) else len(Structure(model).stack()[1]) - 1
     stream = iter(texts)
     while chunk := list(islice(stream, CHUNK)):
         # the model is whole again whenever the caller has control

@@ -7,6 +7,7 @@ codes.  Runs that train keep their finished blocks, cases their figures, so that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -150,10 +151,12 @@ class Comparison:
         return trained
 
     def mix(self, run: Run, points: int = 6, windows: int = 8) -> list[mixnmatch.Point]:
-        """Mix'n'Match of a run's codes: patterns and search, as JSON and, where matplotlib is there, a plot."""
-        trained = None if run.method == "minmax" else self.train(run)
+        """Mix'n'Match of a run's codes: patterns and search, as JSON."""
         few = self.held_out[:windows]
-        with self._weights(run), gained(self.model, trained.gains if trained else {}):
+        with ExitStack() as stack:
+            stack.enter_context(self._weights(run))
+            trained = None if run.method == "minmax" else self.train(run)
+            stack.enter_context(gained(self.model, trained.gains if trained else {}))
             before = targets(self.model, run.scope)
             with restored(self.model, before):
                 served = quantize_(self.model, run.scope, group_size=run.group_size, codes=trained, activations="exact")

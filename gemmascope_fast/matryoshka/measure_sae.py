@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from gemmascope_fast.evaluation.reconstruction import Reconstruction
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.matryoshka.measure import Results
-from gemmascope_fast.matryoshka.model import set_bits
+from gemmascope_fast.matryoshka.model import nbytes, set_bits
 from gemmascope_fast.matryoshka.sae import MatryoshkaSAE
-from gemmascope_fast.ops._csr import row_indices
 from gemmascope_fast.sae import JumpReLUSAE
 
 AT_ONCE = 1024  # tokens
@@ -84,7 +83,7 @@ class Agreement:
 
 
 def _pairs(latents: SparseLatents) -> Tensor:
-    return row_indices(latents.crow_indices) * latents.d_sae + latents.col_indices.long()
+    return latents.row_indices() * latents.d_sae + latents.col_indices.long()
 
 
 @torch.no_grad()
@@ -138,9 +137,5 @@ def compare_sae(
         serving = sae if case is None else case.serve(coded)
         figures = reconstruct(serving, x, sae)
         spliced = spliced_loss(model, ids, serving, layer)
-        size = sum(4 * w.numel() for w in (sae.W_enc, sae.W_dec)) if case is None else _nbytes(coded)
+        size = sum(4 * w.numel() for w in (sae.W_enc, sae.W_dec)) if case is None else nbytes(coded)
         results.put(key, figures | {"loss": spliced, "delta_loss": spliced - base, "nbytes": size})
-
-
-def _nbytes(sae: MatryoshkaSAE) -> int:
-    return sae.encoder.nbytes() + sae.decoder.nbytes()

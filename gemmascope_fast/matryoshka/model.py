@@ -14,7 +14,7 @@ from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.matryoshka import storage
 from gemmascope_fast.matryoshka.codes import Codes, check_bits, quantize
 from gemmascope_fast.matryoshka.linear import MatryoshkaLinear, MatryoshkaMatrix
-from gemmascope_fast.matryoshka.nested import Trained
+from gemmascope_fast.matryoshka.nested import Trained, put
 from gemmascope_fast.matryoshka.planes import Packed
 
 SCOPES = ("ffn", "all-linear")
@@ -77,7 +77,7 @@ def quantize_(
         mean = None if means is None else means.get(name)
         bias = None if linear.bias is None else linear.bias.detach()
         packed = Packed.of(code, mode).to(linear.weight.device)
-        _replace(model, name, MatryoshkaLinear(packed, bias, bits, mode, extra_precision, activations, mean))
+        put(model, name, MatryoshkaLinear(packed, bias, bits, mode, extra_precision, activations, mean))
     return model
 
 
@@ -113,7 +113,7 @@ def restored(model: nn.Module, before: Mapping[str, nn.Module]) -> Iterator[None
         yield
     finally:
         for name, module in before.items():
-            _replace(model, name, module)
+            put(model, name, module)
 
 
 def layers(model: nn.Module) -> dict[str, MatryoshkaLinear]:
@@ -204,7 +204,7 @@ def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, 
 
 
 def _narrowed(packed: Packed, bits: int, mode: str) -> Packed:
-    if bits == packed.stored:
+    if bits >= packed.stored:  # what was narrowed before stays as it is
         return packed
     return packed.prefix(bits) if mode == "prefix" else packed.materialize(bits, mode)
 
@@ -238,10 +238,5 @@ def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.M
         bias = beside.get(f"{name}.bias", None if linear.bias is None else linear.bias.detach())
         layer = MatryoshkaLinear(packed.to(linear.weight.device), bias, mean=beside.get(f"{name}.mean"))
         layer.activations = activations
-        _replace(model, name, layer.to(linear.weight.device))
+        put(model, name, layer.to(linear.weight.device))
     return model
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)

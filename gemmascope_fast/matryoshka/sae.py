@@ -15,7 +15,7 @@ from gemmascope_fast import ops
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.latents import SparseLatents, check_latents
 from gemmascope_fast.matryoshka import storage
-from gemmascope_fast.matryoshka.codes import Codes, check_mode, quantize
+from gemmascope_fast.matryoshka.codes import check_mode, quantize
 from gemmascope_fast.matryoshka.linear import MatryoshkaLinear, MatryoshkaMatrix
 from gemmascope_fast.matryoshka.planes import Packed
 from gemmascope_fast.ops._csr import check_columns, from_mask, row_indices
@@ -120,10 +120,6 @@ class MatryoshkaSAE(JumpReLUSAE):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def codes(self) -> tuple[Codes, Codes]:
-        """The nested codes of the encoder's and the decoder's rows."""
-        return self.encoder.packed.codes(), self.decoder.packed.codes()
-
     # ---- encode and decode ----------------------------------------------------------------------------
 
     def encode_sparse(
@@ -159,7 +155,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         check_latents(latents, self.d_sae, self.device)
         if isinstance(latents, Tensor):
             latents = SparseLatents.from_dense(latents)
-        # int(): a token may hold more than GATHERED latents, and is then a part of its own
+        # a token may hold more than GATHERED latents, and is then a part of its own
         part_of = latents.crow_indices[:-1].div(GATHERED, rounding_mode="floor")
         sizes = torch.unique_consecutive(part_of, return_counts=True)[1].tolist()
         parts, first = [], 0
@@ -181,6 +177,10 @@ class MatryoshkaSAE(JumpReLUSAE):
     def prepare(self, force: bool = False, **options: Any) -> MatryoshkaSAE:
         """Nothing to pack: the codes are what is read."""
         return self
+
+    def packed_bytes(self) -> int:
+        """0: nothing is held beside the codes."""
+        return 0
 
     # ---- files ----------------------------------------------------------------------------------------
 

@@ -168,7 +168,7 @@ def _memory(results: Results) -> list[Picture]:
         axes.plot(widths, [of(m) / 1e9 for m in results.memory], marker="o", color=color, label=label)
     axes.set(xscale="log", yscale="log", xlabel="d_sae", ylabel="GB")
     axes.legend(fontsize=8)
-    text = "Counted from the shapes: two matrices; two bytes a weight and 36 a feature for the screen."
+    text = "Counted from the shapes: two matrices; two bytes a weight, and a few dozen a feature, for the screen."
     return [Picture("memory", f"Memory against width, d_in = {results.memory[0]['d_in']}", text, _png(figure))]
 
 

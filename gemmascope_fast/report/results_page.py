@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.bench.compare import is_ours
 from gemmascope_fast.bench.rows import BASELINE, Results, Row
 from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.report import plots
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 NOT_MEASURED = "Not measured for this version yet: `make figures` measures this machine and writes the table here.\n"
-# what the README shows: (op, the implementation's name there, heading)
+# what the README shows: (op, heading)
 README_OPS = (("encode", "encode"), ("decode", "decode"), ("SAE", "whole SAE"))
 
 
@@ -83,7 +84,7 @@ def _cells(row: Row, results: Results) -> dict[str, Any]:
     ratio = results.ratios.get(row.key)
     return {
         "impl": row.impl,
-        "ours": row.impl.startswith("ours"),
+        "ours": is_ours(row.key),
         "ms": f"{row.median_ms:.3f}",
         "range": f"{row.p20_ms:.3f} – {row.p80_ms:.3f}",
         "ratio": "" if ratio is None else f"{ratio.median:.2f}",
@@ -108,10 +109,10 @@ def readme_table(results: Results) -> str:
         raise GemmaScopeFastError("the JSON holds no rows of the suite modules: expected op SAE")
     shape = max(shapes, key=lambda s: s[0] * s[1])
     machine, roof = results.machine, results.machine["roof"]
+    bandwidth = f"; read bandwidth measured in the same run: {roof['read_gb_s']:.1f} GB/s" if roof else ""
     lines = [
         f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch"
-        f" {machine['versions']['torch']}; {shape[0]} × {shape[1]}, fp32; read bandwidth measured in the same run:"
-        f" {roof['read_gb_s']:.1f} GB/s.",
+        f" {machine['versions']['torch']}; {shape[0]} × {shape[1]}, fp32{bandwidth}.",
         "",
         "| | T | ms | × eager fp32 | × eager bf16 (inexact) | × torch.compile | share of the roof |",
         "|---|---|---|---|---|---|---|",
