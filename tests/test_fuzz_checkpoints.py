@@ -145,7 +145,7 @@ def test_what_is_written_is_read_again(tmp_path_factory, sizes, kind, dtype, to)
         ({"W_dec": None}, "W_dec"),
         ({"more": np.zeros(3, "f4")}, "more"),
         ({"W_enc": np.zeros((6, 10), "i4")}, "int32|<i4"),
-        ({"W_enc": np.zeros((10, 6), "f4")}, "[Ww]_(dec|enc).*expected"),
+        ({"W_enc": np.zeros((10, 6), "f4")}, "(W_dec|b_enc): expected"),
         ({"W_enc": np.zeros((6, 0), "f4")}, "empty|W_enc"),
         ({"b_dec": np.full(6, np.inf, "f4")}, "b_dec.*finite"),
         ({"W_dec": np.full((10, 6), 1e30, "f8")}, "[Ww]_dec.*finite"),
