@@ -125,12 +125,14 @@ def test_attribution_holds_nothing_dense():
     x = inputs().repeat(1, 8, 1)
     sources = {i: single(i) for i in range(LAYERS)}
     for fast in (gsf.accelerate(TranscoderSet(sources, "a", "b")), gsf.accelerate(cross())):
-        fast.compute_attribution_components(x)
-        nnz = fast.compute_attribution_components(x)["decoder_vecs"].numel()
+        with torch.no_grad():  # so few fire that what it gives is smaller than one layer's [n_pos, d_transcoder]
+            for name, t in (*fast.named_parameters(), *fast.named_buffers()):
+                if "threshold" in name:
+                    t.add_(1.0)
+        assert fast.compute_attribution_components(x)["decoder_vecs"].numel() > 0
         with LargestTensor() as largest:
             fast.compute_attribution_components(x)
-        # what it gives is larger than [n_pos, d_transcoder] at this size: so the vectors are the bound
-        assert largest.elements <= max(nnz, x.numel())
+        assert largest.elements < x.shape[1] * WIDTH
 
 
 def test_weights_read_lazily(tmp_path):
