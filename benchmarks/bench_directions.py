@@ -1,0 +1,64 @@
+"""What taking directions out of the activations is worth to the screen, on real activations: candidates and time.
+
+    python benchmarks/bench_directions.py [--tokens 16,256,1024] [--json directions.json]
+
+The bundled SAE on Gemma 3 270M's activations of a text, as in bench_exact.py's case `real`: no directions, what the
+screen takes out unless told (massive dimensions), and 8 principal directions of other tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_exact import interleaved, real_case
+from torch import Tensor
+
+from gemmascope_fast import ops
+from gemmascope_fast.sae import JumpReLUSAE
+
+FROM = 512  # tokens from here on are the sample; those before it are timed with the sample's directions too
+
+
+def encode(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, ...]:
+    screen = sae._prepared.screen
+    assert screen is not None
+    weights = (sae.W_enc, sae.b_enc, sae.threshold)
+    held = (screen.code, screen.code2, screen.table, screen.centre)
+    return ops.encode_screened(x, *weights, *held, 0, None, screen.directions)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="16,256,1024")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    sae, activations = real_case()
+    kinds: dict[str, dict[str, Any]] = {
+        "none": {"directions": 0},
+        "massive": {"directions": None},
+        "8 of a sample": {"sample": activations[FROM:], "directions": 8},
+    }
+    saes = {name: copy.deepcopy(sae).prepare(**options) for name, options in kinds.items()}
+    rows = []
+    with torch.inference_mode():
+        for tokens in (int(t) for t in args.tokens.split(",")):
+            x = activations[:tokens]
+            times = interleaved({name: lambda _i, s=own, x=x: encode(s, x) for name, own in saes.items()})
+            for name, own in saes.items():
+                _crow, col, _values, stats = encode(own, x)
+                false = (int(stats[0]) - col.numel()) / (tokens * own.d_sae)
+                row = {"T": tokens, "directions": name, "false": false, "ms": 1e3 * statistics.median(times[name])}
+                rows.append(row)
+                print(f"T={tokens} {name}: false {100 * false:.1f} %, {row['ms']:.2f} ms", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
