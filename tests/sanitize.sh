@@ -7,7 +7,7 @@ python=$(realpath -s "$1")
 shift
 copy=$(mktemp -d -t gsf-sanitize-XXXXXX)
 trap 'rm -rf "$copy"' EXIT
-cp -a csrc gemmascope_fast kernels tests setup.py pyproject.toml README.md LICENSE "$copy"
+cp -a csrc gemmascope_fast kernels tests benchmarks setup.py pyproject.toml README.md LICENSE "$copy"
 rm -f "$copy"/gemmascope_fast/*.so
 cd "$copy"
 GSF_REQUIRE_EXT=1 GSF_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace

@@ -17,7 +17,17 @@ from pathlib import Path
 from table import CPP, PYTHON, Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("csrc", "gemmascope_fast", "kernels", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = (
+    "csrc",
+    "gemmascope_fast",
+    "kernels",
+    "tests",
+    "benchmarks",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 
 
 def copy_tree(to: Path) -> None:
