@@ -51,7 +51,8 @@ def extension() -> dict:
 
     flags = ["-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
     # The order and the rounding of every sum is part of the contract: no contraction, no fast-math.
-    flags += ["-ffp-contract=off", "-fno-fast-math", "-fopenmp"]
+    # Exception flags are not: assumed unread, clamps become minima and maxima of vectors instead of branches.
+    flags += ["-ffp-contract=off", "-fno-fast-math", "-fno-trapping-math", "-fopenmp"]
     # GSF_SANITIZE=address,undefined: an instrumented build for `make sanitize`; the first finding ends the process
     sanitizers = os.environ.get("GSF_SANITIZE")
     link = ["-s"]

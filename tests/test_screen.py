@@ -722,3 +722,23 @@ def test_without_a_native_kernel_the_screen_still_answers():
         on, off = sae.encode_sparse(x, screen=True), sae.encode_sparse(x, screen=False)
     assert on == off
     assert isinstance(np.asarray(on.values.detach()), np.ndarray)
+
+
+@pytest.mark.parametrize(("theta", "scale", "looks"), [(0.0, 1.0, False), (2.5, 20.0, True)])
+def test_the_second_look_goes_where_few_candidates_are_false(isa, theta, scale, looks):
+    """Many tokens: where more than half of the first candidates fire, all but the first are refined unlooked at."""
+    x, W, b, threshold = problem(160, 64, 512, theta=theta)
+    # a wide digit step for all dimensions and nothing for the sums: many false candidates
+    x[:, 5] *= scale
+    W[5] = 0
+    screen = Screen.build(W, b, threshold)
+    with threads(1):
+        want = ops.encode(x, W, b, threshold)
+        got, own = screened(x, W, b, threshold, screen, 0, second=False)
+        _, always = screened(x, W, b, threshold, screen, 1, second=False)
+    assert same_bytes(got, want)
+    assert own["violations"] == 0
+    assert own["survivors"] == always["survivors"]
+    assert (own["refined"] == always["refined"]) == looks
+    # the first chunk's are looked at, to see
+    assert own["refined"] < own["survivors"]

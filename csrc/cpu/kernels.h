@@ -230,7 +230,9 @@ struct CandidateSpan {
 
 struct ScreenStats {
   int64_t survivors;   // pairs that the first stage left
-  int64_t undecided;   // those of them that the second digit looked at
+  int64_t looked;      // those of them that the tokens' second digits looked at
+  int64_t looked_out;  // and those of these that they discarded
+  int64_t undecided;   // those left that the rows' second digit looked at
   int64_t discarded;   // and those of these that it discarded
   int64_t refined;     // pairs whose row was read in full precision
   int64_t violations;  // refined pairs outside their bound: the rows are not those the screen was built from

@@ -40,7 +40,11 @@ static inline float clamp_digit(float v) { return v > 127.0f ? 127.0f : (v < -12
 
 static inline double dot_fp64(const float* a, const float* b, int64_t d) {
   Sum16 dot;
-  for (int64_t k = 0; k < d; ++k) dot.v[k & 15] += static_cast<double>(a[k]) * b[k];
+  const int64_t whole = d & ~int64_t{15};
+  for (int64_t k = 0; k < whole; k += 16) {
+    for (int i = 0; i < 16; ++i) dot.v[i] += static_cast<double>(a[k + i]) * b[k + i];
+  }
+  for (int64_t k = whole; k < d; ++k) dot.v[k - whole] += static_cast<double>(a[k]) * b[k];
   return dot.total();
 }
 
@@ -53,10 +57,16 @@ static inline double take_out_directions(const ScreenTokenArgs& a, float* r) {
     a.along[j] = static_cast<float>(dot_fp64(r, a.directions + j * a.d, a.d));
     square += static_cast<double>(a.along[j]) * a.along[j];
   }
-  for (int64_t k = 0; k < a.d; ++k) {
-    double rest = r[k];
-    for (int64_t j = 0; j < a.k; ++j) rest -= static_cast<double>(a.along[j]) * a.directions[j * a.d + k];
-    r[k] = static_cast<float>(rest);
+  for (int64_t k = 0; k < a.d; k += 16) {
+    double rest[16];
+    const int64_t n = a.d - k < 16 ? a.d - k : 16;
+    for (int64_t i = 0; i < n; ++i) rest[i] = r[k + i];
+    for (int64_t j = 0; j < a.k; ++j) {
+      const double along = a.along[j];
+      const float* v = a.directions + j * a.d + k;
+      for (int64_t i = 0; i < n; ++i) rest[i] -= along * v[i];
+    }
+    for (int64_t i = 0; i < n; ++i) r[k + i] = static_cast<float>(rest[i]);
   }
   return __builtin_sqrt(square) * kSumUp;
 }
@@ -106,24 +116,26 @@ static void screen_token(const ScreenTokenArgs& a) {
   Sum16 r1r1, rhat, r2r2, left1, left2;
   int32_t sum[16] = {}, sum2[16] = {};
   for (int64_t k = 0; k < a.width; k += 16) {
+    // short loops of one statement: GCC makes vectors of these, and of one long loop it does not
     int8_t *q1 = a.q1 + column_offset(k), *q2 = a.q2 + column_offset(k);
+    float d1[16], d2[16];
+    double r1[16], r2[16], e1[16];
+    for (int i = 0; i < 16; ++i) d1[i] = clamp_digit(__builtin_rintf(r[k + i] * per_t));
     for (int i = 0; i < 16; ++i) {
-      const float ri = r[k + i];
-      const float d1 = clamp_digit(__builtin_rintf(ri * per_t));
-      const float rest = __builtin_fmaf(-t, d1, ri);
-      const float d2 = clamp_digit(__builtin_rintf(rest * per_t2));
-      q1[i] = static_cast<int8_t>(static_cast<int32_t>(d1));
-      q2[i] = static_cast<int8_t>(static_cast<int32_t>(d2));
-      sum[i] += static_cast<int32_t>(d1);
-      sum2[i] += static_cast<int32_t>(d2);
-      const double r1 = static_cast<double>(t) * d1, r2 = static_cast<double>(t2) * d2;
-      const double e1 = ri - r1, e2 = e1 - r2, both = r1 + r2;
-      r1r1.v[i] += r1 * r1;
-      r2r2.v[i] += r2 * r2;
-      rhat.v[i] += both * both;
-      left1.v[i] += e1 * e1;
-      left2.v[i] += e2 * e2;
+      d2[i] = clamp_digit(__builtin_rintf(__builtin_fmaf(-t, d1[i], r[k + i]) * per_t2));
     }
+    for (int i = 0; i < 16; ++i) q1[i] = static_cast<int8_t>(static_cast<int32_t>(d1[i]));
+    for (int i = 0; i < 16; ++i) q2[i] = static_cast<int8_t>(static_cast<int32_t>(d2[i]));
+    for (int i = 0; i < 16; ++i) sum[i] += static_cast<int32_t>(d1[i]);
+    for (int i = 0; i < 16; ++i) sum2[i] += static_cast<int32_t>(d2[i]);
+    for (int i = 0; i < 16; ++i) r1[i] = static_cast<double>(t) * d1[i];
+    for (int i = 0; i < 16; ++i) r2[i] = static_cast<double>(t2) * d2[i];
+    for (int i = 0; i < 16; ++i) e1[i] = r[k + i] - r1[i];
+    for (int i = 0; i < 16; ++i) r1r1.v[i] += r1[i] * r1[i];
+    for (int i = 0; i < 16; ++i) r2r2.v[i] += r2[i] * r2[i];
+    for (int i = 0; i < 16; ++i) rhat.v[i] += (r1[i] + r2[i]) * (r1[i] + r2[i]);
+    for (int i = 0; i < 16; ++i) left1.v[i] += e1[i] * e1[i];
+    for (int i = 0; i < 16; ++i) left2.v[i] += (e1[i] - r2[i]) * (e1[i] - r2[i]);
   }
   const double n1 = __builtin_sqrt(r1r1.total()) * kSumUp, n2 = __builtin_sqrt(r2r2.total()) * kSumUp;
   const double nb = __builtin_sqrt(rhat.total()) * kSumUp;

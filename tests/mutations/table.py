@@ -40,6 +40,7 @@ CPP = [
     Mutation("the second digit's bound is nothing", REFINE, "static_cast<double>(table[kError2 * a.stride]) * token.reach2", "0.0 * token.reach2", SCREENED),
     Mutation("no rounding along the directions in the bound", BUILD, "(1.02 * (static_cast<double>(a.k) + 4) * kU + kFar * a.frobenius) * norm_c", "0.0", SCREENED),
     Mutation("the directions are not added back", SCREEN, "load16(lanes + (4 + j) * plane), v);", "zero16(), v);", SCREENED),
+    Mutation("the second look stays where it discards little", REFINE, "2 * stats.looked_out > stats.looked", "2 * stats.looked_out < stats.looked", SCREENED),
     Mutation("the second look forgets the zero point", REFINE, "* token.sum2;\n    n[i] =", "* 0;\n    n[i] =", SCREENED),
     Mutation("the second look drops the last of a group", REFINE, "((1u << count) - 1); left; left", "((1u << (count - 1)) - 1); left; left", SCREENED),
     Mutation("the last candidates are dropped", REFINE, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
