@@ -1,0 +1,17 @@
+"""The guide's tables of widths are those of the stored run."""
+
+import json
+from pathlib import Path
+
+from gemmascope_fast.matryoshka.comparison import markdown
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_guides_tables_are_the_stored_runs():
+    figures = json.loads((ROOT / "benchmarks/measured/matryoshka-compare-quick.json").read_text())
+    guide = (ROOT / "docs/guides/quantising.md").read_text("utf-8")
+    rows = [line for line in markdown(figures).splitlines() if line.startswith("|")]
+    assert len(rows) > 30
+    for row in rows:
+        assert row in guide
