@@ -56,6 +56,18 @@ def test_what_is_counted_is_what_is_held(tmp_path):
             assert not any(p.requires_grad for p in sae.parameters())
 
 
+def test_an_encode_takes_the_options_of_the_saes_own(tmp_path):
+    folder = release(tmp_path, 1)
+    (banked,), (own,) = Bank(folder).values(), each_loaded(folder).values()
+    x = torch.randn(20, D)
+    near = banked.encode_sparse(x, bandwidth=0.5)
+    assert near == own.encode_sparse(x, bandwidth=0.5)
+    assert near.nnz > own.encode_sparse(x).nnz
+    assert banked.encode_sparse(x, precision="tensor") == own.encode_sparse(x, precision="tensor")
+    with pytest.raises(ValueError, match="precision"):
+        banked.encode_sparse(x, precision="half")
+
+
 def test_without_a_screen_nothing_is_packed_and_nothing_counted(tmp_path):
     folder = release(tmp_path, 2)
     bank = Bank(folder, device_bytes=2 * WEIGHTS, screen=False)

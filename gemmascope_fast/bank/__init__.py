@@ -77,10 +77,12 @@ class BankedSAE:
         """BankError where the budget is smaller than this SAE."""
         self._store.check_fits(self.name)
 
-    def encode_sparse(self, x: Tensor, screen: bool | None = None) -> SparseLatents:
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
         """As the SAE's own."""
         with self.lease() as sae:
-            return sae.encode_sparse(x, screen)  # type: ignore[operator]
+            return sae.encode_sparse(x, screen, bandwidth, precision)  # type: ignore[operator]
 
     def decode(self, latents: Tensor | SparseLatents) -> Tensor:
         """As the SAE's own."""
