@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -213,6 +214,16 @@ def test_a_two_bit_file_is_two_bits_a_weight(tmp_path):
     size = storage.save(tmp_path / "m.safetensors", {"w": packed.prefix(2)}, {}, {})
     assert rows * columns * 2.75 / 8 <= size <= rows * columns * 2.75 / 8 + 1024
     assert torch.equal(storage.load(tmp_path / "m.safetensors")[0]["w"].dequantize(2), packed.dequantize(2))
+
+
+def test_files_get_the_permissions_of_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        storage.save(tmp_path / "m.safetensors", {"w": Packed.of(quantize(matrix(32, 64), 32))}, {}, {})
+    finally:
+        os.umask(old)
+    assert (tmp_path / "m.safetensors").stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -4,8 +4,6 @@ and whatever stands beside them (bias, mean), with one JSON object of shapes und
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmascope_fast.checkpoints.write import write_safetensors
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.matryoshka.planes import WIDTHS, Packed
 
@@ -22,18 +21,16 @@ VERSION = 1
 
 def save(path: str | Path, matrices: Mapping[str, Packed], beside: Mapping[str, Tensor], about: dict[str, Any]) -> int:
     """Write atomically; gives the file's size in bytes.  `about` must be JSON."""
-    from safetensors.torch import save_file
-
     path = Path(path)
-    tensors = {name: _own(tensor) for name, tensor in beside.items()}
+    tensors = dict(beside)
     layers = {}
     for name, packed in matrices.items():
-        tensors |= {f"{name}.plane{i}": _own(p) for i, p in enumerate(packed.planes)}
-        tensors |= {f"{name}.scale": _own(packed.scale), f"{name}.zero_point": _own(packed.zero_point)}
+        tensors |= {f"{name}.plane{i}": p for i, p in enumerate(packed.planes)}
+        tensors |= {f"{name}.scale": packed.scale, f"{name}.zero_point": packed.zero_point}
         if packed.overflow is not None:
             tensors |= {
-                f"{name}.overflow_crow": _own(packed.overflow[0]),
-                f"{name}.overflow_col": _own(packed.overflow[1]),
+                f"{name}.overflow_crow": packed.overflow[0],
+                f"{name}.overflow_col": packed.overflow[1],
             }
         layers[name] = {
             "shape": [packed.out_features, packed.in_features],
@@ -42,20 +39,10 @@ def save(path: str | Path, matrices: Mapping[str, Packed], beside: Mapping[str, 
             "mode": packed.mode,
         }
     header = json.dumps({"version": VERSION, "layers": layers, "about": about})
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={KEY: header})
-        size = os.path.getsize(temporary)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return size
-
-
-def _own(tensor: Tensor) -> Tensor:
-    # a flat copy shares its scales with the nested code; a file holds each under its own name
-    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    # wide types first keep each array aligned
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    write_safetensors(path, ordered, {KEY: header})
+    return path.stat().st_size
 
 
 def load(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, Any]]:
