@@ -114,7 +114,7 @@ def choices() -> list[Choice]:
 
 
 def isa() -> str | None:
-    """The CPU instruction-set level in use (plain, avx2, avxvnni, avx512), None without the extension."""
+    """The CPU instruction-set level in use (plain, avx2, avxvnni, avx512, amx), None without the extension."""
     return None if _C is None else _C.isa()
 
 

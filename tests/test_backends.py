@@ -82,7 +82,7 @@ def test_forced_isa_is_restored_and_checked():
     with pytest.raises(RuntimeError, match="out"), backends.forced_isa("plain"):
         raise RuntimeError("out")
     assert backends.isa() == before
-    with pytest.raises(ValueError, match="isa: expected plain, avx2, avxvnni or avx512, got sse9"):
+    with pytest.raises(ValueError, match="isa: expected plain, avx2, avxvnni, avx512 or amx, got sse9"):
         backends.forced_isa("sse9").__enter__()
 
 

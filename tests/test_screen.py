@@ -18,6 +18,7 @@ from gemmascope_fast.ops.screen_rows import Row, rows_of, table_stride
 from gemmascope_fast.screen import Screen, weights_digest
 from gemmascope_fast.testing import make_activations, make_sae, same_bytes, threads
 
+SOME = (1, 17)  # tokens: one, and more than the 16 from which AMX multiplies
 FORMS = list(itertools.product((1, 2), (True, False)))  # digits of the activations, second digit of the rows
 
 
@@ -64,6 +65,7 @@ SHAPES = [
     (5, 65, 130),
     (9, 128, 64),
     (37, 100, 251),
+    (33, 30, 2300),
     (4, 0, 6),
 ]
 
@@ -218,6 +220,7 @@ def test_codes_and_digits_at_their_extremes(isa, d):
     x[1] *= -1
     x[2, ::2] *= -1
     x[3, : d // 2] *= -1
+    x = x.repeat(4, 1)
     screen = Screen.build(W, torch.zeros(6), torch.zeros(6))
     rows = rows_of(screen.code)[:6, :d]
     assert {0, 255} == set(rows.unique().tolist())
@@ -252,8 +255,9 @@ def fired(csr):
     return csr[1].numel()
 
 
+@pytest.mark.parametrize("T", SOME)
 @pytest.mark.parametrize("digits", [1, 2])
-def test_the_weights_error_alone(isa, digits):
+def test_the_weights_error_alone(isa, digits, T):
     """The token lies along the row's error and on the grid of its digits: z - ẑ is nearly |e| |r̂|."""
     g = torch.Generator().manual_seed(5)
     W = torch.randn(256, 1, generator=g)
@@ -261,19 +265,20 @@ def test_the_weights_error_alone(isa, digits):
     e = W[:, 0] - quantize(W.t()).dequantize()[0]
     steps = (e / e.abs().max() * 127).round()
     steps[steps.abs().argmax()] = 127.0 * steps[steps.abs().argmax()].sign()
-    x = steps[None]  # digits are the steps themselves, scale 1
-    z = gsf.SparseLatents(*ops.encode(x, W, b, torch.tensor([-1e9]), 4e9), (1, 1)).values
+    x = steps.repeat(T, 1)  # digits are the steps themselves, scale 1
+    z = gsf.SparseLatents(*ops.encode(x[:1], W, b, torch.tensor([-1e9]), 4e9), (1, 1)).values
     theta = just_below(z)
     screen = Screen.build(W, b, theta)
     csr, stats = screened(x, W, b, theta, screen, digits, second=False)
-    assert fired(csr) == 1
+    assert fired(csr) == T
     assert stats["violations"] == 0
     # without half of the term the feature would be lost, or found outside the bound
     assert fired(screened(x, W, b, theta, with_row(screen, Row.ERROR, 0.5), digits, second=False)[0]) == 0
 
 
+@pytest.mark.parametrize("T", SOME)
 @pytest.mark.parametrize("digits", [1, 2])
-def test_the_activations_error_alone(isa, digits):
+def test_the_activations_error_alone(isa, digits, T):
     """The row lies on its grid, the token is off its digits' grid along the row: z - ẑ is nearly |w| |e_r|."""
     g = torch.Generator().manual_seed(6)
     up = torch.rand(256, generator=g) < 0.5
@@ -284,13 +289,13 @@ def test_the_activations_error_alone(isa, digits):
     digit[7] = 127.0
     off = 0.49 * W[:, 0].sign() * (1.0 if digits == 1 else 1 / 256)
     off[7] = 0.0
-    x = (digit + off)[None]
-    z = gsf.SparseLatents(*ops.encode(x, W, b, torch.tensor([-1e9]), 4e9), (1, 1)).values
+    x = (digit + off).repeat(T, 1)
+    z = gsf.SparseLatents(*ops.encode(x[:1], W, b, torch.tensor([-1e9]), 4e9), (1, 1)).values
     theta = just_below(z)
     screen = Screen.build(W, b, theta)
     assert float(screen.table[Row.ERROR, 0]) < 1e-12
     csr, stats = screened(x, W, b, theta, screen, digits, second=False)
-    assert fired(csr) == 1
+    assert fired(csr) == T
     assert stats["violations"] == 0
     assert fired(screened(x, W, b, theta, with_row(screen, Row.NORM, 0.5), digits, second=False)[0]) == 0
 
@@ -321,9 +326,10 @@ def test_rounding_alone(isa):
         if float(theta) < float(exact[t, f]):
             continue
         screen = Screen.build(W[:, f : f + 1], b[:1], theta, centre=mu)
-        for digits, second in FORMS:
-            csr, stats = screened(x[t : t + 1], W[:, f : f + 1], b[:1], theta, screen, digits, second)
-            assert fired(csr) == 1
+        for (digits, second), times in itertools.product(FORMS, SOME):
+            again = x[t : t + 1].repeat(times, 1)
+            csr, stats = screened(again, W[:, f : f + 1], b[:1], theta, screen, digits, second)
+            assert fired(csr) == times
             assert stats["violations"] == 0
         decided += 1
         if decided == 60:
@@ -353,9 +359,10 @@ def test_rounding_along_the_directions_alone(isa, digits):
     theta = just_below(z)
     screen = Screen.build(W, b, theta, centre=mu, directions=torch.eye(d)[:k])
     assert torch.equal(screen.directions.abs(), torch.eye(d)[:k])
-    csr, stats = screened(x, W, b, theta, screen, digits)
-    assert fired(csr) == int((z > 0).sum())
-    assert stats["violations"] == 0
+    for times in SOME:
+        csr, stats = screened(x.repeat(times, 1), W, b, theta, screen, digits)
+        assert fired(csr) == times * int((z > 0).sum())
+        assert stats["violations"] == 0
 
 
 def test_the_second_digits_error(isa):
@@ -373,8 +380,9 @@ def test_the_second_digits_error(isa):
     z = gsf.SparseLatents(*ops.encode(x, W, b, torch.tensor([-1e9]), 4e9), (1, 1)).values
     theta = just_below(z)
     screen = Screen.build(W, b, theta)
-    csr, stats = screened(x, W, b, theta, screen, 2)
-    assert (fired(csr), stats["violations"]) == (1, 0)
+    for times in SOME:
+        csr, stats = screened(x.repeat(times, 1), W, b, theta, screen, 2)
+        assert (fired(csr), stats["violations"]) == (times, 0)
     exact = float(e2 @ steps.double())
     assert exact > 0.9 * float(screen.table[Row.ERROR2, 0]) * float(steps.norm())
 
@@ -736,8 +744,13 @@ def test_the_second_look_goes_where_few_candidates_are_false(isa, theta, scale, 
         want = ops.encode(x, W, b, threshold)
         got, own = screened(x, W, b, threshold, screen, 0, second=False)
         _, always = screened(x, W, b, threshold, screen, 1, second=False)
+        _, both = screened(x, W, b, threshold, screen, 2, second=False)
     assert same_bytes(got, want)
     assert own["violations"] == 0
+    if isa == "amx":  # both digits at once, and nothing left to look at
+        assert own == both
+        assert own["survivors"] < always["survivors"]
+        return
     assert own["survivors"] == always["survivors"]
     assert (own["refined"] == always["refined"]) == looks
     # the first chunk's are looked at, to see

@@ -6,10 +6,15 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gsf {
 namespace {
 
-constexpr const char* kNames[kIsaCount] = {"plain", "avx2", "avxvnni", "avx512"};
+constexpr const char* kNames[kIsaCount] = {"plain", "avx2", "avxvnni", "avx512", "amx"};
 
 Isa choose() {
   if (const char* wanted = std::getenv("GSF_ISA")) {
@@ -18,7 +23,8 @@ Isa choose() {
       if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
       throw std::runtime_error(std::string("GSF_ISA=") + wanted + ": this machine does not have it");
     }
-    throw std::runtime_error(std::string("GSF_ISA=") + wanted + ": expected plain, avx2, avxvnni or avx512");
+    throw std::runtime_error(std::string("GSF_ISA=") + wanted +
+                             ": expected plain, avx2, avxvnni, avx512 or amx");
   }
   for (int i = kIsaCount - 1; i > 0; --i) {
     if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
@@ -39,6 +45,21 @@ bool has_avxvnni() {
 #endif
 }
 
+// cpuid leaf 7: EDX bits 24 (tiles) and 25 (int8).  Linux lets a process use the tiles' 8 KiB of state only
+// once it has asked; a kernel that does not know them refuses.
+bool has_amx() {
+#if defined(__linux__) && defined(__x86_64__)
+  unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;
+  __asm__ volatile("cpuid" : "+a"(eax), "=b"(ebx), "+c"(ecx), "=d"(edx));
+  if ((edx >> 24 & 3u) != 3u) return false;
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
@@ -54,6 +75,8 @@ bool isa_supported(Isa isa) {
       return avx2;
     case Isa::avxvnni:
       return avx2 && has_avxvnni();
+    case Isa::amx:
+      return isa_supported(Isa::avx512) && has_amx();
     case Isa::avx512:
       return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

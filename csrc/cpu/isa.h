@@ -3,8 +3,8 @@
 
 namespace gsf {
 
-enum class Isa : int { plain = 0, avx2 = 1, avxvnni = 2, avx512 = 3 };
-constexpr int kIsaCount = 4;
+enum class Isa : int { plain = 0, avx2 = 1, avxvnni = 2, avx512 = 3, amx = 4 };
+constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 // What cpuid and the operating system (xgetbv, by way of __builtin_cpu_supports) allow.

@@ -17,6 +17,9 @@ namespace GSF_NAMESPACE {
 //
 #include "cpu/matryoshka.h"
 #include "cpu/screen.h"
+//
+#include "cpu/screen_amx.h"
+//
 #include "cpu/screen_refine.h"
 //
 #include "cpu/screen_build.h"
@@ -30,9 +33,10 @@ const Kernels kTable = {encode,
                         screen_pairs,
                         refine_pairs,
                         screen_token,
+                        screen_pack,
                         screen_rows,
                         matryoshka,
                         matryoshka_quantize,
-                        {roof_read, roof_fma, roof_int8, 16 * kRoofChains, 16 * kRoofChains* kRoofProducts}};
+                        {roof_read, roof_fma, roof_int8, 16 * kRoofChains, kRoofInt8}};
 }  // namespace GSF_NAMESPACE
 }  // namespace gsf

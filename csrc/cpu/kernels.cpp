@@ -15,11 +15,16 @@ extern const Kernels kTable;
 namespace avx512 {
 extern const Kernels kTable;
 }
+namespace amx {
+extern const Kernels kTable;
+}
 #endif
 
 const Kernels& kernels(Isa isa) {
 #if defined(__x86_64__)
   switch (isa) {
+    case Isa::amx:
+      return amx::kTable;
     case Isa::avx512:
       return avx512::kTable;
     case Isa::avxvnni:

@@ -12,6 +12,8 @@ namespace gsf {
 // Features of a chunk, the unit that a worker draws: 64 rows of 2304 fp32 are 590 KB, which stays in a 1 MiB
 // L2 while the tokens pass; with few tokens each row is read once anyway.
 constexpr int64_t kChunkFeatures = 64;
+// A chunk may have up to so many times as many, where more than its rows in full precision passes by them.
+constexpr int64_t kMostChunk = 8 * kChunkFeatures;
 
 // Element types of weights and activations as they lie in memory.
 enum class Dtype : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };
@@ -148,6 +150,9 @@ inline int64_t tile_offset(int64_t row, int64_t width) {
   return row / kTileRows * kTileRows * width + row % kTileRows * kTileColumns;
 }
 
+// A block of tokens on AMX: a tile of one digit, and the numbers of a token beside its coefficients.
+constexpr int64_t kAmxTokens = 16, kAmxTileBytes = 1024, kAmxLanes = 5;
+
 // One token as the screen sees it.  r = x - mu less its part along the directions is about t q1 + (t / 256)
 // q2.
 struct ScreenToken {
@@ -216,6 +221,8 @@ struct ScreenArgs {
   const uint8_t* code;   // [F/4][width/64][4][64]
   const uint8_t* code2;  // the same or null: no second digit
   const float* table;    // [kScreenRows + k][stride]
+  const int8_t* packed;  // [T/16][width/64][2][16][64] both digits as AMX takes them, or null
+  const float* packed_lanes;  // [T/16][kAmxLanes + k][16]: scale, R, E, digit sums (as int32), coefficients
   int64_t width, stride, k;
   bool both;      // the first stage reads both digits of the activations
   bool adaptive;  // the second digit of the rows is read where it pays; otherwise wherever there is one
@@ -253,6 +260,8 @@ struct Kernels {
   // Full precision for them; hits come in the order of the pairs.
   void (*refine_pairs)(const ScreenArgs&, CandidateSpan, ScreenStats&, HitSink&);
   void (*screen_token)(const ScreenTokenArgs&);
+  // Sixteen tokens for `packed` and `packed_lanes`; null where there is no AMX.
+  void (*screen_pack)(const ScreenArgs&, int64_t block, int8_t* digits, float* lanes);
   // Rows [f0, f1).
   void (*screen_rows)(const ScreenRowArgs&, int64_t f0, int64_t f1, float* space);
   // Blocks [b0, b1) of 16 rows for all tokens; raw: space for unpacked codes,

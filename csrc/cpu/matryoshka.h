@@ -293,7 +293,7 @@ static inline void block_tile_exact(const MatryoshkaArgs& a, int64_t block, cons
 
 // Blocks and tokens of one raw_tile: 24 of the 32 registers of AVX-512 are sums, 3 codes, 1 activations; with
 // the 16 registers of AVX2, where sixteen lanes take two, 4 sums are 8.
-#if GSF_LEVEL == 3
+#if GSF_LEVEL >= 3
 constexpr int kRawBlocks = 3, kRawTokens = 8;
 #else
 constexpr int kRawBlocks = 1, kRawTokens = 4;

@@ -1,7 +1,7 @@
 // 64 code bytes and sixteen int32 lanes, one definition per instruction set; integers, so the same result on
 // each. Byte 4*lane + c of a B64 belongs to lane `lane` of an I16.  Included by isa_body.h.
 
-#if GSF_LEVEL == 3
+#if GSF_LEVEL >= 3
 struct B64 {
   __m512i v;
 };

@@ -20,6 +20,9 @@ constexpr int64_t kMostDirections = 128;
 // Up to this many tokens the first stage waits for memory: reading both digits of the activations was no
 // slower at 1 and 4 tokens, and leaves fewer candidates; at 16 it took half as long again.
 constexpr int64_t kBothDigits = 4;
+// From so many tokens AMX multiplies: at 16 and below the codes are waited for, and VNNI was as fast or
+// faster.
+constexpr int64_t kAmxFewest = kAmxTokens + 1;
 // Of mapped rows a chunk's candidates wait until all chunks are screened, unless they are more than this: 134
 // MB at a million features, whatever the number of tokens.  A chunk with more has reads enough in flight of
 // its own.
@@ -216,6 +219,33 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
   return kept;
 }
 
+// Both digits of the tokens as AMX takes them.
+struct Packed {
+  at::Tensor digits;
+  std::vector<float> lanes;
+};
+
+void pack(ScreenArgs& a, const Kernels& kernel, Packed& out) {
+  const int64_t blocks = (a.encode.T + kAmxTokens - 1) / kAmxTokens;
+  const int64_t block_lanes = (kAmxLanes + a.k) * kAmxTokens, block_digits = 2 * kAmxTokens * a.width;
+  out.digits = at::empty({blocks * block_digits}, at::kChar);
+  out.lanes.resize(blocks * block_lanes);
+  int8_t* digits = out.digits.mutable_data_ptr<int8_t>();
+  run_chunks(blocks, [&](int, int64_t block) {
+    kernel.screen_pack(a, block, digits + block * block_digits, out.lanes.data() + block * block_lanes);
+  });
+  a.packed = digits;
+  a.packed_lanes = out.lanes.data();
+}
+
+// Features of a chunk where AMX multiplies: the more, the less often the tokens' digits come from the last
+// cache; but at least eight chunks a worker, which are not equally fast.
+int64_t chunk_features(int64_t F, int workers) {
+  int64_t features = kChunkFeatures;
+  while (2 * features <= kMostChunk && F / (2 * features) >= 8 * workers) features *= 2;
+  return features;
+}
+
 // The pairs' rows are on their way when this returns.
 void announce_pairs(const EncodeArgs& e, CandidateSpan pairs) {
   const int64_t bytes = e.d * (e.w_dtype == Dtype::f32 ? 4 : 2);
@@ -283,7 +313,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   const int64_t T = x.size(0);
   a.adaptive = digits == 0;
   a.mapped = mapped;
-  a.both = a.adaptive ? T <= kBothDigits : digits == 2;
+  const Kernels& kernel = kernels();
+  const bool tiles_of_16 = kernel.screen_pack && digits != 1 && T >= kAmxFewest;
+  a.both = a.adaptive ? T <= kBothDigits || tiles_of_16 : digits == 2;
   const Tokens tokens =
       quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, along, width, a.both);
   const int64_t kept = static_cast<int64_t>(tokens.screen.size());
@@ -311,23 +343,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   a.table = own_table.const_data_ptr<float>();
   a.width = width, a.stride = stride, a.k = along.k;
   a.along = tokens.along.data();
+  Packed packed;
+  if (tiles_of_16) pack(a, kernel, packed);
   EncodeArgs rest = e;
   rest.T = T - kept;
   if (rest.T) rest.x = tokens.rest.const_data_ptr<float>(), rest.ids = tokens.rest_ids.data();
 
-  const int64_t chunks = T == 0 ? 0 : (F + kChunkFeatures - 1) / kChunkFeatures;
   const int workers = std::max(1, at::get_num_threads());
+  const int64_t features = tiles_of_16 && !mapped ? chunk_features(F, workers) : kChunkFeatures;
+  const int64_t chunks = T == 0 ? 0 : (F + features - 1) / features;
   HitCollector hits(workers, chunks);
   std::vector<CandidateBuffer> space(workers);
   std::vector<ScreenStats> counts(workers);
-  const Kernels& kernel = kernels();
   const auto screen = [&](int worker, int64_t chunk) {
-    const int64_t f0 = chunk * kChunkFeatures, f1 = std::min(F, f0 + kChunkFeatures);
+    const int64_t f0 = chunk * features, f1 = std::min(F, f0 + features);
     if (!kept) return CandidateSpan{nullptr, nullptr};
     return kernel.screen_pairs(a, f0, f1, space[worker].sink, counts[worker]);
   };
   const auto finish = [&](int worker, int64_t chunk, CandidateSpan pairs) {
-    const int64_t f0 = chunk * kChunkFeatures, f1 = std::min(F, f0 + kChunkFeatures);
+    const int64_t f0 = chunk * features, f1 = std::min(F, f0 + features);
     hits.fill(worker, chunk, [&](HitSink& sink) {
       kernel.refine_pairs(a, pairs, counts[worker], sink);
       if (rest.T) kernel.encode(rest, f0, f1, sink);

@@ -4,7 +4,7 @@
 
 // Hides from the compiler that nothing changed an operand: the loops below would otherwise be folded.  On an
 // operand and not on the sums, which an asm statement would push to the stack.
-#if GSF_LEVEL == 3
+#if GSF_LEVEL >= 3
 static inline void hide(V16& a) { asm volatile("" : "+v"(a.v)); }
 static inline void hide(I16& a) { asm volatile("" : "+v"(a.v)); }
 static inline I16 iload16(const void* p) { return {_mm512_loadu_si512(p)}; }
@@ -27,7 +27,7 @@ static inline I16 iload16(const void* p) {
 
 // Independent sums: two multiply-adds a cycle of latency 4 want 8 registers in flight: 12 of 32 (AVX-512), 10
 // of 16 (AVX2, two to a V16).
-constexpr int kRoofChains = GSF_LEVEL == 3 ? 12 : 5;
+constexpr int kRoofChains = GSF_LEVEL >= 3 ? 12 : 5;
 
 // N values by name and not in an array, which a compiler may leave in memory.  They start from memory it
 // cannot see into: equal constants would be one chain.
@@ -99,7 +99,7 @@ static float roof_fma(int64_t steps, const float* zeros) {  // zeros: [kRoofChai
 // acc[lane] += the exact products of the pair (a, a), by what this level sums integers with: 4 of u8 x s8
 // where there is VNNI, else 2 of int16 x int16 (bytes widened beforehand: nothing here saturates).
 constexpr int kRoofProducts = GSF_LEVEL >= 2 ? 4 : 2;
-#if GSF_LEVEL == 3
+#if GSF_LEVEL >= 3
 static inline I16 roof_dot(I16 acc, I16 a) { return {_mm512_dpbusd_epi32(acc.v, a.v, a.v)}; }
 #elif GSF_LEVEL == 2
 static inline I16 roof_dot(I16 acc, I16 a) {
@@ -132,6 +132,49 @@ static inline I16 total(const Chains<N, I16>& c) {
   return iadd16(c.value, total(c.rest));
 }
 
+#if GSF_LEVEL >= 4
+// What int8 multiplies here: four tiles of sums, each operand of a product in two of them.
+constexpr int64_t kRoofInt8 = 4 * 16 * 16 * 64;
+static int64_t roof_int8(int64_t steps, const float*) {
+  struct alignas(64) {
+    uint8_t palette = 1, rest[15] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  } config;
+  alignas(64) int32_t sums[16 * 16];
+  memset(sums, 1, sizeof sums);  // bytes of 1
+  _tile_loadconfig(&config);
+  _tile_loadd(4, sums, 64);
+  _tile_loadd(5, sums, 64);
+  _tile_loadd(6, sums, 64);
+  _tile_loadd(7, sums, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < steps; ++i) {
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    _tile_dpbusd(2, 5, 6);
+    _tile_dpbusd(3, 5, 7);
+  }
+  int64_t whole = 0;
+  const auto add = [&] {
+    for (int32_t v : sums) whole += v;
+  };
+  _tile_stored(0, sums, 64);
+  add();
+  _tile_stored(1, sums, 64);
+  add();
+  _tile_stored(2, sums, 64);
+  add();
+  _tile_stored(3, sums, 64);
+  add();
+  _tile_release();
+  return whole;
+}
+#else
+constexpr int64_t kRoofInt8 = 16 * kRoofChains * kRoofProducts;
 // steps * kRoofChains * 16 * kRoofProducts multiply-adds; few enough that int32 never overflows.
 static int64_t roof_int8(int64_t steps, const float* zeros) {  // zeros: [kRoofChains * 16]
   int8_t ones[64];  // every byte is 1 for VNNI, every int16 for the others
@@ -147,3 +190,4 @@ static int64_t roof_int8(int64_t steps, const float* zeros) {  // zeros: [kRoofC
   for (int32_t lane : lanes) whole += lane;
   return whole;
 }
+#endif

@@ -222,14 +222,15 @@ static inline void refine_all(const ScreenArgs& a, const Candidate* begin, const
 
 // By feature, and by token within one: a row is read once for all its tokens.  A feature's tokens come
 // ascending.
-static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0) {
+static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0, int64_t f1) {
   const int64_t count = space.at - space.begin;
   space.reserve(static_cast<size_t>(count));
   const Candidate* c = space.begin;
   Candidate* sorted = space.at;
-  int64_t starts[kChunkFeatures + 1] = {};
+  int64_t starts[kMostChunk + 1];
+  memset(starts, 0, static_cast<size_t>(f1 - f0 + 1) * sizeof(int64_t));
   for (int64_t i = 0; i < count; ++i) ++starts[c[i].feature - f0 + 1];
-  for (int64_t f = 0; f < kChunkFeatures; ++f) starts[f + 1] += starts[f];
+  for (int64_t f = 0; f < f1 - f0; ++f) starts[f + 1] += starts[f];
   for (int64_t i = 0; i < count; ++i) sorted[starts[c[i].feature - f0]++] = c[i];
   return sorted;
 }
@@ -237,10 +238,11 @@ static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0) {
 static CandidateSpan screen_pairs(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& space,
                                   ScreenStats& stats) {
   space.at = space.begin;
-  screen_chunk(a, f0, f1, space);
+  first_stage(a, f0, f1, space);
   const int64_t count = space.at - space.begin;
   stats.survivors += count;
-  Candidate* begin = a.mapped || a.encode.T > kFewTokens ? sorted_by_feature(space, f0) : space.begin;
+  Candidate* begin =
+      a.mapped || a.packed || a.encode.T > kFewTokens ? sorted_by_feature(space, f0, f1) : space.begin;
   return {begin, with_estimates(a, begin, begin + count, stats)};
 }
 

@@ -1,7 +1,7 @@
 // What the screen needs beside vec.h and matryoshka_vec.h: dots of 64 codes with 64 digits, the sums of
 // sixteen accumulators at once, and four numbers repeated four times.  Included by isa_body.h.
 
-#if GSF_LEVEL == 3
+#if GSF_LEVEL >= 3
 // acc's lanes together gain the sum of code[i] * digit[i]; which lane takes what is nobody's concern.
 // In assembly since GCC 12 copies the accumulator before each intrinsic of this kind: two instructions for
 // one.

@@ -1,7 +1,8 @@
 // Sixteen fp32 lanes, one definition per instruction set, the same result on each.  Included inside the
-// instruction set's namespace by isa_body.h; GSF_LEVEL is 0 plain, 1 AVX2, 2 AVX-VNNI, 3 AVX-512.
+// instruction set's namespace by isa_body.h; GSF_LEVEL is 0 plain, 1 AVX2, 2 AVX-VNNI, 3 AVX-512, 4 AVX-512
+// and AMX.
 
-#if GSF_LEVEL == 3
+#if GSF_LEVEL >= 3
 struct V16 {
   __m512 v;
 };

@@ -2,7 +2,8 @@
 
     python tests/mutations/run.py [--only WORD] [--python | --cpp]
 
-Exit status 1 where a break went unnoticed or an entry no longer matches the code it names.
+Exit status 1 where a break went unnoticed or an entry no longer matches the code it names.  Lines for an instruction
+set that this machine lacks are named and not tried.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import time
 from pathlib import Path
 
 from table import CPP, PYTHON, Mutation
+
+from gemmascope_fast import backends
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
@@ -87,6 +90,12 @@ def main() -> int:
     chosen = [(m, cpp) for m, cpp in chosen if args.only in m.name or args.only in m.file]
     if not chosen:
         parser.error(f"--only: nothing is called {args.only!r}")
+    here = backends.supported_isas()
+    for mutation in (m for m, _ in chosen if m.needs and m.needs not in here):
+        print(f"not tried, no {mutation.needs} here: {mutation.name}")
+    chosen = [(m, cpp) for m, cpp in chosen if not m.needs or m.needs in here]
+    if not chosen:
+        return 0
     bad = 0
     with tempfile.TemporaryDirectory(prefix="gsf-mutations-") as folder:
         where = Path(folder)
