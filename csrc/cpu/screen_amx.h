@@ -4,8 +4,8 @@
 // multiply-adds a second of its tiles and 0.33 T of VNNI.
 
 #if GSF_LEVEL >= 4
-// Tokens whose two digits stay in a 2 MiB L2 beside the rows of a panel.
-constexpr int64_t kTokenBytes = 1 << 20;
+// Digits of tokens that stay in a 2 MiB L2 beside the rows of this panel and of the next: 256 tokens of 2304.
+constexpr int64_t kTokenBytes = 5 << 18;
 
 // 16 rows of 64 bytes in each of the eight tiles; C and A have a row for every fourth feature of the panel.
 struct alignas(64) TileConfig {
@@ -125,7 +125,8 @@ static inline void amx_panel(const ScreenArgs& a, int64_t block, int64_t f0, int
 
 static inline void amx_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& out) {
   const int64_t blocks = (a.encode.T + kAmxTokens - 1) / kAmxTokens;
-  const int64_t fit = kTokenBytes / (2 * kAmxTokens * a.width), group = fit > 0 ? fit : 1;
+  const int64_t bytes = blocks * 2 * kAmxTokens * a.width;
+  const int64_t groups = (bytes + kTokenBytes - 1) / kTokenBytes, group = (blocks + groups - 1) / groups;
   const int64_t end = (a.encode.F + kTileRows - 1) / kTileRows * kTileRows;
   for (int64_t b0 = 0; b0 < blocks; b0 += group) {
     const int64_t b1 = b0 + group < blocks ? b0 + group : blocks;
