@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.attach.structure import Structure
+from gemmascope_fast.sites import Site
 
 WINDOW = 255  # content tokens after the BOS
 WINDOWS_AT_ONCE = 8
@@ -64,26 +66,49 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
 def activations(
     model: Any, layer: int, batches: Iterable[Tensor], special: Sequence[int] | None = None
 ) -> Iterator[Tensor]:
-    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer` at content tokens (no BOS, EOS, PAD).
+    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer`; the rest as in `activations_at`."""
+    for seen in activations_at(model, [Site("resid", layer)], batches, special):
+        yield seen[0]
+
+
+def activations_at(
+    model: Any, sites: Sequence[Site], batches: Iterable[Tensor], special: Sequence[int] | None = None
+) -> Iterator[list[Tensor]]:
+    """Per batch of token ids [B, S] one fp32 [n, d] a site, all of the same n content tokens (no BOS, EOS, PAD).
 
     special: ids to leave out in place of those; an encoder's configuration does not name its CLS and SEP.
     """
     from gemmascope_fast.attach import Activations, attach
 
-    seen: list[Tensor] = []
-    keep = Activations(sink=lambda x, _tokens: seen.append(x.float().clone()))
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    keep = {site: Activations(sink=partial(_append, parts)) for site, parts in seen.items()}
     tokens: Any = "content"
     if special is not None:
         left_out = torch.tensor(special)
         tokens = lambda ids: ~torch.isin(ids, left_out)  # noqa: E731
-    with first_layers(model, layer + 1) as stack, torch.inference_mode():
+    with _what_reaches(model, sites) as stack, torch.inference_mode():
         options = {"use_cache": False} if "use_cache" in inspect.signature(stack.forward).parameters else {}
         for ids in batches:
             # one run a batch: a run remembers every row that it saw
-            with attach(stack, {layer: keep}, tokens=tokens):
+            with attach(stack, keep, tokens=tokens):
                 stack(ids, **options)
-            yield torch.cat(seen)
-            seen.clear()
+            yield [torch.cat(seen[site]) for site in sites]
+            for parts in seen.values():
+                parts.clear()
+
+
+def _append(parts: list[Tensor], x: Tensor, _tokens: Any) -> None:
+    parts.append(x.float().clone())
+
+
+@contextmanager
+def _what_reaches(model: Any, sites: Sequence[Site]) -> Iterator[Any]:
+    """The part of the model whose forward passes every site: `first_layers`, or all of it for a module's path."""
+    if any(site.kind == "path" for site in sites):
+        yield model
+        return
+    with first_layers(model, 1 + max(site.layer or 0 for site in sites)) as stack:
+        yield stack
 
 
 def collect(
