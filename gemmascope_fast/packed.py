@@ -27,6 +27,7 @@ from gemmascope_fast import ops
 from gemmascope_fast.checkpoints.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files import replacing
 from gemmascope_fast.loading import progress_bar
 from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.screen import MOST_INPUTS
@@ -315,7 +316,5 @@ def _progress(partial: Path, source: str, layout: Layout) -> Checksums:
 
 
 def _record(partial: Path, source: str, layout: Layout, sums: Checksums) -> None:
-    record = _record_of(partial)
-    fresh = record.with_suffix(".new")
-    fresh.write_text(json.dumps({"source": f"{source} {layout.panel}", "checksums": sums}))
-    os.replace(fresh, record)
+    with replacing(_record_of(partial)) as fresh:
+        fresh.write_text(json.dumps({"source": f"{source} {layout.panel}", "checksums": sums}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.evaluation.losses import Losses
 from gemmascope_fast.evaluation.reconstruction import Reconstruction, check_kind
+from gemmascope_fast.files import replacing
 from gemmascope_fast.sae import JumpReLUSAE
 from gemmascope_fast.sites import Site
 from gemmascope_fast.training.activations import activations_at, windows
@@ -160,12 +160,8 @@ class Evaluation:
         if self.losses is not None:
             tensors["losses"] = self.losses.sums
             tensors["loss_tokens"] = torch.tensor([self.losses.tokens])
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={KEY: json.dumps({"done": self.done, "about": self.about})})
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _load(self, path: Path) -> None:
         try:

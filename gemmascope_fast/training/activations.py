@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +16,9 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.attach.structure import Structure
+from gemmascope_fast.files import replacing
 from gemmascope_fast.sites import Site
+from gemmascope_fast.tokens import ends
 
 WINDOW = 255  # content tokens after the BOS
 WINDOWS_AT_ONCE = 8
@@ -53,14 +54,6 @@ def first_layers(model: Any, count: int) -> Iterator[Any]:
         yield stack
     finally:
         setattr(holder, name, layers)
-
-
-def ends(tokenizer: Any) -> tuple[int | None, int | None]:
-    """(what a window opens with, what it ends with): the BOS alone, or for encoders CLS and SEP; None where there is
-    none."""
-    if tokenizer.bos_token_id is not None or getattr(tokenizer, "cls_token_id", None) is None:
-        return tokenizer.bos_token_id, None
-    return tokenizer.cls_token_id, tokenizer.sep_token_id
 
 
 def activations(
@@ -150,14 +143,8 @@ def _length(model: Any, special: int) -> int:
 
 
 def _write(path: Path, rows: Tensor) -> None:
-    """An .npy file under another name, renamed when complete."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, rows.numpy())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, rows.numpy())
 
 
 class Batches:
