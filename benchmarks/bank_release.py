@@ -41,14 +41,14 @@ def write_release(folder: Path, d_sae: int, dtype: torch.dtype) -> None:
 
 
 def model_of(intermediate: int, dtype: torch.dtype) -> torch.nn.Module:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
+    from transformers import AutoModelForCausalLM, Gemma2Config
 
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=256, hidden_size=D, intermediate_size=intermediate, num_hidden_layers=LAYERS, num_attention_heads=8,
         num_key_value_heads=4, head_dim=256, attn_implementation="eager",
     )  # fmt: skip
-    return Gemma2ForCausalLM(config).to(dtype).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def resident(field: str) -> int:
@@ -60,7 +60,8 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
     """Seconds of each pass with the bank attached; three layers' latents are checked against the SAEs themselves."""
     checked = {layer: Activations() for layer in (0, LAYERS // 2, LAYERS - 1)}
     coders = {sae.cfg.site: sae for sae in bank.values()}
-    seconds = []
+    seconds: list[float] = []
+    alone: list[float] = []
     with torch.inference_mode():
         with gsf.attach(model, coders | {f"model.layers.{i}.output": a for i, a in checked.items()}) as run:
             model(ids)
@@ -74,6 +75,9 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
         before = resident("VmRSS") - bank.held()["device"]["bytes"]
         for _ in range(passes):
             begin = time.perf_counter()
+            model(ids)
+            alone.append(time.perf_counter() - begin)
+            begin = time.perf_counter()
             with gsf.attach(model, bank, mode="splice+error", keep=False):
                 model(ids)
             seconds.append(time.perf_counter() - begin)
@@ -81,6 +85,7 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
     held = bank.held()
     return {
         "tokens": ids.numel(),
+        "seconds_without_saes": alone,
         "seconds": seconds,
         "loads": bank.stats.loads,
         "prefetched": bank.stats.prefetched,

@@ -95,7 +95,7 @@ def main():
             )
     if given.json:
         about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor()}
-        given.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+        given.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -132,10 +132,10 @@ def watched(peaks: dict[str, int], name: str) -> Iterator[None]:
 
 
 def forget(sae: JumpReLUSAE) -> None:
-    """Take the packed file out of the page cache; an unedited mapping loses nothing."""
-    sae._mapped._buffer.madvise(mmap.MADV_DONTNEED)
-    with open(sae._mapped.path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    """Take the mapped files out of the page cache; an unedited mapping loses nothing."""
+    for mapping in sae._mapped.mappings:
+        mapping.buffer.madvise(mmap.MADV_DONTNEED)
+        os.posix_fadvise(mapping.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from gemmascope_fast.files import replacing
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser, *, sae: bool = True) -> None:
@@ -35,12 +36,8 @@ def require(module: str, extra: str, what: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON has no NaN and no infinity: null says that there is no such figure.  The file appears whole."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

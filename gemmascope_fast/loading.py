@@ -52,8 +52,9 @@ def from_pretrained(
     path does not name its repository); a ValueError where it says otherwise.
     progress: a bar on stderr; None: for loads above 256 MB on a terminal.
     rows: "memory", or "mmap": only the 8-bit screen is resident, and the fp32 rows that refine are read from a packed
-    file beside the checkpoint, written at first use (`gemmascope_fast.packed`); on cpu, in float32.  Such an SAE is
-    deep-copied without reading its rows, and not pickled.
+    file beside the checkpoint, written at first use (`gemmascope_fast.packed`), those that decode from the checkpoint
+    itself where it has them as they are used; on cpu, in float32.  Such an SAE is deep-copied without reading its rows,
+    and not pickled.
 
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
     another dtype than float32, bfloat16 and float16.

@@ -16,7 +16,7 @@ from gemmascope_fast import backends
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.loading import _CLASSES, progress_bar
-from gemmascope_fast.packed import ROWS, Layout, checksum, open_layout
+from gemmascope_fast.packed import ROWS, Layout, checksum, open_layout, source_of
 from gemmascope_fast.sae import SAEConfig, SAEMetadata
 from gemmascope_fast.screen import Screen
 from gemmascope_fast.sites import Site
@@ -29,14 +29,15 @@ _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" e
 
 
 def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
-    """The SAE of a packed file: rows and decoder mapped, codes, bounds and vectors resident.
+    """The SAE of a packed file: rows and decoder mapped (the decoder where it lies), codes, bounds and vectors
+    resident.
 
     Answers are those of the resident SAE, byte for byte.  What is read here is compared with its checksums; `verify`
     compares the rows too.  Raises CheckpointError naming file and array for a damaged or truncated file; a file that
     is truncated later raises at the next call.
     """
     layout, about = open_layout(path)
-    mapped = Mapped(path, layout)
+    mapped = Mapped.of(path, layout, about)
 
     def resident(name: str) -> Tensor:
         dtype, shape, at = layout.arrays()[name]
@@ -63,15 +64,16 @@ def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
 
 
 def verify(path: str | Path, progress: bool | None = None) -> None:
-    """Read a whole packed file and compare it with its checksums, the mapped rows included.
+    """Read a whole packed file and compare it with its checksums, the mapped rows included, and W_dec where it lies.
 
     progress: a bar on stderr, as in `from_pretrained`.  Raises CheckpointError naming file and array where they differ.
     """
     path = Path(path)
     layout, about = open_layout(path)
-    mapped = Mapped(path, layout)
-    with progress_bar(layout.size, path.name, progress) as update:
-        for name in layout.arrays():
+    mapped = Mapped.of(path, layout, about)
+    total = sum(mapped.view(name).nbytes for name in layout.checked())
+    with progress_bar(total, path.name, progress) as update:
+        for name in layout.checked():
             _compare(path, layout, about, name, mapped.view(name), mapped)
             update(mapped.view(name).nbytes)
 
@@ -89,35 +91,81 @@ def _compare(
             )
 
 
-class Mapped:
-    """A mapped packed file: its arrays, and its length, since reading past the end of a file that shrank would end the
+class _Mapping:
+    """A file mapped to its end, and what it was, since reading past the end of a file that shrank would end the
     process."""
 
-    def __init__(self, path: Path, layout: Layout, descriptor: int | None = None) -> None:
-        self.path, self.layout = path, layout
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        self.path = path
         # as long as the mapping; a descriptor goes on to the same file where another has got its name
-        self._file = open(path if descriptor is None else descriptor, "rb")  # noqa: SIM115
-        self.check()
+        self.file = open(path if descriptor is None else descriptor, "rb")  # noqa: SIM115
+        self.was = self._is()
         # Private: an edit of the weights stays in this process.  Writable private memory counts against what the
         # system lends in all, and a mapping wider than memory would be refused, but for NORESERVE.
         flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        self._buffer = mmap.mmap(self._file.fileno(), layout.size, flags=flags, prot=prot)
-        self._address = torch.frombuffer(self._buffer, dtype=torch.uint8, count=1).data_ptr()
+        self.buffer = mmap.mmap(self.file.fileno(), self.was[0], flags=flags, prot=prot)
+        self._address = torch.frombuffer(self.buffer, dtype=torch.uint8, count=1).data_ptr()
+
+    def _is(self) -> tuple[int, int]:
+        stat = os.fstat(self.file.fileno())
+        return stat.st_size, stat.st_mtime_ns
 
     def check(self) -> None:
-        """CheckpointError where the file is shorter than what was mapped."""
-        size = os.fstat(self._file.fileno()).st_size
-        if size < self.layout.size:
-            raise CheckpointError(f"{self.path}: truncated to {size} bytes of {self.layout.size}")
+        """CheckpointError where the file is another than what was mapped."""
+        size, time = self._is()
+        if size < self.was[0]:
+            raise CheckpointError(f"{self.path}: truncated to {size} bytes of {self.was[0]}")
+        if (size, time) != self.was:
+            raise CheckpointError(f"{self.path}: written to since it was opened: open it again")
 
-    def view(self, name: str) -> Tensor:
-        """An array of the file, without reading it."""
-        dtype, shape, at = self.layout.arrays()[name]
-        return torch.frombuffer(self._buffer, dtype=dtype, count=math.prod(shape), offset=at).reshape(shape)
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], at: int) -> Tensor:
+        return torch.frombuffer(self.buffer, dtype=dtype, count=math.prod(shape), offset=at).reshape(shape)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in the file."""
-        return tensor.device.type == "cpu" and 0 <= tensor.data_ptr() - self._address < self.layout.size
+        return tensor.device.type == "cpu" and 0 <= tensor.data_ptr() - self._address < self.was[0]
+
+    def again(self) -> _Mapping:
+        """Another mapping of the same file, which must be what it was."""
+        self.check()
+        return _Mapping(self.path, os.dup(self.file.fileno()))
+
+
+class Mapped:
+    """The mapped arrays of an SAE: those of a packed file, and W_dec out of the checkpoint where it lies there."""
+
+    def __init__(self, layout: Layout, packed: _Mapping, checkpoint: _Mapping | None) -> None:
+        self.path, self.layout, self._packed, self._checkpoint = packed.path, layout, packed, checkpoint
+        self.mappings = [packed] if checkpoint is None else [packed, checkpoint]
+
+    @classmethod
+    def of(cls, path: Path, layout: Layout, about: dict[str, Any]) -> Mapped:
+        """Map the packed file, and the checkpoint beside it where W_dec lies there; CheckpointError where that is not
+        the one that was packed."""
+        if layout.decoder is None:
+            return cls(layout, _Mapping(path), None)
+        checkpoint = path.with_name(about["file"])
+        if not checkpoint.is_file() or source_of(checkpoint) != about["source"]:
+            raise CheckpointError(f"{path}: W_dec lies in {checkpoint}, which is not there or another by now")
+        there = _Mapping(checkpoint)
+        if layout.decoder < 0 or layout.decoder % 4 or layout.decoder + 4 * layout.d_sae * layout.d_out > there.was[0]:
+            raise CheckpointError(f"{path}: W_dec: byte {layout.decoder} of {checkpoint} does not fit its shape")
+        return cls(layout, _Mapping(path), there)
+
+    def check(self) -> None:
+        """CheckpointError where a file is another than what was mapped."""
+        for mapping in self.mappings:
+            mapping.check()
+
+    def view(self, name: str) -> Tensor:
+        """An array, without reading it."""
+        if name == "W_dec" and self._checkpoint is not None:
+            assert self.layout.decoder is not None
+            return self._checkpoint.view(torch.float32, (self.layout.d_sae, self.layout.d_out), self.layout.decoder)
+        return self._packed.view(*self.layout.arrays()[name])
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in a file."""
+        return any(mapping.holds(tensor) for mapping in self.mappings)
 
     def announce(self, rows: Tensor, ids: Tensor) -> None:
         """Have these rows of a matrix fetched, all at once, if it lies in the file."""
@@ -137,8 +185,11 @@ class Mapped:
                 continue
             if not weight.is_inference() and weight._version != 0:
                 raise ValueError(f"{name}: expected the rows of {self.path}, got edited ones, which are not copied")
-            twin = twin or Mapped(self.path, self.layout, os.dup(self._file.fileno()))
+            twin = twin or self._again()
             rows = twin.view(array)
             copied = nn.Parameter(rows.t() if name == "W_enc" else rows, requires_grad=weight.requires_grad)
             memo[id(weight)] = copied
         memo[id(self)] = twin
+
+    def _again(self) -> Mapped:
+        return Mapped(self.layout, self._packed.again(), self._checkpoint and self._checkpoint.again())

@@ -3,6 +3,9 @@
 A checkpoint holds W_enc as [d_in, d_sae], where one feature touches d_in pages.  The packed file is a safetensors file
 with the rows [d_sae, d_in], W_dec, the vectors, the screen, and checksums of them all.  It is written once, in bounded
 memory, panel by panel of features: under a name of its own until it is complete, and resumed where it was interrupted.
+
+W_dec has one feature after the other in the checkpoint already.  Where it can be used as it lies there (`in_place`) it
+is mapped there, and the packed file holds its checksums alone.
 """
 
 from __future__ import annotations
@@ -27,12 +30,13 @@ from gemmascope_fast import ops
 from gemmascope_fast.checkpoints.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files import replacing
 from gemmascope_fast.loading import progress_bar
 from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.screen import MOST_INPUTS
 
 KEY = "gemmascope_fast_packed"
-VERSION = 3
+VERSION = 4
 HEADER = 1 << 20  # bytes kept for the header, which is written last; also the alignment of the first rows
 # fp32 rows at a time; packing holds about three times as much.  Of a million features a panel has one in nine: then
 # each row of W_enc in the checkpoint gives 466 KB in one read.
@@ -49,13 +53,15 @@ Update = Callable[[int], object]
 class Layout:
     """Where each array of a packed file lies, and the pieces of it that have a checksum each.
 
-    panel: features of a panel, a multiple of 64.
+    panel: features of a panel, a multiple of 64.  decoder: W_dec's first byte in the checkpoint; None where the packed
+    file holds it.
     """
 
     d_in: int
     d_sae: int
     d_out: int
     panel: int
+    decoder: int | None = None
 
     def arrays(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
         """Name → (dtype, shape, first byte)."""
@@ -74,9 +80,15 @@ class Layout:
         }
         placed, at = {}, HEADER
         for name, (dtype, shape) in shapes.items():
+            if name == "W_dec" and self.decoder is not None:
+                continue
             placed[name] = (dtype, shape, at)
             at += math.prod(shape) * dtype.itemsize
         return placed
+
+    def checked(self) -> list[str]:
+        """The arrays that have checksums: those of the file, and W_dec wherever it lies."""
+        return list(dict.fromkeys((*self.arrays(), "W_dec")))
 
     @property
     def size(self) -> int:
@@ -109,12 +121,15 @@ def open_layout(path: Path) -> tuple[Layout, dict[str, Any]]:
     entries, metadata = open_safetensors(path)
     try:
         about = json.loads(metadata[KEY])
-        layout = Layout(*(int(about[name]) for name in ("d_in", "d_sae", "d_out", "panel")))
-        sums = {name: len(about["checksums"][name]) for name in layout.arrays()}
+        d_in, d_sae, d_out, panel = (int(about[name]) for name in ("d_in", "d_sae", "d_out", "panel"))
+        layout = Layout(d_in, d_sae, d_out, panel, None if about["decoder"] is None else int(about["decoder"]))
+        if Path(about["file"]).name != about["file"]:
+            raise ValueError(f"file: expected a name, got {about['file']!r:.80}")
+        sums = {name: len(about["checksums"][name]) for name in layout.checked()}
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{path}: metadata {KEY!r}: not a packed file: {error!r}") from error
     there = {name: (entry.dtype, entry.shape, entry.at) for name, entry in entries.items()}
-    if there != layout.arrays() or sums != {name: len(layout.pieces(name)) for name in layout.arrays()}:
+    if there != layout.arrays() or sums != {name: len(layout.pieces(name)) for name in layout.checked()}:
         raise CheckpointError(f"{path}: metadata {KEY!r}: does not fit the arrays")
     return layout, about
 
@@ -124,16 +139,17 @@ def pack(checkpoint: Checkpoint, path: Path, centre: Tensor | None = None, progr
 
     centre [d_in]: of the screen; default b_dec for an SAE.  progress: a bar on stderr, as in `from_pretrained`.  Holds
     about three gigabytes whatever the width; of an uncompressed checkpoint each byte is read once, of npz twice (its
-    checksums), of a compressed one all once a panel.  Raises CheckpointError for another kind, damaged arrays, or a
-    disk with too little room.
+    checksums), of a compressed one all once a panel, decompressed on the way.  Raises CheckpointError for another kind,
+    damaged arrays, or a disk with too little room.
     """
     if checkpoint.kind not in ("sae", "transcoder") or checkpoint.subtracts_b_dec or checkpoint.normalisation != "none":
         raise CheckpointError(f"{checkpoint.path}: rows='mmap': expected a plain SAE or transcoder")
     (d_in, d_sae), d_out = checkpoint.arrays["W_enc"].shape, checkpoint.arrays["W_dec"].shape[1]
     if d_in > MOST_INPUTS:
         raise CheckpointError(f"{checkpoint.path}: rows='mmap': expected d_in up to {MOST_INPUTS}, got {d_in}")
-    layout = Layout(d_in, d_sae, d_out, max(64, PANEL_BYTES // (4 * d_in) // 64 * 64))
-    source = _source(checkpoint)
+    decoder = checkpoint.arrays["W_dec"].at if in_place(checkpoint, path) else None
+    layout = Layout(d_in, d_sae, d_out, max(64, PANEL_BYTES // (4 * d_in) // 64 * 64), decoder)
+    source = source_of(checkpoint.path)
     if _is_of(path, source):
         return path
     vectors = {n: e.read(torch.device("cpu"), torch.float32) for n, e in checkpoint.arrays.items() if len(e.shape) == 1}
@@ -166,6 +182,15 @@ def pack(checkpoint: Checkpoint, path: Path, centre: Tensor | None = None, progr
     return path
 
 
+def in_place(checkpoint: Checkpoint, path: Path) -> bool:
+    """Whether W_dec can be mapped where it lies in the checkpoint: float32 as it is, not compressed, at a multiple of
+    four bytes (members of an npz begin anywhere), in a file beside the packed one.  Otherwise it is copied."""
+    entry = checkpoint.arrays["W_dec"]
+    plain = entry.dtype == torch.float32 and not entry.flip and entry.block is None
+    beside = entry.file == checkpoint.path and path.parent == checkpoint.path.parent
+    return plain and beside and entry.at is not None and entry.at % 4 == 0
+
+
 def _fill(
     checkpoint: Checkpoint,
     file: IO[bytes],
@@ -179,18 +204,21 @@ def _fill(
     sums = {name: list(done.get(name, [])) for name in PANELLED}
     for number, (start, end) in enumerate(layout.panels()):
         if number < len(sums[ROWS]):
-            update(sum(_piece_bytes(layout, name, number) for name in PANELLED))
+            update(sum(_piece_bytes(layout, name, number) for name in PANELLED if name in layout.arrays()))
             continue
         parts = _panel(checkpoint, start, end, vectors)
+        placed = layout.arrays()
         for name, part in parts.items():
-            at = layout.arrays()[name][2]
+            sums[name].append(checksum(part))
+            if name not in placed:
+                continue
+            _, shape, at = placed[name]
             if name == TABLE:
-                stride = layout.arrays()[name][1][1]
+                stride = shape[1]
                 for row, values in enumerate(part):
                     _write(file, at + 4 * (row * stride + start), values, update)
             else:
                 _write(file, at + layout.pieces(name)[number][0].start * part[0].nbytes, part, update)
-            sums[name].append(checksum(part))
         file.flush()
         os.fsync(file.fileno())  # a panel counts as done only when it is on the disk
         record(sums)
@@ -223,10 +251,10 @@ def _piece_bytes(layout: Layout, name: str, number: int) -> int:
 # ---- the file -----------------------------------------------------------------------------------------
 
 
-def _source(checkpoint: Checkpoint) -> str:
+def source_of(path: Path) -> str:
     """What a packed file belongs to: the checkpoint's file, its size and time."""
-    stat = checkpoint.path.stat()
-    return f"{checkpoint.path.name} {stat.st_size} {stat.st_mtime_ns} {VERSION}"
+    stat = path.stat()
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {VERSION}"
 
 
 def _is_of(path: Path, source: str) -> bool:
@@ -250,6 +278,8 @@ def _write_header(file: IO[bytes], layout: Layout, checkpoint: Checkpoint, sourc
         "d_sae": layout.d_sae,
         "d_out": layout.d_out,
         "panel": layout.panel,
+        "decoder": layout.decoder,
+        "file": checkpoint.path.name,
         "hook_name": site.hook_name if site else None,
         "hook_name_out": out.hook_name if out else None,
         "checksums": sums,
@@ -315,7 +345,5 @@ def _progress(partial: Path, source: str, layout: Layout) -> Checksums:
 
 
 def _record(partial: Path, source: str, layout: Layout, sums: Checksums) -> None:
-    record = _record_of(partial)
-    fresh = record.with_suffix(".new")
-    fresh.write_text(json.dumps({"source": f"{source} {layout.panel}", "checksums": sums}))
-    os.replace(fresh, record)
+    with replacing(_record_of(partial)) as fresh:
+        fresh.write_text(json.dumps({"source": f"{source} {layout.panel}", "checksums": sums}))

@@ -210,7 +210,11 @@ class JumpReLUSAE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of x [..., d_in]: [..., d_out] in the SAE's dtype."""
-        return self.decode(self.encode_sparse(x))
+        return self.reconstruct(self.encode_sparse(x), x)
+
+    def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
+        """`forward` of x [..., d_in] whose latents are there already: [..., d_out]."""
+        return self.decode(latents)
 
     def prepare(self, force: bool = False, **options: Any) -> JumpReLUSAE:
         """Pack now instead of at first use: lay out the rows and build the certified screen.
@@ -312,8 +316,8 @@ class JumpReLUSkipTranscoder(JumpReLUTranscoder):
         """x @ W_skip in the SAE's dtype."""
         return (x.float() @ self.W_skip.float()).to(self.W_dec.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.skip(x)
+    def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
+        return self.decode(latents) + self.skip(x)
 
 
 def _check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> None:

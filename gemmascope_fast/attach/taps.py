@@ -21,7 +21,7 @@ from gemmascope_fast.bank import BankedSAE
 from gemmascope_fast.coders import Crosscoder
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.sae import JumpReLUSAE, JumpReLUSkipTranscoder
+from gemmascope_fast.sae import JumpReLUSAE
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.run import Run
@@ -210,9 +210,7 @@ class WriteTap:
         self, flat: Tensor, sae: JumpReLUSAE, latents: SparseLatents, rows: Tensor, call: Call, at: Tensor | None
     ) -> Tensor:
         tap = self.tap
-        recon = sae.decode(latents)
-        if isinstance(sae, JumpReLUSkipTranscoder):
-            recon = recon + sae.skip(rows)
+        recon = sae.reconstruct(latents, rows)
         if tap.plan is not None:
             recon = tap.plan.apply(recon.float(), sae, latents, call, at)
         recon = _unformed(recon, tap.writes).to(flat.device, flat.dtype)

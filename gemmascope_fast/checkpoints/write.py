@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.checkpoints.arrays import BLOCK_BYTES, DTYPES, Entry
+from gemmascope_fast.files import replacing
 
 Source = Tensor | Entry
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -28,15 +29,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that gets the name `path` when the block ends well and leaves nothing behind otherwise."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    # os.open honours the umask; tempfile would leave the file readable by its owner alone
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        yield file
 
 
 @contextmanager

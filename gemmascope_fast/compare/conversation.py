@@ -15,6 +15,7 @@ from torch import Tensor
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.calls import CACHES
 from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.tokens import opening
 
 ROLES = {"assistant": "model"}  # Gemma's own name for it
 
@@ -77,8 +78,8 @@ def turn_ids(tokenizer: Any, turn: Turn, first: bool) -> tuple[list[int], int, i
     marks = {"<start_of_turn>", "<end_of_turn>"} <= set(tokenizer.get_added_vocab())
     head, tail = (f"<start_of_turn>{role}\n", "<end_of_turn>\n") if marks else (f"{role}: ", "\n")
     parts = [tokenizer(p, add_special_tokens=False, verbose=False)["input_ids"] for p in (head, turn.content, tail)]
-    if first and tokenizer.bos_token_id is not None:
-        parts[0] = [tokenizer.bos_token_id, *parts[0]]
+    if first:
+        parts[0] = [*opening(tokenizer), *parts[0]]
     begin = len(parts[0])
     return [i for part in parts for i in part], begin, begin + len(parts[1])
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from gemmascope_fast.attach import attach
+from gemmascope_fast.tokens import opening
 
 
 def load_reward_model(name: str) -> tuple[Any, Any]:
@@ -35,7 +36,7 @@ def attributed(
     from scipy.sparse import csr_array
 
     ((key, sae),) = sites.items()
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    head = opening(tokenizer)
     indices, values, counts, rewards = [], [], [0], []
     for number, text in enumerate(texts, 1):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

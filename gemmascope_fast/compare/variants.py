@@ -13,6 +13,7 @@ import torch
 
 from gemmascope_fast.extraction.sources import json_lines, string
 from gemmascope_fast.extraction.windows import padded
+from gemmascope_fast.tokens import opening
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def classify(
     """
     if "{text}" not in template:
         raise ValueError(f"--prompt: expected a prompt with {{text}}, got {template!r}")
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    head = opening(tokenizer)
     answers = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
     scores = np.empty((len(texts), len(labels)))
     for start in range(0, len(texts), at_once):

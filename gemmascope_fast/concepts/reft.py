@@ -13,6 +13,7 @@ from gemmascope_fast.attach.structure import Structure
 from gemmascope_fast.concepts.methods import Detector
 from gemmascope_fast.extraction.windows import padded
 from gemmascope_fast.sites import Site
+from gemmascope_fast.tokens import opening
 
 
 class _Intervention:
@@ -52,7 +53,7 @@ def fit_reft(
     start: where v begins (DiffMean: few steps on few texts do not reach it from a random vector).  The latents of the
     penalty are in units of their mean at the start.  v is a unit vector after every step.
     """
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    head = opening(tokenizer)
     rows = [[*head, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"][:window]] for t in texts]
     ids, mask = padded(rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     content = torch.ones_like(ids, dtype=torch.float32) if mask is None else mask.float()

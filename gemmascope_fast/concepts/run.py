@@ -18,6 +18,7 @@ from gemmascope_fast.extraction.texts import read_texts
 from gemmascope_fast.extraction.windows import padded
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.tokens import opening
 
 METHODS = ("SAE", "DiffMean", "probe", "ReFT-r1")
 Tick = Callable[[], None]
@@ -121,7 +122,7 @@ class Concepts:
 
     def _loss(self, chosen: Sequence[int], edits: Any) -> float:
         """Mean cross-entropy in nats over the content tokens of the chosen texts."""
-        head = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        head = opening(self.tokenizer)
         texts = [self.examples[i].text for i in chosen]
         rows = [[*head, *self.tokenizer(t, add_special_tokens=False)["input_ids"][:1023]] for t in texts]
         pad = self.tokenizer.pad_token_id

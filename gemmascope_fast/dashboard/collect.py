@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from gemmascope_fast.extraction.store import Store, digest_of
+from gemmascope_fast.files import replacing
 
 BINS = 24
 SEGMENT = 32  # tokens of a document that count as one place: of neighbours that fire, the strongest is shown
@@ -56,13 +56,8 @@ class Collected:
 
     def save(self, path: Path, key: str) -> None:
         """The file appears whole; `load` wants the same key."""
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, key=np.array(key), **{f.name: getattr(self, f.name) for f in fields(self)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, key=np.array(key), **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, path: Path, key: str) -> Collected | None:

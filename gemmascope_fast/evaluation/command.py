@@ -15,7 +15,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
     parser.add_argument("--sae", default="demo", help="an SAE's repository, folder or file; 'demo' is the bundled one")
     parser.add_argument("--sae-id", help="the SAE within its repository")
-    parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
+    parser.add_argument("--layer", type=int, help="the layer to put the SAE in (default: the SAE's own)")
     parser.add_argument("--text", default="pydoc", help="a UTF-8 file, 'pydoc' or 'stdlib' (default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="read its last tenth only, which `train` never sees")
     parser.add_argument("--window", type=int, default=255, help="tokens after each BOS (default: %(default)s)")
@@ -38,17 +38,19 @@ def run_eval(args: argparse.Namespace) -> int:
     text, label = _text(args)
     if args.plot is not None:
         _require_matplotlib()
-    from gemmascope_fast.demo_model import load_pair
+    from gemmascope_fast.demo_model import load_model, load_sae
+    from gemmascope_fast.evaluation.run import Evaluation, sites_of
 
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
-    from gemmascope_fast.evaluation.run import Evaluation
+    sae = load_sae(args.sae, args.sae_id)
+    reads, writes = sites_of(sae, args.layer)  # before the model, which takes longer
+    model, tokenizer = load_model(args.model)
 
     about = {"model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": label}
     run = Evaluation(
         model,
         tokenizer,
         sae,
-        layer,
+        args.layer,
         text,
         window=args.window,
         state=args.state,
@@ -56,13 +58,15 @@ def run_eval(args: argparse.Namespace) -> int:
         loss_tokens=args.loss_tokens,
     )
     figures = _with_bars(run, not args.no_losses)
-    table = Table("figure", "value", title=f"{args.sae} at layer {layer} of {args.model}, {label}")
+    place = writes.hook_name if reads == writes else f"{reads.hook_name} → {writes.hook_name}"
+    table = Table("figure", "value", title=f"{args.sae} at {place} of {args.model}, {label}")
     for key, value in figures.items():
         table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
     Console().print(table)
     frequencies = run.frequencies()
     if args.json is not None:
-        everything = {"model": args.model, "sae": args.sae, "layer": layer, "text": label}
+        everything = {"model": args.model, "sae": args.sae, "layer": reads.layer, "text": label}
+        everything |= {"site": reads.hook_name, "site_out": writes.hook_name}
         # JSON has no NaN: null says that there is no such figure
         everything |= {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in figures.items()}
         everything["firing_frequencies"] = frequencies.tolist()

@@ -1,4 +1,4 @@
-"""Cross-entropy of a model alone, with the SAE spliced in, and with the SAE's site ablated to its mean or to zero."""
+"""Cross-entropy of a model alone, with the SAE spliced in, and with what it replaces ablated to its mean or to zero."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from gemmascope_fast.attach import attach
 from gemmascope_fast.report.figures import constant
 from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.sites import Site
 
 KINDS = ("base", "spliced", "mean_ablated", "zero_ablated")
 
@@ -20,10 +21,11 @@ class Losses:
     Every change is made at content tokens alone (no BOS, EOS, PAD); the others pass as they are.
     """
 
-    def __init__(self, sae: JumpReLUSAE, key: Any, mean: Tensor) -> None:
-        """key: the SAE's site in `attach`'s terms.  mean [d]: what mean ablation puts there."""
-        self.key = key
-        self.coders = (None, sae, constant(mean.to(sae.device)), constant(torch.zeros_like(mean).to(sae.device)))
+    def __init__(self, sae: JumpReLUSAE, sites: tuple[Site, Site], mean: Tensor) -> None:
+        """sites: where the SAE reads and where it writes.  mean [d_out]: what mean ablation puts at the latter."""
+        mean = mean.to(sae.device)
+        reads, writes = sites
+        self.coders = (None, {reads: sae}, {writes: constant(mean)}, {writes: constant(torch.zeros_like(mean))})
         self.tokens = 0
         self.sums = torch.zeros(len(KINDS), dtype=torch.float64)
 
@@ -34,7 +36,7 @@ class Losses:
                 if coder is None:
                     self.sums[i] += _loss(model, row, counts)
                     continue
-                with attach(model, {self.key: coder}, mode="splice", tokens=counts):
+                with attach(model, coder, mode="splice", tokens=counts):
                     self.sums[i] += _loss(model, row, counts)
         self.tokens += int(content[:, 1:].sum())
 

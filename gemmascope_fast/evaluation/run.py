@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemmascope_fast.attach import attach
+from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.evaluation.losses import Losses
-from gemmascope_fast.evaluation.reconstruction import Reconstruction
+from gemmascope_fast.evaluation.reconstruction import Reconstruction, check_kind
+from gemmascope_fast.files import replacing
 from gemmascope_fast.sae import JumpReLUSAE
-from gemmascope_fast.training.activations import activations, windows
+from gemmascope_fast.sites import Site
+from gemmascope_fast.training.activations import activations_at, windows
 
 PIECE = 1 << 20  # characters tokenised at once
 KEY = "gemmascope_fast.evaluation"
@@ -50,12 +53,26 @@ def content_mask(tokenizer: Any, ids: Tensor) -> Tensor:
     return ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
 
 
+def sites_of(sae: Any, layer: int | Site | None = None) -> tuple[Site, Site]:
+    """(where the SAE reads, where it writes: for a transcoder elsewhere), by its checkpoint or at another layer.
+
+    ValueError for a coder of several sites, or where neither names a site.
+    """
+    check_kind(sae)
+    if layer is None and sae.cfg.site is None:
+        raise ValueError("layer: expected a layer number, for the checkpoint names no site")
+    (entry,) = entries(sae if layer is None else {layer: sae})
+    return entry.site, entry.site_out
+
+
 class Evaluation:
     """Reconstruction figures in a first pass, losses (which need the mean of all activations) in a second.
 
-    text() gives the text's lines anew each time it is called.  With a `state` file the run is saved there after
-    every `save_every` batches and goes on from it; `about` says what it is a run of.  loss_tokens: the second pass,
-    four whole forwards, ends with the batch in which it has counted that many (None: at the end of the text).
+    layer: None for the SAE's own site, a number for a site of the same kind there (the residual stream, where the SAE
+    names none), or a `Site`.  text() gives the text's lines anew each time it is called.  With a `state` file the run
+    is saved there after every `save_every` batches and goes on from it; `about` says what it is a run of.  loss_tokens:
+    the second pass, four whole forwards, ends with the batch in which it has counted that many (None: at the end of
+    the text).
     """
 
     def __init__(
@@ -63,7 +80,7 @@ class Evaluation:
         model: Any,
         tokenizer: Any,
         sae: JumpReLUSAE,
-        layer: int,
+        layer: int | Site | None,
         text: Callable[[], Iterable[str]],
         *,
         window: int = 255,
@@ -76,9 +93,11 @@ class Evaluation:
             raise ValueError(f"window: expected at least 2 tokens, got {window}")
         if loss_tokens is not None and loss_tokens < 1:
             raise ValueError(f"loss_tokens: expected a positive number, got {loss_tokens}")
-        self.model, self.tokenizer, self.sae, self.layer, self.text = model, tokenizer, sae, layer, text
+        self.sites = sites_of(sae, layer)
+        attach(model, {self.sites[0]: sae})  # a model without these sites, or of other widths, is refused here
+        self.model, self.tokenizer, self.sae, self.text = model, tokenizer, sae, text
         self.window, self.path, self.save_every, self.loss_tokens = window, state, save_every, loss_tokens
-        self.about = (about or {}) | {"window": window, "layer": layer}
+        self.about = (about or {}) | {"window": window, "sites": [site.hook_name for site in self.sites]}
         self.reconstruction = Reconstruction(sae)
         self.losses: Losses | None = None
         self.done = {"reconstruction": 0, "losses": 0, "complete": False}
@@ -102,7 +121,7 @@ class Evaluation:
         return self.reconstruction.fired.double() / max(1, self.reconstruction.rows)
 
     def _new_losses(self) -> Losses:
-        return Losses(self.sae, (self.layer, "resid"), self.reconstruction.mean())
+        return Losses(self.sae, self.sites, self.reconstruction.mean())
 
     def _batches(self, done: int) -> Iterator[Tensor]:
         for i, ids in enumerate(token_batches(self.tokenizer, self.text, self.window)):
@@ -110,9 +129,10 @@ class Evaluation:
                 yield ids
 
     def _first(self, progress: Callable[[str, int], None] | None) -> None:
-        for x in activations(self.model, self.layer, self._batches(self.done["reconstruction"])):
-            self.reconstruction.add(x)
-            self._count("reconstruction", x.shape[0], progress)
+        batches = self._batches(self.done["reconstruction"])
+        for seen in activations_at(self.model, list(dict.fromkeys(self.sites)), batches):
+            self.reconstruction.add(seen[0], seen[-1])
+            self._count("reconstruction", seen[0].shape[0], progress)
         self.done["complete"] = True
         self._save()
 
@@ -140,12 +160,8 @@ class Evaluation:
         if self.losses is not None:
             tensors["losses"] = self.losses.sums
             tensors["loss_tokens"] = torch.tensor([self.losses.tokens])
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(self.path) as temporary:
             save_file(tensors, temporary, metadata={KEY: json.dumps({"done": self.done, "about": self.about})})
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _load(self, path: Path) -> None:
         try:
@@ -164,8 +180,15 @@ class Evaluation:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, sae: JumpReLUSAE, layer: int, text: str, *, losses: bool = True, window: int = 255
+    model: Any,
+    tokenizer: Any,
+    sae: JumpReLUSAE,
+    layer: int | Site | None,
+    text: str,
+    *,
+    losses: bool = True,
+    window: int = 255,
 ) -> dict[str, Any]:
     """Every figure of a text held in memory: those of `Reconstruction.figures` and, unless told not to, of
-    `Losses.figures`."""
+    `Losses.figures`.  layer: as in `Evaluation`."""
     return Evaluation(model, tokenizer, sae, layer, lambda: [text], window=window).run(losses)

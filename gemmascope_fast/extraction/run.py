@@ -22,6 +22,7 @@ from gemmascope_fast.extraction.store import Columns, Writer
 from gemmascope_fast.extraction.windows import Block, Cursor, Window, batches, blocks, padded
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.tokens import opening
 from gemmascope_fast.training.activations import first_layers
 
 WINDOW, BATCH, SHARD = 1024, 2048, 32768
@@ -47,7 +48,7 @@ class Extractor:
         if len(entries(self.sites)) != 1:
             raise ValueError(f"sites: expected one SAE, got {len(entries(self.sites))}")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        head = 0 if self.tokenizer.bos_token_id is None else 1
+        head = len(opening(self.tokenizer))
         if self.window < 1 or (limit is not None and self.window + head > limit):
             raise ValueError(
                 f"--window: expected 1 to {limit} tokens, the model's window with the BOS, got {self.window}"
@@ -60,7 +61,7 @@ class Extractor:
         each batch's tokens."""
         windows = block.windows
         found: list[tuple[Columns, Columns]] = [None] * len(windows)  # type: ignore[list-item]
-        head = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        head = opening(self.tokenizer)
         pad = self.tokenizer.pad_token_id
         with self._shortened() as model, torch.inference_mode():
             for rows in batches([len(w.ids) + len(head) for w in windows], self.batch):

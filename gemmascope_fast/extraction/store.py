@@ -28,6 +28,7 @@ import numpy as np
 from gemmascope_fast.command_line import require, write_json
 from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.extraction.windows import Cursor
+from gemmascope_fast.files import replacing
 
 VERSION = 1
 TABLES = ("latents", "tokens", "documents")
@@ -218,18 +219,10 @@ class Writer(Store):
         import pyarrow.parquet as pq
 
         path = self.path(table, index)
-        temporary = path.with_suffix(".parquet.tmp")
         rows = pa.table(columns, schema=schemas()[table])
-        try:
-            with _saying_where(path):
-                with open(temporary, "wb") as file:
-                    pq.write_table(rows, file, compression="zstd", row_group_size=1 << 20)
-                    _sync(file)
-                digest = digest_of(temporary)
-                os.replace(temporary, path)
-                _sync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _saying_where(path), replacing(path) as temporary:
+            pq.write_table(rows, temporary, compression="zstd", row_group_size=1 << 20)
+            digest = digest_of(temporary)
         return rows.num_rows, digest
 
 
@@ -294,14 +287,6 @@ def shards_of(store: Store, columns: list[str]) -> Iterator[dict[str, np.ndarray
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _ascending(path: Path, rows: dict[str, np.ndarray], last: tuple[int, int]) -> tuple[int, int]:

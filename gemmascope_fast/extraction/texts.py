@@ -15,6 +15,7 @@ from gemmascope_fast.attach.observers import Observer
 from gemmascope_fast.attach.structure import Structure
 from gemmascope_fast.extraction.windows import batches, padded
 from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.tokens import opening
 from gemmascope_fast.training.activations import first_layers
 
 Rows = dict[Any, Any]  # by key: Tensor [n, d] of an `Activations`, SparseLatents [n, d_sae] of an SAE
@@ -63,7 +64,7 @@ def read_texts(
 def _chunk(
     model: Any, tokenizer: Any, sites: Mapping[Any, Any], texts: list[str], window: int, batch: int
 ) -> Iterator[tuple[list[int], Rows]]:
-    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    head = opening(tokenizer)
     ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
     windows = [(t, own[at : at + window]) for t, own in enumerate(ids) for at in range(0, len(own), window)]
     found: list[Rows] = [{} for _ in windows]

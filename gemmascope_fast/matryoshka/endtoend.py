@@ -9,7 +9,6 @@ where "wider" is the unquantised model for the widest slice and the slice before
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gemmascope_fast.files import replacing
 from gemmascope_fast.matryoshka.model import gained, targets
 from gemmascope_fast.matryoshka.nested import NestedWeight, Recipe, Trained, trainable
 from gemmascope_fast.matryoshka.training import batches, parameter_groups
@@ -134,8 +134,8 @@ def _save(path: Path, step: int, nested: dict[str, NestedWeight], optimiser: Any
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
     }
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def _load(path: Path | None, nested: dict[str, NestedWeight], optimiser: Any, schedule: Any) -> int:

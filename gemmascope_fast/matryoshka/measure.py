@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.files import replacing
 from gemmascope_fast.matryoshka.codes import Codes, quantize_alone
 from gemmascope_fast.matryoshka.linear import MatryoshkaLinear
 from gemmascope_fast.matryoshka.model import gained, layers, nbytes, quantize_, restored, set_bits, targets
@@ -106,9 +106,8 @@ class Results:
 
     def put(self, key: str, figure: Any) -> None:
         self.figures[key] = figure
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.figures, indent=1, sort_keys=True), "utf-8")
-        os.replace(temporary, self.path)
+        with replacing(self.path) as temporary:
+            temporary.write_text(json.dumps(self.figures, indent=1, sort_keys=True), "utf-8")
 
 
 @contextmanager

@@ -12,7 +12,6 @@ and, where a block allows it, channel scales (weights frozen); "qat" learns the 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.files import replacing
 from gemmascope_fast.matryoshka.codes import Codes
 from gemmascope_fast.matryoshka.equivalent import Scales, find
 from gemmascope_fast.matryoshka.model import targets
@@ -168,8 +168,8 @@ def load_trained(path: Path) -> Trained:
 
 
 def _write(value: Any, path: Path) -> None:
-    torch.save(value, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    with replacing(path) as temporary:
+        torch.save(value, temporary)
 
 
 class served:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.attach.structure import Structure
+from gemmascope_fast.files import replacing
+from gemmascope_fast.sites import Site
+from gemmascope_fast.tokens import ends
 
 WINDOW = 255  # content tokens after the BOS
 WINDOWS_AT_ONCE = 8
@@ -53,37 +56,52 @@ def first_layers(model: Any, count: int) -> Iterator[Any]:
         setattr(holder, name, layers)
 
 
-def ends(tokenizer: Any) -> tuple[int | None, int | None]:
-    """(what a window opens with, what it ends with): the BOS alone, or for encoders CLS and SEP; None where there is
-    none."""
-    if tokenizer.bos_token_id is not None or getattr(tokenizer, "cls_token_id", None) is None:
-        return tokenizer.bos_token_id, None
-    return tokenizer.cls_token_id, tokenizer.sep_token_id
-
-
 def activations(
     model: Any, layer: int, batches: Iterable[Tensor], special: Sequence[int] | None = None
 ) -> Iterator[Tensor]:
-    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer` at content tokens (no BOS, EOS, PAD).
+    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer`; the rest as in `activations_at`."""
+    for seen in activations_at(model, [Site("resid", layer)], batches, special):
+        yield seen[0]
+
+
+def activations_at(
+    model: Any, sites: Sequence[Site], batches: Iterable[Tensor], special: Sequence[int] | None = None
+) -> Iterator[list[Tensor]]:
+    """Per batch of token ids [B, S] one fp32 [n, d] a site, all of the same n content tokens (no BOS, EOS, PAD).
 
     special: ids to leave out in place of those; an encoder's configuration does not name its CLS and SEP.
     """
     from gemmascope_fast.attach import Activations, attach
 
-    seen: list[Tensor] = []
-    keep = Activations(sink=lambda x, _tokens: seen.append(x.float().clone()))
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    keep = {site: Activations(sink=partial(_append, parts)) for site, parts in seen.items()}
     tokens: Any = "content"
     if special is not None:
         left_out = torch.tensor(special)
         tokens = lambda ids: ~torch.isin(ids, left_out)  # noqa: E731
-    with first_layers(model, layer + 1) as stack, torch.inference_mode():
+    with _what_reaches(model, sites) as stack, torch.inference_mode():
         options = {"use_cache": False} if "use_cache" in inspect.signature(stack.forward).parameters else {}
         for ids in batches:
             # one run a batch: a run remembers every row that it saw
-            with attach(stack, {layer: keep}, tokens=tokens):
+            with attach(stack, keep, tokens=tokens):
                 stack(ids, **options)
-            yield torch.cat(seen)
-            seen.clear()
+            yield [torch.cat(seen[site]) for site in sites]
+            for parts in seen.values():
+                parts.clear()
+
+
+def _append(parts: list[Tensor], x: Tensor, _tokens: Any) -> None:
+    parts.append(x.float().clone())
+
+
+@contextmanager
+def _what_reaches(model: Any, sites: Sequence[Site]) -> Iterator[Any]:
+    """The part of the model whose forward passes every site: `first_layers`, or all of it for a module's path."""
+    if any(site.kind == "path" for site in sites):
+        yield model
+        return
+    with first_layers(model, 1 + max(site.layer or 0 for site in sites)) as stack:
+        yield stack
 
 
 def collect(
@@ -125,14 +143,8 @@ def _length(model: Any, special: int) -> int:
 
 
 def _write(path: Path, rows: Tensor) -> None:
-    """An .npy file under another name, renamed when complete."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.save(file, rows.numpy())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, rows.numpy())
 
 
 class Batches:

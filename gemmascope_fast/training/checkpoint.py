@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files import replacing
 from gemmascope_fast.training.trainer import Trainer
 
 KEY = "gemmascope_fast.training"
@@ -20,14 +20,8 @@ KEY = "gemmascope_fast.training"
 def save_run(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
     """Write the run's state and `about` (what it is a run of); on disk, then renamed onto `path`."""
     tensors, numbers = trainer.state()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={KEY: json.dumps({"version": 1, "numbers": numbers, "about": about})})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_run(path: Path) -> tuple[Trainer, dict[str, Any]]:

@@ -1,0 +1,18 @@
+"""The special tokens that a text is read with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """What a text that a language model reads opens with: the BOS alone, nothing where there is none."""
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+def ends(tokenizer: Any) -> tuple[int | None, int | None]:
+    """(what a window opens with, what it ends with): the BOS alone, or for encoders CLS and SEP; None where there is
+    none."""
+    if tokenizer.bos_token_id is not None or getattr(tokenizer, "cls_token_id", None) is None:
+        return tokenizer.bos_token_id, None
+    return tokenizer.cls_token_id, tokenizer.sep_token_id
