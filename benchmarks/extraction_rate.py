@@ -1,0 +1,128 @@
+"""Extraction against the bare model: tokens a second of `extract`, from text to checked shards, over the model's own.
+
+    python benchmarks/extraction_rate.py [--tokens 12288] [--rounds 3] [--batch 2048] [--json extraction-rate.json]
+
+Gemma 3 270M and the bundled SAE on the first tokens of `pydoc`, by paragraph.  The model is the decoder up to the layer
+that the SAE reads, without the head: what extraction needs of it, and less than the whole model.  It runs without hooks
+on each batch again, right after the extraction of that batch, so that both see the same machine.  The extraction's time
+is everything else: tokenising, forward, SAE, Parquet, hashes, fingerprints, the check at the end.  Ratios are of sums
+over all rounds, once in seconds of the clock and once in those of the processor, which a machine's other work disturbs
+less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.demo_model import load_demo
+from gemmascope_fast.extraction import Document, Extractor, documents, extract, resolve
+from gemmascope_fast.extraction.windows import batches, blocks, padded
+from gemmascope_fast.training.activations import first_layers
+
+
+def first_documents(tokenizer: Any, tokens: int) -> list[Document]:
+    found, seen = [], 0
+    for document in documents(resolve(["pydoc"]), split="paragraph"):
+        found.append(document)
+        seen += len(tokenizer("".join(document.parts), add_special_tokens=False)["input_ids"])
+        if seen >= tokens:
+            break
+    return found
+
+
+def inputs(extractor: Extractor, texts: list[Document], shard: int) -> Iterator[dict[str, Any]]:
+    """The arguments of each forward of the extraction, in its order."""
+    bos = extractor.tokenizer.bos_token_id
+    for block in blocks(texts, extractor.tokenizer, window=extractor.window, size=shard):
+        rows = [[bos, *window.ids] for window in block.windows]
+        for batch in batches([len(row) for row in rows], extractor.batch):
+            ids, mask = padded([rows[i] for i in batch], extractor.tokenizer.pad_token_id)
+            yield {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})
+
+
+class Stopwatch:
+    """Seconds of the clock and of the processor, of all threads, within its `with` blocks; read from outside them."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def __enter__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.wall += time.perf_counter() - self._wall
+        self.cpu += time.process_time() - self._cpu
+
+
+class Bare:
+    """As an extraction's progress: after each batch the model without hooks on the same batch, timed apart."""
+
+    def __init__(self, model: Any, layers: int, given: list[dict[str, Any]]) -> None:
+        self.model, self.layers, self.given = model, layers, iter(given)
+        self.watch, self.tokens = Stopwatch(), 0
+
+    def __call__(self, tokens: int, _done: float) -> None:
+        if not tokens:
+            return
+        with self.watch, first_layers(self.model, self.layers) as decoder, torch.inference_mode():
+            decoder(**next(self.given), use_cache=False)
+        self.tokens += tokens
+
+
+def round_of(demo: Any, texts: list[Document], batch: int, shard: int) -> dict[str, float]:
+    extractor = Extractor(demo.model, demo.tokenizer, demo.sae, batch=batch)
+    bare, both = Bare(demo.model, demo.layer + 1, list(inputs(extractor, texts, shard))), Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        with both:
+            store = extract(extractor, lambda: texts, Path(folder) / "out", about={}, shard=shard, progress=bare)
+        rows = sum(line["rows"]["latents"] for line in store.shards)
+    assert next(bare.given, None) is None
+    return {
+        "tokens": bare.tokens,
+        "l0": rows / bare.tokens,
+        "model_seconds": bare.watch.wall,
+        "extraction_seconds": both.wall - bare.watch.wall,
+        "model_cpu_seconds": bare.watch.cpu,
+        "extraction_cpu_seconds": both.cpu - bare.watch.cpu,
+        "share_in_model": extractor.model_seconds / (both.wall - bare.watch.wall),
+    }
+
+
+def ratio(rounds: list[dict[str, float]], kind: str = "") -> float:
+    """The extraction's tokens a second over the model's: the tokens are the same."""
+    model, extraction = (sum(each[f"{name}_{kind}seconds"] for each in rounds) for name in ("model", "extraction"))
+    return model / extraction
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=12288)
+    parser.add_argument("--shard", type=int, default=32768)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    demo = load_demo()
+    texts = first_documents(demo.tokenizer, args.tokens)
+    round_of(demo, texts[:40], args.batch, args.shard)  # packs the SAE, warms the allocator
+    rounds = [round_of(demo, texts, args.batch, args.shard) for _ in range(args.rounds)]
+    for each in rounds:
+        print(", ".join(f"{name} {value:.4g}" for name, value in each.items()))
+    result = {"ratio": ratio(rounds), "cpu_ratio": ratio(rounds, "cpu_"), "batch": args.batch, "shard": args.shard}
+    print(f"extraction at {result['ratio']:.1%} of the model's tokens/s; in processor time {result['cpu_ratio']:.1%}")
+    if args.json is not None:
+        result |= {"rounds": rounds, "machine": describe(torch.get_num_threads())}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
