@@ -9,7 +9,9 @@ to exceed four times the last-level cache.  Ratios are medians of paired rounds.
 
 Beside each ratio to eager fp32 stands the greatest that an int8 pass could have in this run: eager's time over the
 time of reading the codes once, or of their integer products, whichever is longer, at the rates that the roof measures.
-Where int8 is only four times fp32, as on Zen 4, an exact answer cannot be eight times eager for many tokens.
+Where int8 is only four times fp32, as on Zen 4, an exact answer cannot be eight times eager for many tokens.  Where
+eager reads its weights at the rate of the roof, one token cannot be five times faster: four bytes a weight against one.
+The share of int8 counts one product a weight and token, also where both digits of the activations are multiplied.
 
 The synthetic activations are kinder than real ones: with one digit of the activations 0.3 % of pairs are left that do
 not fire, and 3 to 6 % for Gemma 3 270M's layer 12 (`real`; with two digits and one token 0.07 and 0.6 %).
