@@ -53,6 +53,17 @@ def test_paired_ratios_cancel_what_slows_a_whole_round():
     assert (ratio.median, ratio.p20, ratio.p80) == (2, 2, 2)
 
 
+def test_copies_of_the_weights_fit_the_memory(monkeypatch):
+    monkeypatch.setattr(cases, "last_level_cache", lambda: 300 << 20)
+    monkeypatch.setattr(cases, "total_memory", lambda: 24 << 30)
+    for weights in (640 * 4096, 2304 * 16384, 2304 * 65536):
+        assert 18 * weights * (cases.copy_count(weights, 1) + 1) > 11 << 30
+        assert 18 * weights * cases.copy_count(weights, 1) <= 12 << 30
+    assert cases.copy_count(640 * 4096, 17) == 1
+    monkeypatch.setattr(cases, "last_level_cache", lambda: 32 << 20)
+    assert cases.copy_count(640 * 4096, 1) == 52
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """One tiny shape with several copies of its weights, and torch.compile left out: it alone takes minutes."""

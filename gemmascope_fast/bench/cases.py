@@ -2,7 +2,8 @@
 
 `make_sae` and `make_activations` (gemmascope_fast.testing) give the spectrum, the mean and the massive dimension of
 a Gemma residual stream, and thresholds at which l0 features fire.  A timing for few tokens goes round enough copies of
-the weights to exceed four times the last-level cache, so that it reads memory and not cache.
+the weights to exceed four times the last-level cache, so that it reads memory and not cache; or as many as half of
+the memory holds, where a virtual machine of few cores sees the last cache of a whole processor (300 MiB).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemmascope_fast.bench.machine import total_memory
 from gemmascope_fast.bench.peers import Dense
 from gemmascope_fast.roof import last_level_cache
 from gemmascope_fast.sae import JumpReLUSAE
@@ -49,9 +51,18 @@ WIDE = Case("2304x65536", 2304, 65536, 80, (1, 16, 256))
 CASES = {c.name: c for c in (SMALL, GEMMA_SCOPE, BROAD, WIDE)}
 
 
+# What a weight takes in a copy: encoder and decoder in fp32 and their screen (10 bytes), the dense layout of the
+# encoder (4), encoder and decoder in bf16 (4).
+COPY_BYTES = 18
+
+
 def copy_count(weight_bytes: int, tokens: int) -> int:
-    """How many copies of weights of that size exceed four times the last-level cache; 1 for many tokens."""
-    return 1 if tokens > FEW_TOKENS else max(1, -(-4 * last_level_cache() // weight_bytes))
+    """How many copies of weights of that size exceed four times the last-level cache, or half of the memory holds
+    where that is fewer; 1 for many tokens."""
+    if tokens > FEW_TOKENS:
+        return 1
+    wanted, held = -(-4 * last_level_cache() // weight_bytes), total_memory() // 2 // (COPY_BYTES * weight_bytes)
+    return max(1, min(wanted, held))
 
 
 def copies(

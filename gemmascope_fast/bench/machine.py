@@ -24,7 +24,7 @@ def describe(threads: int) -> dict[str, Any]:
         "isa": backends.isa(),
         "supported_isas": backends.supported_isas(),
         "last_level_cache": roof.last_level_cache(),
-        "memory_bytes": _memory("MemTotal"),
+        "memory_bytes": total_memory(),
         "threads": threads,
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "versions": versions(PACKAGES),
@@ -48,6 +48,11 @@ def _cpuinfo(entry: str) -> str:
     return next(
         (value.strip() for name, _, value in (line.partition(":") for line in lines) if name.strip() == entry), ""
     )
+
+
+def total_memory() -> int:
+    """Bytes of memory of this machine."""
+    return _memory("MemTotal")
 
 
 def available_memory() -> int:
