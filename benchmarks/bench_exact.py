@@ -74,6 +74,11 @@ def eager_sae(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
     return torch.addmm(w[4], eager_encode(x, w), w[3])
 
 
+def on_avx512(call: Callable[[], Any]) -> Any:
+    with backends.forced_isa("avx512"):
+        return call()
+
+
 def bf16_bag(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
     """bf16 F.linear, then torch's sparse decode of what fired."""
     latents = eager_encode(x, w)
@@ -93,7 +98,7 @@ class Rotated:
     def __init__(self, sae: JumpReLUSAE, tokens: int) -> None:
         self.saes = copies(sae, 1 if tokens > FEW_TOKENS else None)
         vectors = (sae.b_enc, sae.threshold)
-        dense = copies(sae, 1 if tokens > FEW_TOKENS else None, bytes_each=4 * sae.W_enc.numel(), prepare=False)
+        dense = copies(sae, 1 if tokens > FEW_TOKENS else None, bytes_read=4, prepare=False)
         self.fp32 = [(s.W_enc.detach().contiguous(), *vectors, s.W_dec.detach(), sae.b_dec.detach()) for s in dense]
         self.bf16 = [tuple(t.detach().bfloat16() for t in w) for w in self.fp32]
 
@@ -152,14 +157,15 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, peers: set
     row["false_after_digit_1"] = (stats[0] - latents.nnz) / (T * F)
     row["false_before_fp32"] = (stats[1] - latents.nnz) / (T * F)
 
-    encode = interleaved(
-        {
-            "ours": lambda i: weights.sae(i).encode_sparse(x),
-            "full": lambda i: weights.sae(i).encode_sparse(x, screen=False),
-            "eager fp32": lambda i: eager_encode(x, weights.dense(i)),
-            "eager bf16": lambda i: eager_encode(xb, weights.dense(i, bf16)),
-        }
-    )
+    encoders: dict[str, Call] = {
+        "ours": lambda i: weights.sae(i).encode_sparse(x),
+        "full": lambda i: weights.sae(i).encode_sparse(x, screen=False),
+        "eager fp32": lambda i: eager_encode(x, weights.dense(i)),
+        "eager bf16": lambda i: eager_encode(xb, weights.dense(i, bf16)),
+    }
+    if backends.isa() == "amx":
+        encoders["ours on AVX-512"] = lambda i: on_avx512(lambda: weights.sae(i).encode_sparse(x))
+    encode = interleaved(encoders)
     row["encode_ms"] = {k: 1e3 * statistics.median(v) for k, v in encode.items()}
     row["encode_vs"] = {k: ratio(encode, k, "ours") for k in encode if k != "ours"}
 

@@ -26,6 +26,7 @@ from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.demo_model import load_demo
 from gemmascope_fast.extraction import Document, Extractor, documents, extract, resolve
 from gemmascope_fast.extraction.windows import batches, blocks, padded
+from gemmascope_fast.tokens import opening
 from gemmascope_fast.training.activations import first_layers
 
 
@@ -41,9 +42,9 @@ def first_documents(tokenizer: Any, tokens: int) -> list[Document]:
 
 def inputs(extractor: Extractor, texts: list[Document], shard: int) -> Iterator[dict[str, Any]]:
     """The arguments of each forward of the extraction, in its order."""
-    bos = extractor.tokenizer.bos_token_id
+    head = opening(extractor.tokenizer)
     for block in blocks(texts, extractor.tokenizer, window=extractor.window, size=shard):
-        rows = [[bos, *window.ids] for window in block.windows]
+        rows = [[*head, *window.ids] for window in block.windows]
         for batch in batches([len(row) for row in rows], extractor.batch):
             ids, mask = padded([rows[i] for i in batch], extractor.tokenizer.pad_token_id)
             yield {"input_ids": ids} | ({} if mask is None else {"attention_mask": mask})

@@ -17,7 +17,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = std::string(__VERSION__);
   m.def(
       "isa", [] { return std::string(gsf::isa_name(gsf::current_isa())); },
-      "The instruction-set level in use: plain, avx2, avxvnni, avx512 or amx.");
+      "The instruction-set level in use, one of the names that set_isa takes.");
   m.def(
       "advise_large_pages",
       [](uintptr_t address, size_t bytes) {
@@ -51,7 +51,7 @@ PYBIND11_MODULE(_C, m) {
         throw py::value_error("isa: this machine does not have " + name);
       return;
     }
-    throw py::value_error("isa: expected plain, avx2, avxvnni, avx512 or amx, got " + name);
+    throw py::value_error("isa: expected one of " + gsf::isa_names() + ", got " + name);
   });
   // Rates of single passes on torch's threads; the caller takes the best, for a roof is what is possible.
   m.def("roof_read", &gsf::roof_read_rates, py::arg("bytes"), py::arg("passes"),

@@ -32,6 +32,10 @@ except ImportError as error:  # the package works without it, slowly, and says s
     NATIVE_MISSING = f"the compiled extension is not there ({error})"
 
 
+# Levels of instructions that the native kernels are compiled for, each with what those before it have (csrc/cpu/isa.h).
+ISAS = ("plain", "avx2", "avxvnni", "avx512", "amx")
+
+
 def requested() -> str | None:
     """The backend that the surrounding `with gsf.backend(...)` asks for, or None."""
     return _requested.get()
@@ -114,7 +118,7 @@ def choices() -> list[Choice]:
 
 
 def isa() -> str | None:
-    """The CPU instruction-set level in use (plain, avx2, avxvnni, avx512, amx), None without the extension."""
+    """The CPU instruction-set level in use (one of ISAS), None without the extension."""
     return None if _C is None else _C.isa()
 
 

@@ -96,9 +96,7 @@ def add_roof_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", metavar="N", help="numbers of threads, one row each (default: torch's)"
     )
-    parser.add_argument(
-        "--isa", choices=("all", "plain", "avx2", "avxvnni", "avx512", "amx"), help="default: the one in use"
-    )
+    parser.add_argument("--isa", choices=("all", *backends.ISAS), help="default: the one in use")
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
 
 

@@ -11,7 +11,7 @@ from gemmascope_fast import backends
 collect_ignore = [] if find_spec("sae_lens") else ["saelens"]
 
 
-@pytest.fixture(params=["plain", "avx2", "avxvnni", "avx512", "amx"])
+@pytest.fixture(params=backends.ISAS)
 def isa(request):
     """Every instruction-set level this machine has, forced in turn."""
     if request.param not in backends.supported_isas():

@@ -14,7 +14,7 @@ from gemmascope_fast.bench.cases import Case
 from gemmascope_fast.bench.checks import Truth, close
 from gemmascope_fast.bench.engine import Bench, Candidate, Work, WrongAnswer, roof_share, time_bench
 from gemmascope_fast.bench.rows import Ratio, Results, Row
-from gemmascope_fast.bench.run import QUICK, noise
+from gemmascope_fast.bench.run import QUICK, few_copies, noise
 from gemmascope_fast.bench.suite_modules import modules_suite
 from gemmascope_fast.bench.suite_ops import ops_suite
 from gemmascope_fast.errors import GemmaScopeFastError
@@ -57,11 +57,18 @@ def test_copies_of_the_weights_fit_the_memory(monkeypatch):
     monkeypatch.setattr(cases, "last_level_cache", lambda: 300 << 20)
     monkeypatch.setattr(cases, "total_memory", lambda: 24 << 30)
     for weights in (640 * 4096, 2304 * 16384, 2304 * 65536):
-        assert 18 * weights * (cases.copy_count(weights, 1) + 1) > 11 << 30
-        assert 18 * weights * cases.copy_count(weights, 1) <= 12 << 30
-    assert cases.copy_count(640 * 4096, 17) == 1
+        assert 18 * weights * (cases.sae_copies(weights, 1) + 1) > 11 << 30
+        assert 18 * weights * cases.sae_copies(weights, 1) <= 12 << 30
+    assert cases.sae_copies(640 * 4096, 17) == 1
+    assert cases.sae_copies(2304 * 16384, 1, 4) == 9  # four bytes a weight: four times the cache fit
+    assert cases.copy_count(1 << 20, 1) == 1200  # nothing but the weights themselves in a copy
+    results = Results(machine={}, rows=[row(T=1, d_in=640, d_sae=4096), row(T=64, d_in=2304, d_sae=65536)])
+    (said,) = few_copies(results)
+    assert "640 × 4096" in said
+    assert "2.3 times" in said
     monkeypatch.setattr(cases, "last_level_cache", lambda: 32 << 20)
-    assert cases.copy_count(640 * 4096, 1) == 52
+    assert cases.sae_copies(640 * 4096, 1) == 52
+    assert few_copies(results) == []
 
 
 @pytest.fixture

@@ -23,8 +23,7 @@ Isa choose() {
       if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
       throw std::runtime_error(std::string("GSF_ISA=") + wanted + ": this machine does not have it");
     }
-    throw std::runtime_error(std::string("GSF_ISA=") + wanted +
-                             ": expected plain, avx2, avxvnni, avx512 or amx");
+    throw std::runtime_error(std::string("GSF_ISA=") + wanted + ": expected one of " + isa_names());
   }
   for (int i = kIsaCount - 1; i > 0; --i) {
     if (isa_supported(static_cast<Isa>(i))) return static_cast<Isa>(i);
@@ -63,6 +62,12 @@ bool has_amx() {
 }  // namespace
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
+
+std::string isa_names() {
+  std::string all;
+  for (const char* name : kNames) all += (all.empty() ? "" : ", ") + std::string(name);
+  return all;
+}
 
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)

@@ -1,12 +1,16 @@
 // Instruction-set levels, and the one that serves this process.
 #pragma once
 
+#include <string>
+
 namespace gsf {
 
 enum class Isa : int { plain = 0, avx2 = 1, avxvnni = 2, avx512 = 3, amx = 4 };
 constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
+// "plain, avx2, ...": all of them, for messages.
+std::string isa_names();
 // What cpuid and the operating system (xgetbv, by way of __builtin_cpu_supports) allow.
 bool isa_supported(Isa isa);
 // The best supported level, unless GSF_ISA or set_isa() names a lower one.

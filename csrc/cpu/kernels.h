@@ -12,7 +12,8 @@ namespace gsf {
 // Features of a chunk, the unit that a worker draws: 64 rows of 2304 fp32 are 590 KB, which stays in a 1 MiB
 // L2 while the tokens pass; with few tokens each row is read once anyway.
 constexpr int64_t kChunkFeatures = 64;
-// A chunk may have up to so many times as many, where more than its rows in full precision passes by them.
+// Where AMX multiplies a chunk has up to so many: the tokens' digits then pass by fewer chunks
+// (ops_screen.cpp).
 constexpr int64_t kMostChunk = 8 * kChunkFeatures;
 
 // Element types of weights and activations as they lie in memory.

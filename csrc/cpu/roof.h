@@ -136,14 +136,9 @@ static inline I16 total(const Chains<N, I16>& c) {
 // What int8 multiplies here: four tiles of sums, each operand of a product in two of them.
 constexpr int64_t kRoofInt8 = 4 * 16 * 16 * 64;
 static int64_t roof_int8(int64_t steps, const float*) {
-  struct alignas(64) {
-    uint8_t palette = 1, rest[15] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
   alignas(64) int32_t sums[16 * 16];
   memset(sums, 1, sizeof sums);  // bytes of 1
-  _tile_loadconfig(&config);
+  configure_tiles(16);
   _tile_loadd(4, sums, 64);
   _tile_loadd(5, sums, 64);
   _tile_loadd(6, sums, 64);

@@ -6,7 +6,7 @@
 constexpr int64_t kRowBytes = 18432;
 // Tokens whose digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk pass.
 constexpr int64_t kTokenBlock = 64;
-// How far ahead of its own loads one token fetches its codes: 4 to 8 KiB were alike, 2 and 18 took a
+// How far ahead of its own loads one tile of tokens fetches its codes: 4 to 8 KiB were alike, 2 and 18 took a
 // twentieth longer (Emerald Rapids).
 constexpr int64_t kAheadBytes = 8192;
 // Up to this many tokens a row hardly has two candidates, and they are refined in the order in which they

@@ -7,18 +7,19 @@
 // Digits of tokens that stay in a 2 MiB L2 beside the rows of this panel and of the next: 256 tokens of 2304.
 constexpr int64_t kTokenBytes = 5 << 18;
 
-// 16 rows of 64 bytes in each of the eight tiles; C and A have a row for every fourth feature of the panel.
+// Rows of 64 bytes in each of the eight tiles: `rows` in the sums (0 to 3) and in the codes (4, 5), 16 in the
+// digits.
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
 
-static inline void configure_tiles(int64_t features) {
+static inline void configure_tiles(int64_t rows) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
     config.row_bytes[tile] = 64;
-    config.rows[tile] = tile < 6 ? static_cast<uint8_t>((features + kTileRows - 1) / kTileRows) : 16;
+    config.rows[tile] = tile < 6 ? static_cast<uint8_t>(rows) : 16;
   }
   _tile_loadconfig(&config);
 }
@@ -132,7 +133,7 @@ static inline void amx_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, Candid
     const int64_t b1 = b0 + group < blocks ? b0 + group : blocks;
     for (int64_t f = f0; f < f1; f += kChunkFeatures) {
       const int64_t last = f + kChunkFeatures < f1 ? f + kChunkFeatures : f1;
-      configure_tiles(last - f);
+      configure_tiles((last - f + kTileRows - 1) / kTileRows);
       // all of the next panel's lines in the steps of this one
       const bool more = last + kChunkFeatures <= end;
       const int64_t ahead = more ? (kChunkFeatures / 2 + b1 - b0 - 1) / (b1 - b0) : 0;

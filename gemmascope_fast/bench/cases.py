@@ -51,31 +51,42 @@ WIDE = Case("2304x65536", 2304, 65536, 80, (1, 16, 256))
 CASES = {c.name: c for c in (SMALL, GEMMA_SCOPE, BROAD, WIDE)}
 
 
-# What a weight takes in a copy: encoder and decoder in fp32 and their screen (10 bytes), the dense layout of the
-# encoder (4), encoder and decoder in bf16 (4).
-COPY_BYTES = 18
+# What an encoder's weight takes in a copy of an SAE with those of its peers: encoder and decoder in fp32 and the screen
+# (10 bytes), the dense layout of the encoder (4), encoder and decoder in bf16 (4).
+SAE_COPY_BYTES = 18
 
 
-def copy_count(weight_bytes: int, tokens: int) -> int:
+def copy_count(weight_bytes: int, tokens: int, held_bytes: int | None = None) -> int:
     """How many copies of weights of that size exceed four times the last-level cache, or half of the memory holds
-    where that is fewer; 1 for many tokens."""
+    where that is fewer, a copy taking `held_bytes` (default: weight_bytes) of it; 1 for many tokens."""
     if tokens > FEW_TOKENS:
         return 1
-    wanted, held = -(-4 * last_level_cache() // weight_bytes), total_memory() // 2 // (COPY_BYTES * weight_bytes)
+    wanted, held = -(-4 * last_level_cache() // weight_bytes), total_memory() // 2 // (held_bytes or weight_bytes)
     return max(1, min(wanted, held))
+
+
+def sae_copies(weights: int, tokens: int, bytes_read: int = 1) -> int:
+    """`copy_count` of SAEs with so many encoder weights, of which each is read as so many bytes (1: the screen's)."""
+    return copy_count(bytes_read * weights, tokens, SAE_COPY_BYTES * weights)
+
+
+def cache_exceeded(weights: int) -> float:
+    """How many times the last-level cache the 8-bit encoder rows of those copies take: less than 4 where memory is
+    short."""
+    return sae_copies(weights, 1) * weights / last_level_cache()
 
 
 def copies(
     sae: JumpReLUSAE,
     count: int | None = None,
     dtype: torch.dtype = torch.float32,
-    bytes_each: int | None = None,
+    bytes_read: int = 1,
     prepare: bool = True,
 ) -> list[JumpReLUSAE]:
-    """Equal SAEs in `dtype`; unless told how many, so many that `bytes_each` (default: their 8-bit encoder rows)
-    together exceed four times the last-level cache."""
+    """Equal SAEs in `dtype`; unless told how many, as many as `sae_copies` says of weights read as
+    so many bytes (default: their 8-bit encoder rows)."""
     if count is None:
-        count = copy_count(bytes_each or sae.W_enc.numel(), 1)
+        count = sae_copies(sae.W_enc.numel(), 1, bytes_read)
     made = []
     for _ in range(count):
         copy = JumpReLUSAE(*(getattr(sae, n).detach().to(dtype, copy=True) for n in WEIGHTS)).requires_grad_(False)
@@ -87,14 +98,14 @@ def rotated(sae: JumpReLUSAE, tokens: int, dtype: torch.dtype = torch.float32) -
     """Each call gives the next of several equal SAEs, in `dtype`.
 
     Where tokens are few there are enough of them that even their 8-bit encoder rows exceed four times the last-level
-    cache.
+    cache, if memory allows (`cache_exceeded`).
     """
-    return itertools.cycle(_copies(sae, copy_count(sae.W_enc.numel(), tokens), dtype)).__next__
+    return itertools.cycle(_copies(sae, sae_copies(sae.W_enc.numel(), tokens), dtype)).__next__
 
 
 def rotated_dense(sae: JumpReLUSAE, tokens: int) -> Callable[[], Dense]:
     """As `rotated` in fp32, laid out for dense products; the decoders are shared with those copies."""
-    return itertools.cycle(_dense(sae, copy_count(sae.W_enc.numel(), tokens))).__next__
+    return itertools.cycle(_dense(sae, sae_copies(sae.W_enc.numel(), tokens))).__next__
 
 
 @functools.lru_cache(maxsize=1)

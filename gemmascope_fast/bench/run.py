@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_fast.bench.cases import CASES, GEMMA_SCOPE, SMALL, Case
+from gemmascope_fast.bench.cases import CASES, FEW_TOKENS, GEMMA_SCOPE, SMALL, Case, cache_exceeded
 from gemmascope_fast.bench.engine import Plan, Work, roof_share, time_bench, torch_threads
 from gemmascope_fast.bench.machine import describe, measured_roof
 from gemmascope_fast.bench.rows import BASELINE, Results
@@ -119,7 +119,7 @@ def run(
         if row.key in work:
             own, what = work[row.key]
             row.roof_share = roof_share(what, row.median_ms, roofs[own])
-    results.warnings = noise(results)
+    results.warnings = noise(results) + few_copies(results)
     if save is not None:
         results.save(save)
     return results
@@ -133,6 +133,17 @@ def better(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 def _roof(found: dict[str, Any] | None) -> Roof | None:
     return None if found is None else Roof(**found)
+
+
+def few_copies(results: Results) -> list[str]:
+    """Shapes whose weights, at few tokens, go round less than four times the last-level cache: memory holds no more."""
+    rows = (r for r in results.rows if r.suite in ("ops", "modules") and r.op != "linear" and r.T <= FEW_TOKENS)
+    exceeded = {shape: cache_exceeded(shape[0] * shape[1]) for shape in dict.fromkeys((r.d_in, r.d_sae) for r in rows)}
+    return [
+        f"{d_in} × {d_sae}: half of the memory holds copies of {times:.1f} times the last-level cache, not of 4"
+        for (d_in, d_sae), times in exceeded.items()
+        if times < 4
+    ]
 
 
 def noise(results: Results) -> list[str]:

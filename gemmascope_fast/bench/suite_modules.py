@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.bench import peers
-from gemmascope_fast.bench.cases import WEIGHTS, Case, copy_count, rotated, rotated_dense
+from gemmascope_fast.bench.cases import WEIGHTS, Case, rotated, rotated_dense, sae_copies
 from gemmascope_fast.bench.checks import Truth
 from gemmascope_fast.bench.engine import Bench, Candidate, Plan, Work
 from gemmascope_fast.bench.suite_ops import full_work, screened_work, uses_screen
@@ -43,7 +43,7 @@ def sae_bench(case: Case, T: int) -> Bench:
             of, xs = pools["ours" if name == "ours" else dtype], x if dtype == "fp32" else x.bfloat16()
             own = of()
             verdict = truth.reconstruction(call(own, xs), dtype)
-            warm = (lambda: call(own, xs)) if copy_count(sae.W_enc.numel(), T) > 1 else None
+            warm = (lambda: call(own, xs)) if sae_copies(sae.W_enc.numel(), T) > 1 else None
             return Candidate(name, dtype, lambda: call(of(), xs), work, verdict, warm)
 
         bench.add(name, build)

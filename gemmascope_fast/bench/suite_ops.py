@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gemmascope_fast import ops
 from gemmascope_fast.bench import peers
-from gemmascope_fast.bench.cases import FEW_TOKENS, Case, copy_count, rotated, rotated_dense
+from gemmascope_fast.bench.cases import FEW_TOKENS, Case, copy_count, rotated, rotated_dense, sae_copies
 from gemmascope_fast.bench.checks import Truth, close
 from gemmascope_fast.bench.engine import Bench, Candidate, Plan, Work
 from gemmascope_fast.matryoshka import MatryoshkaLinear, quantize, slice_codes
@@ -107,7 +107,7 @@ def decode_bench(case: Case, T: int) -> Bench:
     sae = case.sae
     # different tokens each time: rows that fired a moment ago would still be in the cache
     each = 4 * T * case.d_in * case.l0
-    several = max(1, min(256, int(4 * last_level_cache() / each))) if copy_count(sae.W_enc.numel(), T) > 1 else 1
+    several = max(1, min(256, int(4 * last_level_cache() / each))) if sae_copies(sae.W_enc.numel(), T) > 1 else 1
     many = sae.encode_sparse(case.x(T * several))
     parts = [many[i * T : (i + 1) * T] for i in range(several)]
     latents, pool = parts[0], rotated(sae, T)
@@ -283,7 +283,7 @@ def _on(pool: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], Any
 def _candidate(
     dtype: str, cold: Callable[[], Any], work: Work | None, verdict: Any, sae: Any, warm: Callable[[Any], Any], T: int
 ) -> Candidate:
-    several = copy_count(sae.W_enc.numel(), T) > 1
+    several = sae_copies(sae.W_enc.numel(), T) > 1
     return Candidate("", dtype, cold, work, verdict, (lambda: warm(sae)) if several else None)
 
 

@@ -25,8 +25,7 @@ AMX = "csrc/cpu/screen_amx.h"
 SCREENED = "tests/test_screen.py"
 SCREENED_BY_AMX = "tests/test_screen.py -k amx"
 
-# the copy has no benchmarks
-PACKED = "tests/test_packed.py --deselect tests/test_packed.py::test_the_benchmark_of_wide_saes"
+PACKED = "tests/test_packed.py"
 
 CPP = [
     # the certified screen: every term of the bound, every stage
@@ -115,13 +114,16 @@ PYTHON = [
     Mutation("decoder rows are not announced", "gemmascope_fast/sae.py", "self._mapped.announce(self.W_dec, latents.col_indices)", "pass", PACKED),
     Mutation("resident arrays are not checked", "gemmascope_fast/mapped.py", "        _compare(path, layout, about, name, tensor)\n", "", PACKED),
     Mutation("the mapping counts as memory", "gemmascope_fast/mapped.py", "mmap.MAP_PRIVATE | _NORESERVE", "mmap.MAP_PRIVATE", PACKED),
-    Mutation("a copy maps the same pages", "gemmascope_fast/mapped.py", "twin = twin or Mapped(", "twin = self or Mapped(", PACKED),
+    Mutation("a copy maps the same pages", "gemmascope_fast/mapped.py", "twin = twin or self._again()", "twin = self", PACKED),
     Mutation("edited rows are copied without their edits", "gemmascope_fast/mapped.py", "weight._version != 0", "False", PACKED),
     Mutation("npz checksums are not compared", "gemmascope_fast/packed.py", "                checkpoint.arrays[name].verify()", "                pass", PACKED),
     Mutation("columns are read in whole rows", "gemmascope_fast/checkpoints/arrays.py", "if self.at is None or (", "if True or (", PACKED),
     Mutation("the lock of a finished file serves", "gemmascope_fast/packed.py", "if partial.exists() and os.path.samestat(", "if True or os.path.samestat(", PACKED),
     Mutation("the bar forgets the panels that were done", "gemmascope_fast/packed.py", "            update(sum(", "            len(str(", PACKED),
-    Mutation("a truncated file goes unnoticed", "gemmascope_fast/mapped.py", "if size < self.layout.size:", "if False:", PACKED),
+    Mutation("a truncated file goes unnoticed", "gemmascope_fast/mapped.py", "if size < self.was[0]:", "if False:", PACKED),
+    Mutation("a checkpoint written to goes unnoticed", "gemmascope_fast/mapped.py", "if (size, time) != self.was:", "if False:", PACKED),
+    Mutation("another checkpoint serves a decoder", "gemmascope_fast/mapped.py", "or source_of(checkpoint) != about[\"source\"]", "", PACKED),
+    Mutation("decoders are mapped at any byte", "gemmascope_fast/packed.py", " and entry.at % 4 == 0", "", PACKED),
     Mutation("complex x passes", "gemmascope_fast/sae.py", "if not x.is_floating_point():", "if False:", BAD),
     Mutation("a list passes for a tensor", "gemmascope_fast/ops/_library.py", "if not isinstance(value, torch.Tensor):", "if False:", BAD),
     Mutation("latents of another device pass", "gemmascope_fast/latents.py", "if latents.device != device:", "if False:", BAD),
