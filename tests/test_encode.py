@@ -130,10 +130,13 @@ def test_non_contiguous_inputs(isa):
     strided = torch.zeros(9, 80)
     strided[:, ::2] = x
     rows = W.t().contiguous().t()
+    with_gaps = torch.zeros(50, 48)[:, :40].copy_(W.t()).t()
     spread = torch.stack([b, theta], 1)
     for tokens in (strided[:, ::2], x.t().contiguous().t()):
-        for weights in (W, rows):
+        for weights in (W, rows, with_gaps):
             assert same_bytes(ops.encode(tokens, weights, spread[:, 0], spread[:, 1], None), expected)
+    alone = ops.encode(x, W[:, :1].contiguous(), b[:1], theta[:1], None)
+    assert same_bytes(ops.encode(x, W[:, :1], b[:1], theta[:1], None), alone)
 
 
 def test_rows_ascend_and_nothing_is_cut_off_where_everything_fires(isa):

@@ -1,13 +1,13 @@
 #include "cpu/collect.h"
 
-#include <ATen/ops/empty.h>
-
 #include <memory>
+
+#include "cpu/ops_common.h"
 
 namespace gsf {
 
 Csr HitCollector::to_csr(int64_t T) const {
-  at::Tensor crow = at::empty({T + 1}, at::kLong);
+  at::Tensor crow = new_tensor({T + 1}, at::kLong);
   int64_t* offsets = crow.mutable_data_ptr<int64_t>();
   std::fill(offsets, offsets + T + 1, 0);
   for (const HitBuffer& buffer : buffers_) {
@@ -16,8 +16,8 @@ Csr HitCollector::to_csr(int64_t T) const {
   }
   for (int64_t t = 0; t < T; ++t) offsets[t + 1] += offsets[t];
   const int64_t nnz = offsets[T];
-  at::Tensor col = at::empty({nnz}, at::kInt);
-  at::Tensor values = at::empty({nnz}, at::kFloat);
+  at::Tensor col = new_tensor({nnz}, at::kInt);
+  at::Tensor values = new_tensor({nnz}, at::kFloat);
   int32_t* c = col.mutable_data_ptr<int32_t>();
   float* v = values.mutable_data_ptr<float>();
   std::vector<int64_t> next(offsets, offsets + T);

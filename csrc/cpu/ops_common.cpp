@@ -4,7 +4,17 @@
 
 namespace gsf {
 
-at::Tensor widened(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
+at::Tensor widened(const at::Tensor& t) {
+  if (t.scalar_type() == at::kFloat && t.is_contiguous()) return t;  // as new_tensor: no dispatch for nothing
+  return t.to(at::kFloat).contiguous();
+}
+
+Rows::Rows(const at::Tensor& W) : data_(W.const_data_ptr()) {
+  const bool in_one_piece = W.stride(0) == 1 && (W.stride(1) == W.size(0) || W.size(1) < 2);
+  if (in_one_piece) return;
+  own_ = W.t().contiguous();
+  data_ = own_.const_data_ptr();
+}
 
 void check_csr(const at::Tensor& crow, const at::Tensor& col, int64_t features) {
   check_cpu(crow, "crow_indices");

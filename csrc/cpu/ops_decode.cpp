@@ -1,4 +1,3 @@
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -45,7 +44,7 @@ at::Tensor decode_cpu(const at::Tensor& crow, const at::Tensor& col, const at::T
     args.row_scale = scale.const_data_ptr<float>();
   }
   const int64_t N = crow.numel() - 1;
-  at::Tensor out = at::empty({N, d}, at::kFloat);
+  at::Tensor out = new_tensor({N, d}, at::kFloat);
   args.crow = crow.const_data_ptr<int64_t>();
   args.col = col.const_data_ptr<int32_t>();
   args.values = vals.const_data_ptr<float>();
@@ -92,7 +91,7 @@ at::Tensor sampled_dot_cpu(const at::Tensor& x, const at::Tensor& rows, const st
     b = widened(*bias);
     args.bias = b.const_data_ptr<float>();
   }
-  at::Tensor out = at::empty({col.numel()}, at::kFloat);
+  at::Tensor out = new_tensor({col.numel()}, at::kFloat);
   args.x = xs.const_data_ptr<float>();
   args.w = w.const_data_ptr();
   args.crow = crow.const_data_ptr<int64_t>();
@@ -115,9 +114,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> csr_transpose_cpu(const at::Tenso
   TORCH_CHECK_VALUE(columns >= 0, "columns: expected a count, got ", columns);
   check_csr(crow, col, columns);
   const int64_t N = crow.numel() - 1, nnz = col.numel();
-  at::Tensor ccol = at::empty({columns + 1}, at::kLong);
-  at::Tensor row = at::empty({nnz}, at::kInt);
-  at::Tensor order = at::empty({nnz}, at::kLong);
+  at::Tensor ccol = new_tensor({columns + 1}, at::kLong);
+  at::Tensor row = new_tensor({nnz}, at::kInt);
+  at::Tensor order = new_tensor({nnz}, at::kLong);
   const int64_t* p = crow.const_data_ptr<int64_t>();
   const int32_t* c = col.const_data_ptr<int32_t>();
   int64_t* offsets = ccol.mutable_data_ptr<int64_t>();

@@ -1,4 +1,3 @@
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -26,11 +25,11 @@ Csr encode_cpu(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b
   TORCH_CHECK_VALUE(!bandwidth || *bandwidth > 0, "bandwidth: expected a positive number, got ",
                     bandwidth.value_or(0));
 
-  const at::Tensor xs = widened(x), rows = W_enc.t().contiguous(), bias = widened(b_enc),
-                   theta = widened(threshold);
+  const at::Tensor xs = widened(x), bias = widened(b_enc), theta = widened(threshold);
+  const Rows rows(W_enc);
   EncodeArgs args{};
   args.x = xs.const_data_ptr<float>();
-  args.w = rows.const_data_ptr();
+  args.w = rows.data();
   args.bias = bias.const_data_ptr<float>();
   args.threshold = theta.const_data_ptr<float>();
   args.T = T, args.F = F, args.d = d;

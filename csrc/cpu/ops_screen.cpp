@@ -1,8 +1,8 @@
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <optional>
 
@@ -23,6 +23,9 @@ constexpr int64_t kBothDigits = 4;
 // From so many tokens AMX multiplies: at 16 and below the codes are waited for, and VNNI was as fast or
 // faster.
 constexpr int64_t kAmxFewest = kAmxTokens + 1;
+// Up to so many tokens chunks are long without AMX too: at 64 they made no difference, at 256 short ones,
+// whose candidates are refined while the codes are near, took 3 % less time.
+constexpr int64_t kLongChunks = 64;
 // Of mapped rows a chunk's candidates wait until all chunks are screened, unless they are more than this: 134
 // MB at a million features, whatever the number of tokens.  A chunk with more has reads enough in flight of
 // its own.
@@ -67,7 +70,7 @@ void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
 }
 
 at::Tensor zero_codes(at::IntArrayRef shape) {
-  at::Tensor t = at::empty(shape, at::kByte);
+  at::Tensor t = new_tensor(shape, at::kByte);
   advise_large_pages(t.mutable_data_ptr(), t.nbytes());  // before the first touch: nothing to gather then
   return t.zero_();
 }
@@ -79,13 +82,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
   const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = table_stride(F);
   check_centre(centre, d);
   const int64_t k = check_directions(directions, d);
-  const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
+  const at::Tensor bias = widened(b_enc), theta = widened(threshold);
+  const Rows rows(W_enc);
   const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
   const at::Tensor code = zero_codes({tiles, steps, kTileRows, kTileColumns});
   const at::Tensor code2 = zero_codes({second_digit ? tiles : 0, steps, kTileRows, kTileColumns});
   at::Tensor table = at::zeros({kScreenRows + k, stride}, at::kFloat);
   ScreenRowArgs args{};
-  args.w = rows.const_data_ptr();
+  args.w = rows.data();
   args.w_dtype = dtype_of(W_enc, "W_enc");
   args.mu = centre ? centre->const_data_ptr<float>() : nullptr;
   args.bias = bias.const_data_ptr<float>();
@@ -156,7 +160,7 @@ void fill_lanes(const Tokens& tokens, bool both, float* lanes, int64_t stride) {
 
 at::Tensor chosen_rows(const at::Tensor& x, const std::vector<int32_t>& ids) {
   const int64_t d = x.size(1);
-  at::Tensor out = at::empty({static_cast<int64_t>(ids.size()), d}, at::kFloat);
+  at::Tensor out = new_tensor({static_cast<int64_t>(ids.size()), d}, at::kFloat);
   float* to = out.mutable_data_ptr<float>();
   const float* from = x.const_data_ptr<float>();
   for (size_t i = 0; i < ids.size(); ++i) std::copy_n(from + ids[i] * d, d, to + i * d);
@@ -183,11 +187,12 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
   const int64_t T = x.size(0), d = x.size(1), second = round_to(T, kTileRows) * width;
   Tokens out;
   out.x = x;
-  out.digits = at::zeros({both ? round_to(T, 2) * 2 * width : 2 * second}, at::kChar);
+  out.digits = new_tensor({both ? round_to(T, 2) * 2 * width : 2 * second}, at::kChar);
   out.screen.resize(T);
   out.k = along.k;
   out.along.resize(T * along.k);
   int8_t* q = out.digits.mutable_data_ptr<int8_t>();
+  std::memset(q, 0, out.digits.nbytes());
   const Kernels& kernel = kernels();
   const int workers = static_cast<int>(std::min<int64_t>(std::max(1, at::get_num_threads()), T));
   std::vector<float> space(workers * width);
@@ -228,7 +233,7 @@ struct Packed {
 void pack(ScreenArgs& a, const Kernels& kernel, Packed& out) {
   const int64_t blocks = (a.encode.T + kAmxTokens - 1) / kAmxTokens;
   const int64_t block_lanes = (kAmxLanes + a.k) * kAmxTokens, block_digits = 2 * kAmxTokens * a.width;
-  out.digits = at::empty({blocks * block_digits}, at::kChar);
+  out.digits = new_tensor({blocks * block_digits}, at::kChar);
   out.lanes.resize(blocks * block_lanes);
   int8_t* digits = out.digits.mutable_data_ptr<int8_t>();
   run_chunks(blocks, [&](int, int64_t block) {
@@ -238,8 +243,10 @@ void pack(ScreenArgs& a, const Kernels& kernel, Packed& out) {
   a.packed_lanes = out.lanes.data();
 }
 
-// Features of a chunk where AMX multiplies: the more, the less often the tokens' digits come from the last
-// cache; but at least eight chunks a worker, which are not equally fast.
+// Features of a chunk: the more, the less often a stream of codes breaks off, whose next 8 KiB the hardware
+// had begun to fetch for the worker that does not go on there (2304 x 16,384 took 4 to 12 % less time at 1 to
+// 16 tokens than in chunks of kChunkFeatures, 640 x 4,096 a sixth less), and with AMX the less often the
+// tokens' digits come from the last cache.  But at least eight chunks a worker, which are not equally fast.
 int64_t chunk_features(int64_t F, int workers) {
   int64_t features = kChunkFeatures;
   while (2 * features <= kMostChunk && F / (2 * features) >= 8 * workers) features *= 2;
@@ -308,7 +315,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   TORCH_CHECK_VALUE(!bandwidth || *bandwidth > 0, "bandwidth: expected a positive number, got ",
                     bandwidth.value_or(0));
 
-  const at::Tensor rows = W_enc.t().contiguous(), bias = widened(b_enc), theta = widened(threshold);
+  const at::Tensor bias = widened(b_enc), theta = widened(threshold);
+  const Rows rows(W_enc);
   ScreenArgs a{};
   const int64_t T = x.size(0);
   a.adaptive = digits == 0;
@@ -321,7 +329,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   const int64_t kept = static_cast<int64_t>(tokens.screen.size());
   EncodeArgs& e = a.encode;
   e.x = tokens.x.const_data_ptr<float>();
-  e.w = rows.const_data_ptr();
+  e.w = rows.data();
   e.bias = bias.const_data_ptr<float>();
   e.threshold = theta.const_data_ptr<float>();
   e.T = kept, e.F = F, e.d = d;
@@ -350,7 +358,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   if (rest.T) rest.x = tokens.rest.const_data_ptr<float>(), rest.ids = tokens.rest_ids.data();
 
   const int workers = std::max(1, at::get_num_threads());
-  const int64_t features = tiles_of_16 && !mapped ? chunk_features(F, workers) : kChunkFeatures;
+  const int64_t features =
+      !mapped && (tiles_of_16 || T <= kLongChunks) ? chunk_features(F, workers) : kChunkFeatures;
   const int64_t chunks = T == 0 ? 0 : (F + features - 1) / features;
   HitCollector hits(workers, chunks);
   std::vector<CandidateBuffer> space(workers);
@@ -368,8 +377,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
     });
   };
   run_screened(e, mapped, chunks, screen, finish);
-  at::Tensor stats = at::zeros({4}, at::kLong);
+  at::Tensor stats = new_tensor({4}, at::kLong);
   int64_t* s = stats.mutable_data_ptr<int64_t>();
+  std::fill_n(s, 4, 0);
   for (const ScreenStats& c : counts) s[0] += c.survivors, s[1] += c.refined, s[2] += c.violations;
   s[3] = rest.T;
   auto [crow, col, values] = hits.to_csr(T);

@@ -49,6 +49,8 @@ CPP = [
     Mutation("the second digit of mapped rows is given up", REFINE, "(!a.adaptive || a.mapped ||", "(!a.adaptive ||", SCREENED),
     Mutation("crowded chunks of mapped rows are lost", "csrc/cpu/ops_screen.cpp", "      finish(worker, chunk, pairs);\n      finished", "      finished", SCREENED),
     Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    announce_pairs(e, pairs);", "", PACKED),
+    Mutation("rows with gaps between them are read without", "csrc/cpu/ops_common.cpp", "(W.stride(1) == W.size(0) || W.size(1) < 2)", "true", ENCODE),
+    Mutation("a matrix of columns is read as rows", "csrc/cpu/ops_common.cpp", "= W.stride(0) == 1 &&", "=", ENCODE),
     # its first stage on AMX
     Mutation("AMX forgets the rows' error", AMX, "v = fma16(set16(table[kError * a.stride]), load16(lanes + kAmxTokens), v);", "", SCREENED_BY_AMX, "amx"),
     Mutation("AMX forgets the rows' norm", AMX, "v = fma16(set16(table[kNorm * a.stride]), load16(lanes + 2 * kAmxTokens), v);", "", SCREENED_BY_AMX, "amx"),
