@@ -10,7 +10,6 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,14 @@ import torch
 
 from gemmascope_fast.errors import BackendError
 from gemmascope_fast.gpu import register
-from gemmascope_fast.ops._library import OPS, Op
+from gemmascope_fast.ops._library import (  # noqa: F401 - asked here by what is above the ops
+    OPS,
+    REQUESTED,
+    Op,
+    requested,
+)
 
 NAMES = ("eager", "native", "triton", "cuda")
-
-_requested: ContextVar[str | None] = ContextVar("gemmascope_fast_backend", default=None)
 
 _C: Any = None
 NATIVE_MISSING: str | None = None
@@ -36,15 +38,6 @@ except ImportError as error:  # the package works without it, slowly, and says s
 ISAS = ("plain", "avx2", "avxvnni", "avx512", "amx")
 
 
-def requested() -> str | None:
-    """The backend that the surrounding `with gsf.backend(...)` asks for, or None."""
-    return _requested.get()
-
-
-# Dynamo cannot trace a ContextVar.  This is torch.compiler.assume_constant_result without its import of dynamo.
-requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Within the block every op is served by this backend: "eager", "native", "triton" or "cuda".
@@ -54,11 +47,11 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    token = _requested.set(name)
+    token = REQUESTED.set(name)
     try:
         yield
     finally:
-        _requested.reset(token)
+        REQUESTED.reset(token)
 
 
 def implementation(op: Op, name: str, args: Sequence[Any]) -> Callable[..., Any]:

@@ -211,7 +211,6 @@ class TopKSAE(JumpReLUSAE):
         if torch.compiler.is_compiling() and not screen:
             csr = ops.encode(rows, self.W_enc, self.b_enc, self.threshold, None)
         else:
-            self._prepared.refresh(self)
             csr = self._prepared.encode(self, rows, screen)
         crow, col, values = csr
         return SparseLatents(crow, col, values, (rows.shape[0], self.cfg.d_sae))

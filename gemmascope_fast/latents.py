@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -174,6 +175,8 @@ class SparseLatents:
 
     def features(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Values of chosen features, dense [..., len(ids)].  IndexError for an id outside [0, d_sae)."""
+        if isinstance(ids, list) and self.n_rows == 1 and not self.values.requires_grad and self.device.type == "cpu":
+            return self._of_one_row(ids)
         wanted = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
         if wanted.numel():
             # the bounds of a list cost less than those of a tensor
@@ -195,6 +198,15 @@ class SparseLatents:
         out = torch.zeros(self.n_rows, unique.numel(), dtype=self.dtype, device=self.device)
         out = out.index_put((self.row_indices()[hit], slot[hit]), self.values[hit])
         return out[:, inverse].reshape(*self.shape[:-1], wanted.numel())
+
+    def _of_one_row(self, ids: list[int]) -> Tensor:
+        """`features` of a decoded token: between a model's layers eight small ops take 100 us, lists a quarter."""
+        if ids and (min(ids) < 0 or max(ids) >= self.d_sae):
+            raise IndexError(f"ids: expected features in [0, {self.d_sae}), got {ids}")
+        fired, values = self.col_indices.tolist(), self.values.tolist()
+        slots = [bisect_left(fired, f) for f in ids]
+        found = [values[i] if i < len(fired) and fired[i] == f else 0.0 for f, i in zip(ids, slots, strict=True)]
+        return torch.tensor([found], dtype=self.dtype).reshape(*self.shape[:-1], len(ids))
 
     def __getitem__(self, key: int | slice | Tensor) -> SparseLatents:
         """Rows by number, slice, bool mask [N] or int64 indices, over the flattened tokens → [n, d_sae]."""

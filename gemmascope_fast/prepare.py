@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gemmascope_fast.sae import JumpReLUSAE
 
 Fingerprint = tuple[Any, ...]
+Weights = tuple[Tensor, Tensor, Tensor]  # W_enc, b_enc, threshold
 
 
 def fingerprint(*tensors: Tensor) -> Fingerprint:
@@ -57,11 +58,11 @@ class Prepared:
         screen = self._screen
         return 0 if screen is None else screen.nbytes
 
-    def refresh(self, sae: JumpReLUSAE, force: bool = False) -> None:
-        """Check and lay out the weights anew where they were seen to change."""
+    def refresh(self, sae: JumpReLUSAE, force: bool = False) -> Weights:
+        """The encoder's weights, checked and laid out anew where they were seen to change."""
         weights = (sae.W_enc, sae.b_enc, sae.threshold)
         if not force and self._seen == fingerprint(*weights) and not any(s.expired() for s in self._alive):
-            return
+            return weights
         from gemmascope_fast.sae import as_rows, check_threshold
 
         with self._lock:
@@ -76,6 +77,7 @@ class Prepared:
             self._sight += 1
             if force:
                 self._screen, self._screen_of = None, -1
+            return weights
 
     def build(
         self,
@@ -151,17 +153,18 @@ class Prepared:
     def encode(
         self, sae: JumpReLUSAE, x: Tensor, screen: bool | None, bandwidth: float | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(crow_indices, col_indices, values fp32) by the fastest route that `screen` allows."""
-        weights = (sae.W_enc, sae.b_enc, sae.threshold)
+        """(crow_indices, col_indices, values fp32) with the weights of now, by the fastest route that `screen`
+        allows."""
+        weights = self.refresh(sae)
         # with a bandwidth weights are being trained: a screen would be built for one use
-        if screen or (screen is None and bandwidth is None and self._pays(sae, x)):
-            mapped = sae._mapped is not None and sae._mapped.holds(sae.W_enc)
+        if screen or (screen is None and bandwidth is None and self._pays(x, weights[0])):
+            mapped = sae._mapped is not None and sae._mapped.holds(weights[0])
             return self._screened(sae).encode(x, *weights, bandwidth=bandwidth, mapped=mapped)
         return ops.encode(x, *weights, bandwidth)
 
-    def _pays(self, sae: JumpReLUSAE, x: Tensor) -> bool:
+    def _pays(self, x: Tensor, W_enc: Tensor) -> bool:
         """Whether the screen is the faster route (`screen.pays`), a build at each call not among its costs."""
-        if not pays(x, sae.W_enc):
+        if not pays(x, W_enc):
             return False
         if self._screen is None or not self.stale():
             return True

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gemmascope_fast import ops
 from gemmascope_fast.latents import SparseLatents, check_latents
-from gemmascope_fast.ops._library import expect_tensor
+from gemmascope_fast.ops._library import expect_tensor, in_dtype
 from gemmascope_fast.prepare import Prepared
 from gemmascope_fast.screen import massive_dimensions
 from gemmascope_fast.sites import Site
@@ -147,11 +147,8 @@ class JumpReLUSAE(nn.Module):
             self._mapped.check()
         if precision != "exact":
             return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
-        # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
-        traced = torch.compiler.is_compiling() and not screen
-        if not traced:
-            self._prepared.refresh(self)
-        if traced:
+        if torch.compiler.is_compiling() and not screen:
+            # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
             csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
         else:
             csr = self._prepared.encode(self, flat, screen, bandwidth)
@@ -160,7 +157,7 @@ class JumpReLUSAE(nn.Module):
 
             csr = with_gradients(csr, self.threshold, bandwidth)
         crow, col, values = csr
-        return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+        return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
 
     def _encode_tensor(
         self, flat: Tensor, rows: tuple[int, ...], screen: bool | None, bandwidth: float | None, precision: str
@@ -184,7 +181,7 @@ class JumpReLUSAE(nn.Module):
             raise ValueError(f"x: expected d_in = {self.cfg.d_in} in its last dimension, got {tuple(x.shape)}")
         if x.device != self.device:
             raise ValueError(f"x: expected a tensor on {self.device}, like the SAE, got {x.device}")
-        return x.reshape(-1, x.shape[-1])
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     # ---- decode -------------------------------------------------------------------------------------
 
@@ -206,7 +203,7 @@ class JumpReLUSAE(nn.Module):
         if self._mapped is not None and not torch.compiler.is_compiling():
             self._mapped.announce(self.W_dec, latents.col_indices)
         out = ops.decode(latents.crow_indices, latents.col_indices, latents.values, self.W_dec, self.b_dec, None)
-        return out.to(self.W_dec.dtype).reshape(*latents.shape[:-1], self.cfg.d_out)
+        return in_dtype(out, self.W_dec.dtype).reshape(*latents.shape[:-1], self.cfg.d_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruction of x [..., d_in]: [..., d_out] in the SAE's dtype."""

@@ -184,7 +184,7 @@ class Ledger:
         return entry[1] if cache is not None and entry is not None and entry[0]() is cache else None
 
     def remember(self, cache: Any, group: Group) -> None:
-        if cache is None or isinstance(cache, tuple):
+        if cache is None or isinstance(cache, tuple) or self._known(cache) is group:
             return
         if len(self._by_cache) > 64:
             self._by_cache = {at: entry for at, entry in self._by_cache.items() if entry[0]() is not None}
@@ -207,7 +207,8 @@ def open_call(
         start = group.end
     call = Call(index, group, batch, length, start, None, None, leading.device, opener)
     if ids is not None:
-        call.ids = ids.detach().to("cpu", torch.int64)
+        there = ids.dtype == torch.int64 and ids.device.type == "cpu"
+        call.ids = ids if there else ids.to("cpu", torch.int64)
     call.valid = _valid(given.get("attention_mask"), call)
     return call
 

@@ -12,6 +12,7 @@ from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.edits import Direction, Edit, FeatureEdit, Mask, check_edits
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.ops._csr import from_mask
+from gemmascope_fast.ops._library import in_dtype
 from gemmascope_fast.sae import JumpReLUSAE
 
 
@@ -80,8 +81,9 @@ class Plan:
         if rest is None:
             if not bool(delta.any()):
                 return None
-            if delta.shape[0] == 1:
-                return None, self._decode(delta, sae.W_dec)
+            if delta.shape[0] == 1:  # a decoded token: what it needs is there, a look for zeros costs more than they
+                ids, ends = self._on(delta.device)
+                return None, ops.decode(ends, ids, delta[0], sae.W_dec, None, None)
             rows = (delta != 0).any(1).nonzero()[:, 0]
             return rows, self._decode(delta[rows], sae.W_dec)
         own = self._entries(latents, delta, rest)
@@ -93,15 +95,19 @@ class Plan:
 
     def _decode(self, delta: Tensor, W_dec: Tensor) -> Tensor:
         """delta [n, k] of the touched features times their decoder rows: fp32 [n, d_out]."""
-        ids = self.ids.to(delta.device)
-        if delta.shape[0] == 1:  # a decoded token: what it needs is there, and a look for zeros costs more than they
-            return ops.decode(self.ends.to(delta.device), ids, delta.reshape(-1), W_dec, None, None)
+        ids, _ends = self._on(delta.device)
         crow, col = from_mask(delta != 0)
         return ops.decode(crow, ids[col.long()], delta[delta != 0], W_dec, None, None)
 
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The touched features, and the offsets of one row that holds them all, on a device: there they stay."""
+        if self.ids.device != device:
+            self.ids, self.ends = self.ids.to(device), self.ends.to(device)
+        return self.ids, self.ends
+
     def _delta(self, latents: SparseLatents, call: Call, at: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What is added to the touched features, fp32 [n, k], and, where there are masks, to what fired [nnz]."""
-        old = latents.features(self.touched).float()
+        old = in_dtype(latents.features(self.touched), torch.float32)
         delta = torch.zeros_like(old)
         rest = torch.zeros_like(latents.values) if self.masks else None
         for group, together, each in self.steps:
@@ -137,7 +143,7 @@ class Plan:
         touched = torch.zeros(latents.d_sae, dtype=torch.bool, device=delta.device)
         touched[self.touched] = True
         own = ((rest != 0) & ~touched[latents.col_indices.long()]).nonzero()[:, 0]
-        features = torch.cat([self.ids.to(delta.device)[columns], latents.col_indices[own]]).long()
+        features = torch.cat([self._on(delta.device)[0][columns], latents.col_indices[own]]).long()
         values = torch.cat([delta[rows, columns], rest[own].to(delta.dtype)])
         rows = torch.cat([rows, latents.row_indices()[own]])
         order = (rows * latents.d_sae + features).argsort()
@@ -183,8 +189,8 @@ def _changed(edits: Sequence[Edit], columns: Tensor | None, old: Tensor, delta: 
 
 def added(x: Tensor, rows: Tensor | None, what: Tensor) -> Tensor:
     """x with `what` added to some rows (None: all), in x's own dtype; the other rows stay bit for bit."""
-    what = what.to(x.device)
+    what = what if what.device == x.device else what.to(x.device)
     if rows is None or rows.numel() == x.shape[0]:
-        return (x + what).to(x.dtype)
+        return in_dtype(x + what, x.dtype)
     rows = rows.to(x.device)
     return x.index_copy(0, rows, (x[rows] + what).to(x.dtype))

@@ -150,7 +150,7 @@ class ReadTap:
             raise AttachError(
                 f"{self.tap.reads.name}: carries {rows.shape[-1]} dimensions, the SAE's d_in is {sae.d_in}"
             )
-        rows = rows.to(sae.W_enc.device)
+        rows = rows if rows.device == sae.device else rows.to(sae.device)
         latents = sae.encode_sparse(rows)
         if self.tap.splices and torch.is_grad_enabled() and not latents.values.requires_grad:
             # everything before and in the SAE is frozen: attribution still asks for the gradient here

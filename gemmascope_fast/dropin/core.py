@@ -77,10 +77,11 @@ def _empty(given: dict[str, Any], k: int | None, raw: bool) -> JumpReLUSAE:
 
 def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
     """Every z = x @ W_enc + b_enc, dense [..., d_sae] in the SAE's dtype, with the bytes that encoding gives."""
-    core._prepared.refresh(core)  # lays the rows out where the weights are new; the screen is not for every pair
+    # laid out anew where the weights are new; the screen is not for every pair
+    weights = core._prepared.refresh(core)
     flat = x.reshape(-1, core.cfg.d_in)
     # an infinite bandwidth stores every pair but those of z = -inf
-    crow, col, values = ops.encode(flat, core.W_enc, core.b_enc, core.threshold, float("inf"))
+    crow, col, values = ops.encode(flat, *weights, float("inf"))
     size = (flat.shape[0], core.cfg.d_sae)
     shape = (*x.shape[:-1], core.cfg.d_sae)
     if values.numel() == size[0] * size[1]:

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 LIBRARY = torch.library.Library("gemmascope_fast", "DEF")
+
+REQUESTED: ContextVar[str | None] = ContextVar("gemmascope_fast_backend", default=None)
+
+
+def requested() -> str | None:
+    """The backend that the surrounding `with gsf.backend(...)` asks for, or None."""
+    return REQUESTED.get()
+
+
+# Dynamo cannot trace a ContextVar.  This is torch.compiler.assume_constant_result without its import of dynamo.
+requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def expect_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> None:
@@ -17,6 +29,11 @@ def expect_tensor(name: str, value: object, expected: str = "a torch.Tensor") ->
         kind = type(value)
         came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
         raise TypeError(f"{name}: expected {expected}, got {came}")
+
+
+def in_dtype(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """t.to(dtype), without the dispatcher where it is that already: it takes 10 us between a model's layers."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -47,11 +64,11 @@ class Op:
         self.tensors = tuple((i, a.name) for i, a in arguments if a.type.kind() == "TensorType")
 
     def __call__(self, *args: Any) -> Any:
-        from gemmascope_fast import backends
-
-        wanted = backends.requested()
+        wanted = requested()
         if wanted is None:
             return self.dispatched(*args)
+        from gemmascope_fast import backends
+
         # the dispatcher, which is passed by here, refuses these with words of its own
         for position, name in self.tensors:
             if position < len(args):
