@@ -169,6 +169,16 @@ def test_special_biases(isa, value):
     assert_same(x, W, b, theta)
 
 
+def test_a_bound_that_is_no_number_discards_nothing(isa):
+    """Building leaves none (such rows are refined always); a pair whose bound nobody knows is still not dropped."""
+    x, W, b, theta = problem(20, 70, 67)
+    screen = Screen.build(W, b, theta)
+    screen.table[Row.START, ::3] = math.nan
+    for T, (digits, second) in itertools.product((*SOME, 20), FORMS):
+        got, _ = screened(x[:T], W, b, theta, screen, digits, second)
+        assert same_bytes(got, ops.encode(x[:T], W, b, theta, None))
+
+
 def test_thresholds_of_every_size(isa):
     x, W, b, _ = problem(6, 70, 128)
     theta = torch.tensor([0.0, -0.0, -1.0, 1e-45, -3e38, 3e38, 1e30, 0.5]).repeat(16)
