@@ -18,6 +18,8 @@ namespace GSF_NAMESPACE {
 #include "cpu/matryoshka.h"
 #include "cpu/screen.h"
 //
+#include "cpu/screen_lanes.h"
+//
 #include "cpu/screen_amx.h"
 //
 #include "cpu/screen_refine.h"
@@ -34,6 +36,7 @@ const Kernels kTable = {encode,
                         refine_pairs,
                         screen_token,
                         screen_pack,
+                        GSF_LEVEL >= 4,
                         screen_rows,
                         matryoshka,
                         matryoshka_quantize,

@@ -151,8 +151,10 @@ inline int64_t tile_offset(int64_t row, int64_t width) {
   return row / kTileRows * kTileRows * width + row % kTileRows * kTileColumns;
 }
 
-// A block of tokens on AMX: a tile of one digit, and the numbers of a token beside its coefficients.
-constexpr int64_t kAmxTokens = 16, kAmxTileBytes = 1024, kAmxLanes = 5;
+// Tokens that lie side by side in the lanes of a vector, and the numbers of each beside its coefficients.
+constexpr int64_t kLaneTokens = 16, kLanePlanes = 5;
+// A tile of one digit of so many tokens.
+constexpr int64_t kAmxTileBytes = 1024;
 
 // One token as the screen sees it.  r = x - mu less its part along the directions is about t q1 + (t / 256)
 // q2.
@@ -222,8 +224,8 @@ struct ScreenArgs {
   const uint8_t* code;   // [F/4][width/64][4][64]
   const uint8_t* code2;  // the same or null: no second digit
   const float* table;    // [kScreenRows + k][stride]
-  const int8_t* packed;  // [T/16][width/64][2][16][64] both digits as AMX takes them, or null
-  const float* packed_lanes;  // [T/16][kAmxLanes + k][16]: scale, R, E, digit sums (as int32), coefficients
+  const int8_t* packed;  // [T/16][width/64][1 or with `both` 2 digits][16][64] with a token a lane, or null
+  const float* packed_lanes;  // [T/16][kLanePlanes + k][16]: scale, R, E, digit sums (as int32), coefficients
   int64_t width, stride, k;
   bool both;      // the first stage reads both digits of the activations
   bool adaptive;  // the second digit of the rows is read where it pays; otherwise wherever there is one
@@ -261,8 +263,10 @@ struct Kernels {
   // Full precision for them; hits come in the order of the pairs.
   void (*refine_pairs)(const ScreenArgs&, CandidateSpan, ScreenStats&, HitSink&);
   void (*screen_token)(const ScreenTokenArgs&);
-  // Sixteen tokens for `packed` and `packed_lanes`; null where there is no AMX.
+  // Sixteen tokens for `packed` and `packed_lanes`; null where there is no AVX-512.  With `both` AMX takes
+  // them.
   void (*screen_pack)(const ScreenArgs&, int64_t block, int8_t* digits, float* lanes);
+  bool has_amx;
   // Rows [f0, f1).
   void (*screen_rows)(const ScreenRowArgs&, int64_t f0, int64_t f1, float* space);
   // Blocks [b0, b1) of 16 rows for all tokens; raw: space for unpacked codes,

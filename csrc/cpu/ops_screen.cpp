@@ -22,7 +22,11 @@ constexpr int64_t kMostDirections = 128;
 constexpr int64_t kBothDigits = 4;
 // From so many tokens AMX multiplies: at 16 and below the codes are waited for, and VNNI was as fast or
 // faster.
-constexpr int64_t kAmxFewest = kAmxTokens + 1;
+constexpr int64_t kAmxFewest = kLaneTokens + 1;
+// From so many tokens AVX-512 multiplies with a token a lane (screen_lanes.h): at 16 it took 4 % less time on
+// 2304 x 16,384, 27 % less on 3584 and 5 % more on 640 x 4,096; at 8, where half the lanes are empty, a fifth
+// more.
+constexpr int64_t kLanesFewest = kLaneTokens;
 // Up to so many tokens chunks are long without AMX too: at 64 they made no difference, at 256 short ones,
 // whose candidates are refined while the codes are near, took 3 % less time.
 constexpr int64_t kLongChunks = 64;
@@ -224,15 +228,16 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
   return kept;
 }
 
-// Both digits of the tokens as AMX takes them.
+// The tokens' digits and numbers with a token a lane.
 struct Packed {
   at::Tensor digits;
   std::vector<float> lanes;
 };
 
 void pack(ScreenArgs& a, const Kernels& kernel, Packed& out) {
-  const int64_t blocks = (a.encode.T + kAmxTokens - 1) / kAmxTokens;
-  const int64_t block_lanes = (kAmxLanes + a.k) * kAmxTokens, block_digits = 2 * kAmxTokens * a.width;
+  const int64_t blocks = (a.encode.T + kLaneTokens - 1) / kLaneTokens;
+  const int64_t block_lanes = (kLanePlanes + a.k) * kLaneTokens;
+  const int64_t block_digits = (a.both ? 2 : 1) * kLaneTokens * a.width;
   out.digits = new_tensor({blocks * block_digits}, at::kChar);
   out.lanes.resize(blocks * block_lanes);
   int8_t* digits = out.digits.mutable_data_ptr<int8_t>();
@@ -322,8 +327,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   a.adaptive = digits == 0;
   a.mapped = mapped;
   const Kernels& kernel = kernels();
-  const bool tiles_of_16 = kernel.screen_pack && digits != 1 && T >= kAmxFewest;
-  a.both = a.adaptive ? T <= kBothDigits || tiles_of_16 : digits == 2;
+  const bool amx = kernel.has_amx && digits != 1 && T >= kAmxFewest;
+  a.both = a.adaptive ? T <= kBothDigits || amx : digits == 2;
+  const bool lanes_of_tokens = amx || (kernel.screen_pack && !a.both && T >= kLanesFewest);
   const Tokens tokens =
       quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, along, width, a.both);
   const int64_t kept = static_cast<int64_t>(tokens.screen.size());
@@ -352,14 +358,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   a.width = width, a.stride = stride, a.k = along.k;
   a.along = tokens.along.data();
   Packed packed;
-  if (tiles_of_16) pack(a, kernel, packed);
+  if (lanes_of_tokens) pack(a, kernel, packed);
   EncodeArgs rest = e;
   rest.T = T - kept;
   if (rest.T) rest.x = tokens.rest.const_data_ptr<float>(), rest.ids = tokens.rest_ids.data();
 
   const int workers = std::max(1, at::get_num_threads());
-  const int64_t features =
-      !mapped && (tiles_of_16 || T <= kLongChunks) ? chunk_features(F, workers) : kChunkFeatures;
+  const int64_t features = !mapped && (amx || T <= kLongChunks) ? chunk_features(F, workers) : kChunkFeatures;
   const int64_t chunks = T == 0 ? 0 : (F + features - 1) / features;
   HitCollector hits(workers, chunks);
   std::vector<CandidateBuffer> space(workers);

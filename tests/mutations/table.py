@@ -21,7 +21,7 @@ BAD = "tests/test_sae_bad_input.py"
 PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
 
 SCREEN, REFINE, BUILD = "csrc/cpu/screen.h", "csrc/cpu/screen_refine.h", "csrc/cpu/screen_build.h"
-AMX = "csrc/cpu/screen_amx.h"
+AMX, LANES = "csrc/cpu/screen_amx.h", "csrc/cpu/screen_lanes.h"
 SCREENED = "tests/test_screen.py"
 SCREENED_BY_AMX = "tests/test_screen.py -k amx"
 
@@ -51,13 +51,19 @@ CPP = [
     Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    announce_pairs(e, pairs);", "", PACKED),
     Mutation("rows with gaps between them are read without", "csrc/cpu/ops_common.cpp", "(W.stride(1) == W.size(0) || W.size(1) < 2)", "true", ENCODE),
     Mutation("a matrix of columns is read as rows", "csrc/cpu/ops_common.cpp", "= W.stride(0) == 1 &&", "=", ENCODE),
-    # its first stage on AMX
-    Mutation("AMX forgets the rows' error", AMX, "v = fma16(set16(table[kError * a.stride]), load16(lanes + kAmxTokens), v);", "", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX forgets the rows' norm", AMX, "v = fma16(set16(table[kNorm * a.stride]), load16(lanes + 2 * kAmxTokens), v);", "", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX forgets the zero point of the first digits", AMX, "isub16(load16i(n1), imul16(zero, load16i(sums)))", "load16i(n1)", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX forgets the zero point of the second digits", AMX, "isub16(load16i(n2), imul16(zero, load16i(sums + kAmxTokens)))", "load16i(n2)", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX does not add the directions back", AMX, "load16(lanes + (kAmxLanes + j) * kAmxTokens), v);", "zero16(), v);", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX screens tokens that are not there", AMX, "left_of_row(a, lanes, f, n1, n2) & tokens", "left_of_row(a, lanes, f, n1, n2)", SCREENED_BY_AMX, "amx"),
+    # its first stage with a token a lane: on AVX-512, and what AMX shares of it
+    Mutation("a token a lane forgets the rows' error", LANES, "v = fma16(set16(table[kError * a.stride]), load16(lanes + kLaneTokens), v);", "", SCREENED, "avx512"),
+    Mutation("a token a lane forgets the rows' norm", LANES, "v = fma16(set16(table[kNorm * a.stride]), load16(lanes + 2 * kLaneTokens), v);", "", SCREENED, "avx512"),
+    Mutation("a token a lane forgets the zero point", LANES, "isub16(sums, imul16(zero, load16i(of_digits)))", "sums", SCREENED, "avx512"),
+    Mutation("a token a lane does not add the directions back", LANES, "load16(lanes + (kLanePlanes + j) * kLaneTokens), v);", "zero16(), v);", SCREENED, "avx512"),
+    Mutation("tokens that are not there are screened", LANES, "to_float16(m)) & tokens_of(a, block + n);", "to_float16(m));", SCREENED, "avx512"),
+    Mutation("a token a lane leaves out the last columns", LANES, "step < a.width; step += kTileColumns) {\n    for (int64_t line", "step + kTileColumns < a.width; step += kTileColumns) {\n    for (int64_t line", SCREENED, "avx512"),
+    Mutation("a panel's second tile is its first", LANES, "code + f / kTileRows * kTileRows * a.width +", "code +", SCREENED, "avx512"),
+    Mutation("the second vector of tokens is the first", LANES, "load_digits64(digits + n * vector)", "load_digits64(digits + n * 0)", SCREENED, "avx512"),
+    Mutation("the last block of tokens is left out", LANES, "b1 = (group + 1) * blocks / groups;", "b1 = (group + 1) * blocks / groups - (blocks > 1);", SCREENED, "avx512"),
+    # and on AMX
+    Mutation("AMX forgets the zero point of the second digits", AMX, "load16i(n2), 1)", "load16i(n2), 0)", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX screens tokens that are not there", AMX, "left_of_row(a, lanes, f, both) & tokens", "left_of_row(a, lanes, f, both)", SCREENED_BY_AMX, "amx"),
     Mutation("AMX drops the last rows of a panel", AMX, "row < rows; ++row", "row + 1 < rows; ++row", SCREENED_BY_AMX, "amx"),
     Mutation("AMX exchanges neighbours", AMX, "kTileRows * row + 2 * pair + half;", "kTileRows * row + 2 * pair + 1 - half;", SCREENED_BY_AMX, "amx"),
     Mutation("AMX leaves out the last columns", AMX, "step < steps; ++step) {\n      for (int64_t line", "step + 1 < steps; ++step) {\n      for (int64_t line", SCREENED_BY_AMX, "amx"),

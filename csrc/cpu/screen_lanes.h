@@ -1,0 +1,160 @@
+// The first stage with a token a lane: digits of sixteen tokens lie as the multiplier takes them, four
+// columns of each in turn, and no sum runs across lanes.  For many tokens that beats screen.h, whose tile of
+// sixteen sums costs up to a quarter of its products to add up: 2304 x 16,384 took 25, 15 and 6 % less time
+// at 32, 64 and 1,024 tokens on Zen 5. AVX-512 multiplies the first digits so, AMX both (screen_amx.h).
+
+#if GSF_LEVEL >= 3
+// Digits that stay in a 1 MiB L2 beside the rows of this panel and of the next: 227 tokens of 2304.
+constexpr int64_t kLaneBytes = 1 << 19;
+// Features of a panel and vectors of sixteen tokens of a block: 24 sums, three loads of digits and eight of
+// codes for 24 products.
+constexpr int kPanel = 8, kLaneVectors = 3;
+
+static inline B64 broadcast4(const uint8_t* p) {
+  int32_t four;
+  memcpy(&four, p, sizeof four);
+  return {_mm512_set1_epi32(four)};
+}
+
+// Digits of sixteen tokens and their numbers: with `both` the two digits' blocks of 64 columns in turn.
+static void screen_pack(const ScreenArgs& a, int64_t block, int8_t* digits, float* lanes) {
+  const int64_t t0 = block * kLaneTokens, kinds = a.both ? 2 : 1;
+  const int count = a.encode.T - t0 < kLaneTokens ? static_cast<int>(a.encode.T - t0) : kLaneTokens;
+  memset(digits, 0, static_cast<size_t>(kinds * kLaneTokens * a.width));
+  memset(lanes, 0, static_cast<size_t>((kLanePlanes + a.k) * kLaneTokens) * sizeof(float));
+  for (int i = 0; i < count; ++i) {
+    const int64_t t = t0 + i;
+    const int8_t* q =
+        a.q1 + (a.both ? t / 2 * kTileRows * a.width + t % 2 * kTileColumns : tile_offset(t, a.width));
+    for (int64_t step = 0; step < a.width / kTileColumns; ++step) {
+      for (int64_t digit = 0; digit < kinds; ++digit) {
+        const int8_t* from = q + step * kTileStep + digit * 2 * kTileColumns;
+        int8_t* to = digits + (kinds * step + digit) * kLaneTokens * kTileColumns + 4 * i;
+        for (int row = 0; row < 16; ++row) memcpy(to + 64 * row, from + 4 * row, 4);
+      }
+    }
+    const ScreenToken& token = a.tokens[t];
+    lanes[0 * kLaneTokens + i] = a.both ? token.t * 0.00390625f : token.t;
+    lanes[1 * kLaneTokens + i] = a.both ? token.reach2 : token.reach;
+    lanes[2 * kLaneTokens + i] = a.both ? token.error2 : token.error;
+    memcpy(&lanes[3 * kLaneTokens + i], &token.sum, sizeof token.sum);
+    memcpy(&lanes[4 * kLaneTokens + i], &token.sum2, sizeof token.sum2);
+    for (int64_t j = 0; j < a.k; ++j) lanes[(kLanePlanes + j) * kLaneTokens + i] = a.along[t * a.k + j];
+  }
+}
+
+static inline const float* lanes_of(const ScreenArgs& a, int64_t block) {
+  return a.packed_lanes + block * (kLanePlanes + a.k) * kLaneTokens;
+}
+
+// Bit i for each token of a block.
+static inline uint32_t tokens_of(const ScreenArgs& a, int64_t block) {
+  const int64_t left = a.encode.T - block * kLaneTokens;
+  return left < kLaneTokens ? (1u << left) - 1 : 0xFFFFu;
+}
+
+// Sums of codes and digits, less the zero point's part, `digit` 0 or 1.
+static inline I16 without_zero(const ScreenArgs& a, const float* lanes, int64_t f, I16 sums, int digit) {
+  const I16 zero = to_int16(set16(a.table[kZero * a.stride + f]));
+  const int32_t* of_digits = reinterpret_cast<const int32_t*>(lanes + (3 + digit) * kLaneTokens);
+  return isub16(sums, imul16(zero, load16i(of_digits)));
+}
+
+// One feature and sixteen tokens: the chain of left_over.
+static inline uint32_t left_of_row(const ScreenArgs& a, const float* lanes, int64_t f, V16 n) {
+  const float* table = a.table + f;
+  V16 v = fma16(mul16(set16(table[kScale * a.stride]), load16(lanes)), n, set16(table[kStart * a.stride]));
+  for (int64_t j = 0; j < a.k; ++j) {
+    v = fma16(set16(table[(kScreenRows + j) * a.stride]), load16(lanes + (kLanePlanes + j) * kLaneTokens), v);
+  }
+  v = fma16(set16(table[kNorm * a.stride]), load16(lanes + 2 * kLaneTokens), v);
+  v = fma16(set16(table[kError * a.stride]), load16(lanes + kLaneTokens), v);
+  return not_below16(v);
+}
+
+// The tokens of a block that are left for one feature.
+static inline void push_row(uint32_t left, const int32_t* n1, const int32_t* n2, int64_t block, int64_t f,
+                            CandidateSink& out) {
+  out.reserve(16);
+  for (; left; left &= left - 1) {
+    const int i = __builtin_ctz(left);
+    const int64_t t = block * kLaneTokens + i;
+    *out.at++ = Candidate{static_cast<int32_t>(t), static_cast<int32_t>(f), n1[i], n2[i], 0, 0};
+  }
+}
+
+// Up to eight features from f0 on, in one tile of codes or two, against N vectors of sixteen tokens.  `ahead`
+// lines of the next panel, at `next`, are fetched in each step.
+template <int ROWS, int N>
+static inline void lanes_panel(const ScreenArgs& a, int64_t block, int64_t f0, const char* next,
+                               int64_t ahead, CandidateSink& out) {
+  I16 acc[ROWS][N];
+  for (auto& row : acc) {
+    for (I16& v : row) v = izero16();
+  }
+  const int64_t vector = kLaneTokens * a.width;
+  const uint8_t* code = a.code + f0 * a.width;
+  const int8_t* digits = a.packed + block * vector;
+  for (int64_t step = 0; step < a.width; step += kTileColumns) {
+    for (int64_t line = 0; line < ahead; ++line, next += 64) __builtin_prefetch(next, 0, 2);
+    for (int four = 0; four < kTileColumns; four += 4) {
+      B64 x[N];
+      for (int n = 0; n < N; ++n) x[n] = load_digits64(digits + n * vector);
+      for (int f = 0; f < ROWS; ++f) {
+        const B64 c =
+            broadcast4(code + f / kTileRows * kTileRows * a.width + f % kTileRows * kTileColumns + four);
+        for (int n = 0; n < N; ++n) acc[f][n] = dot64(acc[f][n], c, x[n]);
+      }
+      digits += 64;
+    }
+    code += kTileStep;
+  }
+  for (int f = 0; f < ROWS; ++f) {
+    for (int n = 0; n < N; ++n) {
+      const float* lanes = lanes_of(a, block + n);
+      const I16 m = without_zero(a, lanes, f0 + f, acc[f][n], 0);
+      const uint32_t left = left_of_row(a, lanes, f0 + f, to_float16(m)) & tokens_of(a, block + n);
+      if (!left) continue;
+      int32_t n1[16];
+      store16i(n1, m);
+      push_row(left, n1, n1, block + n, f0 + f, out);
+    }
+  }
+}
+
+template <int ROWS>
+static inline void lanes_panels(const ScreenArgs& a, int64_t block, int64_t count, int64_t f0,
+                                const char* next, int64_t ahead, CandidateSink& out) {
+  if (count == 3) return lanes_panel<ROWS, 3>(a, block, f0, next, ahead, out);
+  if (count == 2) return lanes_panel<ROWS, 2>(a, block, f0, next, ahead, out);
+  lanes_panel<ROWS, 1>(a, block, f0, next, ahead, out);
+}
+
+static inline void lanes_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& out) {
+  const int64_t vectors = (a.encode.T + kLaneTokens - 1) / kLaneTokens;
+  const int64_t blocks =
+      (vectors + kLaneVectors - 1) / kLaneVectors;  // of two or three vectors, or one alone
+  const int64_t groups = (vectors * kLaneTokens * a.width + kLaneBytes - 1) / kLaneBytes;
+  const int64_t end = (a.encode.F + kTileRows - 1) / kTileRows * kTileRows;
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t b0 = group * blocks / groups, b1 = (group + 1) * blocks / groups;
+    for (int64_t f = f0; f < f1; f += kPanel) {
+      // all of the next panel's lines in the steps of this one, which walks its rows once a block
+      const bool more = b1 > b0 && f + 2 * kPanel <= end;
+      const int64_t ahead = more ? (kPanel + b1 - b0 - 1) / (b1 - b0) : 0;
+      const char* next = reinterpret_cast<const char*>(a.code + (f + kPanel) * a.width);
+      for (int64_t b = b0; b < b1; ++b) {
+        const int64_t v0 = b * vectors / blocks, v1 = (b + 1) * vectors / blocks;
+        const char* at = next + (b - b0) * a.width * ahead;
+        if (end - f > kTileRows) {
+          lanes_panels<kPanel>(a, v0, v1 - v0, f, at, ahead, out);
+        } else {
+          lanes_panels<kTileRows>(a, v0, v1 - v0, f, at, ahead, out);
+        }
+      }
+    }
+  }
+}
+#else
+constexpr decltype(Kernels::screen_pack) screen_pack = nullptr;
+#endif
