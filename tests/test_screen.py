@@ -375,6 +375,35 @@ def test_rounding_along_the_directions_alone(isa, digits):
         assert stats["violations"] == 0
 
 
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("k", [0, 4])
+def test_rounding_is_bounded_by_what_the_page_derives(isa, digits, k):
+    """Rows and tokens on their grids: what is left of the bound is its rounding, written again from docs/screen.md.  A
+    pair a little nearer to its threshold than that survives the first stage, one a little further away does not."""
+    g = torch.Generator().manual_seed(10)
+    d, F, u = 64, 24, 2.0**-24
+    W = torch.randint(0, 256, (d, F), generator=g).float() - 128
+    W[0:4] = 0.0  # nothing of a row lies along the directions, or along the centre: z stays small beside them
+    W[4], W[5] = -128.0, 127.0
+    W /= 128
+    far, digit = torch.zeros(d), torch.randint(-127, 128, (d,), generator=g).float()
+    far[:4], digit[:4], digit[4] = 1e6, 0.0, 127.0
+    x, b = (far + digit)[None], torch.full((F,), 3000.0)
+    own = {"directions": torch.eye(d)[:4]} if k else {"centre": far}
+    exact = (x.double() @ W.double())[0] + b
+    error = 1.01 * (d // 16 + 6) * u * x.double().norm() + 1.01 * u * (x if k else digit).double().norm()
+    if k:
+        error += 1.02 * (k + 4) * u * far.double().norm() + 1.01 * u * digit.double().norm()
+    error += (7 + 1.02 * k) * u * digit.double().norm()
+    bound = W.double().norm(dim=0) * error
+    for share, left in ((0.98, F), (1.02, 0)):
+        theta = (exact + share * bound).float()
+        screen = Screen.build(W, b, theta, **own)
+        for times in SOME:
+            _, stats = screened(x.repeat(times, 1), W, b, theta, screen, digits, second=False)
+            assert stats["survivors"] == times * left
+
+
 def test_the_second_digits_error(isa):
     """As the weights' error, one digit further: the token lies along e2, and θ is just below z."""
     g = torch.Generator().manual_seed(8)
