@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast import backends, ops, roof
+from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.sae import JumpReLUSAE
 from gemmascope_fast.testing import compare_support
 
@@ -230,12 +230,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 x = sample[:T] if sample is not None else CASES[name].x(T)
                 rows.append(measure(name, sae, x, roofs, set(args.peers.split(","))))
                 show(rows[-1])
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "isa": backends.isa(),
-        "torch": torch.__version__,
-    }
-    return {"machine": machine, "threads": torch.get_num_threads(), "roof": vars(roofs), "call_us": cost, "rows": rows}
+    threads = torch.get_num_threads()
+    return {"machine": describe(threads), "threads": threads, "roof": vars(roofs), "call_us": cost, "rows": rows}
 
 
 def show(row: dict[str, Any]) -> None:

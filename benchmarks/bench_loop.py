@@ -25,7 +25,6 @@ import copy
 import importlib.util
 import itertools
 import json
-import platform
 import statistics
 import sys
 import time
@@ -39,8 +38,8 @@ import torch
 from torch import Tensor, nn
 
 import gemmascope_fast as gsf
-from gemmascope_fast import backends
 from gemmascope_fast.attach import Activations, Clamp
+from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.testing import compare_support
 
 L0, D_SAE = 76, 16384
@@ -326,16 +325,6 @@ def measure(bench: Bench, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    import transformers
-
-    return {
-        "processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "gemmascope_fast": gsf.__version__,
-        "isa": backends.isa(),
-    }  # fmt: skip
-
-
 def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -365,7 +354,8 @@ def main(argv: list[str] | None = None) -> None:
         results.append(measure(CASES[case](), args.tokens, args.rounds))
         show(results[-1])
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n", encoding="utf-8")
+        found = {"machine": describe(torch.get_num_threads()), "results": results}
+        args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
