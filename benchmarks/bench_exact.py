@@ -96,7 +96,8 @@ class Rotated:
     """Weights in the layouts that each implementation likes best, as many copies as `tokens` ask for."""
 
     def __init__(self, sae: JumpReLUSAE, tokens: int) -> None:
-        self.saes = copies(sae, 1 if tokens > FEW_TOKENS else None)
+        # two of them for many tokens: a decode would find the rows in cache that its peer had just read
+        self.saes = copies(sae, 2 if tokens > FEW_TOKENS else None)
         vectors = (sae.b_enc, sae.threshold)
         dense = copies(sae, 1 if tokens > FEW_TOKENS else None, bytes_read=4, prepare=False)
         self.fp32 = [(s.W_enc.detach().contiguous(), *vectors, s.W_dec.detach(), sae.b_dec.detach()) for s in dense]
