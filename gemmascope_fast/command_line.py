@@ -9,7 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.files import replacing
+from gemmascope_fast.files import replacing, saying_where
+
+PLOTS = (".png", ".svg", ".pdf")
+EXAMPLES = Path(__file__).parent / "data" / "examples"
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser, *, sae: bool = True) -> None:
@@ -28,6 +31,11 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, plot: bool = True) 
         parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as .png, .svg or .pdf")
 
 
+def example(value: str | Path, name: str) -> Path:
+    """The bundled example `name` for the value "demo"; any other path stands for itself."""
+    return EXAMPLES / name if str(value) == "demo" else Path(value)
+
+
 def require(module: str, extra: str, what: str) -> None:
     """ValueError naming the extra where a module is not installed; asked before the minutes are spent."""
     if find_spec(module) is None:
@@ -36,8 +44,34 @@ def require(module: str, extra: str, what: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON has no NaN and no infinity: null says that there is no such figure.  The file appears whole."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(_plain(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The file appears whole.  OSError names it."""
+    with saying_where(path), replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """A matplotlib figure as what the path's ending says; the file appears whole.  OSError names it."""
+    with saying_where(path), replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """ValueError where --json, --plot or --html could not be written, and --plot without its extra: asked before the
+    minutes are spent."""
+    for name in ("json", "plot", "html"):
+        path = getattr(args, name, None)
+        if path is None:
+            continue
+        if not path.parent.is_dir() or path.is_dir():
+            raise ValueError(f"--{name}: expected a file in a folder that exists, got {path}")
+        if name == "plot":
+            require("matplotlib", "plot", "--plot")
+            if path.suffix not in PLOTS:
+                raise ValueError(f"--plot: expected a name ending in {', '.join(PLOTS)}, got {path}")
 
 
 def _plain(value: Any) -> Any:

@@ -91,6 +91,12 @@ def load_model(name: str) -> tuple[Any, Any]:
     return cls.from_pretrained(name, dtype="float32").eval(), transformers.AutoTokenizer.from_pretrained(name)
 
 
+def full_names(settings: dict[str, Any]) -> tuple[str, str]:
+    """(model, SAE) of an extraction's settings as titles show them: what "demo" stands for is spelled out."""
+    model, sae = str(settings.get("model", "a model")), str(settings.get("sae", "an SAE"))
+    return MODEL_NAME if model == "demo" else model, SAE_FILE.stem if sae == "demo" else sae
+
+
 def sae_place(name: str) -> str:
     """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
     return str(SAE_FILE) if name == "demo" else name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -29,6 +30,17 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def saying_where(path: Path, more: str = "") -> Iterator[None]:
+    """An OSError from within becomes one that says which file was being written, that the disk is full where that is
+    why, and `more`."""
+    try:
+        yield
+    except OSError as error:
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        raise OSError(f"{path}: {why}{more}") from error
 
 
 def sync(path: Path) -> None:

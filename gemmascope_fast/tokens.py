@@ -16,3 +16,10 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
     if tokenizer.bos_token_id is not None or getattr(tokenizer, "cls_token_id", None) is None:
         return tokenizer.bos_token_id, None
     return tokenizer.cls_token_id, tokenizer.sep_token_id
+
+
+def room(model: Any, tokenizer: Any) -> int | None:
+    """Content tokens that the model reads at once, after what a text opens with; None where its configuration sets no
+    limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else int(limit) - len(opening(tokenizer))

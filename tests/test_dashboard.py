@@ -15,6 +15,7 @@ from gemmascope_fast import cli
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dashboard import Dashboard, collect
 from gemmascope_fast.dashboard.collect import BINS, SEGMENT
+from gemmascope_fast.dashboard.pages import precision
 from gemmascope_fast.dashboard.serve import server
 from gemmascope_fast.dashboard.weights import logit_lens, neighbours
 from gemmascope_fast.demo_model import load_model
@@ -218,14 +219,38 @@ def test_static_pages_by_command(made, tmp_path):
     assert cli.main([*words, "--json", str(tmp_path / "f.json")]) == 0
     assert len(list((tmp_path / "site" / "feature").iterdir())) == 96
     index = (tmp_path / "site" / "index.html").read_text()
-    data = json.loads(index.split("const rows = ")[1].split(", tokens =")[0])
+    data = json.loads(index.split('id="data">')[1].split("</script>")[0])
     figures = json.loads((tmp_path / "f.json").read_text())
     assert [row[1] for row in data] == [f["fired"] for f in figures["features"]]
-    assert index.count("</script>") == 1
+    assert index.count("</script>") == 2
     other = tmp_path / "other.safetensors"
     save(make_sae(seed=9), other)
     assert cli.main([*words, "--sae", str(other)]) == 1
     assert cli.main(["dashboard", "--latents", str(tmp_path)]) == 1
+
+
+def test_figures_are_written_as_javascript_writes_them():
+    figures = [0, 1.005, 0.1, 99.95, 999.5, 1234, 1e-6, 1.5e-7, 0.000123456, 100, 12.345, -3.25]
+    # node -p 'figures.map(x => x.toPrecision(3))'
+    want = ["0.00", "1.00", "0.100", "100", "1.00e+3", "1.23e+3", "0.00000100", "1.50e-7", "0.000123", "100", "12.3"]
+    assert [precision(x, 3) for x in figures] == [*want, "-3.25"]
+
+
+def test_more_features_than_one_page_holds(made, dashboard, tmp_path, monkeypatch):
+    from gemmascope_fast.dashboard import pages
+
+    monkeypatch.setattr(pages, "ROWS", 40)
+    fewer = Dashboard(dashboard.store, dashboard.collected, dashboard.pieces)
+    page = tmp_path / "index.html"
+    step = "<script>const first = $('rows').rows.length; $('on').click(); document.title = first;</script></body>"
+    page.write_text(fewer.index.replace("</body>", step))
+    drawn = dumped(page, tmp_path / "profile")
+    assert "<title>40</title>" in drawn
+    body = drawn.split('<tbody id="rows">')[1].split("</tbody>")[0]
+    shown = [int(part.split(".html")[0]) for part in body.split('href="feature/')[1:]]
+    fired = dashboard.collected.fired
+    assert shown == sorted(range(96), key=lambda f: (-fired[f], f))[40:80]
+    assert ">41 to 80 of 96<" in drawn
 
 
 def test_the_server_gives_the_same_pages(dashboard):
@@ -254,11 +279,21 @@ def test_pages_in_chromium(dashboard, made, tmp_path):
     from gemmascope_fast.dashboard.pages import write
 
     write(dashboard, tmp_path / "site")
-    index = dumped(tmp_path / "site" / "index.html", tmp_path / "profile")
+    opened = tmp_path / "site" / "index.html"
+    index = dumped(opened, tmp_path / "profile")
     body = index.split('<tbody id="rows">')[1].split("</tbody>")[0]
     shown = [int(part.split(".html")[0]) for part in body.split('href="feature/')[1:]]
     fired = dashboard.collected.fired
     assert shown == sorted(range(96), key=lambda f: (-fired[f], f))
+    # what stands in the page is what the script draws, of a tie and of every script of writing the same
+    again = "<script>const was = $('rows').innerHTML; select();"
+    again += "document.title = was.length > 1000 && was === $('rows').innerHTML ? 'same' : 'other';"
+    again += "$('search').value = '77'; select();</script></body>"
+    opened.write_text(opened.read_text().replace("</body>", again))
+    drawn = dumped(opened, tmp_path / "profile")
+    assert "<title>same</title>" in drawn
+    assert drawn.split('<tbody id="rows">')[1].split("</tbody>")[0].count("<tr>") == 1
+    assert '<span id="count" role="status">1 to 1 of 1<' in drawn
     picture = tmp_path / "page.png"
     page = tmp_path / "site" / "feature" / "7.html"
     screenshot(page, tmp_path / "profile", picture)

@@ -279,7 +279,7 @@ def test_batches_hold_every_window_once_within_bounds():
 
 def test_a_window_that_the_model_lacks_is_refused(loaded, sae):
     Extractor(*loaded, sae, 255)
-    with pytest.raises(ValueError, match="--window: expected 1 to 256"):
+    with pytest.raises(ValueError, match="--window: expected 1 to 255"):
         Extractor(*loaded, sae, 256)
 
 

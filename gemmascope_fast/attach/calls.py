@@ -126,6 +126,8 @@ class Arguments:
 
 def cache_of(values: Any) -> Any:
     """The KV cache or recurrent state among a call's arguments or in its output, or None."""
+    if hasattr(values, "cache"):  # an output of transformers 5.24, which warns where it is asked for the older names
+        return values.cache
     for name in CACHES:
         found = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
         if found is not None:

@@ -50,10 +50,10 @@ class Trace:
 
 def load_transcript(path: str | Path) -> list[Turn]:
     """A JSON array, or JSON lines, of {role, content}.  ValueError naming the turn (or line) that is not one."""
-    text = Path(path).read_text("utf-8")
-    if text.lstrip().startswith("["):
+    data = Path(path).read_bytes()
+    if data.lstrip().startswith(b"["):
         try:
-            values = json.loads(text)
+            values = json.loads(data)
         except ValueError as error:
             raise ValueError(f"{path}: expected a JSON array of turns: {error}") from error
         numbered = [(f"turn {i}", v) for i, v in enumerate(values, 1)]

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.command_line import add_output_arguments, add_pair_arguments, write_json
+from gemmascope_fast.command_line import (
+    add_output_arguments,
+    add_pair_arguments,
+    check_outputs,
+    example,
+    write_json,
+    write_text,
+)
 
 
 def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +22,9 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
         "Reads a conversation turn by turn, tool results included, with one KV cache, and shows what fires where."
     )
     add_pair_arguments(parser)
-    parser.add_argument("--transcript", type=Path, required=True, metavar="FILE", help="JSON: role and content a turn")
+    parser.add_argument(
+        "--transcript", default="demo", metavar="FILE", help="JSON: role and content a turn (default: bundled)"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write the transcript there, shaded by feature")
     add_output_arguments(parser, plot=False)
 
@@ -26,7 +35,9 @@ def run_conversation(args: argparse.Namespace) -> int:
     from gemmascope_fast.compare.conversation import by_role, load_transcript, read_conversation
     from gemmascope_fast.demo_model import load_pair
 
-    turns = load_transcript(args.transcript)
+    check_outputs(args)
+    path = example(args.transcript, "talk.json")
+    turns = load_transcript(path)
     model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
     with tqdm(total=len(turns), desc="reading", unit="turn") as bar:
         traces = read_conversation(model, tokenizer, {(layer, "resid"): sae}, turns, bar.update)
@@ -35,7 +46,7 @@ def run_conversation(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, {"turns": [_record(trace) for trace in traces], "roles": roles})
     if args.html is not None:
-        args.html.write_text(page(traces, tokenizer, f"{args.transcript.name}: layer {layer}"), encoding="utf-8")
+        write_text(args.html, page(traces, tokenizer, f"{path.name}: layer {layer}"))
         print(f"Page: {args.html}")
     return 0
 
@@ -51,15 +62,16 @@ def _show(traces: Sequence[Any], roles: dict[str, dict[str, Any]]) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table("turn", "role", "tokens", "L0", "strongest features: mean activation", title="Turns")
+    table = Table("turn", "role", "tokens", "L0", "strongest features:mean activation", title="Turns")
     for number, trace in enumerate(traces, 1):
         record = _record(trace)
-        top = "   ".join(f"{f['feature']}: {f['mean']:.1f}" for f in record["features"][:4])
+        # no space within: a narrow terminal breaks lines between features
+        top = "  ".join(f"{f['feature']}:{f['mean']:.4g}" for f in record["features"][:4])
         table.add_row(str(number), record["role"], str(record["tokens"]), f"{record['l0']:.1f}", top)
     console.print(table)
-    by = Table("role", "tokens", "L0", "features that fire more often than elsewhere: rate, elsewhere", title="Roles")
+    by = Table("role", "tokens", "L0", "fires more often than elsewhere, feature:rate/elsewhere", title="Roles")
     for role, found in roles.items():
-        top = "   ".join(f"{f['feature']}: {f['rate']:.2f}, {f['elsewhere']:.2f}" for f in found["features"][:4])
+        top = "  ".join(f"{f['feature']}:{f['rate']:.2f}/{f['elsewhere']:.2f}" for f in found["features"][:4])
         by.add_row(role, str(found["tokens"]), f"{found['l0']:.1f}", top)
     console.print(by)
 

@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.command_line import add_output_arguments, add_pair_arguments, require, shown, write_json
+from gemmascope_fast.command_line import (
+    add_output_arguments,
+    add_pair_arguments,
+    check_outputs,
+    require,
+    save_figure,
+    shown,
+    write_json,
+)
 
 
 def add_models_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +45,11 @@ def run_models(args: argparse.Namespace) -> int:
     from gemmascope_fast.extraction.sources import documents, resolve
 
     require("scipy", "analysis", "compare-models")
-    if args.plot is not None:
-        require("matplotlib", "plot", "--plot")
+    check_outputs(args)
     stream = ("".join(d.parts) for d in documents(resolve(args.text), args.column, args.split))
     texts = list(islice((t for t in stream if t.strip()), args.most))
+    if not texts:
+        raise ValueError(f"--text: expected at least one text, got none in {', '.join(args.text)}")
     sae = load_sae(args.sae, args.sae_id)
     sae_b = load_sae(args.sae_b, args.sae_b_id) if args.sae_b else sae
     layer_b = args.layer if args.layer_b is None and args.sae_b is None else args.layer_b
@@ -113,4 +122,4 @@ def _plot(out: dict[str, Any], path: Path) -> None:
     else:
         axes.hist([r["match_correlation"] for r in out["features"]], bins=40, color="#3b6ea5")
         axes.set(xlabel="correlation of firing with the best match", ylabel="features of the first SAE")
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -141,14 +141,24 @@ def _ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 # ---- depth ------------------------------------------------------------------------------------------
 
 
-def separability(x: np.ndarray, labels: Sequence[bool], folds: int = 5, seed: int = 0) -> float:
+def separability(
+    x: np.ndarray, labels: Sequence[bool], folds: int = 5, seed: int = 0, *, paired: bool = False
+) -> float:
     """ROC AUC of a difference-of-means direction between two sets of texts [n, d], each text scored by the folds it is
-    not in.  Dimensions are weighted by their inverse variance within the sets, of the fold's training texts."""
+    not in.  Dimensions are weighted by their inverse variance within the sets, of the fold's training texts.
+
+    paired: the n-th text of one set and the n-th of the other are alike (two answers to one prompt) and share a fold:
+    a partner in the training texts, under the other label, would turn the score round.
+    """
     y = np.asarray(labels, bool)
-    order = np.random.default_rng(seed).permutation(len(y))
+    generator = np.random.default_rng(seed)
+    if paired and 2 * y.sum() != len(y):
+        raise ValueError(f"paired: expected sets of one size, got {int(y.sum())} and {int((~y).sum())} texts")
+    order = generator.permutation(int(y.sum()))
     fold = np.empty(len(y), int)
     for of in (True, False):
-        own = order[y[order] == of]
+        own = np.nonzero(y == of)[0]
+        own = own[generator.permutation(len(own))] if not paired else own[order]
         fold[own] = np.arange(len(own)) % folds
     total = pairs = 0.0
     for k in range(folds):

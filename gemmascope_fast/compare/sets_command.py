@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from gemmascope_fast.command_line import add_output_arguments, add_pair_arguments, require, shown, write_json
+from gemmascope_fast.command_line import (
+    add_output_arguments,
+    add_pair_arguments,
+    check_outputs,
+    example,
+    require,
+    save_figure,
+    shown,
+    write_json,
+)
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +26,18 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
         " rejected answers, before and after length and format are taken out."
     )
     add_pair_arguments(parser)
-    parser.add_argument("--a", nargs="+", metavar="TEXT", help="the first set: files as `extract --text` takes them")
+    parser.add_argument(
+        "--a",
+        nargs="+",
+        metavar="TEXT",
+        help="the first set, as `extract --text` takes it; 'demo:past' and 'demo:present' are bundled",
+    )
     parser.add_argument("--b", nargs="+", metavar="TEXT", help="the second set")
     parser.add_argument(
-        "--pairs", type=Path, metavar="FILE", help="instead: JSON lines of chosen, rejected and, if any, prompt"
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="instead: JSON lines of chosen, rejected and, if any, prompt; 'demo' is bundled",
     )
     parser.add_argument(
         "--reward", action="store_true", help="of pairs: --model is a reward model; what its features add to the reward"
@@ -38,8 +55,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_compare(args: argparse.Namespace) -> int:
     require("scipy", "analysis", "compare-texts")
-    if args.plot is not None:
-        require("matplotlib", "plot", "--plot")
+    check_outputs(args)
     if (args.pairs is None) == (args.a is None or args.b is None):
         raise ValueError("expected --a TEXT and --b TEXT, or --pairs FILE")
     if args.reward and (args.pairs is None or args.layers):
@@ -58,7 +74,7 @@ def run_compare(args: argparse.Namespace) -> int:
     out: dict[str, Any] = {"texts": [len(first), len(second)], "features": _records(rows)}
     _show(rows, args.top, f"{len(first)} texts against {len(second)}")
     if args.layers:
-        out["layers"] = depth(model, tokenizer, {key: sae}, first, second, args.window)
+        out["layers"] = depth(model, tokenizer, {key: sae}, first, second, args.window, args.pairs is not None)
         _show_layers(out["layers"])
     if args.json is not None:
         write_json(args.json, out)
@@ -84,8 +100,9 @@ def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray |
             sets.append(found)
         return sets[0], sets[1], None
     chosen, rejected, z = [], [], []
-    for number, value in json_lines(args.pairs):
-        where = f"{args.pairs}, line {number}"
+    path = example(args.pairs, "preferences.jsonl")
+    for number, value in json_lines(path):
+        where = f"{path}, line {number}"
         answers = [string(value, name, where) for name in ("chosen", "rejected")]
         if not all(a.strip() for a in answers):
             raise ValueError(f"{where}: expected two answers, got an empty one")
@@ -117,8 +134,9 @@ def _compare(args: Any, model: Any, tokenizer: Any, sites: Any, first: Any, seco
 
 
 def depth(
-    model: Any, tokenizer: Any, sites: Any, first: list[str], second: list[str], window: int = 1023
-) -> list[dict[str, Any]]:
+    model: Any, tokenizer: Any, sites: Any, first: list[str], second: list[str], window: int = 1023,
+    paired: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Separability of the two sets at the output of every layer, and on the latents where there is an SAE."""
     from tqdm import tqdm
 
@@ -143,8 +161,8 @@ def depth(
             dense[features] = values
             means["latents"].append(dense)
     name = getattr(own, "hook_name", f"layer {own}")
-    found = [{"layer": layer, "auc": separability(np.array(means[layer, "resid"]), labels)} for layer in layers]
-    return [*found, {"layer": f"latents, {name}", "auc": separability(np.array(means["latents"]), labels)}]
+    named = [*((layer, (layer, "resid")) for layer in layers), (f"latents, {name}", "latents")]
+    return [{"layer": n, "auc": separability(np.array(means[key]), labels, paired=paired)} for n, key in named]
 
 
 def _records(rows: dict) -> list[dict[str, Any]]:
@@ -157,13 +175,15 @@ def _show(rows: dict, top: int, title: str) -> None:
     from rich.table import Table
 
     names = list(rows)
-    table = Table(*names, title=f"{title}: {len(rows['feature'])} features tested")
+    # a column is as wide as a terminal of 80 has room for: the JSON holds every digit
+    table = Table(*(n.replace("_", " ") for n in names), title=f"{title}: {len(rows['feature'])} features tested")
     for record in _records({n: rows[n][:top] for n in names}):
-        table.add_row(*(shown(v) if n != "feature" else str(v) for n, v in record.items()))
+        cells = (str(v) if n == "feature" else f"{v:.2g}" if n[0] in "pq" else f"{v:.3g}" for n, v in record.items())
+        table.add_row(*cells)
     console = Console()
     console.print(table)
     for name in (n for n in names if n.startswith("q")):
-        console.print(f"{int((rows[name] < 0.05).sum())} features with {name} < 0.05")
+        console.print(f"features with {name.replace('_', ' ')} < 0.05: {int((rows[name] < 0.05).sum())}")
 
 
 def _show_layers(found: list[dict[str, Any]]) -> None:
@@ -193,6 +213,8 @@ def _plot(rows: dict, layers: list[dict[str, Any]] | None, path: Path) -> None:
     if layers:
         axes[1].plot([row["auc"] for row in layers[:-1]], "o-", label="activations")
         axes[1].axhline(layers[-1]["auc"], color="C1", linestyle="--", label=layers[-1]["layer"])
+        axes[1].axhline(0.5, color="#888", linewidth=0.8)
         axes[1].set(xlabel="layer", ylabel="AUC of held-out texts")
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
         axes[1].legend()
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -3,6 +3,7 @@ trusted."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from gemmascope_fast.extraction.sources import json_lines, string
 from gemmascope_fast.extraction.windows import padded
-from gemmascope_fast.tokens import opening
+from gemmascope_fast.tokens import opening, room
 
 
 @dataclass(frozen=True)
@@ -79,26 +80,38 @@ def classify(
 ) -> np.ndarray:  # fmt: skip
     """int64 [texts]: which label the model finds likeliest, by log p(label's tokens | prompt).
 
-    template: the prompt, with {text}; a label follows it after a space.  ValueError where {text} is missing.
+    template: the prompt, with {text}; a label follows it after a space.  ValueError where {text} is missing, or a
+    prompt with its label is longer than the model's window.
     """
     if "{text}" not in template:
         raise ValueError(f"--prompt: expected a prompt with {{text}}, got {template!r}")
     head = opening(tokenizer)
     answers = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
+    prompts = [
+        [*head, *tokenizer(template.replace("{text}", t), add_special_tokens=False, verbose=False)["input_ids"]]
+        for t in texts
+    ]
+    most = room(model, tokenizer)
+    for number, prompt in enumerate(prompts, 1):
+        own = len(prompt) - len(head) + max(map(len, answers))
+        if most is not None and own > most:
+            raise ValueError(f"text {number}: expected at most {most} tokens with prompt and label, got {own}")
     scores = np.empty((len(texts), len(labels)))
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(texts), at_once):
-        part = texts[start : start + at_once]
-        prompts = [
-            [*head, *tokenizer(template.replace("{text}", t), add_special_tokens=False, verbose=False)["input_ids"]]
-            for t in part
-        ]
+        part = order[start : start + at_once]
+        # logits where a label is read alone: the output head is most of a small model's weights
+        first = len(prompts[part[0]]) - 1 if keeps else 0
         for j, answer in enumerate(answers):
-            ids, mask = padded([[*p, *answer] for p in prompts], tokenizer.pad_token_id or 0)
+            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0)
+            more = {"logits_to_keep": torch.arange(first, ids.shape[1])} if keeps else {}
             with torch.inference_mode():
-                logits = model(ids, attention_mask=mask, use_cache=False).logits
-            for i, prompt in enumerate(prompts):
-                rows = logits[i, len(prompt) - 1 : len(prompt) - 1 + len(answer)].float().log_softmax(-1)
-                scores[start + i, j] = float(rows[torch.arange(len(answer)), torch.tensor(answer)].sum())
+                logits = model(ids, attention_mask=mask, use_cache=False, **more).logits
+            for row, i in zip(logits, part, strict=True):
+                begin = len(prompts[i]) - 1 - first
+                own_rows = row[begin : begin + len(answer)].float().log_softmax(-1)
+                scores[i, j] = float(own_rows[torch.arange(len(answer)), torch.tensor(answer)].sum())
         progress(len(part))
     return scores.argmax(1)
 

@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from gemmascope_fast.command_line import add_output_arguments, add_pair_arguments, require, shown, write_json
+from gemmascope_fast.command_line import (
+    add_output_arguments,
+    add_pair_arguments,
+    check_outputs,
+    example,
+    require,
+    save_figure,
+    shown,
+    write_json,
+)
 
 
 def add_variants_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +26,9 @@ def add_variants_arguments(parser: argparse.ArgumentParser) -> None:
         " how well that share of agreement predicts that it is right."
     )
     add_pair_arguments(parser)
-    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines: group, text, kind, label")
+    parser.add_argument(
+        "--data", default="demo", metavar="FILE", help="JSON lines: group, text, kind, label (default: bundled)"
+    )
     parser.add_argument(
         "--labels", nargs="+", metavar="LABEL", help="what the model may answer (default: nothing is asked)"
     )
@@ -32,12 +43,12 @@ def run_variants(args: argparse.Namespace) -> int:
     from gemmascope_fast.demo_model import load_model, load_pair
 
     require("scipy", "analysis", "variants")
-    if args.plot is not None:
-        require("matplotlib", "plot", "--plot")
-        if not args.labels:
-            raise ValueError("--plot: expected --labels, for the plot is of their reliability")
-    variants = load_variants(args.data)
+    check_outputs(args)
+    if args.plot is not None and not args.labels:
+        raise ValueError("--plot: expected --labels, for the plot is of their reliability")
+    variants = load_variants(example(args.data, "variants.jsonl"))
     groups = groups_of(variants)
+    _check_labels(args, variants)
     model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
     out: dict[str, Any] = {"groups": len(groups), "texts": len(variants)}
     out["features"] = stability(_fired(model, tokenizer, {(layer, "resid"): sae}, variants), groups)
@@ -51,10 +62,18 @@ def run_variants(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, out)
     if args.plot is not None:
-        if "calibration" not in out:
-            raise ValueError(f"--plot: expected at least four groups with a label in {args.data}")
         _plot(out["calibration"], args.plot)
     return 0
+
+
+def _check_labels(args: argparse.Namespace, variants: Any) -> None:
+    """ValueError for labels that cannot be asked for, or too few of them for the plot: before anything is loaded."""
+    known = {v.group: v.label for v in variants if v.label is not None}
+    for group, label in known.items() if args.labels else ():
+        if label not in args.labels:
+            raise ValueError(f"--data: group {group!r} has label {label!r}, expected one of {', '.join(args.labels)}")
+    if args.plot is not None and len(known) < 4:
+        raise ValueError(f"--plot: expected at least four groups with a label in {args.data}, got {len(known)}")
 
 
 def _fired(model: Any, tokenizer: Any, sites: Any, variants: Any) -> list[set[int]]:
@@ -78,9 +97,6 @@ def _votes(pairs: Any, variants: Any, groups: dict[str, list[int]], args: Any) -
     from gemmascope_fast.compare.variants import Votes, classify
 
     known = {v.group: v.label for v in variants if v.label is not None}
-    for group, label in known.items():
-        if label not in args.labels:
-            raise ValueError(f"--data: group {group!r} has label {label!r}, expected one of {', '.join(args.labels)}")
     with tqdm(total=len(pairs) * len(variants), desc="asking", unit="text") as bar:
         texts = [v.text for v in variants]
         predicted = [classify(m, t, texts, args.labels, args.prompt, bar.update) for m, t in pairs]
@@ -127,5 +143,6 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     axes.set(
         xlabel="confidence: weighted share of votes", ylabel="share that is right", xlim=(0, 1.03), ylim=(-0.03, 1.03)
     )
-    axes.legend()
-    figure.savefig(path)
+    # above: the points lie along the diagonal, and often at its ends
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    save_figure(figure, path)

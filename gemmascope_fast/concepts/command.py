@@ -6,7 +6,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.command_line import add_output_arguments, add_pair_arguments, require, shown, write_json
+from gemmascope_fast.command_line import (
+    add_output_arguments,
+    add_pair_arguments,
+    check_outputs,
+    require,
+    save_figure,
+    shown,
+    write_json,
+)
 
 
 def add_concepts_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +42,7 @@ def run_concepts(args: argparse.Namespace) -> int:
     from gemmascope_fast.demo_model import load_pair
 
     require("sklearn", "analysis", "concepts")
-    if args.plot is not None:
-        require("matplotlib", "plot", "--plot")
+    check_outputs(args)
     methods = args.methods or list(METHODS)
     for method in methods:
         if method not in METHODS:
@@ -121,4 +128,4 @@ def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     if steering:
         axes[1].set(xlabel="cost: nats a token that other texts lose", ylabel="gain of the concept's texts over them")
         axes[1].axhline(0, color="#888", linewidth=0.8)
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -53,6 +53,8 @@ def load_examples(path: str | Path) -> list[Example]:
         if label not in (0, 1) or not text.strip():
             raise ValueError(f"{where}: expected a text and a label of 0 or 1, got {text!r:.40}, {label!r}")
         found.append(Example(text, concept, int(label)))
+    if not found:
+        raise ValueError(f"{path}: expected at least one text")
     return found
 
 

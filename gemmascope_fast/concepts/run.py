@@ -18,8 +18,9 @@ from gemmascope_fast.extraction.texts import read_texts
 from gemmascope_fast.extraction.windows import padded
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE
-from gemmascope_fast.tokens import opening
+from gemmascope_fast.tokens import opening, room
 
+WINDOW = 1023  # tokens of a text after its BOS
 METHODS = ("SAE", "DiffMean", "probe", "ReFT-r1")
 Tick = Callable[[], None]
 
@@ -31,12 +32,17 @@ class Concepts:
         self, model: Any, tokenizer: Any, sae: JumpReLUSAE, layer: int, examples: Sequence[Example],
         progress: Callable[[int], None] = lambda _n: None,
     ) -> None:  # fmt: skip
-        """Raises ValueError for a text without content tokens."""
+        """Raises ValueError for a text without content tokens, or longer than the model's window."""
         self.model, self.tokenizer, self.sae, self.layer, self.examples = model, tokenizer, sae, layer, examples
         self.rows: list[Tensor] = []
         self._bases: dict[tuple[int, ...], float] = {}
         texts = [e.text for e in examples]
-        for i, (_, found) in enumerate(read_texts(model, tokenizer, {(layer, "resid"): Activations()}, texts)):
+        window = min(WINDOW, room(model, tokenizer) or WINDOW)
+        read = read_texts(model, tokenizer, {(layer, "resid"): Activations()}, texts, window=window)
+        for i, (ids, found) in enumerate(read):
+            if len(ids) > window:
+                # a loss of its first tokens would be another text's
+                raise ValueError(f"text {texts[i]!r:.40}: expected at most {window} tokens, got {len(ids)}")
             if not found or not len(found[layer, "resid"]):
                 raise ValueError(f"text {texts[i]!r:.40}: expected at least one token besides the special ones")
             self.rows.append(found[layer, "resid"])
@@ -124,7 +130,7 @@ class Concepts:
         """Mean cross-entropy in nats over the content tokens of the chosen texts."""
         head = opening(self.tokenizer)
         texts = [self.examples[i].text for i in chosen]
-        rows = [[*head, *self.tokenizer(t, add_special_tokens=False)["input_ids"][:1023]] for t in texts]
+        rows = [[*head, *self.tokenizer(t, add_special_tokens=False)["input_ids"]] for t in texts]
         pad = self.tokenizer.pad_token_id
         ids, mask = padded(rows, 0 if pad is None else pad)
         site = {(self.layer, "resid"): self.sae}

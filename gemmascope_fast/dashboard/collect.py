@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from gemmascope_fast.extraction.store import Store, digest_of
-from gemmascope_fast.files import replacing
+from gemmascope_fast.files import replacing, saying_where
 
 BINS = 24
 SEGMENT = 32  # tokens of a document that count as one place: of neighbours that fire, the strongest is shown
@@ -56,7 +56,7 @@ class Collected:
 
     def save(self, path: Path, key: str) -> None:
         """The file appears whole; `load` wants the same key."""
-        with replacing(path) as temporary, open(temporary, "wb") as file:
+        with saying_where(path), replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, key=np.array(key), **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
@@ -87,7 +87,7 @@ def collect(
     """
     if k < 1 or left < 0 or right < 0:
         raise ValueError(f"expected k of at least 1 and no negative width, got k {k}, left {left}, right {right}")
-    key = f"2 {k} {left} {right} {store.d_sae} {digest_of(store.folder / 'shards.jsonl')}"
+    key = f"2 {k} {left} {right} {store.d_sae} {_journal(store)}"
     known = None if cache is None else Collected.load(cache, key)
     if known is not None:
         return known
@@ -102,6 +102,12 @@ def collect(
     if cache is not None:
         found.save(cache, key)
     return found
+
+
+def _journal(store: Store) -> str:
+    """What says which shards there are; a text of no tokens has none."""
+    path = store.folder / "shards.jsonl"
+    return digest_of(path) if path.exists() else ""
 
 
 def _first_pass(found: Collected, rows: dict[str, np.ndarray]) -> None:

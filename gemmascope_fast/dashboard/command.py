@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.command_line import require, write_json
+from gemmascope_fast.command_line import check_outputs, require, write_json
 
 
 def add_dashboard_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +30,7 @@ def run_dashboard(args: argparse.Namespace) -> int:
     require("pyarrow", "analysis", "dashboard")
     if args.out is None and not args.serve and args.json is None:
         raise ValueError("expected --out FOLDER, --serve or --json FILE")
+    check_outputs(args)
     made = build(args)
     show(made)
     if args.json is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import ROUND_HALF_UP, Context
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,14 @@ import torch
 
 from gemmascope_fast.dashboard.collect import BINS, Collected
 from gemmascope_fast.dashboard.weights import Lens
+from gemmascope_fast.demo_model import full_names
 from gemmascope_fast.extraction.store import Store
+from gemmascope_fast.files import replacing, saying_where
 from gemmascope_fast.report.pieces import Pieces
 from gemmascope_fast.report.templating import render, script_data
 
 NEURONPEDIA = "https://www.neuronpedia.org"
+ROWS = 100  # of the index at once
 
 
 class Dashboard:
@@ -37,7 +41,8 @@ class Dashboard:
         self.neuronpedia = neuronpedia or store.settings.get("neuronpedia_id")
         self.store, self.collected, self.pieces, self.near, self.lens = store, collected, pieces, near, lens
         settings = store.settings
-        self.title = f"{settings.get('model', 'a model')}, {settings['hook_name']}, {settings.get('sae', 'an SAE')}"
+        model, sae = full_names(settings)
+        self.title = f"{model}, {settings['hook_name']}, {sae}"
         self.tokens = max(store.tokens, 1)
         self._sources = _Sources(store)
 
@@ -48,15 +53,25 @@ class Dashboard:
 
     @cached_property
     def index(self) -> str:
-        """The index; its rows are data that its script searches and sorts."""
+        """The index: the densest features as a table, all of them as data that its script searches and sorts."""
         rows = [self._row(f) for f in range(len(self))]
+        densest = sorted(rows, key=lambda row: (-row[1], row[0]))[:ROWS]
+        first = [
+            {
+                "feature": feature, "density": precision(100 * fired / self.tokens, 3), "maximum": precision(high, 4),
+                "strongest": strongest, "raised": raised,
+            }
+            for feature, fired, high, strongest, raised in densest
+        ]  # fmt: skip
         about = {
             "tokens": self.tokens,
             "features": len(self),
             "silent": int((self.collected.fired == 0).sum()),
             "l0": float(self.collected.fired.sum() / self.tokens),
         }
-        return render("dashboard_index.html", title=self.title, about=about, data=script_data(rows))
+        return render(
+            "dashboard_index.html", title=self.title, about=about, first=first, shown=ROWS, data=script_data(rows)
+        )
 
     def page(self, feature: int) -> str:
         """One feature's page.  IndexError for a feature that the SAE lacks."""
@@ -110,7 +125,7 @@ class Dashboard:
             )
         document = int(c.document[feature, rank])
         source, record = self._sources(document)
-        where = f"{Path(source).name}, {record}, token {int(c.position[feature, rank])}"
+        where = f"{Path(source).name}:{record}, token {int(c.position[feature, rank])}"
         return {"value": value, "spans": spans, "where": where}
 
     def _bars(self, feature: int) -> list[dict[str, Any]]:
@@ -138,6 +153,18 @@ class Dashboard:
         return f"{NEURONPEDIA}/{self.neuronpedia}/{feature}" if self.neuronpedia else None
 
 
+def precision(x: float, digits: int) -> str:
+    """JavaScript's toPrecision, which draws the rows that are sorted later."""
+    if x == 0:
+        return f"{0:.{digits - 1}f}"
+    rounded = Context(prec=digits, rounding=ROUND_HALF_UP).create_decimal_from_float(x)
+    exponent = rounded.adjusted()
+    if -7 < exponent < digits:
+        return f"{rounded:.{digits - 1 - exponent}f}"
+    mantissa, _, _ = f"{rounded:.{digits - 1}e}".partition("e")
+    return f"{mantissa}e{exponent:+d}"
+
+
 class _Sources:
     """Document number → (source, record), from the documents tables."""
 
@@ -156,9 +183,12 @@ class _Sources:
 
 
 def write(dashboard: Dashboard, out: Path, progress: Callable[[], None] = lambda: None) -> None:
-    """index.html and feature/N.html; progress is told of each feature's page."""
+    """feature/N.html, and last of all index.html; progress is told of each feature's page.  OSError names the file."""
     (out / "feature").mkdir(parents=True, exist_ok=True)
-    (out / "index.html").write_text(dashboard.index, encoding="utf-8")
     for feature in range(len(dashboard)):
-        (out / "feature" / f"{feature}.html").write_text(dashboard.page(feature), encoding="utf-8")
+        path = out / "feature" / f"{feature}.html"
+        with saying_where(path):
+            path.write_text(dashboard.page(feature), encoding="utf-8")
         progress()
+    with saying_where(out / "index.html"), replacing(out / "index.html") as temporary:
+        temporary.write_text(dashboard.index, encoding="utf-8")

@@ -17,6 +17,9 @@ def server(dashboard: Dashboard, host: str = "127.0.0.1", port: int = 0) -> Thre
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        # head and body leave together: the second of two small packets would wait 40 ms for the first one's receipt
+        wbufsize = -1
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             path = self.path.split("?")[0]

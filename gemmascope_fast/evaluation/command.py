@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.command_line import save_figure
+
 
 def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
@@ -141,4 +143,4 @@ def plot_frequencies(frequencies: Any, path: Path, title: str) -> None:
     axes.set_xlabel("log10 of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
     axes.set_title(f"{title}; {len(frequencies) - len(alive)} of {len(frequencies)} features silent")
-    figure.savefig(path)
+    save_figure(figure, path)

@@ -7,7 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.command_line import add_output_arguments, add_pair_arguments, require, shown, write_json
+from gemmascope_fast.command_line import (
+    add_output_arguments,
+    add_pair_arguments,
+    check_outputs,
+    require,
+    shown,
+    write_json,
+)
 
 
 def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,11 +51,11 @@ def run_extract(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from gemmascope_fast.demo_model import full_names
     from gemmascope_fast.extraction.store import Store
 
     require("pyarrow", "analysis", "extract")
-    if args.plot is not None:
-        require("matplotlib", "plot", "--plot")
+    check_outputs(args)
     console = Console()
     if args.check:
         store = Store(args.out)
@@ -57,7 +64,7 @@ def run_extract(args: argparse.Namespace) -> int:
     else:
         store, figures = _extract(args)
     figures = {"out": str(args.out), "complete": store.manifest["complete"], **_figures(store), **figures}
-    table = Table("figure", "value", title=f"{store.settings['sae']} at {store.settings['hook_name']}")
+    table = Table("figure", "value", title=f"{full_names(store.settings)[1]} at {store.settings['hook_name']}")
     for key, value in figures.items():
         table.add_row(key, shown(value))
     console.print(table)

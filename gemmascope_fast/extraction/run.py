@@ -22,7 +22,7 @@ from gemmascope_fast.extraction.store import Columns, Writer
 from gemmascope_fast.extraction.windows import Block, Cursor, Window, batches, blocks, padded
 from gemmascope_fast.latents import SparseLatents
 from gemmascope_fast.sae import JumpReLUSAE
-from gemmascope_fast.tokens import opening
+from gemmascope_fast.tokens import opening, room
 from gemmascope_fast.training.activations import first_layers
 
 WINDOW, BATCH, SHARD = 1024, 2048, 32768
@@ -47,11 +47,10 @@ class Extractor:
     def __post_init__(self) -> None:
         if len(entries(self.sites)) != 1:
             raise ValueError(f"sites: expected one SAE, got {len(entries(self.sites))}")
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        head = len(opening(self.tokenizer))
-        if self.window < 1 or (limit is not None and self.window + head > limit):
+        most = room(self.model, self.tokenizer)
+        if self.window < 1 or (most is not None and self.window > most):
             raise ValueError(
-                f"--window: expected 1 to {limit} tokens, the model's window with the BOS, got {self.window}"
+                f"--window: expected 1 to {most} tokens, the model's window after the BOS, got {self.window}"
             )
         if self.batch < 1:
             raise ValueError(f"--batch: expected a number of tokens, got {self.batch}")

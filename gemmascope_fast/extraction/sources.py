@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from gemmascope_fast.command_line import require
+from gemmascope_fast.command_line import EXAMPLES, require
 
 CHUNK = 1 << 20  # bytes of a text file decoded at once
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 SPLITS = ("file", "paragraph", "line")
+BUNDLED = {"demo:past": EXAMPLES / "past.txt", "demo:present": EXAMPLES / "present.txt"}
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,16 @@ class Source:
 
 def resolve(names: Sequence[str]) -> list[Source]:
     """Each of `names`: a file (.txt, .jsonl, .ndjson, each also .gz; .parquet), a folder of those, 'pydoc', 'stdlib',
-    or hf:DATASET[:CONFIG][@SPLIT].  ValueError for what is none of them, before anything is read.
+    'demo:past', 'demo:present', or hf:DATASET[:CONFIG][@SPLIT].  ValueError for what is none of them, before anything
+    is read.
     """
     found: list[Source] = []
     for name in names:
         path = Path(name)
         if name in ("pydoc", "stdlib"):
             found.append(_builtin(name))
+        elif name in BUNDLED:
+            found.append(_file(BUNDLED[name]))
         elif name.startswith("hf:"):
             found.append(_dataset(name))
         elif path.is_dir():
@@ -226,10 +230,11 @@ def _builtin(name: str) -> Source:
     def read(_column: str, split: str) -> Iterator[Document]:
         pattern = {"file": None, "paragraph": r"\n\s*\n", "line": r"\n"}[split]
         texts = [text] if pattern is None else [t for t in re.split(pattern, text) if t.strip()]
-        sizes = 0
+        # in proportion to the characters: what separates the texts belongs to none
+        total, taken = sum(map(len, texts)), 0
         for number, each in enumerate(texts, 1):
-            sizes += len(each)
-            yield Document([each], name, number, lambda at=sizes: min(at, size))  # type: ignore[misc]
+            taken += len(each)
+            yield Document([each], name, number, lambda at=size * taken // total: at)  # type: ignore[misc]
 
     return Source(name, size, read)
 

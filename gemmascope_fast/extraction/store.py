@@ -14,7 +14,6 @@ anew.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -28,10 +27,11 @@ import numpy as np
 from gemmascope_fast.command_line import require, write_json
 from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.extraction.windows import Cursor
-from gemmascope_fast.files import replacing
+from gemmascope_fast.files import replacing, saying_where
 
 VERSION = 1
 TABLES = ("latents", "tokens", "documents")
+SAFE = "; finished shards are safe, and the same command goes on from them"
 Columns = dict[str, Any]
 
 
@@ -205,7 +205,7 @@ class Writer(Store):
             if line["sha256"] != self.shards[index]["sha256"]:
                 raise StoreError(f"shard {index}: made anew, it differs from what was written before")
             return
-        with _saying_where(self.folder / "shards.jsonl"), open(self.folder / "shards.jsonl", "ab") as journal:
+        with saying_where(self.folder / "shards.jsonl", SAFE), open(self.folder / "shards.jsonl", "ab") as journal:
             journal.write(json.dumps(line).encode() + b"\n")
             _sync(journal)
         self.shards.append(line)
@@ -220,27 +220,10 @@ class Writer(Store):
 
         path = self.path(table, index)
         rows = pa.table(columns, schema=schemas()[table])
-        with _saying_where(path), replacing(path) as temporary:
+        with saying_where(path, SAFE), replacing(path) as temporary:
             pq.write_table(rows, temporary, compression="zstd", row_group_size=1 << 20)
             digest = digest_of(temporary)
         return rows.num_rows, digest
-
-
-class _saying_where:
-    """An OSError from within says which file was being written, and that nothing finished is lost."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: Any, error: BaseException | None, _trace: Any) -> None:
-        if isinstance(error, OSError):
-            why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
-            raise OSError(
-                f"{self.path}: {why}; finished shards are safe, and the same command goes on from them"
-            ) from error
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

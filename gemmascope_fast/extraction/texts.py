@@ -15,7 +15,7 @@ from gemmascope_fast.attach.observers import Observer
 from gemmascope_fast.attach.structure import Structure
 from gemmascope_fast.extraction.windows import batches, padded
 from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.tokens import opening
+from gemmascope_fast.tokens import opening, room
 from gemmascope_fast.training.activations import first_layers
 
 Rows = dict[Any, Any]  # by key: Tensor [n, d] of an `Activations`, SparseLatents [n, d_sae] of an SAE
@@ -47,25 +47,35 @@ def read_texts(
     """(token ids, rows by key) of each text, in order; rows are those of the content tokens, one after another.
 
     sites: `saes` of attach as a dict; an `Activations()` in place of an SAE gives the activations in fp32.  Texts
-    longer than the window are read in parts, each after a BOS.  Layers after the last site are not run.
+    longer than the window are read in parts, each after a BOS.  Layers after the last site are not run.  ValueError
+    for a part that is longer than the model's own window.
     """
     layers = [site_of(key, getattr(getattr(coder, "cfg", None), "site", None)).layer for key, coder in sites.items()]
     known = [layer for layer in layers if layer is not None]
     last = max(known) if len(known) == len(layers) else len(Structure(model).stack()[1]) - 1
-    stream = iter(texts)
+    most = room(model, tokenizer)
+    stream, number = iter(texts), 0
     while chunk := list(islice(stream, CHUNK)):
         # the model is whole again whenever the caller has control
         with first_layers(model, last + 1) as decoder:
-            found = list(_chunk(decoder, tokenizer, sites, chunk, window, batch))
+            found = list(_chunk(decoder, tokenizer, sites, chunk, window, batch, most, number))
+        number += len(chunk)
         progress(len(chunk))
         yield from found
 
 
 def _chunk(
-    model: Any, tokenizer: Any, sites: Mapping[Any, Any], texts: list[str], window: int, batch: int
-) -> Iterator[tuple[list[int], Rows]]:
+    model: Any, tokenizer: Any, sites: Mapping[Any, Any], texts: list[str], window: int, batch: int,
+    most: int | None, before: int,
+) -> Iterator[tuple[list[int], Rows]]:  # fmt: skip
     head = opening(tokenizer)
     ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts]
+    for number, own in enumerate(ids, before + 1):
+        if window < 1 or (most is not None and min(window, len(own)) > most):
+            raise ValueError(
+                f"text {number}: expected at most {most} tokens at once, the model's window after the BOS, got"
+                f" {len(own)} and a window of {window}"
+            )
     windows = [(t, own[at : at + window]) for t, own in enumerate(ids) for at in range(0, len(own), window)]
     found: list[Rows] = [{} for _ in windows]
     for rows in batches([len(own) + len(head) for _, own in windows], batch):
