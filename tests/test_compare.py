@@ -175,6 +175,21 @@ def test_separability_is_of_held_out_texts():
         separability(x[:3], [True, False, False][:3], folds=1)
 
 
+def test_partners_share_a_fold():
+    """Each pair has a direction of its own, much larger than what all pairs share: a partner in the training texts
+    gives that direction under the other label, and turns the order round."""
+    rng = np.random.default_rng(4)
+    own = 20 * rng.normal(size=(24, 400))
+    shift = 2 * rng.normal(size=400)
+    x, labels = np.concatenate([own + shift, own - shift]), np.arange(48) < 24
+    apart = separability(x, labels)
+    together = separability(x, labels, paired=True)
+    assert apart < 0.2
+    assert together > 0.9
+    with pytest.raises(ValueError, match="sets of one size"):
+        separability(x[:40], labels[:40], paired=True)
+
+
 def test_compare_by_command(folder, tmp_path, capsys):
     a, b = tmp_path / "a.txt", tmp_path / "b.txt"
     a.write_text("\n".join(letters(20, seed=i, alphabet="abc") for i in range(8)))
@@ -356,6 +371,22 @@ def test_fitted_weights_are_no_worse_and_leave_noise_out():
     assert found["weighted"]["brier"] < found["equal"]["brier"]
     with pytest.raises(ValueError, match="at least four groups"):
         calibrate(Votes(made.predicted, made.kind, made.group, np.full(40, -1), 2, made.kinds, made.names))
+
+
+def test_weights_are_measured_on_groups_that_they_were_not_fitted_to():
+    made = votes(seed=3, groups=24)
+    made.gold[5] = -1
+    found = calibrate(made, seed=7)
+    known = np.array([g for g in range(24) if g != 5])
+    train, test = np.split(np.random.default_rng(7).permutation(known), [11])
+    weights = fit_weights(made, train, 7)
+    assert list(found["weights"].values()) == weights.tolist()
+    for name, own in (("equal", np.ones(5)), ("weighted", weights)):
+        shares = made.shares(own)[test]
+        one_hot = np.eye(2)[made.gold[test]]
+        assert found[name]["brier"] == pytest.approx(np.mean(np.sum((shares - one_hot) ** 2, 1)))
+        assert found[name]["accuracy"] == pytest.approx(np.mean(shares.argmax(1) == made.gold[test]))
+        assert sum(b["count"] for b in found[name]["bins"]) == len(test)
 
 
 def test_reliability_by_hand():

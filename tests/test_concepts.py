@@ -119,6 +119,10 @@ def test_detection_agrees_with_pairs_counted_by_hand(concepts):
         raw = text_scores(detector, concepts.rows, concepts.latents, part.test).tolist()
         positive = [i in part.test_positive for i in part.test]
         assert got["auc"] == pytest.approx(pairs_auc(raw, positive))
+        low, high = min(raw), max(raw)  # of the test texts, hard negatives among them
+        own, others = ([(s - low) / (high - low) for s, p in zip(raw, positive, strict=True) if p is is_own]
+                       for is_own in (True, False))  # fmt: skip
+        assert got["separation"] == pytest.approx(sum(own) / len(own) - sum(others) / len(others))
         near = [(s, p) for s, p, i in zip(raw, positive, part.test, strict=True) if p or i in part.hard]
         assert got["auc_hard"] == pytest.approx(pairs_auc(*zip(*near, strict=True)))
         own = text_scores(detector, concepts.rows, concepts.latents, part.train_positive)

@@ -93,14 +93,16 @@ def show(rows: list[dict[str, Any]], methods: list[str], written: list[dict[str,
     from rich.text import Text
 
     columns = [f for f in FIGURES if f in rows[0]]
-    table = Table("concept", "method", *columns, "factor", "feature", title="Concepts: detection and steering")
+    steered = ["factor"] if "best_factor" in rows[0] else []
+    title = "Concepts: detection and steering" if steered else "Concepts: detection"
+    table = Table("concept", "method", *columns, *steered, "feature", title=title)
     for row in rows:
         feature = "" if row["feature"] is None else str(row["feature"])
-        factor = str(row.get("best_factor", ""))
-        table.add_row(row["concept"], row["method"], *(shown(row[c]) for c in columns), factor, feature)
+        factor = [str(row["best_factor"])] if steered else []
+        table.add_row(row["concept"], row["method"], *(shown(row[c]) for c in columns), *factor, feature)
     table.add_section()
     for method, figures in means(rows, methods).items():
-        table.add_row("mean", method, *(shown(figures[c]) for c in columns), "", "")
+        table.add_row("mean", method, *(shown(figures[c]) if c in figures else "-" for c in columns))
     Console().print(table)
     for each in written:
         Console().print(Text(f"{each['concept']}, {each['method']}: {each['text']!r}"))
@@ -116,8 +118,10 @@ def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
     axes = figure.subplots(1, 2 if steering else 1, squeeze=False)[0]
     for i, method in enumerate(methods):
         own = [row for row in rows if row["method"] == method]
-        axes[0].plot([row["auc"] for row in own], range(len(concepts)), "o", label=method, color=f"C{i}")
-        axes[0].plot([row["auc_hard"] for row in own], range(len(concepts)), "x", color=f"C{i}")
+        # a line of its own for each method, the first on top: many are 1
+        at = [c + 0.16 * ((len(methods) - 1) / 2 - i) for c in range(len(concepts))]
+        axes[0].plot([row["auc"] for row in own], at, "o", markersize=5, label=method, color=f"C{i}")
+        axes[0].plot([row["auc_hard"] for row in own], at, "x", markersize=5, color=f"C{i}")
         if steering:
             each = [row["steering"] for row in own]
             mean = [[sum(s[j][k] for s in each) / len(each) for j in range(len(each[0]))] for k in ("cost", "gain")]

@@ -26,6 +26,8 @@ SCREENED = "tests/test_screen.py"
 SCREENED_BY_AMX = "tests/test_screen.py -k amx"
 
 PACKED = "tests/test_packed.py"
+COMPARE, CONCEPTS, DASHBOARD = "tests/test_compare.py", "tests/test_concepts.py", "tests/test_dashboard.py"
+EXTRACTION, JOBS = "tests/test_extraction.py", "tests/test_jobs_bad_input.py"
 
 CPP = [
     # the certified screen: every term of the bound, every stage
@@ -135,4 +137,37 @@ PYTHON = [
     Mutation("complex x passes", "gemmascope_fast/sae.py", "if not x.is_floating_point():", "if False:", BAD),
     Mutation("a list passes for a tensor", "gemmascope_fast/ops/_library.py", "if not isinstance(value, torch.Tensor):", "if False:", BAD),
     Mutation("latents of another device pass", "gemmascope_fast/latents.py", "if latents.device != device:", "if False:", BAD),
+    # the jobs: extraction, dashboard, concepts, comparisons
+    Mutation("no correction for having tested many", "gemmascope_fast/compare/sets.py", 'found["q"] = false_discovery_control(found["p"]) if len(features) else found["p"]', 'found["q"] = found["p"]', COMPARE + " -k every_figure"),
+    Mutation("ranks of the other set", "gemmascope_fast/compare/sets.py", 'parts["auc"].append(result.statistic / (len(x) * len(y)))', 'parts["auc"].append(1 - result.statistic / (len(x) * len(y)))', COMPARE + " -k every_figure"),
+    Mutation("the effect's sign is turned", "gemmascope_fast/compare/sets.py", "np.divide(x.mean(0) - y.mean(0), np.sqrt(variance)", "np.divide(y.mean(0) - x.mean(0), np.sqrt(variance)", COMPARE + " -k every_figure"),
+    Mutation("pairs: rejected less chosen", "gemmascope_fast/compare/sets.py", "y = chosen[:, own].toarray() - rejected[:, own].toarray()", "y = rejected[:, own].toarray() - chosen[:, own].toarray()", COMPARE + " -k one_covariate"),
+    Mutation("covariates take nothing out", "gemmascope_fast/compare/sets.py", 'parts["after"].append(_ratio(beta[0], sd))', 'parts["after"].append(_ratio(y.mean(0), sd))', COMPARE + " -k one_covariate"),
+    Mutation("shuffles that are as extreme do not count", "gemmascope_fast/compare/sets.py", "(seen >= own * (1 - 1e-12))", "(seen > own * (1 + 1e-12))", COMPARE + " -k every_permutation"),
+    Mutation("partners fall into different folds", "gemmascope_fast/compare/sets.py", "if not paired else own[order]", "if True else own[order]", COMPARE + " -k partners"),
+    Mutation("silent tokens do not count in a mean", "gemmascope_fast/compare/pooled.py", "out /= max(latents.n_rows, 1)", "out /= np.bincount(at)", COMPARE + " -k pooling"),
+    Mutation("a token ends one character early", "gemmascope_fast/compare/models.py", "np.array([end for _, end in found]", "np.array([end - 1 for _, end in found]", COMPARE + " -k another_order"),
+    Mutation("a token that ends a span opens the next", "gemmascope_fast/compare/models.py", "np.searchsorted(ends, b).clip", 'np.searchsorted(ends, b, "right").clip', COMPARE + " -k spans_end"),
+    Mutation("votes are weighted by another column", "gemmascope_fast/compare/variants.py", "weights[len(self.kinds) :, None] * weights[self.kind][None]", "weights[: len(self.predicted), None] * weights[self.kind][None]", COMPARE + " -k shares"),
+    Mutation("confidence is measured on the groups of the fit", "gemmascope_fast/compare/variants.py", '"weighted": reliability(votes.shares(weights)[test], votes.gold[test])', '"weighted": reliability(votes.shares(weights)[train], votes.gold[train])', COMPARE + " -k not_fitted"),
+    Mutation("a label is read one token late", "gemmascope_fast/compare/variants.py", "begin = len(prompts[i]) - 1 - first", "begin = len(prompts[i]) - first", COMPARE + " -k likeliest"),
+    Mutation("a turn has the role of the one before", "gemmascope_fast/compare/conversation.py", "traces.append(Trace(turn, ", "traces.append(Trace(turns[len(traces) - 1], ", COMPARE + " -k cached_turns"),
+    Mutation("a turn's marks count as content", "gemmascope_fast/compare/conversation.py", "content[begin:end] = True", "content[:end] = True", COMPARE + " -k cached_turns"),
+    Mutation("the BOS counts among a text's tokens", "gemmascope_fast/extraction/texts.py", 'attach(model, coders, tokens="content", keep=False)', 'attach(model, coders, tokens="all", keep=False)', CONCEPTS + " -k plain_forwards"),
+    Mutation("min and max over the concept's own texts", "gemmascope_fast/concepts/run.py", "spread = raw.max() - raw.min()", "spread = raw[: len(split.test_positive)].max() - raw.min()", CONCEPTS + " -k by_hand"),
+    Mutation("ranks of the negatives", "gemmascope_fast/concepts/methods.py", "(ranks[positive].sum(0)", "(ranks[~positive].sum(0)", CONCEPTS + " -k all_pairs"),
+    Mutation("hard negatives are not among the test", "gemmascope_fast/concepts/run.py", "near = np.concatenate([scores[:p], scores[len(scores) - h :]])", "near = np.concatenate([scores[:p], scores[p : p + h]])", CONCEPTS + " -k by_hand"),
+    Mutation("the difference of means is turned", "gemmascope_fast/concepts/methods.py", "w = positive.double().mean(0) - negative.double().mean(0)", "w = negative.double().mean(0) - positive.double().mean(0)", CONCEPTS + " -k formulas"),
+    Mutation("what is gained is what is lost", "gemmascope_fast/concepts/run.py", '"gain": changed[1] - changed[0]', '"gain": changed[0] - changed[1]', CONCEPTS + " -k steering"),
+    Mutation("of neighbours that fire all are shown", "gemmascope_fast/dashboard/collect.py", "| (np.diff(place[order]) != 0)", "| True", DASHBOARD + " -k strongest_places"),
+    Mutation("figures as Python writes them", "gemmascope_fast/dashboard/pages.py", "if -7 < exponent < digits:", "if -5 < exponent < digits:", DASHBOARD + " -k javascript"),
+    Mutation("the index opens in the features' order", "gemmascope_fast/dashboard/pages.py", "sorted(rows, key=lambda row: (-row[1], row[0]))", "sorted(rows, key=lambda row: row[0])", DASHBOARD + " -k chromium"),
+    Mutation("the lens forgets the mean over tokens", "gemmascope_fast/dashboard/weights.py", "off = (rows @ mean)[:, None]", "off = 0 * (rows @ mean)[:, None]", DASHBOARD + " -k lens"),
+    Mutation("a resumed document begins one window late", "gemmascope_fast/extraction/windows.py", "if count >= skipped:", "if count > skipped or not resumed:", EXTRACTION + " -k every_end"),
+    Mutation("positions begin anew with each window", "gemmascope_fast/extraction/run.py", '"position": at + window.start', '"position": at', EXTRACTION + " -k plain_forwards"),
+    Mutation("a torn line of the journal stays", "gemmascope_fast/extraction/store.py", "if kept < len(whole):", "if False:", EXTRACTION + " -k interrupted"),
+    Mutation("a damaged shard is taken for whole", "gemmascope_fast/extraction/store.py", 'elif digest_of(path) != shard["sha256"][table]:', "elif False:", EXTRACTION + " -k damaged"),
+    Mutation("a text may outgrow the model's window", "gemmascope_fast/extraction/texts.py", "min(window, len(own)) > most", "min(window, len(own)) > 2 * most", JOBS + " -k longer"),
+    Mutation("a full disk costs the earlier file", "gemmascope_fast/command_line.py", "    with saying_where(path), replacing(path) as temporary:\n        temporary.write_text(text", "    with saying_where(path):\n        path.write_text(text", JOBS + " -k keeps_the_earlier"),
+    Mutation("outputs are not checked first", "gemmascope_fast/command_line.py", "if not path.parent.is_dir() or path.is_dir():", "if False:", JOBS + " -k told_first"),
 ]  # fmt: skip
