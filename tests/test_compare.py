@@ -131,6 +131,14 @@ def test_permutation_agrees_with_every_permutation():
         assert abs(got["p"][i] - exact) < 5 * np.sqrt(exact * (1 - exact) / 4000) + 1 / 4001
 
 
+def test_shuffles_that_are_as_extreme_count():
+    a, b = np.array([[2.0, 1], [2, 1], [1, 1], [1, 1]]), np.array([[1.0, 0], [1, 0], [2, 0], [2, 0]])
+    got = compare_sets(sparse.csr_array(a), sparse.csr_array(b), test="permutation", permutations=500)
+    p = dict(zip(got["feature"].tolist(), got["p"].tolist(), strict=True))
+    assert p[0] == 1  # no difference of means is smaller than none
+    assert 1 / 501 < p[1] < 0.1  # 2 of 70 splits part the texts as these two sets do
+
+
 def test_pairs_with_one_covariate_agree_with_linear_regression():
     rng = np.random.default_rng(2)
     n = 60
@@ -352,11 +360,11 @@ def votes(seed=0, groups=40, bad=1):
 def test_shares_are_weighted_votes():
     made = Votes(np.array([[0, 1, 1], [1, 1, 0]]), np.array([0, 1, 0]), np.array([0, 0, 1]), np.array([0, 1]), 2,
                  ["x", "y"], ["g", "h"])  # fmt: skip
-    got = made.shares(np.array([1.0, 0.5, 2.0, 1.0]))
-    # group g: votes 0 (2·1), 1 (2·0.5), 1 (1·1), 1 (1·0.5); group h: 1 (2·1), 0 (1·1)
-    assert np.allclose(got, [[2 / 4.5, 2.5 / 4.5], [1 / 3, 2 / 3]])
+    got = made.shares(np.array([1.0, 0.5, 2.0, 3.0]))
+    # group g: votes 0 (2·1), 1 (2·0.5), 1 (3·1), 1 (3·0.5); group h: 1 (2·1), 0 (3·1)
+    assert np.allclose(got, [[2 / 7.5, 5.5 / 7.5], [3 / 5, 2 / 5]])
     assert np.allclose(made.shares(np.zeros(4)), 0.5)
-    assert brier(got, made.gold) == pytest.approx(((2.5 / 4.5) ** 2 * 2 + (1 / 3) ** 2 * 2) / 2)
+    assert brier(got, made.gold) == pytest.approx(((5.5 / 7.5) ** 2 * 2 + (3 / 5) ** 2 * 2) / 2)
 
 
 def test_fitted_weights_are_no_worse_and_leave_noise_out():
@@ -407,7 +415,7 @@ def test_stability_of_sets():
 
 def test_labels_are_the_likeliest_continuations(loaded):
     model, tokenizer = loaded
-    texts, labels = [letters(n, seed=n) for n in (4, 9, 13)], ["ab", "c", "de"]
+    texts, labels = [letters(n, seed=n) for n in range(4, 20)], ["ab", "c", "de", "f"]
     got = classify(model, tokenizer, texts, labels, "{text}:", at_once=2)
     for text, best in zip(texts, got, strict=True):
         scores = []

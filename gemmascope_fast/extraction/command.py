@@ -42,6 +42,8 @@ def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2048, help="tokens a forward, padded (default: %(default)s)")
     parser.add_argument("--shard", type=int, default=32768, help="tokens a shard (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: workers on Ray Data")
+    parser.add_argument("--workers", type=int, default=2, help="of --engine ray (default: %(default)s)")
     parser.add_argument("--repair", action="store_true", help="make damaged shards anew, and those alone")
     parser.add_argument("--check", action="store_true", help="only hold what is in --out against its manifest")
     add_output_arguments(parser)
@@ -109,33 +111,56 @@ def sites_of(sae: Any, layer: int | None) -> Any:
     return sae if layer is None else {layer: sae}
 
 
-def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def make_extractor(
+    model: str, sae: str, sae_id: str | None, layer: int | None, window: int, batch: int, device: str
+) -> Any:
+    """The Extractor of a command line, here or on a worker."""
     from gemmascope_fast.demo_model import load_model, load_sae
-    from gemmascope_fast.extraction.run import Extractor, extract
+    from gemmascope_fast.extraction.run import Extractor
+
+    coder = load_sae(sae, sae_id)
+    sites = sites_of(coder, layer)
+    loaded, tokenizer = load_model(model)
+    loaded.to(device)
+    coder.to(device)
+    return Extractor(loaded, tokenizer, sites, window, batch)
+
+
+def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    from functools import partial
+
+    from gemmascope_fast.attach.entries import entries
+    from gemmascope_fast.extraction.run import extract
     from gemmascope_fast.extraction.sources import documents, resolve
 
     sources = resolve(args.text)  # what can be wrong is found before the minutes are spent
-    sae = load_sae(args.sae, args.sae_id)
-    sites = sites_of(sae, args.layer)
-    model, tokenizer = load_model(args.model)
-    model.to(args.device)
-    sae.to(args.device)
-    extractor = Extractor(model, tokenizer, sites, args.window, args.batch)
+    if args.engine == "ray":
+        require("ray", "ray", "--engine ray")
+    make = partial(make_extractor, args.model, args.sae, args.sae_id, args.layer, args.window, args.batch, args.device)
+    extractor = make()
+    engine = None
+    if args.engine == "ray":
+        import torch
+
+        from gemmascope_fast.extraction.ray_engine import RayEngine
+
+        engine = RayEngine(make, args.workers, torch.get_num_threads())
+    (site,) = entries(extractor.sites)
     about = {
         "model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": args.text, "column": args.column,
-        "split": args.split, "neuronpedia_id": sae.cfg.metadata.neuronpedia_id,
+        "split": args.split, "neuronpedia_id": site.coder.cfg.metadata.neuronpedia_id,
     }  # fmt: skip
     bar = Bar(sum(s.size or 0 for s in sources) if all(s.size is not None for s in sources) else None)
     begin = time.perf_counter()
     try:
         store = extract(
             extractor, lambda: documents(sources, args.column, args.split), args.out, about=about, shard=args.shard,
-            progress=bar, repair=args.repair,
+            progress=bar, repair=args.repair, engine=engine,
         )  # fmt: skip
     finally:
         bar.close()
     seconds = time.perf_counter() - begin
-    share = {"model_share_of_time": extractor.model_seconds / seconds} if bar.tokens else {}
+    share = {"model_share_of_time": extractor.model_seconds / seconds} if bar.tokens and engine is None else {}
     return store, {"seconds": seconds, "tokens_this_time": bar.tokens, **bar.rate(seconds), **share}
 
 

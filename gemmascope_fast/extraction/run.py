@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,8 @@ from gemmascope_fast.tokens import opening, room
 from gemmascope_fast.training.activations import first_layers
 
 WINDOW, BATCH, SHARD = 1024, 2048, 32768
+Made = tuple[Block, dict[str, Columns]]  # a block and its tables
+Engine = Callable[[Callable[[Cursor], Iterable[Block]], Cursor], Iterator[Made]]
 
 
 @dataclass
@@ -157,13 +159,15 @@ def extract(
     shard: int = SHARD,
     progress: Callable[[int, float], None] = lambda _tokens, _done: None,
     repair: bool = False,
+    engine: Engine | None = None,
 ) -> Writer:
     """Everything that is not yet in the folder `out`; gives the store, complete and checked.
 
     documents(): the text, anew at each call.  about: what the settings are to say besides (names of model and text).
     progress(tokens, done) is told of each batch: its tokens, and how many bytes of the sources are read by now (first
     of all what was read before).  repair: shards that were damaged since are made anew; without it they are a
-    StoreError.  A second call with the same arguments goes on where the first was stopped.
+    StoreError.  engine(fresh, start): makes the tables of the blocks fresh(start) elsewhere, in their order
+    (`ray_engine.RayEngine`); None: here.  A second call with the same arguments goes on where the first was stopped.
     """
     if shard < 1:
         raise ValueError(f"--shard: expected a number of tokens, got {shard}")
@@ -181,9 +185,7 @@ def extract(
             number, what = next(iter(damaged.items()))
             raise_damaged(number, what, len(damaged))
 
-        def fresh(start: Cursor) -> Iterable[Block]:
-            size = extractor.window
-            return blocks(documents(), extractor.tokenizer, window=size, size=shard, start=start)
+        fresh = _Fresh(documents, extractor.tokenizer, extractor.window, shard)
 
         for index in damaged:
             block = next(iter(fresh(store.cursor(index))))
@@ -191,14 +193,40 @@ def extract(
         if not store.complete:
             done = store.shards[-1]["done"] if store.shards else 0
             progress(0, done)
-            for block in fresh(store.cursor(len(store.shards))):
-                if block.windows or block.documents:
-                    tables = extractor(block, _Ticks(progress, done, block))
+            start = store.cursor(len(store.shards))
+            for block, tables in (engine or _here(extractor, progress, done))(fresh, start):
+                if block.tokens or block.documents:
                     store.write(len(store.shards), tables, block.end, block.done)
-                done = block.done
+                if engine is not None:
+                    progress(block.tokens, block.done)
             store.finish()
         store.check()
     return store
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    """The blocks from a cursor on; it holds no model, so that it can be sent to where the text is read."""
+
+    documents: Callable[[], Iterable[Document]]
+    tokenizer: Any
+    window: int
+    shard: int
+
+    def __call__(self, start: Cursor) -> Iterable[Block]:
+        return blocks(self.documents(), self.tokenizer, window=self.window, size=self.shard, start=start)
+
+
+def _here(extractor: Extractor, progress: Callable[[int, float], None], done: float) -> Engine:
+    """The engine of this process: one block after another."""
+
+    def run(fresh: Callable[[Cursor], Iterable[Block]], start: Cursor) -> Iterator[Made]:
+        before = done
+        for block in fresh(start):
+            yield block, extractor(block, _Ticks(progress, before, block))
+            before = block.done
+
+    return run
 
 
 class _Ticks:

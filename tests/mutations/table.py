@@ -154,7 +154,7 @@ PYTHON = [
     Mutation("a turn has the role of the one before", "gemmascope_fast/compare/conversation.py", "traces.append(Trace(turn, ", "traces.append(Trace(turns[len(traces) - 1], ", COMPARE + " -k cached_turns"),
     Mutation("a turn's marks count as content", "gemmascope_fast/compare/conversation.py", "content[begin:end] = True", "content[:end] = True", COMPARE + " -k cached_turns"),
     Mutation("the BOS counts among a text's tokens", "gemmascope_fast/extraction/texts.py", 'attach(model, coders, tokens="content", keep=False)', 'attach(model, coders, tokens="all", keep=False)', CONCEPTS + " -k plain_forwards"),
-    Mutation("min and max over the concept's own texts", "gemmascope_fast/concepts/run.py", "spread = raw.max() - raw.min()", "spread = raw[: len(split.test_positive)].max() - raw.min()", CONCEPTS + " -k by_hand"),
+    Mutation("the minimum of the concept's own texts", "gemmascope_fast/concepts/run.py", "spread = raw.max() - raw.min()", "spread = raw.max() - raw[: len(split.test_positive)].min()", CONCEPTS + " -k by_hand"),
     Mutation("ranks of the negatives", "gemmascope_fast/concepts/methods.py", "(ranks[positive].sum(0)", "(ranks[~positive].sum(0)", CONCEPTS + " -k all_pairs"),
     Mutation("hard negatives are not among the test", "gemmascope_fast/concepts/run.py", "near = np.concatenate([scores[:p], scores[len(scores) - h :]])", "near = np.concatenate([scores[:p], scores[p : p + h]])", CONCEPTS + " -k by_hand"),
     Mutation("the difference of means is turned", "gemmascope_fast/concepts/methods.py", "w = positive.double().mean(0) - negative.double().mean(0)", "w = negative.double().mean(0) - positive.double().mean(0)", CONCEPTS + " -k formulas"),
