@@ -27,7 +27,7 @@ def root(tmp_path_factory):
     save(make_sae(), where / "sae.safetensors")
     lines = [json.dumps({"text": letters(50 + 7 * i % 90, seed=i)}) for i in range(80)]
     (where / "text.jsonl").write_text("\n".join(lines) + "\n")
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield where
     ray.shutdown()
 

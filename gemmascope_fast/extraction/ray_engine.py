@@ -17,6 +17,9 @@ from gemmascope_fast.extraction.store import Columns
 from gemmascope_fast.extraction.windows import Block, Cursor
 
 Row = dict[str, np.ndarray]
+# CPUs as Ray counts them: n workers and the reader fit on n.  They have to differ: Ray fuses stages of equal needs, and
+# one worker would read the text and do everything.
+READER, WORKER = 0.25, 0.75
 
 
 @dataclass
@@ -48,12 +51,15 @@ class RayEngine:
         context.target_max_block_size = 1  # bytes: one of our blocks is one of Ray's, however small it is
         context.enable_progress_bars = False
         with DataContext.current(context):
-            source = ray.data.range(1, override_num_blocks=1).map_batches(_reader(fresh, start), batch_size=1)
+            source = ray.data.from_items([0], override_num_blocks=1).map_batches(
+                _reader(fresh, start), batch_size=1, num_cpus=READER
+            )
             made = source.map_batches(
                 _Worker,
                 fn_constructor_args=(self.make, self.threads),
                 batch_size=1,
                 compute=ActorPoolStrategy(size=self.workers),
+                num_cpus=WORKER,
             )
             for row in made.iter_rows():
                 block, tables, error, pid = pickle.loads(row["made"])
