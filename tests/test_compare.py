@@ -30,6 +30,7 @@ from gemmascope_fast.compare.variants import (
     classify,
     fit_weights,
     groups_of,
+    label_scores,
     load_variants,
     reliability,
     stability,
@@ -417,7 +418,8 @@ def test_labels_are_the_likeliest_continuations(loaded):
     model, tokenizer = loaded
     texts, labels = [letters(n, seed=n) for n in range(4, 20)], ["ab", "c", "de", "f"]
     got = classify(model, tokenizer, texts, labels, "{text}:", at_once=2)
-    for text, best in zip(texts, got, strict=True):
+    every = label_scores(model, tokenizer, texts, labels, "{text}:", at_once=3).tolist()
+    for text, best, own in zip(texts, got, every, strict=True):
         scores = []
         for label in labels:
             prompt = [1, *tokenizer(text + ":", add_special_tokens=False)["input_ids"]]
@@ -426,6 +428,7 @@ def test_labels_are_the_likeliest_continuations(loaded):
                 logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
             scores.append(sum(float(logits[len(prompt) - 1 + i, t]) for i, t in enumerate(answer)))
         assert best == int(np.argmax(scores))
+        assert own == pytest.approx(scores, abs=1e-4)
     with pytest.raises(ValueError, match="--prompt"):
         classify(model, tokenizer, texts, labels, "no place")
 

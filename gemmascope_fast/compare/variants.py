@@ -74,11 +74,11 @@ def stability(fired: Sequence[set[int]], groups: dict[str, list[int]]) -> dict[s
     }
 
 
-def classify(
+def label_scores(
     model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], template: str,
     progress: Callable[[int], None] = lambda _n: None, at_once: int = 8,
 ) -> np.ndarray:  # fmt: skip
-    """int64 [texts]: which label the model finds likeliest, by log p(label's tokens | prompt).
+    """fp64 [texts, labels]: log p(label's tokens | prompt).
 
     template: the prompt, with {text}; a label follows it after a space.  ValueError where {text} is missing, or a
     prompt with its label is longer than the model's window.
@@ -113,7 +113,12 @@ def classify(
                 own_rows = row[begin : begin + len(answer)].float().log_softmax(-1)
                 scores[i, j] = float(own_rows[torch.arange(len(answer)), torch.tensor(answer)].sum())
         progress(len(part))
-    return scores.argmax(1)
+    return scores
+
+
+def classify(model: Any, tokenizer: Any, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
+    """int64 [texts]: which label the model finds likeliest; arguments of `label_scores`."""
+    return label_scores(model, tokenizer, texts, *args, **options).argmax(1)
 
 
 @dataclass

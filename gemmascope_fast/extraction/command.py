@@ -145,10 +145,11 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         from gemmascope_fast.extraction.ray_engine import RayEngine
 
         engine = RayEngine(make, args.workers, torch.get_num_threads())
-    (site,) = entries(extractor.sites)
+    (entry,) = entries(extractor.sites)
+    sae: Any = entry.coder
     about = {
         "model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": args.text, "column": args.column,
-        "split": args.split, "neuronpedia_id": site.coder.cfg.metadata.neuronpedia_id,
+        "split": args.split, "neuronpedia_id": sae.cfg.metadata.neuronpedia_id,
     }  # fmt: skip
     bar = Bar(sum(s.size or 0 for s in sources) if all(s.size is not None for s in sources) else None)
     begin = time.perf_counter()

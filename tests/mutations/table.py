@@ -143,7 +143,7 @@ PYTHON = [
     Mutation("the effect's sign is turned", "gemmascope_fast/compare/sets.py", "np.divide(x.mean(0) - y.mean(0), np.sqrt(variance)", "np.divide(y.mean(0) - x.mean(0), np.sqrt(variance)", COMPARE + " -k every_figure"),
     Mutation("pairs: rejected less chosen", "gemmascope_fast/compare/sets.py", "y = chosen[:, own].toarray() - rejected[:, own].toarray()", "y = rejected[:, own].toarray() - chosen[:, own].toarray()", COMPARE + " -k one_covariate"),
     Mutation("covariates take nothing out", "gemmascope_fast/compare/sets.py", 'parts["after"].append(_ratio(beta[0], sd))', 'parts["after"].append(_ratio(y.mean(0), sd))', COMPARE + " -k one_covariate"),
-    Mutation("shuffles that are as extreme do not count", "gemmascope_fast/compare/sets.py", "(seen >= own * (1 - 1e-12))", "(seen > own * (1 + 1e-12))", COMPARE + " -k every_permutation"),
+    Mutation("shuffles that are as extreme do not count", "gemmascope_fast/compare/sets.py", "(seen >= own * (1 - 1e-12))", "(seen > own * (1 + 1e-12))", COMPARE + " -k extreme"),
     Mutation("partners fall into different folds", "gemmascope_fast/compare/sets.py", "if not paired else own[order]", "if True else own[order]", COMPARE + " -k partners"),
     Mutation("silent tokens do not count in a mean", "gemmascope_fast/compare/pooled.py", "out /= max(latents.n_rows, 1)", "out /= np.bincount(at)", COMPARE + " -k pooling"),
     Mutation("a token ends one character early", "gemmascope_fast/compare/models.py", "np.array([end for _, end in found]", "np.array([end - 1 for _, end in found]", COMPARE + " -k another_order"),
