@@ -31,7 +31,9 @@ def delta_of(kind, amount, old):
     """What an edit adds to a latent: SCALE 0, CLAMP 1, ADD 2, MIN_CLAMP 3 (gemmascope_fast/gpu/loop.py)."""
     delta = tl.where(kind == 0, old * amount - old, amount - old)
     delta = tl.where(kind == 2, amount, delta)
-    return tl.where((kind == 3) & (old >= amount), 0.0, delta)
+    # NaN is not below a least value, and infinity scaled by one stays
+    nothing = ((kind == 3) & ((old < amount) == 0)) | ((kind == 0) & (amount == 1.0))
+    return tl.where(nothing, 0.0, delta)
 
 
 @triton.jit

@@ -26,6 +26,13 @@ GSF_DEVICE float dot_alone(const float* x, const W* w, int64_t d) {
   return acc[0];
 }
 
+// The pre-activation of token t and feature f again, as the encode kernel stored it: the same order, hence
+// the same bytes.
+template <typename W>
+GSF_DEVICE float value_again(const EncodeArgs& e, int64_t t, int64_t f) {
+  return canonical(add_rn(dot_alone(e.x + t * e.d, static_cast<const W*>(e.w) + f * e.d, e.d), e.bias[f]));
+}
+
 // Sum over the block, the same in every thread; `part` is used once.
 GSF_DEVICE int64_t block_sum(int64_t v, int64_t* part) {
   for (int half = 16; half > 0; half /= 2) v += shuffle_xor(v, half);

@@ -37,15 +37,14 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) gather(GatherArgs a) {
     if (rank < kSlots) a.values[at] = e.slots[(row + word) * kSlots + rank];
   }
 
-  // Words with more hits than slots: their dots again, one a lane, in the same order, hence the same bytes.
+  // Words with more hits than slots: their values again, one a lane.
   for (uint32_t late = ballot(count > kSlots); late != 0; late &= late - 1) {
     const int owner = lowest_bit(late);
     const uint32_t hits = shuffle(bits, owner);
     const int64_t begin = shuffle(start, owner), f = (first + thread() - lane() + owner) * 32 + lane();
     const int mine = popcount(hits & lanes_below());
     if ((hits >> lane() & 1u) == 0 || mine < kSlots || begin + mine >= a.capacity) continue;
-    const float z = dot_alone(e.x + t * e.d, static_cast<const W*>(e.w) + f * e.d, e.d);
-    a.values[begin + mine] = canonical(add_rn(z, e.bias[f]));
+    a.values[begin + mine] = value_again<W>(e, t, f);
   }
 }
 

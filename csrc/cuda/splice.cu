@@ -14,13 +14,15 @@ constexpr int kSpliceStage = 128;  // entries whose 32-column segments wait in s
 template <typename W>
 GSF_DEVICE float latent_value(const EncodeArgs& e, int64_t t, int64_t f, int rank) {
   if (rank < kSlots) return e.slots[(t * e.words + f / 32) * kSlots + rank];
-  return canonical(add_rn(dot_alone(e.x + t * e.d, static_cast<const W*>(e.w) + f * e.d, e.d), e.bias[f]));
+  return value_again<W>(e, t, f);
 }
 
+// What an edit adds, for every latent that attach's would meet: NaN is not below a least value, and infinity
+// scaled by one stays.
 GSF_DEVICE float delta_of(int32_t kind, float amount, float old) {
-  if (kind == kScale) return add_rn(mul_rn(old, amount), -old);
+  if (kind == kScale) return amount == 1.0f ? 0.0f : add_rn(mul_rn(old, amount), -old);
   if (kind == kAdd) return amount;
-  if (kind == kMinClamp && old >= amount) return 0.0f;
+  if (kind == kMinClamp && !(old < amount)) return 0.0f;
   return add_rn(amount, -old);
 }
 

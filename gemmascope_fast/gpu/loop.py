@@ -62,7 +62,7 @@ def _entry(edit: FeatureEdit) -> tuple[int, float]:
     if isinstance(edit, Scale):
         return SCALE, edit.factor
     if isinstance(edit, Ablate):
-        return SCALE, 0.0
+        return CLAMP, 0.0  # and not a product with 0, which an infinite latent makes NaN
     if isinstance(edit, Clamp):
         return CLAMP, edit.value
     if isinstance(edit, Add):

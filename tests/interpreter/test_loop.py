@@ -58,6 +58,20 @@ def test_an_edit_that_changes_nothing_passes_bit_for_bit(same_bytes):
     same_bytes(out, args[0])
 
 
+@pytest.mark.parametrize("error", [False, True])
+def test_infinite_and_nan_latents(error, same_bytes):
+    """NaN is not below a least value, infinity times one is no change, infinity ablated is not a NaN delta."""
+    args = case(5, 20, 40)
+    args[0][1, 3], args[0][2, 3], args[0][3, 3], args[0][4, 3] = float("nan"), float("inf"), -float("inf"), 3e38
+    for edits in ([MinClamp(9, 0.5)], [Scale([3, 4, 5, 6], 1.0)], [Ablate([0, 1, 2, 3])], EDITS):
+        want, csr = composed(args, edits, error)
+        out, latents = loop.splice(*args, loop.EditTable.of(edits, 40), error)
+        # which NaN a sum gives is up to the machine
+        same_bytes(out.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
+        assert torch.equal(out.isnan(), want.isnan())
+        same_bytes(latents.sparse().values, csr[2])
+
+
 def test_a_row_beyond_the_capacity_is_nan():
     args = case(3, 20, 40)
     out, latents = loop.splice(*args, capacity=int(ops.encode(*args[:4], None)[1].numel()) - 1)
