@@ -28,12 +28,11 @@ from gemmascope_fast.gpu.encode import (
     fixed,
     widenable,
 )
-from gemmascope_fast.gpu.launch import cdiv, grid, kernels, on
+from gemmascope_fast.gpu.launch import cdiv, check_devices, grid, kernels, on
 from gemmascope_fast.ops.encode import check_encode, kappa
-from gemmascope_fast.ops.screen_rows import Row, rows_of, up32
+from gemmascope_fast.ops.screen_rows import Row, rows_of, table_stride, up32
 
 U = 2.0**-24
-LARGEST_D = 66_000  # codes and digits of 8 bits: a row's sum of (code - zero) * digit stays within int32
 REFINE_WORDS = 4  # words a refine program: 128 features, of which 2 to 3 are left, so one batch of pairs
 PAIRS = 8
 DIGITS_BLOCK = 1024
@@ -93,8 +92,12 @@ class ScreenArrays:
         centre: Tensor | None,
         shape: tuple[int, int],
     ) -> ScreenArrays:
-        """From what op `screen_rows` gives, for W_enc of this shape [d_in, d_sae]: codes by rows, signed."""
+        """From what op `screen_rows` gives, for W_enc of this shape [d_in, d_sae]: codes by rows, signed.
+
+        Raises ValueError or TypeError where the tensors do not fit the shape: nothing on the device checks.
+        """
         d, F = shape
+        _check_rows(code, code2, table, centre, d, F)
         t = table[:, :F]
         # START is infinite where a row is out of range and its other entries mean nothing
         slack = torch.where(t[Row.START] == torch.inf, torch.inf, t[Row.SLACK])
@@ -106,40 +109,20 @@ class ScreenArrays:
         scale, error, norm, bias = (t[row].contiguous() for row in (Row.SCALE, Row.ERROR, Row.NORM, Row.CENTRED_BIAS))
         return cls(_signed(code, F, d), scale, zero, error, norm, bias, slack, centre, second)
 
-    @classmethod
-    def of(
-        cls,
-        code: Tensor,
-        scale: Tensor,
-        zero: Tensor,
-        error_norm: Tensor,
-        row_norm: Tensor,
-        bias: Tensor,
-        b_enc: Tensor,
-        threshold: Tensor,
-        centre: Tensor | None = None,
-        second: SecondDigit | None = None,
-    ) -> ScreenArrays:
-        """Checks shapes and dtypes and adds the slack."""
-        if code.dtype != torch.int8 or code.dim() != 2 or code.shape[1] > LARGEST_D:
-            raise ValueError(f"code: expected int8 [F, d <= {LARGEST_D}], got {code.dtype} {tuple(code.shape)}")
-        F, d = code.shape
-        named = {"scale": scale, "zero": zero, "error_norm": error_norm, "row_norm": row_norm, "bias": bias}
-        for name, tensor in named.items():
-            if tensor.shape != (F,):
-                raise ValueError(f"{name}: expected [{F}], got {tuple(tensor.shape)}")
-        if centre is not None and centre.shape != (d,):
-            raise ValueError(f"centre: expected [{d}], got {tuple(centre.shape)}")
-        if second is not None and second.code.shape != code.shape:
-            raise ValueError(f"second: expected a code of {tuple(code.shape)}, got {tuple(second.code.shape)}")
-        slack = kappa(d) * b_enc.double().abs() + 8 * U * (bias.double().abs() + threshold.double().clamp(min=0))
-        slack = (slack + d * 2.0**-126) * (1 + 8 * U)
-        sound = (row_norm == 0) | ((row_norm >= 2.0**-60) & (row_norm <= 2.0**60))
-        slack = torch.where(sound, slack, torch.inf).float()
-        scale, error_norm, row_norm, bias = (t.float().contiguous() for t in (scale, error_norm, row_norm, bias))
-        centre = None if centre is None else centre.float().contiguous()
-        zero = zero.to(torch.int32).contiguous()
-        return cls(code.contiguous(), scale, zero, error_norm, row_norm, bias, slack, centre, second)
+
+def _check_rows(code: Tensor, code2: Tensor | None, table: Tensor, centre: Tensor | None, d: int, F: int) -> None:
+    check_devices(code, code2, table, centre)
+    tiled = (cdiv(F, 4), cdiv(d, 64), 4, 64)
+    named: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [("code", code, tiled, torch.uint8)]
+    named += [("code2", code2, tiled, torch.uint8)] if code2 is not None and code2.numel() else []
+    named += [("centre", centre, (d,), torch.float32)] if centre is not None else []
+    for name, tensor, want, dtype in named:
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.shape != want:
+            raise ValueError(f"{name}: expected {want} for d_in = {d}, d_sae = {F}, got {tuple(tensor.shape)}")
+    if table.dim() != 2 or table.shape[0] < len(Row) or table.shape[1] != table_stride(F):
+        raise ValueError(f"table: expected [{len(Row)} or more, {table_stride(F)}], got {tuple(table.shape)}")
 
 
 def _signed(tiles: Tensor, F: int, d: int) -> Tensor:
@@ -149,6 +132,17 @@ def _signed(tiles: Tensor, F: int, d: int) -> Tensor:
 
 # A screen's codes by rows, for as long as its tiles live: the kernels read rows, the CPU's tiles suit its cache lines.
 _ARRAYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _arrays(
+    code: Tensor, code2: Tensor | None, table: Tensor, centre: Tensor | None, shape: tuple[int, int]
+) -> ScreenArrays:
+    """What `of_rows` makes of them, made once."""
+    rest = (code2, table, centre, shape)
+    known = _ARRAYS.get(code)
+    if known is None or any(a is not b for a, b in zip(known[0][:3], rest[:3], strict=True)) or known[0][3] != shape:
+        known = _ARRAYS[code] = (rest, ScreenArrays.of_rows(*(code, *rest)))
+    return known[1]
 
 
 def encode_screened(
@@ -167,54 +161,54 @@ def encode_screened(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Op `encode_screened` (see ops/encode_screened.py) in Triton; two digits of the activations, whatever `digits` is:
     the second costs no bytes, and leaves the directions little to do, which are not used.  `mapped` says nothing to a
-    device.  The statistics are summed on the device."""
-    arrays = _ARRAYS.get(code)
-    if arrays is None:
-        arrays = _ARRAYS[code] = ScreenArrays.of_rows(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))
-    check_screened(x, W_enc, b_enc, threshold, arrays, bandwidth)
+    device.  The statistics are summed on the device.
+
+    W_enc may be the transposed view of rows [d_sae, d_in] in pinned host memory, everything else on the device: only
+    the rows of what the screen leaves are read.  Raises StaleScreenError where a refined pair lies outside the bound.
+    """
+    weights = checked(x, W_enc, b_enc, threshold, bandwidth)
+    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))
     stats = torch.zeros(4, dtype=torch.int64, device=x.device)
-    weights = Weights.of(W_enc, b_enc, threshold)
     csr = compressed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, bandwidth, stats))
     return (*csr, stats)
 
 
-def screened(
+def encode_screened_fixed(
     x: Tensor,
     W_enc: Tensor,
     b_enc: Tensor,
     threshold: Tensor,
-    screen: ScreenArrays,
-    bandwidth: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Op `encode` through the screen: bit for bit what `gpu.encode` gives.
-
-    W_enc may be the transposed view of rows in pinned host memory: only rows of what the screen leaves are read.
-    Raises StaleScreenError where a refined pair lies outside the bound.
-    """
-    check_screened(x, W_enc, b_enc, threshold, screen, bandwidth)
-    weights = Weights.of(W_enc, b_enc, threshold)
-    return compressed(widenable(x), weights, lambda part, w: fill_screened(part, w, screen, bandwidth))
-
-
-def screened_fixed(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, screen: ScreenArrays, capacity: int
+    code: Tensor,
+    code2: Tensor | None,
+    table: Tensor,
+    centre: Tensor | None,
+    capacity: int,
 ) -> FixedLatents:
-    """Screened encode without any host synchronisation: four launches up to 16 tokens, a scan more above."""
-    check_screened(x, W_enc, b_enc, threshold, screen, None)
-    weights = Weights.of(W_enc, b_enc, threshold)
-    return fixed(widenable(x), weights, lambda part, w: fill_screened(part, w, screen, None), capacity)
+    """The same without any host synchronisation, in tensors of the given capacity: four launches up to 16 tokens, a
+    scan more above.  The certificate is read by `FixedLatents.sparse`."""
+    weights = checked(x, W_enc, b_enc, threshold, None)
+    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))
+    return fixed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, None), capacity)
 
 
-def check_screened(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, screen: ScreenArrays, bandwidth: float | None
-) -> None:
-    """ValueError or TypeError where the arguments do not fit each other."""
-    here = W_enc if W_enc.device == x.device else x.new_empty(1).expand(W_enc.shape)
-    if here is not W_enc and not (W_enc.device.type == "cpu" and W_enc.is_pinned()):
-        raise ValueError(f"W_enc: expected a tensor on {x.device} or in pinned host memory, got one on {W_enc.device}")
+def checked(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None) -> Weights:
+    """The encoder as the kernels read it.  ValueError or TypeError where the arguments do not fit each other."""
+    here = W_enc
+    if W_enc.device != x.device:
+        if not in_host_memory(W_enc):
+            raise ValueError(
+                f"W_enc: expected a tensor on {x.device} or in pinned host memory, got one on {W_enc.device}"
+            )
+        if not W_enc.t().is_contiguous():  # a copy of it would not be pinned
+            raise ValueError("W_enc: expected the transposed view of contiguous rows in pinned host memory")
+        here = x.new_empty(1).expand(W_enc.shape)
     check_encode(x, here, b_enc, threshold, bandwidth)
-    if screen.code.shape != W_enc.shape[::-1]:
-        raise ValueError(f"screen: expected codes [d_sae, d_in] = {tuple(W_enc.shape[::-1])}, got {screen.code.shape}")
+    return Weights.of(W_enc, b_enc, threshold)
+
+
+def in_host_memory(rows: Tensor) -> bool:
+    """Whether a device reads these rows where they lie, in pinned host memory."""
+    return rows.device.type == "cpu" and rows.is_pinned()
 
 
 def fill_screened(
@@ -225,8 +219,9 @@ def fill_screened(
     stats int64 [4], added to: pairs that the screen leaves, pairs refined, pairs outside the bound, tokens without.
     """
     pinned = w.rows.device != x.device
+    second_code = None if s.second is None else s.second.code
     module = kernels(
-        "screen", x, None if pinned else w.rows, w.bias, w.threshold, s.code, s.scale, s.error_norm, s.bias, s.centre
+        "screen", x, None if pinned else w.rows, w.bias, w.threshold, s.code, s.scale, second_code, s.centre
     )
     (T, d), F = x.shape, w.rows.shape[0]
     stale = torch.zeros(1, dtype=torch.int32, device=x.device)

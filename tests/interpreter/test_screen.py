@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from gemmascope_fast import ops
-from gemmascope_fast.errors import StaleScreenError
+from gemmascope_fast.errors import BackendError, StaleScreenError
+from gemmascope_fast.gpu import encode as gpu_encode
 from gemmascope_fast.gpu import screen as gpu
+from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.testing import make_activations, make_sae
 
 UP = 1 + 2.0**-20
@@ -26,8 +28,22 @@ def screen_of(rows, b, theta, centre=None, second=False):
         code2 = (error / scale2[:, None]).round().clamp(-127, 127)
         left = (error - scale2.double()[:, None] * code2).norm(dim=1)
         two = gpu.SecondDigit(code2.to(torch.int8), scale2, ((left + 8 * gpu.U * error.norm(dim=1)) * UP).float())
-    norms = [(v.norm(dim=1) * UP).float() for v in (error, w)]
-    return gpu.ScreenArrays.of(code.to(torch.int8), scale, zero, *norms, bias.float(), b, theta, centre, two)
+    d, norm = w.shape[1], w.norm(dim=1)
+    slack = kappa(d) * b.double().abs() + 8 * gpu.U * (bias.abs() + theta.double().clamp(min=0)) + d * 2.0**-126
+    sound = (norm == 0) | ((norm * UP >= 2.0**-60) & (norm * UP <= 2.0**60))
+    slack = torch.where(sound, slack * UP, torch.inf).float()
+    norms = [(v * UP).float() for v in (error.norm(dim=1), norm)]
+    return gpu.ScreenArrays(
+        code.to(torch.int8), scale, zero.int(), *norms, bias.float(), slack, centre, two
+    )  # fmt: skip
+
+
+def screened(x, W, b, theta, s, bandwidth=None):
+    """crow, col, values through a screen of this file's own making."""
+    weights = gpu.checked(x, W, b, theta, bandwidth)
+    return gpu_encode.compressed(
+        gpu_encode.widenable(x), weights, lambda part, w: gpu.fill_screened(part, w, s, bandwidth)
+    )
 
 
 def case(T, d, F, seed=0, dtype=torch.float32, l0=None):
@@ -43,21 +59,21 @@ def case(T, d, F, seed=0, dtype=torch.float32, l0=None):
 def test_equals_the_unscreened(shape, second, centred, same_bytes):
     x, W, b, theta, mean = case(*shape)
     s = screen_of(W.t(), b, theta, mean if centred else None, second)
-    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+    same_bytes(screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_weights(dtype, same_bytes):
     x, W, b, theta, mean = case(3, 40, 70, dtype=dtype)
     s = screen_of(W.t(), b, theta, mean.float())
-    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+    same_bytes(screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
 
 
 @pytest.mark.parametrize("shift", [1e6, -1e6])
 def test_every_feature_and_no_feature(shift, same_bytes):
     x, W, b, theta, mean = case(3, 40, 70)
     s = screen_of(W.t(), b + shift, theta, mean)
-    same_bytes(gpu.screened(x, W, b + shift, theta, s), ops.encode(x, W, b + shift, theta, None))
+    same_bytes(screened(x, W, b + shift, theta, s), ops.encode(x, W, b + shift, theta, None))
 
 
 def test_tokens_and_rows_outside_the_range_skip_the_screen(same_bytes):
@@ -68,14 +84,14 @@ def test_tokens_and_rows_outside_the_range_skip_the_screen(same_bytes):
     x[5], x[6, 0], x[7, 1] = mean, 3e38, 1e19
     s = screen_of(W.t(), b, theta, mean)
     assert int(s.slack.isinf().sum()) == 2
-    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+    same_bytes(screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
 
 
 @pytest.mark.parametrize("bandwidth", [1.0, 3e3])
 def test_bandwidth(bandwidth, same_bytes):
     x, W, b, theta, mean = case(5, 40, 70)
     s = screen_of(W.t(), b, theta, mean, True)
-    same_bytes(gpu.screened(x, W, b, theta, s, bandwidth), ops.encode(x, W, b, theta, bandwidth))
+    same_bytes(screened(x, W, b, theta, s, bandwidth), ops.encode(x, W, b, theta, bandwidth))
 
 
 def test_the_bound_holds_and_discards():
@@ -120,15 +136,16 @@ def test_rows_that_sit_on_the_grid(same_bytes):
     z = x.double() @ W.double() + b.double()
     theta = (z.float().median(0).values).clamp(min=0)  # a token of each feature sits on the threshold
     s = screen_of(W.t(), b, theta, mean)
-    same_bytes(gpu.screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
+    same_bytes(screened(x, W, b, theta, s), ops.encode(x, W, b, theta, None))
 
 
 def test_changed_weights_are_noticed():
     x, W, b, theta, mean = case(4, 40, 70)
     s = screen_of(W.t(), b, theta, mean)
     with pytest.raises(StaleScreenError, match="bound"):
-        gpu.screened(x, 3 * W, b, theta - 1e6, gpu.ScreenArrays(**{**vars(s), "bias": s.bias + 1e6}))
-    fixed = gpu.screened_fixed(x, 3 * W, b, theta - 1e6, s, 4 * 70)
+        screened(x, 3 * W, b, theta - 1e6, gpu.ScreenArrays(**{**vars(s), "bias": s.bias + 1e6}))
+    code, code2, table = ops.screen_rows(W, b, theta - 1e6, None, True)
+    fixed = gpu.encode_screened_fixed(x, 3 * W, b, theta - 1e6, code, code2, table, None, 4 * 70)
     assert int(fixed.stale) == 1
     with pytest.raises(StaleScreenError):
         fixed.sparse()
@@ -137,9 +154,13 @@ def test_changed_weights_are_noticed():
 @pytest.mark.parametrize("T", [2, 18])
 def test_fixed_capacity(T, same_bytes):
     x, W, b, theta, mean = case(T, 40, 70)
-    s = screen_of(W.t(), b, theta, mean)
-    got = gpu.screened_fixed(x, W, b, theta, s, T * 70).sparse()
-    same_bytes((got.crow_indices, got.col_indices, got.values), ops.encode(x, W, b, theta, None))
+    screen = (*ops.screen_rows(W, b, theta, mean, True), mean)
+    got = gpu.encode_screened_fixed(x, W, b, theta, *screen, T * 70).sparse()
+    want = ops.encode(x, W, b, theta, None)
+    same_bytes((got.crow_indices, got.col_indices, got.values), want)
+    short = gpu.encode_screened_fixed(x, W, b, theta, *screen, want[1].numel() - 1)
+    with pytest.raises(BackendError, match="do not fit"):
+        short.sparse()
 
 
 def test_digits_are_those_of_the_bound():
@@ -161,7 +182,7 @@ def test_digits_are_those_of_the_bound():
 
     module.screen_kernel = Spy()
     try:
-        gpu.screened(x, W, b, theta, s)
+        screened(x, W, b, theta, s)
     finally:
         module.screen_kernel = kept
     unit, R, E = seen["token"].double().unbind(1)
@@ -172,7 +193,7 @@ def test_digits_are_those_of_the_bound():
     assert bool(((r - near).abs() <= unit[:, None] / 2).all())
     assert bool((near.norm(dim=1) <= R).all())
     assert bool((near.norm(dim=1) * 1.001 >= R).all())
-    assert bool(((r - near).norm(dim=1) + gpu.kappa(300) * x.double().norm(dim=1) <= E).all())
+    assert bool(((r - near).norm(dim=1) + kappa(300) * x.double().norm(dim=1) <= E).all())
     assert torch.equal(seen["sums"], torch.stack((seen["high"].long().sum(1), seen["low"].long().sum(1)), 1).int())
     assert bool((digits.abs().amax(1) > 32512 / 2.01).all())
 
@@ -191,14 +212,101 @@ def test_the_op_on_the_screen_of_the_cpu(T, second, same_bytes):
     assert (violations, rest) == (0, 1)
 
 
+def test_another_table_of_the_same_code_is_looked_at(same_bytes):
+    """What is kept by code alone would answer for weights that are gone."""
+    x, W, b, theta, mean = case(3, 70, 67)
+    code, _, table = ops.screen_rows(W, b, theta, mean, False)
+    gpu.encode_screened(x, W, b, theta, code, None, table, mean)
+    higher = theta + 1e6
+    _, _, other = ops.screen_rows(W, b - 2e6, higher, mean, False)
+    *csr, _ = gpu.encode_screened(x, W, b - 2e6, higher, code, None, other, mean)
+    same_bytes(csr, ops.encode(x, W, b - 2e6, higher, None))
+
+
+# ---- rows in pinned host memory: what can be seen of them without a device ---------------------------------
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_only_rows_that_the_screen_leaves_are_read(second, same_bytes):
+    """In host memory a row costs a transfer: those that no candidate names hold NaN here, and nobody notices."""
+    x, W, b, theta, mean = case(3, 128, 160, l0=4)
+    s = screen_of(W.t(), b, theta, mean, second)
+    _, candidates = screened_words(x, W, b, theta, s)
+    left = torch.stack([(candidates >> i) & 1 for i in range(32)], 2).flatten(1)[:, :160].any(0)
+    assert 0 < int(left.sum()) < 60
+    rows = W.t().clone()
+    rows[~left] = float("nan")
+    same_bytes(screened(x, rows.t(), b, theta, s), ops.encode(x, W, b, theta, None))
+
+
+class Recorder:
+    """A module of kernels that notes what each is launched with and runs none."""
+
+    def __init__(self):
+        self.launched = {}
+
+    def __getattr__(self, name):
+        recorder = self
+
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda *args, **more: recorder.launched.update({name: args})
+
+        return Kernel()
+
+
+def test_host_rows_reach_the_kernels_where_they_lie(monkeypatch):
+    """The activations on one device, the rows in host memory: they are passed on unmoved and uncopied, and everything
+    else has to be on the device."""
+    x, W, b, theta, mean = case(3, 40, 67)
+    code, code2, table = ops.screen_rows(W, b, theta, mean, True)
+    there = [t.to("meta") for t in (x, b, theta)]
+    arrays = gpu.ScreenArrays.of_rows(code, code2, table, mean, (40, 67))
+    recorder, checked = Recorder(), []
+    for module in (gpu, gpu_encode):
+        monkeypatch.setattr(module, "kernels", lambda name, *tensors: (checked.extend(tensors), recorder)[1])
+    monkeypatch.setattr(gpu, "in_host_memory", lambda rows: rows.device.type == "cpu")
+    rows = W.t().contiguous()
+    weights = gpu.checked(there[0], rows.t(), *there[1:], None)
+    words = gpu.fill_screened(there[0], weights, arrays, None)
+    gpu_encode.gather(there[0], weights, words, None, 5)
+    for name in ("refine_kernel", "gather_kernel"):
+        assert recorder.launched[name][1].data_ptr() == rows.data_ptr()
+    assert all(t is None or t.data_ptr() != rows.data_ptr() for t in checked)
+    for mine in (arrays.code, arrays.second.code, arrays.centre, weights.bias, weights.threshold):
+        assert any(t is mine for t in checked)
+
+
+def test_host_rows_that_cannot_serve(monkeypatch):
+    x, W, b, theta, mean = case(3, 20, 67)
+    code, code2, table = ops.screen_rows(W, b, theta, mean, True)
+    there = [t.to("meta") for t in (x, b, theta)]
+    with pytest.raises(ValueError, match="on meta or in pinned host memory, got one on cpu"):
+        gpu.encode_screened(there[0], W, *there[1:], code, code2, table, mean)
+    monkeypatch.setattr(gpu, "in_host_memory", lambda rows: True)
+    with pytest.raises(ValueError, match="transposed view of contiguous rows"):
+        gpu.checked(there[0], W.contiguous(), *there[1:], None)
+    with pytest.raises(ValueError, match="b_enc: expected a tensor on meta"):
+        gpu.checked(there[0], W.t().contiguous().t(), b, there[2], None)
+    # without a screen every row would cross the bus: encode wants them on the device
+    with pytest.raises(ValueError, match="expected a tensor on cpu, like W_enc, got meta"):
+        gpu_encode.encode(there[0], W, *there[1:])
+
+
 def test_bad_arguments():
-    x, W, b, theta, _ = case(3, 20, 67)
-    s = screen_of(W.t(), b, theta)
-    with pytest.raises(ValueError, match="screen: expected codes"):
-        gpu.screened(x, torch.randn(20, 66), b[1:], theta[1:], s)
-    with pytest.raises(ValueError, match="pinned host memory"):
-        gpu.screened(x.to("meta"), W, b, theta, s)
-    with pytest.raises(ValueError, match="code: expected int8"):
-        gpu.ScreenArrays.of(s.code.int(), s.scale, s.zero, s.error_norm, s.row_norm, s.bias, b, theta)
-    with pytest.raises(ValueError, match="row_norm"):
-        gpu.ScreenArrays.of(s.code, s.scale, s.zero, s.error_norm, s.row_norm[1:], s.bias, b, theta)
+    x, W, b, theta, mean = case(3, 20, 67)
+    code, code2, table = ops.screen_rows(W, b, theta, mean, True)
+    with pytest.raises(ValueError, match="code: expected"):
+        gpu.encode_screened(x, W[:, :60], b[:60], theta[:60], code, None, table, None)
+    with pytest.raises(TypeError, match=r"code: expected torch\.uint8"):
+        gpu.encode_screened(x, W, b, theta, code.int(), None, table, None)
+    with pytest.raises(ValueError, match="code2: expected"):
+        gpu.encode_screened(x, W, b, theta, code, code2[1:], table, None)
+    with pytest.raises(ValueError, match="table: expected"):
+        gpu.encode_screened(x, W, b, theta, code, None, table[:, :67], None)
+    with pytest.raises(ValueError, match="centre: expected"):
+        gpu.encode_screened(x, W, b, theta, code, None, table, mean[1:])
+    with pytest.raises(ValueError, match="expected all tensors on cpu"):
+        gpu.encode_screened(x, W, b, theta, code, None, table.to("meta"), None)
+    with pytest.raises(ValueError, match="threshold: expected"):
+        gpu.encode_screened(x, W, b, theta[1:], code, None, table, None)
