@@ -93,7 +93,7 @@ class Choice:
 
 
 def choices() -> list[Choice]:
-    """One row per op and device, for `gemmascope-fast info`."""
+    """One row per op and device, and one for attach's fused loop, for `gemmascope-fast info`."""
     rows = []
     for op in OPS:
         why = unavailable(op, "native", torch.device("cpu"))
@@ -107,6 +107,8 @@ def choices() -> list[Choice]:
             rows.append(Choice(op, "cuda", *register.choice(op)))
         else:
             rows.append(Choice(op, "cuda", "eager", "no GPU kernel is registered for it"))
+    loop = register.loop_choice() if torch.cuda.is_available() else ("none", "no CUDA device in this process")
+    rows.append(Choice("fused loop", "cuda", *loop))
     return rows
 
 

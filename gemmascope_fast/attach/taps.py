@@ -15,6 +15,7 @@ from gemmascope_fast.attach.carry import carry
 from gemmascope_fast.attach.cross_layer import replaced
 from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.attach.entries import SAES, Activations, Entry
+from gemmascope_fast.attach.fused import Fused
 from gemmascope_fast.attach.plan import Plan
 from gemmascope_fast.attach.structure import Place, Structure
 from gemmascope_fast.bank import BankedSAE
@@ -59,6 +60,7 @@ class Tap:
         if self.splices and self.writes.form == "no_gain":
             raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read, not replaced")
         self.plan = Plan(edits, d_sae, d_out) if edits else None
+        self.fused = Fused.of(self)
         self.steps = [visitor.step for _, visitor in self.visits()]
         self.next: list[str] = []  # of a bank's SAE: those that the model reaches after it
 
@@ -130,7 +132,7 @@ class ReadTap:
             elif len(tap.sources) > 1:
                 self._join(rows, call)
             elif tap.coder is not None:
-                self._encode(tap.sae(call), rows, call)
+                self._encode(tap.sae(call), rows, call, x)
                 if not tap.splices:
                     tap.done(call)
         tap.run.seconds += time.perf_counter() - begin
@@ -145,13 +147,15 @@ class ReadTap:
         if len(held) == len(self.tap.sources):
             self._encode(sae, torch.cat([held[number] for number in sorted(held)], -1), call)
 
-    def _encode(self, sae: JumpReLUSAE, rows: Tensor, call: Call) -> None:
+    def _encode(self, sae: JumpReLUSAE, rows: Tensor, call: Call, x: Tensor | None = None) -> None:
+        """x: what passes at the site, of which these are the rows, where nothing was done to it."""
         if rows.shape[-1] != sae.cfg.d_in:
             raise AttachError(
                 f"{self.tap.reads.name}: carries {rows.shape[-1]} dimensions, the SAE's d_in is {sae.d_in}"
             )
         rows = rows if rows.device == sae.device else rows.to(sae.device)
-        latents = sae.encode_sparse(rows)
+        fused = None if x is None or self.tap.fused is None else self.tap.fused.encode(sae, x, rows, call)
+        latents = sae.encode_sparse(rows) if fused is None else fused
         if self.tap.splices and torch.is_grad_enabled() and not latents.values.requires_grad:
             # everything before and in the SAE is frozen: attribution still asks for the gradient here
             latents = latents.with_values(latents.values.requires_grad_())
@@ -190,6 +194,9 @@ class WriteTap:
         tap = self.tap
         flat = tap.rows(x, call, tap.writes)
         at = None if call.chosen is None else call.chosen.nonzero()[:, 0]
+        fused = None if tap.fused is None else tap.fused.result(x, call)
+        if fused is not None:
+            return fused.reshape(x.shape)
         if tap.entry.part is not None:
             new = replaced(tap, flat, call, at)
         elif tap.coder is None:

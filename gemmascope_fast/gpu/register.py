@@ -84,6 +84,16 @@ def choice(op: str) -> tuple[str, str]:
     return "eager", "no GPU kernel is written for it"
 
 
+def loop_choice() -> tuple[str, str]:
+    """The same of the fused loop, which is no op: attach asks for it."""
+    when = "in attach, up to 16 rows without gradients, fp32 weights and plain edits (attach/fused.py)"
+    if compiled("splice"):
+        return "cuda", f"two launches {when}"
+    if importlib.util.find_spec("triton"):
+        return "triton", f"three launches {when}"
+    return "none", "the package triton is not installed"
+
+
 def _serve(op: str) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
         from gemmascope_fast import backends
