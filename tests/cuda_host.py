@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import shutil
@@ -82,6 +83,15 @@ class HostLibrary:
         command = ["g++", *FLAGS, "-shared", "-fPIC", "-I", str(ROOT / "csrc"), str(MAIN), "-o", str(out)]
         subprocess.run(command, check=True, capture_output=True, text=True)
         self.library = ctypes.CDLL(str(out))
+
+    @contextlib.contextmanager
+    def last_block_alone(self):
+        """Within it only the last block of each grid runs."""
+        self.library.gsf_host_last_alone(1)
+        try:
+            yield
+        finally:
+            self.library.gsf_host_last_alone(0)
 
     def call(self, name: str, args: ctypes.Structure, dtype: torch.dtype, order: str) -> None:
         call = getattr(self.library, f"gsf_host_{name}")

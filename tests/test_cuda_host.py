@@ -5,7 +5,19 @@ import shutil
 
 import pytest
 import torch
-from cuda_host import MAIN, ORDERS, ROOT, HostLibrary, build_program, run_program
+from cuda_host import (
+    MAIN,
+    ORDERS,
+    ROOT,
+    SLOTS,
+    DecodeArgs,
+    EncodeArgs,
+    GatherArgs,
+    HostLibrary,
+    build_program,
+    pointer,
+    run_program,
+)
 
 from gemmascope_fast import ops
 from gemmascope_fast.attach import Ablate, Add, Clamp, MinClamp, Scale
@@ -82,6 +94,50 @@ def test_a_short_capacity_never_passes_in_silence(host, T):
     got = host.decode(*short, rows)
     assert same_bytes([got[:-1]], [ops.decode(crow, col, values, rows, None, None)[:-1]])
     assert bool(got[-1].isnan().all())
+
+
+def test_offsets_beyond_2_to_the_31(host):
+    """T * d_sae of 2^34, slots alone 2^31 numbers.  Pages that nobody touches are never there: the last block of each
+    grid runs alone, whose offsets are the largest."""
+    T, F, d = 2**17 + 1, 2**17, 16
+    g = torch.Generator().manual_seed(0)
+    rows, bias, theta = torch.randn(F, d, generator=g), torch.randn(F, generator=g), torch.rand(F, generator=g)
+    x = torch.zeros(T, d)
+    x[-1] = torch.randn(d, generator=g)
+    words = F // 32
+    bitmap, count = (torch.empty(T, words, dtype=torch.int32) for _ in range(2))
+    slots = torch.empty(T, words, SLOTS)
+    assert slots.numel() > 2**31
+    e = EncodeArgs(*[pointer(t) for t in (x, rows, bias, theta, bitmap, count, slots)], T, F, d, words, 0.0)
+    tail = slice(F - 32, F)
+    _, col, values = ops.encode(x[-1:], rows[tail].t(), bias[tail], theta[tail], None)
+    with host.last_block_alone():
+        host.call("encode", e, torch.float32, "ascending")
+        assert int(count[-1, -1]) == len(col) > SLOTS
+        assert [i for i in range(32) if int(bitmap[-1, -1]) >> i & 1] == col.tolist()
+        assert torch.equal(slots[-1, -1], values[:SLOTS])
+
+        count[-1, -257:-1], bitmap[-1, -257:-1] = 0, 0
+        total = torch.empty(T * words, dtype=torch.int64)
+        total[-257] = 7
+        crow = torch.empty(T + 1, dtype=torch.int64)
+        gathered = torch.empty(7 + len(col), dtype=torch.int32), torch.empty(7 + len(col))
+        held = [pointer(t) for t in (total, crow, *gathered)]
+        host.call("gather", GatherArgs(e, *held, 7 + len(col)), torch.float32, "ascending")
+    assert int(crow[-1]) == 7 + len(col)
+    assert torch.equal(gathered[0][7:], col + F - 32)
+    assert torch.equal(gathered[1][7:], values)  # also those beyond the slots, whose dots come again
+
+    n = 2**31 // 64 + 1  # rows of a decode
+    out = torch.empty(n, 64)
+    crow = torch.empty(n + 1, dtype=torch.int64)
+    crow[-2:] = torch.tensor([0, 3])
+    col, values = torch.tensor([1, 4, 9], dtype=torch.int32), torch.randn(3)
+    W_dec = torch.randn(10, 64)
+    held = [pointer(t) for t in (crow, col, values, W_dec, None, None, out)]
+    with host.last_block_alone():
+        host.call("decode", DecodeArgs(*held, n, 64, 3), torch.float32, "ascending")
+    assert torch.equal(out[-1:], ops.decode(torch.tensor([0, 3]), col, values, W_dec, None, None))
 
 
 @pytest.mark.parametrize("error", [False, True])

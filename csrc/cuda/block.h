@@ -33,7 +33,8 @@ GSF_DEVICE float value_again(const EncodeArgs& e, int64_t t, int64_t f) {
   return canonical(add_rn(dot_alone(e.x + t * e.d, static_cast<const W*>(e.w) + f * e.d, e.d), e.bias[f]));
 }
 
-// Sum over the block, the same in every thread; `part` is used once.
+// Sum over the block, the same in every thread.  Before `part` is used again all must have passed another
+// barrier; so for block_prefix.
 GSF_DEVICE int64_t block_sum(int64_t v, int64_t* part) {
   for (int half = 16; half > 0; half /= 2) v += shuffle_xor(v, half);
   if (lane() == 0) part[warp()] = v;

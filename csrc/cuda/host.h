@@ -245,9 +245,10 @@ GSF_NO_TSAN inline void run_block() {
 #endif
 }
 
-// A kernel's body as a callable without arguments, run for each block of the grid.
+// A kernel's body as a callable without arguments, run for each block of the grid, or for its last one alone:
+// for offsets into tensors of which nobody can fill the whole.
 template <typename Fn>
-void launch(int64_t blocks, int threads, Order order, uint64_t seed, Fn body) {
+void launch(int64_t blocks, int threads, Order order, uint64_t seed, bool last_alone, Fn body) {
   Block& b = state();
   b.threads = threads;
   b.order = order;
@@ -265,7 +266,7 @@ void launch(int64_t blocks, int threads, Order order, uint64_t seed, Fn body) {
   };
   b.body = Call::run;
   b.arguments = &body;
-  for (int64_t i = 0; i < blocks; ++i) {
+  for (int64_t i = last_alone ? blocks - 1 : 0; i < blocks; ++i) {
     b.number = i;
     run_block();
   }

@@ -29,9 +29,10 @@ struct Launcher {
 struct Launcher {
   host::Order order;
   uint64_t seed;
+  bool last_alone = false;  // of the blocks of a grid
   template <typename Kernel, typename Args>
   void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
-    host::launch(blocks, kThreads, order, seed, [&] { kernel(args); });
+    host::launch(blocks, kThreads, order, seed, last_alone, [&] { kernel(args); });
   }
 };
 #endif

@@ -51,10 +51,10 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
   for (int64_t first = 0; first < e.words; first += kThreads) {
     const int64_t word = first + thread();
     const uint32_t bits = word < e.words ? e.bitmap[t * e.words + word] : 0;
+    // The barrier within each stands between a round's reading of the other's parts and the next round's
+    // writing.
     const int before = block_prefix(popcount(bits), parts);
-    sync_block();  // all have read the parts before they are written again
     const int64_t total = block_sum(popcount(bits), sums);
-    sync_block();  // likewise the sums
     for (int64_t s0 = 0; s0 < total && (sums_rows || writes); s0 += kSpliceStage) {
       int rank = 0;
       for (uint32_t left = bits; left != 0; left &= left - 1, ++rank) {

@@ -7,25 +7,30 @@
 
 using HostLaunch = gsf::cuda::Launcher;
 
+static bool g_last_alone = false;
+
 extern "C" {
 
+// From here on only the last block of each grid runs.
+void gsf_host_last_alone(int on) { g_last_alone = on != 0; }
+
 void gsf_host_encode(const gsf::cuda::EncodeArgs* args, int dtype, int order, uint64_t seed) {
-  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed, g_last_alone};
   gsf::cuda::encode_words(launch, *args, static_cast<gsf::Dtype>(dtype));
 }
 
 void gsf_host_gather(const gsf::cuda::GatherArgs* args, int dtype, int order, uint64_t seed) {
-  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed, g_last_alone};
   gsf::cuda::gather_words(launch, *args, static_cast<gsf::Dtype>(dtype));
 }
 
 void gsf_host_decode(const gsf::cuda::DecodeArgs* args, int dtype, int order, uint64_t seed) {
-  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed, g_last_alone};
   gsf::cuda::decode_rows(launch, *args, static_cast<gsf::Dtype>(dtype));
 }
 
 void gsf_host_splice(const gsf::cuda::SpliceArgs* args, int dtype, int order, uint64_t seed) {
-  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed};
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed, g_last_alone};
   gsf::cuda::splice_tokens(launch, *args, static_cast<gsf::Dtype>(dtype));
 }
 }

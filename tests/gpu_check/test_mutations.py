@@ -1,5 +1,7 @@
 """Every barrier of the CUDA sources taken away in turn, and bounds and lanes moved by one: all must be noticed."""
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -74,8 +76,6 @@ def notice(sources, sanitizer, tmp_path):
 
 @pytest.fixture
 def sources(tmp_path):
-    import shutil
-
     return Path(shutil.copytree(ROOT / "csrc", tmp_path / "csrc"))
 
 
@@ -94,3 +94,36 @@ def test_an_edit_is_noticed(file, before, after, sanitizer, sources, tmp_path):
     assert text.count(before) == 1
     path.write_text(text.replace(before, after))
     assert notice(sources, sanitizer, tmp_path)
+
+
+# 32-bit offsets where 64 are needed: file, text, what it becomes
+NARROW = [
+    ("encode.cu", "const int64_t at = t * a.words + word;", "const int at = static_cast<int>(t * a.words + word);"),
+    ("decode.cu", "a.out[n * a.d + k] = fits", "a.out[static_cast<int>(n * a.d + k)] = fits"),
+    ("compact.cu", "e.slots[(row + word) * kSlots + rank]", "e.slots[static_cast<int>((row + word) * kSlots + rank)]"),
+]
+
+
+@pytest.mark.parametrize(("file", "before", "after"), NARROW)
+def test_a_narrow_offset_is_noticed(file, before, after, sources):
+    """By tests/test_cuda_host.py, in a copy and a process of its own: what it then reads may not be there."""
+    tree = sources.parent
+    shutil.copytree(ROOT / "tests", tree / "tests")
+    (tree / "gemmascope_fast").symlink_to(ROOT / "gemmascope_fast")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_cuda_host.py",
+        "-k",
+        "beyond",
+    ]
+    assert subprocess.run(command, cwd=tree, capture_output=True, check=False).returncode == 0
+    path = sources / "cuda" / file
+    text = path.read_text()
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after))
+    assert subprocess.run(command, cwd=tree, capture_output=True, check=False).returncode not in (0, 5)
