@@ -79,8 +79,13 @@ def test_costs_are_those_of_the_tensors():
 
 
 def test_whole_calls_by_the_model():
-    for row in model.loops():
-        assert row["model_ratio"] <= 1.3, row
+    rows = model.loops()
+    for row in rows:
+        assert 1 <= row["model_ratio"] <= 1.3, row
+    calls = {row["call"]: row["launches"] for row in rows}
+    assert calls["encode screened, T 1"] == 4
+    assert calls["fused loop in CUDA C++, T 1"] == 2
+    assert {row["device"] for row in rows} == {"A100", "H100", "B200", "RTX 4090"}
 
 
 def test_report(tmp_path, monkeypatch, capsys):
@@ -102,6 +107,29 @@ def test_nvcc_compiles_within_the_gates():
         assert len(rows) == kernels
         assert all(row["faults"] == [] for row in rows)
         assert all(row["bytes"] > 0 and row["model_microseconds"]["H100"] > 0 for row in rows)
+
+
+def test_the_gate_of_nvcc_sees_a_spill(tmp_path, monkeypatch):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    sources = shutil.copytree(nvcc.SOURCES, tmp_path / "csrc")
+    bounds = sources / "cuda" / "intrin.h"
+    # eight blocks of 256 threads leave 32 registers a thread: the tile's 64 accumulators do not fit
+    text = bounds.read_text()
+    assert text.count("__launch_bounds__(threads, 2)") == 1
+    bounds.write_text(text.replace("__launch_bounds__(threads, 2)", "__launch_bounds__(threads, 8)"))
+    monkeypatch.setattr(nvcc, "SOURCES", sources)
+    rows = nvcc.compile_source(sources / "cuda" / "encode.cu", "sm_90")
+    assert any("spills" in fault for row in rows if "encode_tile" in row["kernel"] for fault in row["faults"])
+
+
+def test_a_kernel_outside_the_gates_is_status_one(tmp_path, monkeypatch, capsys):
+    row = {"kernel": "k", "arch": "sm_86", "faults": ["spills (8)"]}
+    monkeypatch.setattr(check, "collect", lambda archs: {"kernels": [row], "nvcc": "nvcc is not installed"})
+    assert cli.main(["gpu-check", "--out", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr().err
+    assert "k on sm_86: spills (8)" in said
+    assert "CUDA C++ was not compiled: nvcc is not installed" in said
 
 
 def test_costs_of_the_cuda_kernels():

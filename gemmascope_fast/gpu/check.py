@@ -29,6 +29,8 @@ def run_gpu_check(args: argparse.Namespace) -> int:
     failed = [row for row in report["kernels"] if row["faults"]]
     for row in failed:
         print(f"{row['kernel']} on {row['arch']}: {'; '.join(row['faults'])}", file=sys.stderr)
+    if report["nvcc"] != "found":
+        print(f"CUDA C++ was not compiled: {report['nvcc']}", file=sys.stderr)
     print(f"{len(report['kernels'])} binaries, {len(failed)} outside the gates; {args.out} written")
     return 1 if failed else 0
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.gpu.encode import FLOATS, FixedLatents, widenable
-from gemmascope_fast.gpu.launch import cdiv, grid, kernels, on
+from gemmascope_fast.gpu.launch import cdiv, check_devices, grid, kernels, on
 from gemmascope_fast.ops._csr import check_csr
 
 AHEAD = 4  # rows in flight: 4 x 4 bytes x 32 lanes a warp, times the warps of an SM, covers DRAM's latency
@@ -49,6 +49,7 @@ def decode(
 
     Checking the pattern reads it back once, as the native op does; `decode_fixed` does not.
     """
+    check_devices(W_dec, crow_indices, col_indices, values, b_dec, row_scale)  # before anything is read back
     check_csr(crow_indices, col_indices, W_dec.shape[0])
     return _launch(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
 
@@ -93,6 +94,7 @@ def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Ten
 
 def sampled_dot(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """Op `sampled_dot` (see ops/sampled_dot.py) in Triton: the same bytes as the native CPU kernel."""
+    check_devices(x, rows, bias, crow_indices, col_indices)
     check_csr(crow_indices, col_indices, rows.shape[0])
     if not x.is_floating_point() or rows.dtype not in FLOATS:
         raise TypeError(f"x, rows: expected floating tensors, rows of at most 32 bits, got {x.dtype} and {rows.dtype}")

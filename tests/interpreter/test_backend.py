@@ -1,11 +1,13 @@
 """`gemmascope_fast.backend("triton")` in the interpreter, and what it says where it cannot serve."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import launch
+from gemmascope_fast.gpu import decode, encode, launch, loop, matryoshka, screen, tensor
 
 
 def test_triton_serves_when_asked_by_name(same_bytes):
@@ -37,6 +39,62 @@ def test_tensors_on_two_devices_are_refused():
         launch.check_devices(torch.zeros(1), torch.zeros(1, device="meta"))
 
 
+def weights():
+    x, rows, b, theta = torch.randn(3, 20), torch.randn(40, 20), torch.randn(40), torch.rand(40)
+    return x, rows.t(), b, theta
+
+
+def calls():
+    """Every launcher by name: the call and the tensors that it takes."""
+    x, W, b, theta = weights()
+    rows, bias = W.t().contiguous(), torch.randn(20)
+    crow, col, values = ops.encode(x, W, b, theta, None)
+    code, code2, table = ops.screen_rows(W, b, theta, bias, True)
+    from test_matryoshka import layer_args
+
+    x8, planes, *rest = layer_args(16, 32, 2, 8)
+    edits = loop.EditTable.of([], 40)
+    return {
+        "encode": (encode.encode, [x, W, b, theta]),
+        "encode_fixed": (lambda *a: encode.encode_fixed(*a, 9), [x, W, b, theta]),
+        "encode_tensor": (tensor.encode_tensor, [x, W, b, theta]),
+        "encode_screened": (screen.encode_screened, [x, W, b, theta, code, code2, table, bias]),
+        "decode": (decode.decode, [crow, col, values, rows, bias, b]),
+        "sampled_dot": (decode.sampled_dot, [x, rows, b, crow, col]),
+        "splice": (lambda *a: loop.splice(*a, edits), [x, W, b, theta, rows, bias]),
+        "matryoshka_linear": (lambda x8, plane, scale: matryoshka.matryoshka_linear(
+            x8, [plane, *planes[1:]], scale, *rest[1:]), [x8, planes[0], rest[0]]),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", calls())
+def test_each_tensor_on_another_device_is_refused_at_the_call(name):
+    function, tensors = calls()[name]
+    function(*tensors)
+    for i, t in enumerate(tensors):
+        with pytest.raises((ValueError, gsf.errors.BackendError), match=r"expected .* on .*|pinned host memory"):
+            function(*tensors[:i], t.to("meta"), *tensors[i + 1 :])
+
+
+def test_an_old_device_is_refused_before_a_launch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    on_it = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.raises(gsf.errors.BackendError, match=r"cuda:0: expected compute capability 8\.0 or newer, got 7\.5"):
+        launch.kernels("encode", on_it)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert launch.kernels("encode", on_it).encode_kernel
+    with pytest.raises(gsf.errors.BackendError, match="tensors on cuda, got one on xpu"):
+        launch.kernels("encode", SimpleNamespace(device=torch.device("xpu", 0)))
+
+
+def test_a_grid_beyond_the_limit_is_refused_at_the_call(monkeypatch):
+    """No tensor here is that large: the limit is brought down to it."""
+    x, W, b, theta = weights()
+    monkeypatch.setattr(launch, "MAX_GRID", 1)
+    with pytest.raises(ValueError, match="encode: expected at most 1 programs in a grid, got"):
+        encode.encode(x, W, b, theta)
+
+
 def test_a_grid_beyond_the_limit_is_refused():
     assert launch.grid(2**31 - 1, "encode") == (2**31 - 1,)
     with pytest.raises(ValueError, match="encode: expected at most"):
@@ -47,3 +105,5 @@ def test_no_triton_is_said_at_the_call(monkeypatch):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(gsf.errors.BackendError, match="triton is not installed"):
         launch.kernels("decode", torch.zeros(1))
+    with pytest.raises(gsf.errors.BackendError, match="triton is not installed"):
+        encode.encode(*weights())
