@@ -151,6 +151,12 @@ inline int64_t tile_offset(int64_t row, int64_t width) {
   return row / kTileRows * kTileRows * width + row % kTileRows * kTileColumns;
 }
 
+// First byte of a token's first digits: with both digits a tile holds those of two tokens and then their
+// second ones.
+inline int64_t digits_offset(int64_t token, int64_t width, bool both) {
+  return both ? token / 2 * kTileRows * width + token % 2 * kTileColumns : tile_offset(token, width);
+}
+
 // Tokens that lie side by side in the lanes of a vector, and the numbers of each beside its coefficients.
 constexpr int64_t kLaneTokens = 16, kLanePlanes = 5;
 // A tile of one digit of so many tokens.

@@ -201,7 +201,7 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
   const int workers = static_cast<int>(std::min<int64_t>(std::max(1, at::get_num_threads()), T));
   std::vector<float> space(workers * width);
   const auto token = [&](int worker, int64_t t) {
-    int8_t* q1 = q + (both ? t / 2 * kTileRows * width + t % 2 * kTileColumns : tile_offset(t, width));
+    int8_t* q1 = q + digits_offset(t, width, both);
     kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, mu, along.v, q1,
                                         q1 + (both ? 2 * kTileColumns : second),
                                         out.along.data() + t * along.k, &out.screen[t],

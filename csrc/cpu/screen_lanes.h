@@ -24,8 +24,7 @@ static void screen_pack(const ScreenArgs& a, int64_t block, int8_t* digits, floa
   memset(lanes, 0, static_cast<size_t>((kLanePlanes + a.k) * kLaneTokens) * sizeof(float));
   for (int i = 0; i < count; ++i) {
     const int64_t t = t0 + i;
-    const int8_t* q =
-        a.q1 + (a.both ? t / 2 * kTileRows * a.width + t % 2 * kTileColumns : tile_offset(t, a.width));
+    const int8_t* q = a.q1 + digits_offset(t, a.width, a.both);
     for (int64_t step = 0; step < a.width / kTileColumns; ++step) {
       for (int64_t digit = 0; digit < kinds; ++digit) {
         const int8_t* from = q + step * kTileStep + digit * 2 * kTileColumns;

@@ -93,7 +93,7 @@ static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) { 
   int64_t row[4];
   for (int p = 0; p < 4; ++p) {
     const int64_t t = c[p]->token;
-    q1[p] = a.q1 + (a.both ? t / 2 * kTileRows * a.width + t % 2 * kTileColumns : tile_offset(t, a.width));
+    q1[p] = a.q1 + digits_offset(t, a.width, a.both);
     q2[p] = a.both ? q1[p] + 2 * kTileColumns : a.q2 + tile_offset(t, a.width);
     row[p] = tile_offset(c[p]->feature, a.width);
   }
