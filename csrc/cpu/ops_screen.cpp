@@ -196,7 +196,7 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
   out.k = along.k;
   out.along.resize(T * along.k);
   int8_t* q = out.digits.mutable_data_ptr<int8_t>();
-  std::memset(q, 0, out.digits.nbytes());
+  std::fill_n(q, out.digits.numel(), int8_t{0});  // not memset: of no tokens there is no address
   const Kernels& kernel = kernels();
   const int workers = static_cast<int>(std::min<int64_t>(std::max(1, at::get_num_threads()), T));
   std::vector<float> space(workers * width);
