@@ -8,7 +8,16 @@ from tiny_model import two_blocks
 from torch import nn
 
 from gemmascope_fast import matryoshka
-from gemmascope_fast.matryoshka import Packed, endtoend, equivalent, measure, quantize, training
+from gemmascope_fast.matryoshka import (
+    Packed,
+    endtoend,
+    equivalent,
+    measure,
+    quantize,
+    straight_through,
+    training,
+)
+from gemmascope_fast.matryoshka.codes import spread
 from gemmascope_fast.matryoshka.nested import NestedWeight, Recipe
 
 pytest.importorskip("transformers")
@@ -49,6 +58,40 @@ def test_gradients_pass_straight_through_the_rounding_and_stop_at_the_clip():
     outside = module.weight > high + (high - low) / 200
     assert bool(outside.any())
     assert bool((module.weight.grad[outside] == 0).all())
+
+
+def slice_by_single_operations(weight, alpha, zero, group_size, top, cut):
+    """The reference: the same function as autograd differentiates it, operation by operation."""
+
+    def through(value, rounded):
+        return value + (rounded - value).detach()
+
+    zero = through(zero, zero.round())
+    a, z = (spread(value, group_size, weight.shape[1]) for value in (alpha, zero))
+    position = weight / a + z
+    q = through(position, position.round()).clamp(0, top)
+    return a * ((q if cut is None else through(q, cut(q.detach().clone()))) - z)
+
+
+@pytest.mark.parametrize("mode", ["prefix", "matquant", "alone"])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_the_slice_and_its_gradients_are_those_of_single_operations(group_size, mode, monkeypatch):
+    for bits in (3,) if mode == "alone" else (8, 4, 2, 1):
+        torch.manual_seed(bits)
+        module = NestedWeight(nn.Linear(70, 40), Recipe("qat", group_size, mode=mode, bits=(bits,)))
+        with torch.no_grad():
+            module.clip_low.uniform_(-1, 4)
+            module.clip_high.uniform_(-1, 4)
+        parameters, grad = [module.weight, module.clip_low, module.clip_high], torch.randn(40, 70)
+        found = []
+        for function in (straight_through.sliced, slice_by_single_operations):
+            monkeypatch.setattr(straight_through, "sliced", function)
+            out = module.sliced()
+            found.append([out, *torch.autograd.grad(out, parameters, grad)])
+        assert torch.equal(found[0][0], found[1][0])
+        for got, want in zip(found[0][1:], found[1][1:], strict=True):
+            assert torch.allclose(got, want, rtol=1e-4, atol=1e-6)
+        assert all(bool(g.any()) for g in found[0])
 
 
 def error_of(model, bits, mode, codes=None):
@@ -244,12 +287,32 @@ def test_the_losses_of_the_head_are_cross_entropy_and_divergence():
     hidden = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
     wider = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(1))
     ids = IDS[:2, :9]
-    got = endtoend.head_loss(model, hidden, wider, ids, 0.7, 0.3)
+    everything = endtoend.Vocabulary.draw(ids.unique(), 64, 0)
+    got = endtoend.head_loss(model, hidden, wider, ids, 0.7, 0.3, everything)
     with torch.autocast("cpu", torch.bfloat16):
         own, other = (model.lm_head(h[:, :-1]).float().log_softmax(-1) for h in (hidden, wider))
     entropy = nn.functional.cross_entropy(own.flatten(0, 1), ids[:, 1:].flatten())
     divergence = (other.exp() * (other - own)).sum(-1).mean()
     assert torch.allclose(got, 0.7 * entropy + 0.3 * divergence, rtol=1e-4)
+
+
+def test_a_sampled_vocabulary_estimates_the_partition_function_without_bias():
+    logits = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    used = torch.arange(0, 500, 25)
+    draws = [endtoend.Vocabulary.draw(used, 500, seed, sampled=200) for seed in range(800)]
+    assert all(torch.equal(d.place[d.columns], torch.arange(220)) and int((d.place >= 0).sum()) == 220 for d in draws)
+    assert all(torch.equal(d.columns[:20], used) for d in draws)
+    sums = torch.stack([(logits[d.columns] + d.log_weight).exp().sum() for d in draws])
+    want = logits.exp().sum()
+    assert abs(sums.mean() - want) < 4 * sums.std() / 800**0.5
+    assert sums.std() < 0.1 * want  # else the line above says nothing
+
+
+def test_the_rates_rise_and_fall():
+    assert [endtoend.rate(s, 10) for s in (0, 1)] == [1.0, 1.0]
+    assert [endtoend.rate(s, 20) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert 0 < endtoend.rate(19, 20) < 0.01
+    assert endtoend.rate(0, 1) == 1.0
 
 
 @pytest.mark.parametrize("group_size", [None, 32])

@@ -93,9 +93,7 @@ class Codes:
 
     def per_weight(self, value: Tensor) -> Tensor:
         """A group's value [out_features, groups] spread over its weights [out_features, in_features]."""
-        if self.group_size is None:
-            return value.expand(-1, self.q.shape[1])
-        return value.repeat_interleave(self.group_size, 1)[:, : self.q.shape[1]]
+        return spread(value, self.group_size, self.q.shape[1])
 
     def dequantize(self, bits: int = 8, mode: str = "prefix", extra_precision: bool = False) -> Tensor:
         """The weights of the slice to `bits`, fp32 [out_features, in_features]: α · (grid − z)."""
@@ -113,16 +111,26 @@ def group_count(in_features: int, group_size: int | None) -> int:
     return 1 if group_size is None else -(-in_features // group_size)
 
 
+def spread(value: Tensor, group_size: int | None, width: int) -> Tensor:
+    """A group's value [out_features, groups] for each of its weights, [out_features, width]."""
+    if group_size is None:
+        return value.expand(-1, width)
+    return value.repeat_interleave(group_size, 1)[:, :width]
+
+
+def grouped(weight: Tensor, group_size: int | None) -> Tensor:
+    """[out_features, in_features] → [out_features, groups, group_size], zeros after a last group that is shorter."""
+    if group_size is None:
+        return weight[:, None, :]
+    groups = group_count(weight.shape[1], group_size)
+    padded = torch.nn.functional.pad(weight, (0, groups * group_size - weight.shape[1]))
+    return padded.reshape(-1, groups, group_size)
+
+
 def group_range(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
     """(least, greatest) of each group and of zero, [out_features, groups]; differentiable."""
-    rows, width = weight.shape
-    if group_size is None:
-        grouped = weight[:, None, :]
-    else:
-        groups = group_count(width, group_size)
-        padded = torch.nn.functional.pad(weight, (0, groups * group_size - width))
-        grouped = padded.reshape(rows, groups, group_size)
-    return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+    parts = grouped(weight, group_size)
+    return parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
 
 
 def quantize(

@@ -35,8 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the slicing trained for; alone: one width of --train-bits on a grid of its own",
     )
     parser.add_argument("--train-windows", type=int, default=80, help="training windows of 255 tokens")
-    parser.add_argument("--epochs", type=int, default=2, help="passes over them for each block")
-    parser.add_argument("--steps", type=int, default=0, help="qat: steps of end-to-end training after the blocks")
+    parser.add_argument(
+        "--epochs", type=int, help="passes over them for each block (default: 2; qat with --steps: none, no blocks)"
+    )
+    parser.add_argument("--steps", type=int, default=0, help="qat: steps of end-to-end training")
+    parser.add_argument("--batch", type=int, default=4, help="windows a step (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the codes there (safetensors)")
     parser.add_argument("--bits", type=int, default=8, help="width of that file: 2, 3, 4, 6 or 8 (default: 8)")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure every width into this JSON; resumable")
@@ -120,9 +123,12 @@ def _train(args: argparse.Namespace, model: Any, training: Any, progress: Any) -
         distill=args.distill,
         equivalent=not args.no_scales,
         feed=args.feed,
-        epochs=args.epochs,
+        epochs=(0 if args.steps else 2) if args.epochs is None else args.epochs,
+        batch=args.batch,
     )
-    codes = train(model, training, recipe, scope=args.scope, work=args.work, progress=progress)
+    codes = None
+    if recipe.epochs:
+        codes = train(model, training, recipe, scope=args.scope, work=args.work, progress=progress)
     if args.steps:
         codes = finetune(
             model, training, recipe, args.scope, steps=args.steps, start=codes, work=args.work, progress=progress

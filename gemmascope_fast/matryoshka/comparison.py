@@ -104,7 +104,7 @@ class Comparison:
     held_out: Tensor
     work: Path
     recipe: dict[str, Any] = field(default_factory=dict)  # of every trained run: epochs, rates, ...
-    steps: int = 0  # end-to-end steps of "qat", after its blocks
+    steps: int = 0  # of "qat", which is trained end to end; 0: block by block as the others
     progress: Callable[..., Any] = lambda x, **_: x
 
     def __post_init__(self) -> None:
@@ -141,14 +141,10 @@ class Comparison:
 
         recipe = Recipe(run.method, run.group_size, run.bits, run.mode, **self.recipe)
         folder = self.work / ("dithered" if run.dithered else "blocks")
-        bar = self.progress
-        trained = train(self.model, self.training, recipe, run.scope, folder, bar)
+        shared: dict[str, Any] = {"work": folder, "progress": self.progress}
         if run.method == "qat" and self.steps:
-            own = self.training
-            trained = finetune(
-                self.model, own, recipe, run.scope, steps=self.steps, start=trained, work=folder, progress=bar
-            )
-        return trained
+            return finetune(self.model, self.training, recipe, run.scope, steps=self.steps, **shared)
+        return train(self.model, self.training, recipe, run.scope, **shared)
 
     def mix(self, run: Run, points: int = 6, windows: int = 8) -> list[mixnmatch.Point]:
         """Mix'n'Match of a run's codes: patterns and search, as JSON."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.matryoshka import straight_through
 from gemmascope_fast.matryoshka.codes import (
     Codes,
     check_bits,
@@ -49,7 +50,7 @@ class Recipe:
     batch: int = 4  # windows
     clip_rate: float = 1e-2
     scale_rate: float = 5e-3
-    weight_rate: float = 1e-4
+    weight_rate: float = 3e-4
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -78,11 +79,6 @@ class Trained:
 
     codes: dict[str, Codes]
     gains: dict[str, Tensor] = field(default_factory=dict)
-
-
-def through(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded` forwards, the gradient of `value` backwards."""
-    return value + (rounded - value).detach()
 
 
 class NestedWeight(nn.Module):
@@ -123,28 +119,20 @@ class NestedWeight(nn.Module):
         )
         return low * self.clip_low.sigmoid(), high * self.clip_high.sigmoid()
 
-    def spread(self, value: Tensor) -> Tensor:
-        if self.group_size is None:
-            return value
-        return value.repeat_interleave(self.group_size, 1)[:, : self.weight.shape[1]]
-
     def sliced(self) -> Tensor:
         weight = self.scaled()
         low, high = self.limits(weight)
         top = (1 << self.bits) - 1 if self.mode == ALONE else 255
         alpha = ((high - low) / top).clamp(min=torch.finfo(torch.float16).tiny)
         zero = (-low / alpha).clamp(0, top)
-        zero = through(zero, zero.round())
-        a, z = self.spread(alpha), self.spread(zero)
-        position = weight / a + z
-        q = through(position, position.round()).clamp(0, top)
-        if self.bits < 8 and self.mode != ALONE:
-            step = 1 << (8 - self.bits)
-            if self.mode == "prefix":
-                q = through(q, (q / step).floor() * step + offset(self.bits, "prefix"))
-            else:
-                q = through(q, (q / step + 0.5).floor().clamp(max=(1 << self.bits) - 1) * step)
-        return a * (q - z)
+        cut = None if self.bits == 8 or self.mode == ALONE else self._cut
+        return straight_through.sliced(weight, alpha, zero, self.group_size, top, cut)
+
+    def _cut(self, q: Tensor) -> Tensor:
+        step = 1 << (8 - self.bits)
+        if self.mode == "prefix":
+            return q.div_(step).floor_().mul_(step).add_(offset(self.bits, "prefix"))
+        return q.div_(step).add_(0.5).floor_().clamp_(max=(1 << self.bits) - 1).mul_(step)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.divides_input and self.columns is not None:
