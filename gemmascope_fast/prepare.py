@@ -11,7 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gemmascope_fast import backends, ops
 from gemmascope_fast.ops._library import expect_tensor
-from gemmascope_fast.screen import Screen, pays, principal_directions
+from gemmascope_fast.screen import Screen, balancing_scales, pays, principal_directions
 
 if TYPE_CHECKING:
     from gemmascope_fast.sae import JumpReLUSAE
@@ -40,6 +40,7 @@ class Prepared:
         self._screen_of = -1  # the sight that the screen was built from
         self._centre: Tensor | None = None  # given by the user; None: the module's own choice
         self._directions: Tensor | int | None = None  # None: the module's own choice; 0: none
+        self._spread: Tensor | None = None  # of the user's sample
         self._second_digit = True
         self._edited = -1  # the sight of weights other than the screen's, as last met
 
@@ -98,6 +99,7 @@ class Prepared:
             expect_tensor("directions", directions, "a number or a torch.Tensor")
         if isinstance(directions, int) and directions and sample is None:
             raise ValueError(f"directions: {directions} of them can only be found in a sample; got none")
+        spread = None
         if sample is not None:
             if sample.shape[-1:] != (sae.d_in,) or not sample.is_floating_point():
                 raise ValueError(
@@ -105,10 +107,11 @@ class Prepared:
                 )
             sample = sample.detach().reshape(-1, sae.d_in)
             centre = sample.double().mean(0).float()
+            spread = sample.double().std(0, correction=0).float()
             if isinstance(directions, int) and directions:
                 directions = principal_directions(sample, directions)
         with self._lock:
-            self._centre, self._directions, self._second_digit = centre, directions, second_digit
+            self._centre, self._spread, self._directions, self._second_digit = centre, spread, directions, second_digit
             self._screen, self._screen_of = None, -1
             self._screened(sae)
 
@@ -143,12 +146,19 @@ class Prepared:
                     centre=centre,
                     second_digit=self._second_digit,
                     directions=None if isinstance(directions, int) else directions,
+                    scales=self._scales(sae),
                 )
                 self._screen_of = self._sight
                 if sae._mapped is None:  # large pages would be read from the disk in full
                     for rows in (sae.W_enc, sae.W_dec):
                         backends.advise_large_pages(rows)
             return self._screen
+
+    def _scales(self, sae: JumpReLUSAE) -> Tensor | None:
+        """What balances dimensions in the screen: by the user's sample where one was given."""
+        if self._spread is None:
+            return sae.screen_scales()
+        return balancing_scales(sae.W_enc, self._spread, sae.screen_directions())
 
     def encode(
         self, sae: JumpReLUSAE, x: Tensor, screen: bool | None, bandwidth: float | None = None

@@ -13,7 +13,7 @@ from gemmascope_fast import ops
 from gemmascope_fast.latents import SparseLatents, check_latents
 from gemmascope_fast.ops._library import expect_tensor, in_dtype
 from gemmascope_fast.prepare import Prepared
-from gemmascope_fast.screen import massive_dimensions
+from gemmascope_fast.screen import balancing_scales, decoder_spread, massive_dimensions
 from gemmascope_fast.sites import Site
 
 if TYPE_CHECKING:
@@ -220,10 +220,10 @@ class JumpReLUSAE(nn.Module):
         (`p.data.mul_()`, a numpy alias, inference tensors).
         Options, kept for later rebuilds; answers depend on none of them: centre [d_in], a point near the mean of the
         activations (default: b_dec where the SAE reconstructs its own input); sample [..., d_in], activations whose
-        mean is taken for it; directions, [k, d_in] or how many to find in the sample, along which activations vary most
-        (default: the massive dimensions that b_dec shows, 0: none): with several tokens they leave fewer features to a
-        second look; second_digit (default True), another byte a weight that spares nearly all rows that do
-        not fire.
+        mean is taken for it, and whose spread balances dimensions in place of what the decoder says; directions,
+        [k, d_in] or how many to find in the sample, along which activations vary most (default: the massive dimensions
+        that b_dec shows, 0: none): with several tokens they leave fewer features to a second look; second_digit
+        (default True), another byte a weight that spares nearly all rows that do not fire.
         """
         self._prepared.refresh(self, force=force)
         if options or self._prepared.stale():
@@ -237,6 +237,12 @@ class JumpReLUSAE(nn.Module):
     def screen_directions(self) -> Tensor | None:
         """What the screen takes out of activations unless told: the massive dimensions, [k, d_in]."""
         return massive_dimensions(self.b_dec.detach().float()) if self.kind == "sae" else None
+
+    def screen_scales(self) -> Tensor | None:
+        """How the screen balances dimensions unless a sample tells: by what the decoder writes into each."""
+        if self.kind != "sae" or not self.d_sae:
+            return None
+        return balancing_scales(self.W_enc.detach(), decoder_spread(self.W_dec.detach()), self.screen_directions())
 
     def packed_bytes(self) -> int:
         """Bytes held beside the parameters: the screen's codes and bounds."""

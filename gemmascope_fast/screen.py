@@ -20,6 +20,7 @@ MOST_INPUTS = 66_000  # 255 · 127 · 66,000 < 2^31: integer dots of longer rows
 BLOCK = 1024  # rows hashed at a time
 MASSIVE = 50.0  # times the median entry: Gemma's massive dimensions are hundreds of times it, the next ones 10 to 20
 MOST_MASSIVE = 2
+SCALE_REACH = 6  # scales stay within 2^±6 of their median: a dead dimension says nothing
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Screen:
 
     code, code2: uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64], the rows' two digits in tiles; code2 None without the second.
     table: fp32 [9 + k, table_stride(d_sae)] of `ops.screen_rows`.  centre: fp32 [d_in] or None, the fixed μ.
-    directions: fp32 [k, d_in] or None, taken out of the activations before they are rounded and added exactly.
+    scales: fp32 [d_in] or None, powers of two from 1 up: the rows' columns are multiplied by them before they are
+    rounded, the activations' entries divided.  directions: fp32 [k, d_in] or None, of the scaled activations, taken out
+    of them before they are rounded and added exactly.
     """
 
     code: Tensor
@@ -36,6 +39,7 @@ class Screen:
     table: Tensor
     centre: Tensor | None
     directions: Tensor | None = None
+    scales: Tensor | None = None
 
     @classmethod
     def build(
@@ -47,6 +51,7 @@ class Screen:
         centre: Tensor | None = None,
         second_digit: bool = True,
         directions: Tensor | None = None,
+        scales: Tensor | None = None,
     ) -> Screen:
         """From W_enc [d_in, d_sae], b_enc and threshold [d_sae]; any of float32, bfloat16 and float16.
 
@@ -54,8 +59,9 @@ class Screen:
         depend on it.  second_digit: another byte a weight that takes away nearly all false candidates.
         directions: [k, d_in], k up to 128, along which activations vary most (`principal_directions`); what lies along
         them is multiplied in fp32, so that the int8 digits hold the rest alone.  They are made orthonormal.
-        Raises ValueError for d_in above 66,000, for a centre or directions of another shape or with entries that are
-        not finite.
+        scales: [d_in], powers of two from 1 to 2^20 (`balancing_scales`).
+        Raises ValueError for d_in above 66,000, for a centre, directions or scales of another shape or with entries
+        that are not finite, and for other scales.
         """
         if W_enc.shape[0] > MOST_INPUTS:
             raise ValueError(f"W_enc: the screen takes d_in up to {MOST_INPUTS}, got {W_enc.shape[0]}")
@@ -64,11 +70,17 @@ class Screen:
                 raise ValueError(f"centre: expected [d_in = {W_enc.shape[0]}], got {tuple(centre.shape)}")
             # a copy: the caller may edit its own, b_dec say
             centre = _finite(centre.detach().to(W_enc.device, torch.float32, copy=True).contiguous(), "centre")
+        if scales is not None:
+            if scales.shape != W_enc.shape[:1]:
+                raise ValueError(f"scales: expected [d_in = {W_enc.shape[0]}], got {tuple(scales.shape)}")
+            scales = scales.detach().to(W_enc.device, torch.float32, copy=True).contiguous()
         if directions is not None:
+            directions = _finite(directions.detach(), "directions")
+            directions = directions if scales is None else directions / scales.to(directions.device)
             directions = _orthonormal(directions, W_enc.shape[0]).to(W_enc.device)
         with torch.no_grad():
-            code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit, directions)
-        return cls(code, code2 if second_digit else None, table, centre, directions)
+            code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit, directions, scales)
+        return cls(code, code2 if second_digit else None, table, centre, directions, scales)
 
     def encode(
         self,
@@ -98,6 +110,7 @@ class Screen:
             bandwidth,
             self.directions,
             mapped,
+            self.scales,
         )
         _survivors, refined, violations, _rest = stats.tolist()
         if violations:
@@ -108,7 +121,7 @@ class Screen:
         return crow, col, values
 
     def tensors(self) -> dict[str, Tensor]:
-        """What there is of code, code2, table, centre and directions, by name."""
+        """What there is of code, code2, table, centre, directions and scales, by name."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: t for name, t in named.items() if t is not None}
 
@@ -143,6 +156,40 @@ def massive_dimensions(mean: Tensor) -> Tensor | None:
     return torch.nn.functional.one_hot(found, size.numel()).float() if found.numel() else None
 
 
+def balancing_scales(W_enc: Tensor, spread: Tensor, massive: Tensor | None = None) -> Tensor:
+    """fp32 [d_in], powers of two from 1 up to 2^12: (spread of the activations / size of the rows)^(3/8) in each
+    dimension of W_enc [d_in, d_sae], rounded.
+
+    The bound multiplies the norms of rows and activations with those of the other's rounding.  ‖x/s‖‖w·s‖ is least for
+    the power 1/2, rounding errors for less; between 1/4 and 1/2 it mattered little.  A scale only moves the bound,
+    never an answer.  spread: [d_in], a sample's standard deviations or `decoder_spread`.  massive: [k, d_in] unit
+    vectors of dimensions that are taken out: nothing is left of the activation there, and they keep the common scale,
+    since ‖x‖ with them stands in the bound too.
+    """
+    steps = (0.375 * (spread.to(W_enc.device) / _column_size(W_enc.t())).log2()).nan_to_num(0.0, 99.0, -99.0)
+    steps = (steps - steps.median()).round().clamp(-SCALE_REACH, SCALE_REACH)
+    if massive is not None:
+        steps[massive.bool().any(0)] = 0.0
+    return torch.exp2(steps - steps.min())
+
+
+def decoder_spread(W_dec: Tensor) -> Tensor:
+    """fp32 [d_in]: the mean square of what an SAE's features [d_sae, d_in] write into each dimension.
+
+    A stand-in for the activations' standard deviation.  Squared, since features write into every dimension what the
+    largest hold, which flattens their profile.
+    """
+    return _column_size(W_dec).square()
+
+
+def _column_size(rows: Tensor) -> Tensor:
+    """Root mean square of each column of rows [d_sae, d_in], fp32."""
+    squares = torch.zeros(rows.shape[1], device=rows.device)
+    for block in rows.detach().split(BLOCK):
+        squares += block.float().square().sum(0)
+    return squares.div_(max(1, rows.shape[0])).sqrt_()
+
+
 def _orthonormal(directions: Tensor, d_in: int) -> Tensor:
     """The same span in rows fp32 [k, d_in] of unit length."""
     k = directions.shape[0] if directions.dim() == 2 else 0
@@ -151,7 +198,7 @@ def _orthonormal(directions: Tensor, d_in: int) -> Tensor:
             f"directions: expected [k, d_in = {d_in}] with k up to {min(MOST_DIRECTIONS, d_in)},"
             f" got {tuple(directions.shape)}"
         )
-    basis, _ = torch.linalg.qr(_finite(directions.detach(), "directions").double().t())
+    basis, _ = torch.linalg.qr(directions.double().t())
     return basis.t().float().contiguous()
 
 

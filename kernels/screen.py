@@ -15,18 +15,25 @@ LARGEST: tl.constexpr = tl.constexpr(32512.0)  # 127 * 256: both digits of it ar
 
 
 @triton.jit
-def centred(x_ptr, centre_ptr, row, k, d, HAS_CENTRE: tl.constexpr):
-    """(x, r): a token's entries as fp32, and less the centre, 0 beyond the end."""
+def centred(x_ptr, centre_ptr, scale_ptr, row, k, d, HAS_CENTRE: tl.constexpr, HAS_SCALES: tl.constexpr):
+    """(x, r): a token's entries as fp32, and less the centre, both over their scales, 0 beyond the end."""
     x = tl.load(x_ptr + row + k, mask=k < d, other=0.0).to(tl.float32)
+    r = x
     if HAS_CENTRE:
-        return x, x - tl.load(centre_ptr + k, mask=k < d, other=0.0)
-    return x, x
+        r = x - tl.load(centre_ptr + k, mask=k < d, other=0.0)
+    if HAS_SCALES:
+        # the inverse of a power of two by its bits: a device's division may round
+        scale = tl.load(scale_ptr + k, mask=k < d, other=1.0).to(tl.int32, bitcast=True)
+        inverse = (0x7F000000 - scale).to(tl.float32, bitcast=True)
+        x, r = x * inverse, r * inverse
+    return x, r
 
 
 @triton.jit
 def digits_kernel(
     x_ptr,  # [T, d] fp32, bf16 or fp16
     centre_ptr,  # fp32 [d], read where HAS_CENTRE
+    scale_ptr,  # fp32 [d], powers of two, read where HAS_SCALES
     high_ptr,  # int8 [T, padded]: r is close to unit * (256 * high + low)
     low_ptr,  # int8 [T, padded]
     sum_ptr,  # int32 [T, 2]: sums of high and of low
@@ -37,13 +44,14 @@ def digits_kernel(
     root,  # the square root of d, not below it
     grow,  # 1 + what fp32 sums of d squares may lose
     HAS_CENTRE: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([BLOCK], dtype=tl.float32)
     squares = tl.zeros([BLOCK], dtype=tl.float32)
     for k0 in range(0, d, BLOCK):
-        x, r = centred(x_ptr, centre_ptr, t * d, k0 + tl.arange(0, BLOCK), d, HAS_CENTRE)
+        x, r = centred(x_ptr, centre_ptr, scale_ptr, t * d, k0 + tl.arange(0, BLOCK), d, HAS_CENTRE, HAS_SCALES)
         largest = tl.maximum(largest, tl.abs(r))
         squares += x * x
     most = tl.max(largest, axis=0)
@@ -61,7 +69,7 @@ def digits_kernel(
     lows = tl.zeros([BLOCK], dtype=tl.int32)
     for k0 in range(0, padded, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
-        x, r = centred(x_ptr, centre_ptr, t * d, k, d, HAS_CENTRE)
+        x, r = centred(x_ptr, centre_ptr, scale_ptr, t * d, k, d, HAS_CENTRE, HAS_SCALES)
         # 1.5 * 2^23 added and taken away again rounds to the nearest integer, ties to even
         near = (tl.where(usable, r, 0.0) * inverse + 12582912.0) - 12582912.0
         code = near.to(tl.int32)

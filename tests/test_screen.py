@@ -26,7 +26,19 @@ def screened(x, W, b, theta, screen, digits=0, second=True, bandwidth=None):
     """(csr, stats) of the op itself."""
     code2 = screen.code2 if second else None
     *csr, stats = ops.encode_screened(
-        x, W, b, theta, screen.code, code2, screen.table, screen.centre, digits, bandwidth, screen.directions
+        x,
+        W,
+        b,
+        theta,
+        screen.code,
+        code2,
+        screen.table,
+        screen.centre,
+        digits,
+        bandwidth,
+        screen.directions,
+        False,
+        screen.scales,
     )
     return tuple(csr), dict(zip(("survivors", "refined", "violations", "rest"), stats.tolist(), strict=True))
 
@@ -40,7 +52,8 @@ def assert_same(x, W, b, theta, centre=None, bandwidth=None):
     want = ops.encode(x, W, b, theta, bandwidth)
     for k in (min(3, W.shape[0]), 0):
         directions = torch.eye(W.shape[0])[:k] + 0.1 if k else None
-        screen = Screen.build(W, b, theta, centre=centre, directions=directions)
+        scales = torch.exp2(torch.arange(W.shape[0]) % 7) if k else None
+        screen = Screen.build(W, b, theta, centre=centre, directions=directions, scales=scales)
         for digits, second in FORMS:
             got, stats = screened(x, W, b, theta, screen, digits, second, bandwidth)
             assert same_bytes(got, want), (k, digits, second)

@@ -175,6 +175,7 @@ struct ScreenToken {
 struct ScreenTokenArgs {
   const float* x;           // [d]
   const float* mu;          // [d] or null
+  const float* per_scale;   // [d] or null: what ScreenRowArgs::scale is the inverse of
   const float* directions;  // [k][d]
   int8_t* q1;               // [width] in a tile, zeros after d
   int8_t* q2;               // [width] in a tile
@@ -188,6 +189,8 @@ struct ScreenTokenArgs {
 struct ScreenRowArgs {
   const void* w;            // [F][d] of w_dtype: the rows that refine
   const float* mu;          // [d] or null
+  const float* scale;       // [d] or null: powers of two from 1 up, of the rows' columns
+  const float* per_scale;   // [d] or null: their inverses
   const float* bias;        // [F]
   const float* threshold;   // [F]
   const float* directions;  // [k][d]

@@ -73,6 +73,30 @@ void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
                    "centre: expected contiguous float32, got ", centre->scalar_type());
 }
 
+// Powers of two from 1 to this scale a column (docs/screen.md, "Scales"); 1 / them is exact.
+constexpr float kMostScale = 1 << 20;
+
+// The inverses of scales [d]; empty where there are none.
+std::vector<float> inverse_scales(const std::optional<at::Tensor>& scales, int64_t d) {
+  if (!scales) return {};
+  check_shape(*scales, {d}, "scales");
+  check_cpu(*scales, "scales");
+  TORCH_CHECK_TYPE(scales->scalar_type() == at::kFloat && scales->is_contiguous(),
+                   "scales: expected contiguous float32, got ", scales->scalar_type());
+  const float* s = scales->const_data_ptr<float>();
+  std::vector<float> inverse(d);
+  bool good = true;
+  for (int64_t i = 0; i < d; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, s + i, sizeof bits);
+    good &= (bits & 0x7FFFFF) == 0 && s[i] >= 1.0f && s[i] <= kMostScale;
+    inverse[i] = 1.0f / s[i];
+  }
+  // anything else would round, which the bound does not know of
+  TORCH_CHECK_VALUE(good, "scales: expected powers of two from 1 to 2^20");
+  return inverse;
+}
+
 at::Tensor zero_codes(at::IntArrayRef shape) {
   at::Tensor t = new_tensor(shape, at::kByte);
   advise_large_pages(t.mutable_data_ptr(), t.nbytes());  // before the first touch: nothing to gather then
@@ -81,11 +105,13 @@ at::Tensor zero_codes(at::IntArrayRef shape) {
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
     const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
-    const std::optional<at::Tensor>& centre, bool second_digit, const std::optional<at::Tensor>& directions) {
+    const std::optional<at::Tensor>& centre, bool second_digit, const std::optional<at::Tensor>& directions,
+    const std::optional<at::Tensor>& scales) {
   check_sizes(W_enc, b_enc, threshold);
   const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = table_stride(F);
   check_centre(centre, d);
   const int64_t k = check_directions(directions, d);
+  const std::vector<float> per_scale = inverse_scales(scales, d);
   const at::Tensor bias = widened(b_enc), theta = widened(threshold);
   const Rows rows(W_enc);
   const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
@@ -96,6 +122,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
   args.w = rows.data();
   args.w_dtype = dtype_of(W_enc, "W_enc");
   args.mu = centre ? centre->const_data_ptr<float>() : nullptr;
+  args.scale = scales ? scales->const_data_ptr<float>() : nullptr;
+  args.per_scale = scales ? per_scale.data() : nullptr;
   args.bias = bias.const_data_ptr<float>();
   args.threshold = theta.const_data_ptr<float>();
   args.code = code.mutable_data_ptr<uint8_t>();
@@ -187,7 +215,13 @@ Directions of_call(const std::optional<at::Tensor>& directions, int64_t d) {
   return {v, k, std::sqrt(square) * (1 + 1e-9)};
 }
 
-Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, int64_t width, bool both) {
+// What is fixed of a call's activations before they are rounded: centre and inverse scales, [d] or null.
+struct Frame {
+  const float* mu;
+  const float* per_scale;
+};
+
+Tokens quantised(const at::Tensor& x, const Frame& frame, const Directions& along, int64_t width, bool both) {
   const int64_t T = x.size(0), d = x.size(1), second = round_to(T, kTileRows) * width;
   Tokens out;
   out.x = x;
@@ -202,8 +236,8 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
   std::vector<float> space(workers * width);
   const auto token = [&](int worker, int64_t t) {
     int8_t* q1 = q + digits_offset(t, width, both);
-    kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, mu, along.v, q1,
-                                        q1 + (both ? 2 * kTileColumns : second),
+    kernel.screen_token(ScreenTokenArgs{x.const_data_ptr<float>() + t * d, frame.mu, frame.per_scale, along.v,
+                                        q1, q1 + (both ? 2 * kTileColumns : second),
                                         out.along.data() + t * along.k, &out.screen[t],
                                         space.data() + worker * width, d, width, along.k, along.frobenius});
   };
@@ -221,7 +255,7 @@ Tokens quantised(const at::Tensor& x, const float* mu, const Directions& along, 
     return out;
   }
   // rare: NaN, infinities, or nothing at all; the others close ranks
-  Tokens kept = quantised(chosen_rows(x, out.ids), mu, along, width, both);
+  Tokens kept = quantised(chosen_rows(x, out.ids), frame, along, width, both);
   kept.ids = std::move(out.ids);
   kept.rest = chosen_rows(x, out.rest_ids);
   kept.rest_ids = std::move(out.rest_ids);
@@ -298,7 +332,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
     const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
     const at::Tensor& code, const std::optional<at::Tensor>& code2, const at::Tensor& table,
     const std::optional<at::Tensor>& centre, int64_t digits, std::optional<double> bandwidth,
-    const std::optional<at::Tensor>& directions, bool mapped) {
+    const std::optional<at::Tensor>& directions, bool mapped, const std::optional<at::Tensor>& scales) {
   check_float(x, "x");
   check_cpu(x, "x");
   check_sizes(W_enc, b_enc, threshold);
@@ -311,6 +345,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   check_shape(table, {kScreenRows + along.k, stride}, "table");
   if (code2) check_shape(*code2, code.sizes(), "code2");
   check_centre(centre, d);
+  const std::vector<float> per_scale = inverse_scales(scales, d);
   TORCH_CHECK_TYPE(code.scalar_type() == at::kByte && (!code2 || code2->scalar_type() == at::kByte) &&
                        table.scalar_type() == at::kFloat,
                    "code, code2, table: expected uint8, uint8 and float32");
@@ -330,8 +365,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   const bool amx = kernel.has_amx && digits != 1 && T >= kAmxFewest;
   a.both = a.adaptive ? T <= kBothDigits || amx : digits == 2;
   const bool lanes_of_tokens = amx || (kernel.screen_pack && !a.both && T >= kLanesFewest);
-  const Tokens tokens =
-      quantised(widened(x), centre ? centre->const_data_ptr<float>() : nullptr, along, width, a.both);
+  const Frame frame{centre ? centre->const_data_ptr<float>() : nullptr, scales ? per_scale.data() : nullptr};
+  const Tokens tokens = quantised(widened(x), frame, along, width, a.both);
   const int64_t kept = static_cast<int64_t>(tokens.screen.size());
   EncodeArgs& e = a.encode;
   e.x = tokens.x.const_data_ptr<float>();

@@ -34,6 +34,20 @@ struct Sum16 {
   }
 };
 
+// Sixteen columns of a vector from k on, n of them there; `otherwise` beyond the end and where there is no
+// vector.
+struct Columns {
+  float v[16];
+  Columns(const float* from, int64_t k, int64_t n, float otherwise) {
+    if (from && n == 16) {
+      memcpy(v, from + k, sizeof v);
+      return;
+    }
+    for (float& value : v) value = otherwise;
+    if (from && n > 0) memcpy(v, from + k, static_cast<size_t>(n) * sizeof(float));
+  }
+};
+
 static inline int64_t column_offset(int64_t k) { return k / kTileColumns * kTileStep + k % kTileColumns; }
 
 static inline float clamp_digit(float v) { return v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v); }
@@ -78,19 +92,13 @@ static void screen_token(const ScreenTokenArgs& a) {
   Sum16 xx, rr, left;
   const int64_t d = a.d;
   for (int64_t k = 0; k < a.width; k += 16) {
-    float x[16] = {}, mu[16] = {};
     const int64_t n = d - k < 16 ? d - k : 16;
-    if (n == 16) {
-      memcpy(x, a.x + k, sizeof x);
-      if (a.mu) memcpy(mu, a.mu + k, sizeof mu);
-    } else if (n > 0) {
-      memcpy(x, a.x + k, static_cast<size_t>(n) * sizeof(float));
-      if (a.mu) memcpy(mu, a.mu + k, static_cast<size_t>(n) * sizeof(float));
-    }
+    const Columns x(a.x, k, n, 0.0f), mu(a.mu, k, n, 0.0f), per(a.per_scale, k, n, 1.0f);
     for (int i = 0; i < 16; ++i) {
-      const float ri = x[i] - mu[i];
+      const float ri = (x.v[i] - mu.v[i]) * per.v[i];
+      const double xi = static_cast<double>(x.v[i]) * per.v[i];
       r[k + i] = ri;
-      xx.v[i] += static_cast<double>(x[i]) * x[i];
+      xx.v[i] += xi * xi;
       rr.v[i] += static_cast<double>(ri) * ri;
     }
   }
@@ -199,15 +207,14 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   float low[16] = {}, high[16] = {};
   Sum16 ww, wmu;
   for (int64_t k = 0; k < a.width; k += 16) {
-    float mu[16] = {};
     const int64_t n = a.d - k < 16 ? a.d - k : 16;
-    if (a.mu && n > 0) memcpy(mu, a.mu + k, static_cast<size_t>(n) * sizeof(float));
+    const Columns mu(a.mu, k, n, 0.0f), per(a.per_scale, k, n, 1.0f);
     for (int i = 0; i < 16; ++i) {
       const float v = w[k + i];
       low[i] = v < low[i] ? v : low[i];
       high[i] = v > high[i] ? v : high[i];
       ww.v[i] += static_cast<double>(v) * v;
-      wmu.v[i] += static_cast<double>(v) * mu[i];
+      wmu.v[i] += static_cast<double>(v) * (static_cast<double>(mu.v[i]) * per.v[i]);
     }
   }
   float least = 0, most = 0;
@@ -279,9 +286,19 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
 }
 
 static void screen_rows(const ScreenRowArgs& a, int64_t f0, int64_t f1, float* space) {
-  const double norm_mu = a.mu ? __builtin_sqrt(dot_fp64(a.mu, a.mu, a.d)) * kSumUp : 0.0;
+  Sum16 square;
+  for (int64_t k = 0; a.mu && k < a.d; k += 16) {
+    const int64_t n = a.d - k < 16 ? a.d - k : 16;
+    const Columns mu(a.mu, k, n, 0.0f), per(a.per_scale, k, n, 1.0f);
+    for (int i = 0; i < 16; ++i) {
+      const double m = static_cast<double>(mu.v[i]) * per.v[i];
+      square.v[i] += m * m;
+    }
+  }
+  const double norm_mu = __builtin_sqrt(square.total()) * kSumUp;
   for (int64_t f = f0; f < f1; ++f) {
     widen_any(a, f, space);
+    for (int64_t k = 0; a.scale && k < a.d; ++k) space[k] *= a.scale[k];
     screen_row(a, f, space, norm_mu);
   }
 }

@@ -74,6 +74,7 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
     tiles, table = (-(-F // 4), -(-d // 64), 4, 64), (len(Row) + k, table_stride(F))
     want = {"code": (tiles, torch.uint8), "table": (table, torch.float32)}
     want |= {"code2": (tiles, torch.uint8), "centre": ((d,), torch.float32), "directions": ((k, d), torch.float32)}
+    want |= {"scales": ((d,), torch.float32)}
     tensors: dict[str, torch.Tensor] = {}
     for name, entry in held.items():
         if name not in want or (entry.shape, entry.dtype) != want[name]:
@@ -82,7 +83,7 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
         tensors[name] = entry.read(sae.device, entry.dtype, finite=False)
     if not {"code", "table"} <= set(tensors):
         raise CheckpointError(f"{path}: screen: expected code and table, got {sorted(tensors)}")
-    optional = (tensors.get(name) for name in ("centre", "directions"))
+    optional = (tensors.get(name) for name in ("centre", "directions", "scales"))
     screen = Screen(tensors["code"], tensors.get("code2"), tensors["table"], *optional)
     if screen.digest() != about.get("screen_data"):
         raise CheckpointError(f"{path}: screen: damaged")

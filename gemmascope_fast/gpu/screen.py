@@ -82,6 +82,7 @@ class ScreenArrays:
     slack: Tensor  # fp32 [F]
     centre: Tensor | None = None  # fp32 [d]
     second: SecondDigit | None = None
+    scales: Tensor | None = None  # fp32 [d]: rows and norms are of W_enc times them, x is divided by them
 
     @classmethod
     def of_rows(
@@ -91,13 +92,14 @@ class ScreenArrays:
         table: Tensor,
         centre: Tensor | None,
         shape: tuple[int, int],
+        scales: Tensor | None = None,
     ) -> ScreenArrays:
         """From what op `screen_rows` gives, for W_enc of this shape [d_in, d_sae]: codes by rows, signed.
 
         Raises ValueError or TypeError where the tensors do not fit the shape: nothing on the device checks.
         """
         d, F = shape
-        _check_rows(code, code2, table, centre, d, F)
+        _check_rows(code, code2, table, centre, scales, d, F)
         t = table[:, :F]
         # START is infinite where a row is out of range and its other entries mean nothing
         slack = torch.where(t[Row.START] == torch.inf, torch.inf, t[Row.SLACK])
@@ -107,15 +109,18 @@ class ScreenArrays:
             second = SecondDigit(_signed(code2, F, d), t[Row.SCALE2].contiguous(), error2)
         zero = t[Row.ZERO].to(torch.int32) - 128
         scale, error, norm, bias = (t[row].contiguous() for row in (Row.SCALE, Row.ERROR, Row.NORM, Row.CENTRED_BIAS))
-        return cls(_signed(code, F, d), scale, zero, error, norm, bias, slack, centre, second)
+        return cls(_signed(code, F, d), scale, zero, error, norm, bias, slack, centre, second, scales)
 
 
-def _check_rows(code: Tensor, code2: Tensor | None, table: Tensor, centre: Tensor | None, d: int, F: int) -> None:
-    check_devices(code, code2, table, centre)
+def _check_rows(
+    code: Tensor, code2: Tensor | None, table: Tensor, centre: Tensor | None, scales: Tensor | None, d: int, F: int
+) -> None:
+    check_devices(code, code2, table, centre, scales)
     tiled = (cdiv(F, 4), cdiv(d, 64), 4, 64)
     named: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [("code", code, tiled, torch.uint8)]
     named += [("code2", code2, tiled, torch.uint8)] if code2 is not None and code2.numel() else []
     named += [("centre", centre, (d,), torch.float32)] if centre is not None else []
+    named += [("scales", scales, (d,), torch.float32)] if scales is not None else []
     for name, tensor, want, dtype in named:
         if tensor.dtype != dtype:
             raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
@@ -135,14 +140,19 @@ _ARRAYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _arrays(
-    code: Tensor, code2: Tensor | None, table: Tensor, centre: Tensor | None, shape: tuple[int, int]
+    code: Tensor,
+    code2: Tensor | None,
+    table: Tensor,
+    centre: Tensor | None,
+    shape: tuple[int, int],
+    scales: Tensor | None,
 ) -> ScreenArrays:
     """What `of_rows` makes of them, made once."""
-    rest = (code2, table, centre, shape)
+    key, rest = (code2, table, centre, scales), (code2, table, centre, shape, scales)
     known = _ARRAYS.get(code)
-    if known is None or any(a is not b for a, b in zip(known[0][:3], rest[:3], strict=True)) or known[0][3] != shape:
-        known = _ARRAYS[code] = (rest, ScreenArrays.of_rows(*(code, *rest)))
-    return known[1]
+    if known is None or known[1] != shape or any(a is not b for a, b in zip(known[0], key, strict=True)):
+        known = _ARRAYS[code] = (key, shape, ScreenArrays.of_rows(code, *rest))
+    return known[2]
 
 
 def encode_screened(
@@ -158,6 +168,7 @@ def encode_screened(
     bandwidth: float | None = None,
     directions: Tensor | None = None,
     mapped: bool = False,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Op `encode_screened` (see ops/encode_screened.py) in Triton; two digits of the activations, whatever `digits` is:
     the second costs no bytes, and leaves the directions little to do, which are not used.  `mapped` says nothing to a
@@ -167,7 +178,7 @@ def encode_screened(
     the rows of what the screen leaves are read.  Raises StaleScreenError where a refined pair lies outside the bound.
     """
     weights = checked(x, W_enc, b_enc, threshold, bandwidth)
-    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))
+    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]), scales)
     stats = torch.zeros(4, dtype=torch.int64, device=x.device)
     csr = compressed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, bandwidth, stats))
     return (*csr, stats)
@@ -183,11 +194,12 @@ def encode_screened_fixed(
     table: Tensor,
     centre: Tensor | None,
     capacity: int,
+    scales: Tensor | None = None,
 ) -> FixedLatents:
     """The same without any host synchronisation, in tensors of the given capacity: four launches up to 16 tokens, a
     scan more above.  The certificate is read by `FixedLatents.sparse`."""
     weights = checked(x, W_enc, b_enc, threshold, None)
-    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]))
+    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]), scales)
     return fixed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, None), capacity)
 
 
@@ -221,7 +233,7 @@ def fill_screened(
     pinned = w.rows.device != x.device
     second_code = None if s.second is None else s.second.code
     module = kernels(
-        "screen", x, None if pinned else w.rows, w.bias, w.threshold, s.code, s.scale, second_code, s.centre
+        "screen", x, None if pinned else w.rows, w.bias, w.threshold, s.code, s.scale, second_code, s.centre, s.scales
     )
     (T, d), F = x.shape, w.rows.shape[0]
     stale = torch.zeros(1, dtype=torch.int32, device=x.device)
@@ -238,9 +250,10 @@ def fill_screened(
     two = (s.code, s.scale, s.error_norm) if second is None else (second.code, second.scale, second.error_norm)
     with on(x):
         module.digits_kernel[grid(T, "digits")](
-            x, token if s.centre is None else s.centre, high, low, sums, token, d, padded,
-            kappa(d), math.sqrt(d) * (1 + 4 * U), 1 + (d + 64) * 2 * U,
-            HAS_CENTRE=s.centre is not None, BLOCK=DIGITS_BLOCK, num_warps=4, enable_fp_fusion=False,
+            x, token if s.centre is None else s.centre, token if s.scales is None else s.scales,
+            high, low, sums, token, d, padded, kappa(d), math.sqrt(d) * (1 + 4 * U), 1 + (d + 64) * 2 * U,
+            HAS_CENTRE=s.centre is not None, HAS_SCALES=s.scales is not None, BLOCK=DIGITS_BLOCK,
+            num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
         module.screen_kernel[grid(cdiv(T, config.BT) * cdiv(F, config.BF), "screen")](
             high, low, sums, token, s.code, s.scale, s.zero, s.error_norm, s.row_norm, s.bias, s.slack, w.threshold,

@@ -212,12 +212,13 @@ def screen_specs() -> list[KernelSpec]:
     """The three launches of the screened encode before the gather."""
     vectors = dict.fromkeys(("scale", "error", "norm", "bias", "slack", "threshold"), "fp32")
     digits = {"high": "i8", "low": "i8", "sum": "i32", "token": "fp32"}
-    types = _types({"x": "fp32", "centre": "fp32", **digits}, "d padded", kappa="fp32", root="fp32", grow="fp32")
+    vectors_of_x = {"x": "fp32", "centre": "fp32", "scale": "fp32"}
+    types = _types({**vectors_of_x, **digits}, "d padded", kappa="fp32", root="fp32", grow="fp32")
     specs = [
         KernelSpec(
             "digits, T 1", "screen", "digits_kernel", types,
-            {"HAS_CENTRE": True, "BLOCK": screen.DIGITS_BLOCK}, 4, 3, 16 * D + 20, 12 * D, "fp32", False,
-            ("d", "padded"),
+            {"HAS_CENTRE": True, "HAS_SCALES": True, "BLOCK": screen.DIGITS_BLOCK}, 4, 3, 24 * D + 20, 16 * D,
+            "fp32", False, ("d", "padded"),
         )
     ]  # fmt: skip
     pairs = {"bitmap": "i32", "guess": "fp32"}

@@ -13,7 +13,8 @@ from gemmascope_fast.ops.encode import backward_of_encode, check_encode, encode_
 
 SCHEMA = (
     "encode_screened(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor code, Tensor? code2, Tensor table,"
-    " Tensor? centre, int digits=0, float? bandwidth=None, Tensor? directions=None, bool mapped=False)"
+    " Tensor? centre, int digits=0, float? bandwidth=None, Tensor? directions=None, bool mapped=False,"
+    " Tensor? scales=None)"
     " -> (Tensor crow_indices, Tensor col_indices, Tensor values, Tensor stats)"
 )
 Screened = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -32,14 +33,15 @@ def encode_screened_reference(
     bandwidth: float | None = None,
     directions: Tensor | None = None,
     mapped: bool = False,
+    scales: Tensor | None = None,
 ) -> Screened:
     """What `encode` gives, and stats int64 [4]: pairs left by the first stage, pairs refined in full precision,
     refined pairs outside their bound (more than none: the screen is of other weights), tokens that skipped the screen.
 
-    code, code2, table, centre, directions: of `screen_rows` on these weights.  digits: 1 or 2 digits of the activations
-    in the first stage and code2 wherever there is one; 0: both as they pay.  mapped: the rows lie in a mapped file:
-    code2 is read wherever there is one, and the rows that refine are announced to the system before they are read; the
-    bytes are the same.  The reference screens nothing: every pair is refined.
+    code, code2, table, centre, directions, scales: of `screen_rows` on these weights.  digits: 1 or 2 digits of the
+    activations in the first stage and code2 wherever there is one; 0: both as they pay.  mapped: the rows lie in a
+    mapped file: code2 is read wherever there is one, and the rows that refine are announced to the system before they
+    are read; the bytes are the same.  The reference screens nothing: every pair is refined.
     """
     check_encode(x, W_enc, b_enc, threshold, bandwidth)
     pairs = x.shape[0] * W_enc.shape[1]
@@ -71,7 +73,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, _grad_crow, _grad_col, grad, _grad_stats):
-    return (*backward_of_encode(ctx, grad), *(None,) * 9)
+    return (*backward_of_encode(ctx, grad), *(None,) * 10)
 
 
 register_autograd(encode_screened, _setup_context, _backward)

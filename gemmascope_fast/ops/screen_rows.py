@@ -18,7 +18,7 @@ from gemmascope_fast.ops.encode import kappa
 
 SCHEMA = (
     "screen_rows(Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? centre, bool second_digit,"
-    " Tensor? directions=None)"
+    " Tensor? directions=None, Tensor? scales=None)"
     " -> (Tensor code, Tensor code2, Tensor table)"
 )
 U = 2.0**-24
@@ -27,6 +27,7 @@ SUM_UP = 1 + 2.0**-30
 CANCEL, NORM_MU_ERROR, UNDERFLOW = 2.0**-50, 9.1e-13, 2.0**-125
 MOST_DIRECTIONS = 128  # the bound of sums over directions counts so many
 TINY, HUGE, MOST_BIAS = 2.0**-60, 2.0**60, 1e38
+MOST_SCALE = 1 << 20
 BLOCK = 1024  # rows at a time in fp64
 
 
@@ -66,8 +67,11 @@ def screen_rows_reference(
     centre: Tensor | None,
     second_digit: bool,
     directions: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None, directions fp32 [k, d_in] or None.
+    """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None, directions fp32 [k, d_in] or None;
+    scales fp32 [d_in] or None, powers of two from 1 to 2^20: the codes are those of W_enc's columns times them, the
+    activations' entries are divided by them, and the directions are of those.
 
     Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four
     rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9 + k, table_stride(d_sae)], the
@@ -77,16 +81,22 @@ def screen_rows_reference(
     d, F = W_enc.shape
     width, stride = -(-d // 64) * 64, table_stride(F)
     device = W_enc.device
+    if scales is not None and not bool(
+        ((scales.frexp().mantissa == 0.5) & (scales >= 1) & (scales <= MOST_SCALE)).all()
+    ):
+        raise ValueError("scales: expected powers of two from 1 to 2^20")
     tiled = -(-F // 4) * 4
     code = torch.zeros(tiled, width, dtype=torch.uint8, device=device)
     code2 = torch.zeros(tiled if second_digit else 0, width, dtype=torch.uint8, device=device)
     V = W_enc.new_empty(0, d, dtype=torch.float64) if directions is None else directions.double()
+    s = torch.ones(d, device=device) if scales is None else scales
+    mu = None if centre is None else centre.double() / s
     table = torch.zeros(len(Row) + V.shape[0], stride, device=device)
     table[Row.START, F:] = -math.inf
     for start in range(0, F, BLOCK):
         rows = slice(start, min(F, start + BLOCK))
         out = (code[rows], code2[rows] if second_digit else None, table[:, rows])
-        _block(W_enc[:, rows].t().float(), b_enc[rows].double(), threshold[rows].double(), centre, V, out)
+        _block(W_enc[:, rows].t().float() * s, b_enc[rows].double(), threshold[rows].double(), mu, V, out)
     return tiles(code), tiles(code2), table
 
 
@@ -153,6 +163,7 @@ def _fake(
     centre: Tensor | None,
     second_digit: bool,
     directions: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d, F = W_enc.shape
     k = 0 if directions is None else directions.shape[0]

@@ -53,6 +53,20 @@ def case(T, d, F, seed=0, dtype=torch.float32, l0=None):
     return x, sae.W_enc.detach(), sae.b_enc.detach(), sae.threshold.detach(), sae.b_dec.detach().float()
 
 
+@pytest.mark.parametrize("T", [1, 17])
+def test_scales_divide_the_activations_and_change_no_byte(T, same_bytes):
+    x, W, b, theta, mean = case(T, 70, 33)
+    s = torch.exp2((torch.arange(70) % 7).float())
+    code, code2, table = ops.screen_rows(W, b, theta, mean, True, None, s)
+    *got, stats = gpu.encode_screened(x, W, b, theta, code, code2, table, mean, scales=s)
+    same_bytes(tuple(got), ops.encode(x, W, b, theta, None))
+    scaled = ops.screen_rows(W * s[:, None], b, theta, mean / s, True)
+    *_, want = gpu.encode_screened(x / s, W * s[:, None], b, theta, *scaled, mean / s)
+    assert stats.tolist() == want.tolist()
+    assert stats[2] == 0
+    assert stats[0] < T * 33 * 0.6  # the bound still discards
+
+
 @pytest.mark.parametrize("shape", [(1, 33, 70), (3, 150, 31), (17, 20, 65), (1, 1100, 34)])
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("centred", [False, True])
