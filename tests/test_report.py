@@ -128,3 +128,15 @@ def test_the_readmes_figures_are_those_of_the_stored_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = results_page.readme_table(Results.load(STORED)) if STORED.exists() else results_page.NOT_MEASURED
     assert text == results_page.with_table(text, table)
+
+
+def test_the_readmes_pictures_are_of_the_stored_run():
+    """Each carries a hash of the rows that it was drawn from."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\]\((docs/images/[\w-]+\.png)\)", text)
+    assert len(shown) >= 2
+    source = plots.digest(Results.load(STORED)).encode()
+    for name in shown:
+        png = (ROOT / name).read_bytes()
+        assert source in png, f"{name}: `make figures` draws it anew"
+        assert plots.digest(made_up()).encode() not in png

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
 import re
+import struct
+import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,22 @@ def draw(results: Results, quality: list[dict[str, Any]] | None = None) -> list[
         raise GemmaScopeFastError("the report draws with matplotlib: pip install 'gemmascope-fast[plot]'") from error
     matplotlib.use("Agg")
     pictures = [*_speedups(results), *_roofline(results), *_curves(results), *_memory(results)]
-    return pictures + (_quality(quality) if quality else [])
+    pictures += _quality(quality) if quality else []
+    source = digest(results)
+    return [replace(picture, png=_stamped(picture.png, source)) for picture in pictures]
+
+
+def digest(results: Results) -> str:
+    """What names the figures that a picture shows: a hash of rows and ratios, kept in each picture."""
+    figures = [asdict(r) for r in results.rows], {key: asdict(q) for key, q in results.ratios.items()}
+    return hashlib.sha256(json.dumps(figures, sort_keys=True).encode()).hexdigest()
+
+
+def _stamped(png: bytes, source: str) -> bytes:
+    """The PNG with a text chunk "Source" before its end.  A chunk is length, kind, data, CRC of both; IEND: 12 bytes."""
+    chunk = b"tEXt" + b"Source\0" + source.encode("ascii")
+    whole = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return png[:-12] + whole + png[-12:]
 
 
 def load_quality(path: Path) -> list[dict[str, Any]]:
