@@ -168,6 +168,19 @@ def test_compare_names_only_what_left_the_noise():
     assert [(c.key, c.beyond_noise, c.factor) for c in changes] == [(slower, True, 0.5), (quiet, False, 0.75)]
 
 
+def test_compare_by_command_fails_where_ours_got_slower_and_names_another_machine(monkeypatch, tmp_path, capsys):
+    keys = [row(T=1).key, row(T=2).key]
+    Results({"isa": "avx512"}, [row()], {k: Ratio(4, 3.8, 4.2) for k in keys}).save(tmp_path / "old.json")
+    for medians, isa, status in (((4, 4), "avx512", 0), ((8, 4), "avx512", 0), ((4, 2), "avx2", 1)):
+        ratios = {k: Ratio(m, m - 0.1, m + 0.1) for k, m in zip(keys, medians, strict=True)}
+        monkeypatch.setattr(command, "run", lambda *_, found=Results({"isa": isa}, [], ratios), **__: found)
+        monkeypatch.setattr(command, "_show", lambda results: None)
+        assert cli.main(["bench", "--compare", str(tmp_path / "old.json")]) == status
+        said = capsys.readouterr().out
+        assert ("SLOWER" in said) == bool(status)
+        assert ("different machines, avx512 and avx2" in said) == (isa == "avx2")
+
+
 def guard_run(monkeypatch, ratios, isa="avx512"):
     """The command's runs give these medians one after the other; returns what each was asked to keep."""
     asked = []

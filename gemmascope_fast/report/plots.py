@@ -53,7 +53,7 @@ def digest(results: Results) -> str:
 
 
 def _stamped(png: bytes, source: str) -> bytes:
-    """The PNG with a text chunk "Source" before its end.  A chunk is length, kind, data, CRC of both; IEND: 12 bytes."""
+    """The PNG with a text chunk "Source" before its end.  A chunk: length, kind, data, CRC; IEND has 12 bytes."""
     chunk = b"tEXt" + b"Source\0" + source.encode("ascii")
     whole = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return png[:-12] + whole + png[-12:]
