@@ -173,7 +173,8 @@ def test_compare_by_command_fails_where_ours_got_slower_and_names_another_machin
     Results({"isa": "avx512"}, [row()], {k: Ratio(4, 3.8, 4.2) for k in keys}).save(tmp_path / "old.json")
     for medians, isa, status in (((4, 4), "avx512", 0), ((8, 4), "avx512", 0), ((4, 2), "avx2", 1)):
         ratios = {k: Ratio(m, m - 0.1, m + 0.1) for k, m in zip(keys, medians, strict=True)}
-        monkeypatch.setattr(command, "run", lambda *_, found=Results({"isa": isa}, [], ratios), **__: found)
+        found = Results({"isa": isa}, [], ratios)
+        monkeypatch.setattr(command, "run", lambda *_, found=found, **__: found)
         monkeypatch.setattr(command, "_show", lambda results: None)
         assert cli.main(["bench", "--compare", str(tmp_path / "old.json")]) == status
         said = capsys.readouterr().out
