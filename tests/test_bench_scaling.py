@@ -16,8 +16,20 @@ ROOF = {"read_gb_s": 10.0, "fma_gflop_s": 100.0, "int8_gop_s": 1000.0}
 BASE = Row("scaling", "width", "ours", 1, 64, 256, 5.0, "fp32", 2, 1.0, 0.9, 1.1, 10**7, 10**6, 1.0, None, None, None)
 
 
-def at(width, ms, **more):
-    return replace(BASE, d_sae=width, median_ms=ms, **more)
+EAGER = {"impl": "eager fp32", "roof_share": 0.2, "median_ms": 5.0}
+
+
+def at(width, ms, spread=0.01):
+    return replace(BASE, d_sae=width, median_ms=ms, p20_ms=ms * (1 - spread), p80_ms=ms * (1 + spread))
+
+
+def test_a_bend_that_the_spread_of_its_ends_explains_is_called_noise():
+    def said(spread):
+        (curve,) = exponents([at(1024, 1.0, spread), at(2048, 1.0, spread), at(4096, 8.0, spread)], ROOF)
+        return [bend.split(", ", 1)[1] for bend in curve["bends"]]
+
+    assert not any("noise" in bend for bend in said(0.1))
+    assert all("allow" in bend and "within the noise" in bend for bend in said(0.6))
 
 
 def test_exponents_are_slopes_of_each_curve():
@@ -45,7 +57,15 @@ def test_the_number_of_saes_is_an_axis():
         ({}, {"flops": 10**9, "median_ms": 10.0}, "memory bounds the first, arithmetic the second"),
         ({"roof_share": 0.2, "median_ms": 5.0}, {}, "what every call costs weighs less: 20% and 100%"),
         ({}, {"roof_share": 0.2, "median_ms": 5.0}, "further from the roof: 100% and 20%"),
-        ({"impl": "eager fp32"}, {"impl": "eager fp32", "roof_share": 0.2, "median_ms": 5.0}, "its dense latents"),
+        (
+            {"impl": "eager fp32"},
+            {**EAGER, "T": 64, "d_sae": 2**20},
+            "its dense latents take 268 MB, which each of its",
+        ),
+        ({"impl": "eager fp32"}, {**EAGER, "T": 64, "d_sae": 2**20}, "writes to memory"),
+        ({"impl": "eager fp32"}, {**EAGER, "T": 64, "d_sae": 2**16}, "a cache that cores share"),
+        ({"impl": "eager fp32"}, EAGER, "the rows do not show why"),
+        ({"T": 9}, {"T": 9, "roof_share": 0.2, "median_ms": 5.0}, "candidates that do not fire"),
         ({"threads": 1}, {}, "threads share one memory"),
         ({}, {"bytes": 2 * 10**7, "median_ms": 2.0}, "the bytes grow like this"),
         ({"roof_share": None}, {}, "no roof was measured"),

@@ -21,6 +21,7 @@ AXES: dict[str, Callable[[Row], int]] = {
     "threads": lambda r: r.threads,
 }
 BEND = 1 / 3  # a step whose own exponent is further than this from the curve's bends it
+OWN_CACHE_MB = 2.0  # what a core's own cache holds today
 CHANGED = 1.15  # rates and shares that differ by less are one
 
 
@@ -41,7 +42,7 @@ def exponents(rows: Sequence[Row], roof: dict[str, Any] | None) -> list[dict[str
             slope = exponent(points)
             pairs = zip(steps(points), itertools.pairwise(curve), strict=True)
             bends = [
-                f"{a} → {b}: {step:.2f}, {reason(before, after, roof)}"
+                f"{a} → {b}: {step:.2f}, {noise(before, after, b / a, slope) or reason(before, after, roof)}"
                 for (a, b, step), (before, after) in pairs
                 if abs(step - slope) > BEND
             ]
@@ -64,6 +65,16 @@ def steps(points: Sequence[tuple[int, float]]) -> list[tuple[int, int, float]]:
     """(from, to, exponent) of each step of the curve."""
     pairs = itertools.pairwise(points)
     return [(a, b, math.log(tb / ta) / math.log(b / a)) for (a, ta), (b, tb) in pairs]
+
+
+def noise(before: Row, after: Row, growth: float, slope: float) -> str | None:
+    """A sentence where the spread of the two ends leaves room for the curve's exponent, else None."""
+    low, high = (
+        math.log(b / a) / math.log(growth) for a, b in ((before.p80_ms, after.p20_ms), (before.p20_ms, after.p80_ms))
+    )
+    if not low <= slope <= high:
+        return None
+    return f"within the noise: the 20th to the 80th percentiles of its ends allow {low:.2f} to {high:.2f}"
 
 
 def reason(before: Row, after: Row, roof: dict[str, Any] | None) -> str:
@@ -100,8 +111,11 @@ def _bound(row: Row, read_gb_s: float) -> str:
 
 
 def _latents(row: Row, cache_mb: float) -> str:
-    """What a dense implementation does that the least work does not count, or ours."""
+    """What an implementation does that the least work does not count."""
     dense = 4 * row.T * row.d_sae / 1e6
-    if not row.impl.startswith("ours"):
-        return f"its dense latents take {dense:.0f} MB, which each of its passes reads and writes again"
-    return "candidates that do not fire are refined too, and the least work counts only what fires"
+    if not row.impl.startswith("ours") and dense > OWN_CACHE_MB:
+        where = "memory" if dense > cache_mb else "a cache that cores share"
+        return f"its dense latents take {dense:.0f} MB, which each of its passes reads from and writes to {where}"
+    if row.impl.startswith("ours") and row.T > 1:
+        return "candidates that do not fire are refined too, and the least work counts only what fires"
+    return "the rows do not show why"
