@@ -207,7 +207,7 @@ def _curves(results: Results) -> list[Picture]:
         _plain_ticks(axes.yaxis, axes.get_ylim())
         _legend(figure)
         bends = [f"{c['impl']}, {c['at']}: {bend}" for c in curves for bend in c["bends"]]
-        text = "Where a curve bends: " + "; ".join(bends) + "." if bends else "No step leaves the fitted exponent."
+        text = "\n".join(("Where a curve bends:", *bends)) if bends else "No step leaves the fitted exponent."
         found.append(Picture(f"scaling-{op}", f"Time against {op}", text, _png(figure)))
     return found
 
