@@ -91,10 +91,10 @@ $(VENV_PEERS)/peers.stamp: pyproject.toml $(SOURCES)
 bench-peers: $(VENV_PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsify, torchao, scipy and, where it builds, llama.cpp
 	@echo "$(VENV_PEERS)/bin/gemmascope-fast bench --json $(BENCH_JSON)"
 
-figures: env ## time this machine, store the run, draw it, write the README's table
+figures: env ## time this machine, store the run, write the README's table and draw its pictures
 	$(VENV)/bin/gemmascope-fast bench --suite modules ops --op encode decode SAE --case 2304x16384 \
 	    --tokens 1 16 256 1024 --json benchmarks/results.json
-	$(VENV)/bin/gemmascope-fast report benchmarks/results.json --readme README.md --html report.html --png plots
+	$(VENV)/bin/gemmascope-fast report benchmarks/results.json --readme README.md --html report.html --png docs/images
 
 GUARD := bench --quick --op encode decode SAE linear "forward and backward"
 guard: env ## hold the quick suite's ratios against the stored ones
@@ -103,9 +103,13 @@ guard: env ## hold the quick suite's ratios against the stored ones
 guard-store: env ## store this machine's ratios for `make guard`
 	$(VENV)/bin/gemmascope-fast $(GUARD) --write-guard benchmarks/ratios.json
 
-docs: env ## the documentation as a site in site/
-	$(PIP) --no-build-isolation --editable ".[docs]"
-	$(VENV)/bin/mkdocs build --strict
+# The package is there already, so pip installs only what its extra adds; the extension is not built again.
+$(VENV)/docs.stamp: $(VENV)/build.stamp pyproject.toml
+	$(PIP) "gemmascope-fast[docs]"
+	@touch $@
+
+docs: $(VENV)/docs.stamp ## the documentation as a site in site/; a warning is an error
+	$(VENV)/bin/mkdocs build --strict --quiet
 
 mutations: env ## break the code on purpose, in a copy: the tests must notice each time (about 15 minutes)
 	$(PY) tests/mutations/run.py

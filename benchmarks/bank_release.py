@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast.attach import Activations
+from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.checkpoints import native
 
 D, LAYERS = 2304, 26
@@ -119,9 +119,8 @@ def main() -> None:
     ids = torch.randint(3, 256, (1, args.tokens), generator=torch.Generator().manual_seed(0))
     figures = measure(bank, model_of(args.intermediate, torch.bfloat16), ids, args.passes)
     about = {name: str(value) for name, value in vars(args).items() if name not in ("json", "folder")}
-    about |= {"machine": platform.processor() or platform.machine(), "threads": str(torch.get_num_threads())}
-    about |= {"cpus": str(os.cpu_count()), "torch": torch.__version__}
-    text = json.dumps({"about": about, **figures}, indent=1)
+    about["cpus"] = str(os.cpu_count())
+    text = json.dumps({"machine": describe(torch.get_num_threads()), "about": about, **figures}, indent=1)
     print(text)
     if args.json is not None:
         args.json.write_text(text + "\n", encoding="utf-8")

@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_exact import interleaved, real_case
+from bench_exact import SECONDS, real_case
 from torch import Tensor
 
 from gemmascope_fast import ops
+from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.bench.timing import interleave, percentiles_ms
 from gemmascope_fast.sae import JumpReLUSAE
 
 FROM = 512  # tokens from here on are the sample; those before it are timed with the sample's directions too
@@ -49,15 +50,15 @@ def main() -> None:
     with torch.inference_mode():
         for tokens in (int(t) for t in args.tokens.split(",")):
             x = activations[:tokens]
-            times = interleaved({name: lambda _i, s=own, x=x: encode(s, x) for name, own in saes.items()})
+            times = interleave({name: lambda s=own, x=x: encode(s, x) for name, own in saes.items()}, SECONDS)
             for name, own in saes.items():
                 _crow, col, _values, stats = encode(own, x)
                 false = (int(stats[0]) - col.numel()) / (tokens * own.d_sae)
-                row = {"T": tokens, "directions": name, "false": false, "ms": 1e3 * statistics.median(times[name])}
+                row = {"T": tokens, "directions": name, "false": false, "ms": percentiles_ms(times[name])[0]}
                 rows.append(row)
                 print(f"T={tokens} {name}: false {100 * false:.1f} %, {row['ms']:.2f} ms", flush=True)
     if args.json:
-        args.json.write_text(json.dumps({"threads": torch.get_num_threads(), "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"machine": describe(torch.get_num_threads()), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

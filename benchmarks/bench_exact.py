@@ -21,6 +21,7 @@ not fire, and 3 to 6 % for Gemma 3 270M's layer 12 (`real`; with two digits and 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -34,45 +35,16 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast import backends, ops, roof
+from gemmascope_fast.bench import peers
 from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.bench.timing import interleave, paired, percentiles_ms
 from gemmascope_fast.sae import JumpReLUSAE
 from gemmascope_fast.testing import compare_support
 
-Call = Callable[[int], Any]
-SECONDS = 1.5  # a set of implementations is timed for about so long, in at least MIN_ROUNDS rounds
-MIN_ROUNDS, MAX_ROUNDS = 5, 60
-
-
-def interleaved(calls: dict[str, Call]) -> dict[str, list[float]]:
-    """Seconds of each call, round by round: what disturbs one round disturbs all of it."""
-    for call in calls.values():
-        call(0)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    began, rounds = time.perf_counter(), 0
-    while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - began < SECONDS):
-        rounds += 1
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(rounds)
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], slow: str, fast: str) -> float:
-    return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+SECONDS = 1.5  # a set of implementations is timed for about so long
 
 
 # ---- what is compared ---------------------------------------------------------------------------------
-
-
-def eager_encode(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
-    W_enc, b_enc, threshold = w[:3]
-    z = torch.addmm(b_enc, x, W_enc)
-    return torch.relu(z) * (z > threshold)
-
-
-def eager_sae(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
-    return torch.addmm(w[4], eager_encode(x, w), w[3])
 
 
 def on_avx512(call: Callable[[], Any]) -> Any:
@@ -80,36 +52,16 @@ def on_avx512(call: Callable[[], Any]) -> Any:
         return call()
 
 
-def bf16_bag(x: Tensor, w: tuple[Tensor, ...]) -> Tensor:
-    """bf16 F.linear, then torch's sparse decode of what fired."""
-    latents = eager_encode(x, w)
-    at = latents.nonzero()
-    bags = torch.zeros(x.shape[0] + 1, dtype=torch.int64)
-    bags[1:] = (latents != 0).sum(1).cumsum(0)
-    values = latents[at[:, 0], at[:, 1]]
-    out = torch.nn.functional.embedding_bag(
-        at[:, 1], w[3], bags, mode="sum", per_sample_weights=values, include_last_offset=True
-    )
-    return out + w[4]
-
-
 class Rotated:
-    """Weights in the layouts that each implementation likes best, as many copies as `tokens` ask for."""
+    """Weights in the layouts that each implementation likes best, as many copies as `tokens` ask for; each call of
+    `sae`, `fp32` and `bf16` gives the next."""
 
     def __init__(self, sae: JumpReLUSAE, tokens: int) -> None:
         # two of them for many tokens: a decode would find the rows in cache that its peer had just read
-        self.saes = copies(sae, 2 if tokens > FEW_TOKENS else None)
-        vectors = (sae.b_enc, sae.threshold)
+        self.sae = itertools.cycle(copies(sae, 2 if tokens > FEW_TOKENS else None)).__next__
         dense = copies(sae, 1 if tokens > FEW_TOKENS else None, bytes_read=4, prepare=False)
-        self.fp32 = [(s.W_enc.detach().contiguous(), *vectors, s.W_dec.detach(), sae.b_dec.detach()) for s in dense]
-        self.bf16 = [tuple(t.detach().bfloat16() for t in w) for w in self.fp32]
-
-    def sae(self, i: int) -> JumpReLUSAE:
-        return self.saes[i % len(self.saes)]
-
-    def dense(self, i: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-        held = self.fp32 if dtype == torch.float32 else self.bf16
-        return held[i % len(held)]
+        self.fp32 = itertools.cycle([peers.Dense.of(s) for s in dense]).__next__
+        self.bf16 = itertools.cycle(copies(sae, len(dense), torch.bfloat16, prepare=False)).__next__
 
 
 def real_case() -> tuple[JumpReLUSAE, Tensor]:
@@ -133,13 +85,19 @@ def real_case() -> tuple[JumpReLUSAE, Tensor]:
 # ---- the measurements ---------------------------------------------------------------------------------
 
 
-def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, peers: set[str]) -> dict[str, Any]:
+def timed(row: dict[str, Any], what: str, calls: dict[str, Callable[[], Any]]) -> None:
+    """Medians in ms, and how many times slower than ours each is, paired round by round."""
+    times = interleave(calls, SECONDS)
+    row[f"{what}_ms"] = {name: percentiles_ms(found)[0] for name, found in times.items()}
+    row[f"{what}_vs"] = {name: paired(found, times["ours"]).median for name, found in times.items() if name != "ours"}
+
+
+def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, chosen: set[str]) -> dict[str, Any]:
     T, F = x.shape[0], sae.d_sae
     check = compare_support(sae.encode_sparse(x, screen=True), x[:256], sae) if T <= 256 else None
     assert check is None or check.equal, check
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
     weights, xb = Rotated(sae, T), x.bfloat16()
-    bf16 = torch.bfloat16
     screen = sae._prepared.screen
     stats = ops.encode_screened(
         x,
@@ -159,45 +117,38 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, peers: set
     row["false_after_digit_1"] = (stats[0] - latents.nnz) / (T * F)
     row["false_before_fp32"] = (stats[1] - latents.nnz) / (T * F)
 
-    encoders: dict[str, Call] = {
-        "ours": lambda i: weights.sae(i).encode_sparse(x),
-        "full": lambda i: weights.sae(i).encode_sparse(x, screen=False),
-        "eager fp32": lambda i: eager_encode(x, weights.dense(i)),
-        "eager bf16": lambda i: eager_encode(xb, weights.dense(i, bf16)),
+    encoders: dict[str, Callable[[], Any]] = {
+        "ours": lambda: weights.sae().encode_sparse(x),
+        "full": lambda: weights.sae().encode_sparse(x, screen=False),
+        "eager fp32": lambda: peers.eager_encode(weights.fp32(), x),
+        "eager bf16": lambda: peers.eager_encode(weights.bf16(), xb),
     }
     if backends.isa() == "amx":
-        encoders["ours on AVX-512"] = lambda i: on_avx512(lambda: weights.sae(i).encode_sparse(x))
-    encode = interleaved(encoders)
-    row["encode_ms"] = {k: 1e3 * statistics.median(v) for k, v in encode.items()}
-    row["encode_vs"] = {k: ratio(encode, k, "ours") for k in encode if k != "ours"}
+        encoders["ours on AVX-512"] = lambda: on_avx512(lambda: weights.sae().encode_sparse(x))
+    timed(row, "encode", encoders)
 
-    whole: dict[str, Call] = {
-        "ours": lambda i: weights.sae(i)(x),
-        "eager fp32": lambda i: eager_sae(x, weights.dense(i)),
-        "eager bf16": lambda i: eager_sae(xb, weights.dense(i, bf16)),
-        "bf16 linear + embedding_bag": lambda i: bf16_bag(xb, weights.dense(i, bf16)),
+    whole: dict[str, Callable[[], Any]] = {
+        "ours": lambda: weights.sae()(x),
+        "eager fp32": lambda: peers.eager_sae(weights.fp32(), x),
+        "eager bf16": lambda: peers.eager_sae(weights.bf16(), xb),
+        "bf16 linear + embedding_bag": lambda: peers.bag_sae(weights.bf16(), xb),
     }
-    if "compile" in peers:
-        compiled = torch.compile(eager_sae, dynamic=False)
-        whole["torch.compile bf16"] = lambda i: compiled(xb, weights.dense(i, bf16))
-        whole["torch.compile fp32"] = lambda i: compiled(x, weights.dense(i))
-    times = interleaved(whole)
-    row["sae_ms"] = {k: 1e3 * statistics.median(v) for k, v in times.items()}
-    row["sae_vs"] = {k: ratio(times, k, "ours") for k in times if k != "ours"}
+    if "compile" in chosen:
+        compiled = peers.compiled_sae()
+        whole["torch.compile bf16"] = lambda: compiled(weights.bf16(), xb)
+        whole["torch.compile fp32"] = lambda: compiled(weights.fp32(), x)
+    timed(row, "sae", whole)
 
-    # copies of its own for each: the second to read the same rows would find them in cache
-    decode = interleaved(
-        {
-            "ours": lambda i: weights.sae(2 * i).decode(latents),
-            "embedding_bag": lambda i: embedding_bag_decode(weights.sae(2 * i + 1), latents),
-        }
-    )
-    row["decode_ms"] = {k: 1e3 * statistics.median(v) for k, v in decode.items()}
-    row["decode_vs"] = {"embedding_bag": ratio(decode, "embedding_bag", "ours")}
+    # a copy after the other: the second to read the same rows would find them in cache
+    decoders: dict[str, Callable[[], Any]] = {
+        "ours": lambda: weights.sae().decode(latents),
+        "embedding_bag": lambda: embedding_bag_decode(weights.sae(), latents),
+    }
+    timed(row, "decode", decoders)
 
     read = screen.code.nbytes + stats[0] * (screen.code2 is not None) * sae.d_in + stats[1] * 4 * sae.d_in
     # by itself, as the roof is measured: what ran between two calls above has emptied the caches of all but weights
-    seconds = statistics.median(interleaved({"ours": encoders["ours"]})["ours"])
+    seconds = statistics.median(interleave({"ours": encoders["ours"]}, SECONDS)["ours"])
     row["alone_ms"] = 1e3 * seconds
     row["read_gb_s"] = read / seconds / 1e9
     row["bandwidth_share"] = row["read_gb_s"] / roofs.read_gb_s

@@ -10,10 +10,10 @@ the time inside the hooks is taken from the run itself, the rest of the step is 
 of one over the median of the other.  The A/B column compares whole steps with and without hooks: a cross-check, as
 noisy as the machine.  Peers do the same by hand in the same places: dense eager fp32, and SAELens where it is there.
 
-Random SAEs are calibrated on the model's own activations to an L0 of about 76.  In the 2B cases the 26 blocks share
-the weights of two (156 MB each in bf16), and the SAEs those of four, so that it fits: every block, and every SAE's
-screen, is read from memory again where the last-level cache is smaller than those (32 MiB and less; some virtual
-machines show that of a whole processor).  Observed latents are verified against fp64 before anything is timed, and
+Random SAEs are calibrated on the model's own activations to an L0 of about 76.  In the 2B cases each of the 26 blocks
+has weights of its own (5.2 GB in all), and the SAEs share the matrices of four, so that it fits: every SAE's screen is
+read from memory again where the last-level cache is smaller than four of them (some virtual machines show the cache of
+a whole processor).  Observed latents are verified against fp64 before anything is timed, and
 observing must not change a token.  The clamp is at the last layer with an SAE: at an earlier one it would drive the
 later layers out of the range that their SAEs are calibrated to.
 """
@@ -21,7 +21,7 @@ later layers out of the range that their SAEs are calibrated to.
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import importlib.util
 import itertools
 import json
@@ -39,11 +39,12 @@ from torch import Tensor, nn
 
 import gemmascope_fast as gsf
 from gemmascope_fast.attach import Activations, Clamp
+from gemmascope_fast.bench import peers
 from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.bench.shapes import DECODED, LAYERS, fitted, gemma_2_2b
 from gemmascope_fast.testing import compare_support
 
 L0, D_SAE = 76, 16384
-DECODED = 17  # tokens that the SAEs are calibrated on
 PROMPT = "In the winter of 1911 two expeditions were racing across the Antarctic ice. Roald Amundsen travelled with"
 
 
@@ -59,6 +60,19 @@ class Bench:
     ids: Tensor
     saes: dict[int, gsf.JumpReLUSAE]
 
+    @functools.cached_property
+    def dense(self) -> dict[int, peers.Dense]:
+        """The SAEs laid out for dense products, sharing what they share."""
+        laid: dict[int, Tensor] = {}
+        found = {}
+        for layer, sae in self.saes.items():
+            at = sae.W_enc.data_ptr()
+            if at not in laid:
+                laid[at] = sae.W_enc.detach().contiguous()
+            rest = (getattr(sae, name).detach() for name in ("W_dec", "b_enc", "b_dec", "threshold"))
+            found[layer] = peers.Dense(laid[at], *rest)
+        return found
+
 
 def small(layers: int | None, d_sae: int) -> Bench:
     """Gemma 3 270M in fp32.  layers None: the SAE's own layer; d_sae 4096: the bundled SAE."""
@@ -67,69 +81,16 @@ def small(layers: int | None, d_sae: int) -> Bench:
     if d_sae == bundled.d_sae:
         return Bench("Gemma 3 270M, bundled SAE", model, ids, {layer: bundled.requires_grad_(False)})
     chosen = [layer] if layers is None else list(range(layers))
-    return Bench(f"Gemma 3 270M, {len(chosen)} x 640x{d_sae}", model, ids, fitted(model, ids, chosen, d_sae, copies=18))
+    saes = fitted(model, ids, chosen, d_sae, L0, copies=18)
+    return Bench(f"Gemma 3 270M, {len(chosen)} x 640x{d_sae}", model, ids, saes)
 
 
 def two_b(layers: list[int], d_sae: int = D_SAE) -> Bench:
-    """Gemma 2 2B's shape in bf16 with random weights; the blocks take those of two in turn."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.Gemma2Config(
-        vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=2, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=256, attn_implementation="eager",
-    )  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-    blocks = list(model.model.layers)
-    for index in range(2, 26):
-        source = blocks[index % 2]
-        block = copy.deepcopy(source, {id(p): p for p in source.parameters()})
-        block.self_attn.layer_idx = index
-        blocks.append(block)
-    model.model.layers = nn.ModuleList(blocks)
-    config.num_hidden_layers, config.layer_types = 26, list(config.layer_types) * 13
+    """Gemma 2 2B's shape in bf16 with random weights."""
+    model = gemma_2_2b(LAYERS)
     ids = torch.randint(3, 256000, (1, 24))
     name = f"Gemma 2 2B's shape (bf16, random), {len(layers)} x 2304x{d_sae}"
-    return Bench(name, model, ids, fitted(model, ids, layers, d_sae, copies=4))
-
-
-def fitted(model: Any, ids: Tensor, layers: list[int], d_sae: int, copies: int) -> dict[int, gsf.JumpReLUSAE]:
-    """An SAE a layer of which about L0 features fire there on the tokens that are decoded: bias and thresholds are its
-    own, matrices are shared by every `copies`-th layer."""
-    seen = {layer: Activations() for layer in layers}
-    with torch.inference_mode(), gsf.attach(model, seen, tokens="content") as run:
-        model.generate(ids, max_new_tokens=DECODED, min_new_tokens=DECODED, do_sample=False)
-    matrices: dict[int, tuple[Tensor, Tensor]] = {}
-    saes = {}
-    for number, layer in enumerate(layers):
-        x = run.activations[layer].float().clone()
-        mean = x.mean(0)
-        own = matrices.get(number % copies)
-        if own is None:
-            own = matrices[number % copies] = _matrices(number, x - mean, d_sae)
-        rows, decoder = own
-        z = (x - mean) @ rows.t()
-        scale = z.std(0).clamp_min(1e-30)
-        decoded = (z / scale)[1 - DECODED :].flatten()  # the last token is not fed back
-        cut = decoded.kthvalue(decoded.numel() - L0 * (DECODED - 1)).values
-        sae = gsf.JumpReLUSAE(rows.t(), decoder, -(rows @ mean), mean, cut.clamp_min(0) * scale)
-        saes[layer] = sae.requires_grad_(False).prepare()
-    return saes
-
-
-def _matrices(seed: int, centred: Tensor, d_sae: int) -> tuple[Tensor, Tensor]:
-    """Encoder rows [d_sae, d] that lean on the activations' directions, and a decoder like them."""
-    g = torch.Generator().manual_seed(seed)
-    d = centred.shape[1]
-    lean = torch.randn(d_sae, len(centred), generator=g) @ (centred / centred.norm(dim=1, keepdim=True).clamp_min(1e-9))
-    rows = torch.randn(d_sae, d, generator=g) / d**0.5 + lean / len(centred) ** 0.5
-    rows /= rows.norm(dim=1, keepdim=True)
-    return rows, (rows + 0.01 * torch.randn(d_sae, d, generator=g)).contiguous()
+    return Bench(name, model, ids, fitted(model, ids, layers, d_sae, L0, copies=4))
 
 
 # ---- variants -------------------------------------------------------------------------------------------
@@ -156,14 +117,14 @@ def ours(mode: str, clamped: int = 0) -> Variant:
     return enter
 
 
-def by_hand(read: Callable[[Any], Callable[[Tensor], Tensor | None]]) -> Variant:
+def by_hand(read: Callable[[peers.Dense], Callable[[Tensor], Tensor | None]]) -> Variant:
     """Forward hooks in the same places; `read` makes of an SAE what a hook does with x [1, S, d]."""
 
     @contextmanager
     def enter(bench: Bench) -> Iterator[Clock]:
         clock = Clock()
         with ExitStack() as stack:
-            for layer, sae in bench.saes.items():
+            for layer, sae in bench.dense.items():
                 block = gsf.attach(bench.model, {layer: Activations()})._taps[0].reads.module
                 handle = block.register_forward_hook(_timed(read(sae), clock))
                 stack.callback(handle.remove)
@@ -185,29 +146,23 @@ def _timed(work: Callable[[Tensor], Tensor | None], clock: Clock) -> Callable[..
     return hook
 
 
-def eager(sae: gsf.JumpReLUSAE, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
+def eager(sae: peers.Dense, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
     """As one writes it in PyTorch: dense, in fp32; with the error term decode and add it back."""
 
     def work(x: Tensor) -> Tensor | None:
-        wide = x.float()
-        z = wide @ sae.W_enc + sae.b_enc
-        f = torch.relu(z) * (z > sae.threshold)
+        wide = x[0].float()
+        f = peers.eager_encode(sae, wide)
         if not with_error:
             return None
-        x_hat = f @ sae.W_dec + sae.b_dec
-        return (x_hat + (wide - x_hat)).to(x.dtype)
+        x_hat = peers.eager_decode(sae, f)
+        return (x_hat + (wide - x_hat)).to(x.dtype)[None]
 
     return work
 
 
-def saelens(sae: gsf.JumpReLUSAE, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
+def saelens(sae: peers.Dense, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
     """SAELens's own module on the same weights, called from the same hook."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
-
-    theirs = JumpReLUSAE(JumpReLUSAEConfig(d_in=sae.d_in, d_sae=sae.d_sae, device="cpu", apply_b_dec_to_input=False))
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold"):
-        getattr(theirs, name).data = getattr(sae, name).data
-    theirs.requires_grad_(False)
+    theirs = peers.saelens_sae(sae)
     theirs.use_error_term = with_error
 
     def work(x: Tensor) -> Tensor | None:

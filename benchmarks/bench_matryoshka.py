@@ -12,126 +12,94 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemmascope_fast import backends
+from gemmascope_fast import roof
+from gemmascope_fast.bench import peers
 from gemmascope_fast.bench.cases import copy_count
+from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.bench.timing import interleave, paired, percentiles_ms
 from gemmascope_fast.matryoshka import MatryoshkaLinear, Packed, quantize
 
-WIDTHS = (8, 4, 2)
-Call = Callable[[], Tensor]
+OURS = (8, 4, 2)  # bits
+BASE = "bf16 F.linear"
+Layer = Callable[[Tensor], Tensor]
 
 
-def rotate(make: Callable[[], Any], nbytes: int, tokens: int) -> Callable[[], Any]:
-    """Each call gives the next of enough weights to miss the cache."""
-    return itertools.cycle([make() for _ in range(copy_count(nbytes, tokens))]).__next__
+class Peer(NamedTuple):
+    """How to make one more copy of a layer, the bytes of its weights, the dtype of what it reads, and how far its
+    product may lie, relatively, from that of `exact`: its own weights and activations as rounded, or None for those
+    before rounding."""
+
+    make: Callable[[], Layer]
+    nbytes: int
+    dtype: torch.dtype
+    allowed: float
+    exact: Callable[[Layer, Tensor], Tensor] | None = None
 
 
-class Peers:
-    """One weight matrix [out, in] in every form that is timed; each peer gives [T, out]."""
+def rounded_product(layer: Any, x: Tensor) -> Tensor:
+    """What `MatryoshkaLinear` stands for: int8 activations times the weights that it serves, in fp64."""
+    step = x.abs().amax(1, keepdim=True) / 127
+    return ((x / step).round() * step).double() @ layer.weight.double().t()
 
-    def __init__(self, rows: int, columns: int, group_size: int | None) -> None:
-        self.weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
-        self.codes = quantize(self.weight, group_size)
-        self.group_size = group_size
 
-    def ours(self, bits: int, x: Tensor) -> tuple[Call, int]:
-        held = Packed.of(self.codes).prefix(bits)
+def peers_of(weight: Tensor, group_size: int | None) -> dict[str, Peer]:
+    """One weight matrix [out, in] in every form that is timed; each gives [T, out]."""
+    codes, half = quantize(weight, group_size), weight.bfloat16()
+    found = {}
+    for bits in OURS:
+        held = Packed.of(codes).prefix(bits)
 
-        def make() -> MatryoshkaLinear:
+        def make(held: Packed = held, bits: int = bits) -> Layer:
             planes = tuple(p.clone() for p in held.planes)
-            own = Packed(planes, held.scale, held.zero_point, *self.weight.shape, self.group_size, bits)
-            return MatryoshkaLinear(own)
+            return MatryoshkaLinear(Packed(planes, held.scale, held.zero_point, *weight.shape, group_size, bits))
 
-        layer = make()
-        rounded = (x / (s := x.abs().amax(1, keepdim=True) / 127)).round() * s
-        verify(layer(x), rounded.double() @ layer.weight.double().t(), 1e-5, f"ours, {bits} bits")
-        following = rotate(make, held.nbytes(), x.shape[0])
-        return lambda: following()(x), held.nbytes()
+        found[f"ours {bits} bit"] = Peer(make, held.nbytes(), torch.float32, 1e-5, rounded_product)
 
-    def bf16(self, x: Tensor) -> tuple[Call, int]:
-        y, weight = x.bfloat16(), self.weight.bfloat16()
-        verify(torch.nn.functional.linear(y, weight), x.double() @ self.weight.double().t(), 2e-2, "bf16")
-        following = rotate(weight.clone, 2 * weight.numel(), x.shape[0])
-        return lambda: torch.nn.functional.linear(y, following()), 2 * weight.numel()
+    def linear() -> Layer:
+        own = half.clone()
+        return lambda x: torch.nn.functional.linear(x, own)
 
-    def int8pack(self, x: Tensor) -> tuple[Call, int]:
-        scale = self.weight.abs().amax(1) / 127
-        code = (self.weight / scale[:, None]).round().to(torch.int8)
-        y, s = x.bfloat16(), scale.bfloat16()
-        verify(torch._weight_int8pack_mm(y, code, s), x.double() @ self.weight.double().t(), 3e-2, "int8pack")
-        following = rotate(code.clone, code.numel(), x.shape[0])
-        return lambda: torch._weight_int8pack_mm(y, following(), s), code.numel()
-
-    def int4pack(self, x: Tensor) -> tuple[Call, int]:
-        rows, columns = self.weight.shape
-        group = 128
-        grouped = self.weight.reshape(rows, -1, group)
-        scale = grouped.abs().amax(-1).clamp(min=1e-8) / 7
-        code = ((grouped / scale[..., None]).round() + 8).clamp(0, 15).to(torch.int32).reshape(rows, columns)
-        packed = torch._convert_weight_to_int4pack_for_cpu(code, 1)
-        zeros = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).contiguous().bfloat16()
-        y = x.bfloat16()
-        product = torch._weight_int4pack_mm_for_cpu(y, packed, group, zeros)
-        level = ((code - 8).reshape(grouped.shape) * scale[..., None]).reshape(rows, columns)
-        verify(product, x.double() @ level.double().t(), 3e-2, "int4pack")
-        following = rotate(packed.clone, packed.numel() * packed.element_size(), x.shape[0])
-        size = packed.numel() * packed.element_size() + 2 * zeros.numel()
-        return lambda: torch._weight_int4pack_mm_for_cpu(y, following(), group, zeros), size
-
-    def int_mm(self, x: Tensor) -> tuple[Call, int]:
-        code = (self.weight / self.weight.abs().max() * 127).round().to(torch.int8)
-        y = (x / x.abs().max() * 127).round().to(torch.int8)
-        assert torch.equal(torch._int_mm(y, code.t()), (y.long() @ code.long().t()).int())
-        following = rotate(code.clone, code.numel(), x.shape[0])
-        return lambda: torch._int_mm(y, following().t()), code.numel()
-
-    def all(self, x: Tensor) -> dict[str, tuple[Call, int]]:
-        found = {f"ours {bits} bit": self.ours(bits, x) for bits in WIDTHS}
-        others = {"bf16 F.linear": self.bf16, "int8pack_mm": self.int8pack, "int_mm": self.int_mm}
-        if self.weight.shape[1] % 128 == 0:
-            others["int4pack_mm"] = self.int4pack
-        return found | {name: make(x) for name, make in others.items()}
+    # Gaussian rows reach four times their spread, so a step of the grid is 4 / levels of it, and its error a third
+    found[BASE] = Peer(linear, 2 * weight.numel(), torch.bfloat16, 2 / 2**8)
+    found["int8pack_mm"] = Peer(lambda: peers.int8_packed(weight), weight.numel(), torch.bfloat16, 2 / 2**7)
+    found["int_mm"] = Peer(lambda: peers.int_mm(weight), weight.numel(), torch.float32, 2 / 2**7)
+    if weight.shape[1] % 128 == 0:
+        size = weight.numel() // 2 + 4 * weight.numel() // 128
+        found["int4pack_mm"] = Peer(lambda: peers.int4_packed(weight, 128), size, torch.bfloat16, 2 / 2**3)
+    return found
 
 
-def verify(got: Tensor, want: Tensor, tolerance: float, name: str) -> None:
-    """Relative error of the whole product; the tolerance is the operands' rounding (2^-8 in bf16, 1/254 in int8)."""
-    error = float((got.double() - want).norm() / want.norm())
-    assert error <= tolerance, f"{name}: relative error {error}, expected at most {tolerance}"
+def verify(name: str, peer: Peer, layer: Layer, x: Tensor, weight: Tensor) -> None:
+    """Raises AssertionError where the product is further off than the peer's rounding explains."""
+    exact = x.double() @ weight.double().t() if peer.exact is None else peer.exact(layer, x)
+    error = float((layer(x.to(peer.dtype)).double() - exact).norm() / exact.norm())
+    assert error <= peer.allowed, f"{name}: relative error {error:.2g}, expected at most {peer.allowed:.2g}"
 
 
-def interleaved(calls: dict[str, Call], seconds: float, least: int = 15) -> dict[str, list[float]]:
-    """Seconds a call, every peer in turn, until the time is up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call(), call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < least:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
-def read_bandwidth(seconds: float = 1.0) -> float:
-    """Bytes a second of summing 512 MiB of fp32 on all threads: the best of several passes."""
-    data = torch.ones(1 << 27)
-    best = min(interleaved({"sum": data.sum}, seconds, 5)["sum"])
-    return data.numel() * 4 / best
-
-
-def percentiles(times: list[float]) -> dict[str, float]:
-    ordered = sorted(times)
-    at = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
-    return {name: ordered[int(q * (len(ordered) - 1))] for name, q in at.items()} | {"rounds": len(ordered)}
+def measure(weight: Tensor, found: dict[str, Peer], tokens: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Figures of each at so many tokens: median, p20, p80 in ms, times faster than bf16, bytes."""
+    x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(tokens))
+    calls: dict[str, Callable[[], Tensor]] = {}
+    for name, peer in found.items():
+        layers, own = [peer.make() for _ in range(copy_count(peer.nbytes, tokens))], x.to(peer.dtype)
+        verify(name, peer, layers[0], x, weight)
+        following = itertools.cycle(layers).__next__
+        calls[name] = lambda following=following, own=own: following()(own)
+    times = interleave(calls, seconds)
+    figures: dict[str, dict[str, float]] = {}
+    for name, own in times.items():
+        median, p20, p80 = percentiles_ms(own)
+        ratio = paired(times[BASE], own).median
+        figures[name] = {"ms": median, "p20": p20, "p80": p80, "vs_bf16": ratio, "bytes": found[name].nbytes}
+    return figures
 
 
 def main() -> None:
@@ -143,45 +111,32 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     rows, columns = (int(n) for n in args.shape.split("x"))
-    peers = Peers(rows, columns, args.group_size)
-    roof = read_bandwidth()
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
+    found, roofs = peers_of(weight, args.group_size), roof.measure()
     report: dict[str, Any] = {
-        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "isa": backends.isa()},
-        "torch": torch.__version__,
+        "machine": {**describe(torch.get_num_threads()), "roof": asdict(roofs)},
         "shape": [rows, columns],
         "group_size": args.group_size,
-        "read_bandwidth": roof,
         "tokens": {},
     }
-    print(f"{cpu_name()}, {torch.get_num_threads()} threads, {backends.isa()}; reads {roof / 1e9:.1f} GB/s")
+    machine = report["machine"]
+    print(f"{machine['processor']}, {machine['threads']} threads, {machine['isa']}; reads {roofs.read_gb_s:.1f} GB/s")
     with torch.inference_mode():
         for tokens in map(int, args.tokens.split(",")):
-            x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens))
-            found = peers.all(x)
-            times = interleaved({name: call for name, (call, _) in found.items()}, args.seconds)
-            figures = {n: percentiles(t) | {"bytes": found[n][1]} for n, t in times.items()}
-            report["tokens"][tokens] = figures
-            show(tokens, figures, roof)
+            report["tokens"][tokens] = measure(weight, found, tokens, args.seconds)
+            show(tokens, report["tokens"][tokens], roofs.read_gb_s)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def show(tokens: int, figures: dict[str, Any], roof: float) -> None:
-    base = figures["bf16 F.linear"]["p50"]
+def show(tokens: int, figures: dict[str, dict[str, float]], roof_gb_s: float) -> None:
     print(f"T = {tokens}")
     for name, figure in figures.items():
-        rate = figure["bytes"] / figure["p50"]
+        rate = figure["bytes"] / figure["ms"] / 1e6
         print(
-            f"  {name:16} {1e3 * figure['p50']:8.3f} ms   {base / figure['p50']:6.2f}x bf16"
-            f"   {rate / 1e9:6.1f} GB/s = {100 * rate / roof:3.0f} % of the roof"
+            f"  {name:16} {figure['ms']:8.3f} ms   {figure['vs_bf16']:6.2f}x bf16"
+            f"   {rate:6.1f} GB/s = {100 * rate / roof_gb_s:3.0f} % of the roof"
         )
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

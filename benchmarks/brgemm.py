@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_exact import interleaved
+from bench_exact import SECONDS
 from torch import Tensor
 from torch.utils.cpp_extension import load_inline
 
 from gemmascope_fast import ops, roof
+from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.bench.timing import interleave, paired, percentiles_ms
 from gemmascope_fast.ops.screen_rows import rows_of
 from gemmascope_fast.screen import Screen
 from gemmascope_fast.testing import make_activations, make_sae
@@ -67,7 +68,7 @@ def best_blocks(product: Any, code: Tensor, digits: Tensor) -> tuple[int, int]:
     for mb in (16, 32, 64, 128):
         for nb in (16, 32, 64):
             b = packed(digits, nb)
-            tried[mb, nb] = min(interleaved({"": lambda _i, b=b, mb=mb: product(code, b, mb, False)})[""])
+            tried[mb, nb] = min(interleave({"": lambda b=b, mb=mb: product(code, b, mb, False)}, SECONDS)[""])
     return min(tried, key=tried.__getitem__)
 
 
@@ -95,19 +96,19 @@ def main() -> None:
         b = packed(digits, nb)
         weights = (sae.W_enc, sae.b_enc, never, screen.code, screen.code2, screen.table, screen.centre, 1)
         with torch.inference_mode():
-            times = interleaved(
-                {
-                    "ours": lambda _i, x=x, w=weights: ops.encode_screened(x, *w),
-                    "brgemm": lambda _i, b=b, mb=mb: product(code, b, mb, False),
-                }
-            )
-        ours, theirs = (statistics.median(times[name]) for name in ("ours", "brgemm"))
-        ratio = statistics.median(b / a for a, b in zip(times["ours"], times["brgemm"], strict=True))
-        work = T * d * F / 1e9
-        row = {"T": T, "blocks": [mb, nb], "ours_ms": 1e3 * ours, "brgemm_ms": 1e3 * theirs, "ratio": ratio}
+            calls = {
+                "ours": lambda x=x, w=weights: ops.encode_screened(x, *w),
+                "brgemm": lambda b=b, mb=mb: product(code, b, mb, False),
+            }
+            times = interleave(calls, SECONDS)
+        ours, theirs = (percentiles_ms(times[name])[0] for name in ("ours", "brgemm"))
+        ratio = paired(times["brgemm"], times["ours"]).median
+        work = T * d * F / 1e6
+        row = {"T": T, "blocks": [mb, nb], "ours_ms": ours, "brgemm_ms": theirs, "ratio": ratio}
         rows.append(row | {"ours_gmac_s": work / ours, "brgemm_gmac_s": work / theirs})
-        print(f"T={T} ours {1e3 * ours:.1f} ms, brgemm {1e3 * theirs:.1f} ms in blocks of {mb} x {nb}: {ratio:.2f}")
-    found = {"d_in": d, "d_sae": F, "threads": torch.get_num_threads(), "roof": vars(roof.measure()), "rows": rows}
+        print(f"T={T} ours {ours:.1f} ms, brgemm {theirs:.1f} ms in blocks of {mb} x {nb}: {ratio:.2f}")
+    machine = {**describe(torch.get_num_threads()), "roof": vars(roof.measure())}
+    found = {"d_in": d, "d_sae": F, "machine": machine, "rows": rows}
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,12 +1,10 @@
 """Machine, versions and threads beside every figure."""
 
-import platform
-
 import pytest
 import torch
 
 import gemmascope_fast as gsf
-from gemmascope_fast import backends
+from gemmascope_fast.bench.machine import describe
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +14,4 @@ def without_gradients():
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info["torch"] = torch.__version__
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["isa"] = backends.isa()
-    machine_info["gemmascope_fast"] = gsf.__version__
-    machine_info["processor_name"] = platform.processor()
+    machine_info.update(describe(torch.get_num_threads()), gemmascope_fast=gsf.__version__)

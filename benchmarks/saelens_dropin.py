@@ -3,23 +3,23 @@
     .venv-saelens/bin/python benchmarks/saelens_dropin.py [--json FILE]
 
 2304 × 16,384 in fp32 (Gemma Scope 2B, width 16k) with seeded weights, about 76 latents a token.  Outputs are compared
-before anything is timed.  Times are medians; memory is how far the resident set rises above where it stood.
+before anything is timed.  Times are medians of turns; memory is how far the resident set rises above where it stood.
 """
 
 import argparse
 import json
-import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 import gemmascope_fast as gsf
+from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.bench.timing import interleave, percentiles_ms
 
 D_IN, D_SAE = 2304, 16384
 TOKENS = (1, 16, 256)
+SECONDS = 1.2  # for both
 
 
 def build():
@@ -61,15 +61,6 @@ def risen(use):
     return resident("VmHWM") - before
 
 
-def timed(use, least=0.6):
-    seconds, start = [], time.perf_counter()
-    while len(seconds) < 5 or time.perf_counter() - start < least:
-        begin = time.perf_counter()
-        use()
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds) * 1e3
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
@@ -85,7 +76,8 @@ def main():
         both = zip(uses(plain, x).items(), uses(fast, x).values(), strict=True)
         for (name, slow), quick in both:
             torch.testing.assert_close(quick(), slow(), rtol=1e-4, atol=1e-4)
-            row = {"tokens": n, "use": name, "saelens_ms": timed(slow), "accelerated_ms": timed(quick)}
+            times = interleave({"saelens_ms": slow, "accelerated_ms": quick}, SECONDS)
+            row = {"tokens": n, "use": name} | {key: percentiles_ms(found)[0] for key, found in times.items()}
             row |= {"saelens_mib": risen(slow), "accelerated_mib": risen(quick)}
             rows.append(row)
             print(
@@ -94,8 +86,8 @@ def main():
                 f" | {row['accelerated_mib']:.0f} |"
             )
     if given.json:
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.processor()}
-        given.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+        machine = describe(torch.get_num_threads())
+        given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import argparse
 import json
 import mmap
 import os
-import platform
 import shutil
 import statistics
 import struct
@@ -31,7 +30,8 @@ import torch
 from torch import Tensor
 
 import gemmascope_fast as gsf
-from gemmascope_fast import backends, ops, packed
+from gemmascope_fast import ops, packed
+from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.checkpoints.write import atomic, write_json
 from gemmascope_fast.loading import open_checkpoint
 from gemmascope_fast.packed import checksum
@@ -201,12 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     sample = typical_tokens(sae)
     runs = [measure(sae, sample[:tokens], peaks) for tokens in TOKENS]
     report: dict[str, Any] = {
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "isa": backends.isa(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
+        "machine": describe(torch.get_num_threads()),
         "d_in": args.d_in,
         "d_sae": args.d_sae,
         "dtype": args.dtype,

@@ -31,7 +31,8 @@ class MultiSiteConfig:
 class CrossLayerTranscoder(nn.Module):
     """Latents of layer i read site i and write to the outputs of the layers i, i+1, …, n-1:
 
-    f_i = jumprelu(x_i @ W_enc[i] + b_enc[i]),  x̂_l = Σ_{i ≤ l} f_i @ W_dec[i][:, l - i] + b_dec[l]  (+ x_l @ W_skip[l])
+    `f_i = jumprelu(x_i @ W_enc[i] + b_enc[i])`,
+    `x̂_l = Σ_{i ≤ l} f_i @ W_dec[i][:, l - i] + b_dec[l]  (+ x_l @ W_skip[l])`
 
     `layers[i]` is a JumpReLUTranscoder whose W_dec is [d_sae, (n - i) · d], the outputs side by side, and whose
     b_dec is layer i's bias followed by zeros; so one sparse decode serves all outputs.
@@ -74,8 +75,9 @@ class CrossLayerTranscoder(nn.Module):
         threshold: Sequence[Tensor],
         W_skip: Sequence[Tensor] | None = None,
     ) -> CrossLayerTranscoder:
-        """One of each a layer: W_enc[i] [d, d_sae], W_dec[i] [d_sae, n, d] or [d_sae, n - i, d] (of the first, the
-        outputs from i on count), b_enc[i] and threshold[i] [d_sae], b_dec[i] [d], W_skip[i] [d, d] (x @ A)."""
+        """One of each a layer: `W_enc[i]` is [d, d_sae], `W_dec[i]` [d_sae, n, d] or [d_sae, n - i, d] (of the first,
+        the outputs from i on count), `b_enc[i]` and `threshold[i]` [d_sae], `b_dec[i]` [d], `W_skip[i]` [d, d]
+        (x @ A)."""
         n, layers = len(W_enc), []
         for i in range(n):
             decoder, d = W_dec[i], W_enc[i].shape[0]

@@ -48,8 +48,9 @@ def from_pretrained(
 
     repo_or_folder, sae_id: a file or folder; a folder or Hugging Face repository and a path in it; or SAELens's
     names ("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical").
-    revision: of the repository.  kind, site, site_out: what the checkpoint cannot say itself (a params.npz whose
-    path does not name its repository); a ValueError where it says otherwise.
+    revision: of the repository.
+    kind, site, site_out: what the checkpoint cannot say itself (a params.npz whose path does not name its repository);
+    a ValueError where it says otherwise.
     progress: a bar on stderr; None: for loads above 256 MB on a terminal.
     rows: "memory", or "mmap": only the 8-bit screen is resident, and the fp32 rows that refine are read from a packed
     file beside the checkpoint, written at first use (`gemmascope_fast.packed`), those that decode from the checkpoint

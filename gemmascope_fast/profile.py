@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,14 +38,26 @@ class OpShare:
     bytes: int = 0
     flops: int = 0
     roof_share: float | None = None
+    device_ms: float | None = None
+    achieved_gb_s: float | None = None
+    modelled_gb_s: float | None = None
+
+
+@dataclass
+class LayerShare:
+    """Milliseconds of one part of the model over the whole loop: its own forward, and the ops of this package that ran
+    in it or in the hooks behind it, before the next part began."""
+
+    model_ms: float = 0.0
+    sae_ms: float = 0.0
 
 
 @dataclass
 class Profile:
-    """Milliseconds of the loop, of each part of the model (inclusive), of the SAEs; memory in bytes."""
+    """Milliseconds of the loop, of each part of the model, of the SAEs; memory in bytes."""
 
     wall_ms: float
-    layers: dict[str, float]
+    layers: dict[str, LayerShare]
     sae_ms: float
     ops: list[OpShare]
     roof: dict[str, Any] | None
@@ -54,9 +68,10 @@ class Profile:
 def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], trace: Path | None = None) -> Profile:
     """Runs `loop` twice: once to warm up and to count what our ops declare, once profiled.
 
-    `layers` are the modules whose time is told apart (forward, inclusive).
+    `layers` are the modules whose time is told apart, in the order in which they run; none within another.
     With `trace` the Chrome trace is written there (chrome://tracing, ui.perfetto.dev).
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its own starts and stops
     roof = None if backends._C is None else measure()
     with _costs() as costs:
         loop()
@@ -69,7 +84,7 @@ def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], tr
     if trace is not None:
         found.export_chrome_trace(str(trace))
     averages = {event.key: event for event in found.key_averages()}
-    spent = {name: averages[f"layer {name}"].cpu_time_total / 1e3 for name in layers if f"layer {name}" in averages}
+    spent, sae_ms = _layers(found.events(), layers)
     ours = [event for key, event in averages.items() if key.removeprefix(PREFIX) in OPS and key.startswith(PREFIX)]
     shares = sorted((_share(event, costs, roof) for event in ours), key=lambda s: -s.ms)
     kernels = [
@@ -77,8 +92,42 @@ def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], tr
         for e in averages.values()
         if cuda and str(e.device_type).endswith("CUDA")
     ]
-    sae_ms = sum(s.ms for s in shares)
     return Profile(wall, spent, sae_ms, shares, None if roof is None else asdict(roof), _peak_memory(), kernels)
+
+
+def _layers(events: Any, names: Iterable[str]) -> tuple[dict[str, LayerShare], float]:
+    """Each part's share, and the time of our ops over all, those within another of ours not counted again.
+
+    A hook that was registered before ours runs after the range of its layer has ended, so an op belongs to the part
+    that began last before it.
+    """
+    spans = sorted((e.time_range.start, e.time_range.end, e.name[6:]) for e in events if e.name.startswith("layer "))
+    found = {name: LayerShare() for name in names if any(span[2] == name for span in spans)}
+    for start, end, name in spans:
+        found[name].model_ms += (end - start) / 1e3
+    starts, total = [span[0] for span in spans], 0.0
+    for event in events:
+        if not _is_ours(event) or any(_is_ours(parent) for parent in _parents(event)):
+            continue
+        start, ms = event.time_range.start, event.time_range.elapsed_us() / 1e3
+        total += ms
+        at = bisect.bisect_right(starts, start) - 1
+        if at >= 0:
+            _, end, name = spans[at]
+            found[name].sae_ms += ms
+            if start < end:
+                found[name].model_ms -= ms
+    return found, total
+
+
+def _is_ours(event: Any) -> bool:
+    return event.name.startswith(PREFIX) and event.name.removeprefix(PREFIX) in OPS
+
+
+def _parents(event: Any) -> Iterator[Any]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event
 
 
 def _share(event: Any, costs: dict[str, tuple[int, int]], roof: Roof | None) -> OpShare:
@@ -89,7 +138,21 @@ def _share(event: Any, costs: dict[str, tuple[int, int]], roof: Roof | None) -> 
     if roof is not None and moved and ms:
         integer = name in ("encode_screened", "matryoshka_linear")
         share = roof.share(ms / 1e3, moved, 0 if integer else flops, flops if integer else 0)
-    return OpShare(name, event.count, ms, moved, flops, share)
+    result = OpShare(name, event.count, ms, moved, flops, share)
+    if torch.cuda.is_available():
+        result.device_ms = event.device_time_total / 1e3
+        if result.device_ms and moved:
+            result.achieved_gb_s = moved / result.device_ms / 1e6
+        result.modelled_gb_s = _modelled_gb_s(torch.cuda.get_device_name())
+    return result
+
+
+def _modelled_gb_s(name: str) -> float | None:
+    """The vendor's bandwidth of the device whose name is in this one, None of one that is not known."""
+    from gemmascope_fast.gpu.devices import DEVICES
+
+    words = set(name.replace("-", " ").split())
+    return next((d.bandwidth / 1e9 for d in DEVICES if set(d.name.replace("-", " ").split()) <= words), None)
 
 
 @contextmanager
@@ -190,6 +253,14 @@ def run_profile(args: argparse.Namespace) -> int:
     return 0
 
 
+def _inside(found: Profile) -> float:
+    return sum(part.sae_ms for part in found.layers.values())
+
+
+def _time(ms: float, whole: float, shown: bool) -> tuple[str, str]:
+    return (f"{ms:.1f}", f"{ms / whole:.1%}") if shown else ("", "")
+
+
 def _show(found: Profile, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -200,14 +271,22 @@ def _show(found: Profile, args: argparse.Namespace) -> None:
         f" ops of this package {found.sae_ms:.1f} ms ({found.sae_ms / found.wall_ms:.1%});"
         f" peak memory {(found.peak_memory or 0) / 1e9:.2f} GB"
     )
-    table = Table("part of the model", "ms", "share", title="forward, SAE hooks included")
-    for name, ms in found.layers.items():
-        table.add_row(name, f"{ms:.1f}", f"{ms / found.wall_ms:.1%}")
+    table = Table("part of the model", "model ms", "share", "SAE ms", "share", title="where the time went")
+    rest = found.wall_ms - found.sae_ms - sum(part.model_ms for part in found.layers.values())
+    parts = {**found.layers, "all else (embedding, sampling, Python)": LayerShare(rest, found.sae_ms - _inside(found))}
+    for name, part in parts.items():
+        cells = ((part.model_ms, True), (part.sae_ms, bool(part.sae_ms)))
+        table.add_row(name, *(c for ms, shown in cells for c in _time(ms, found.wall_ms, shown)))
     console.print(table)
-    ops = Table("op", "calls", "ms", "MB", "Mflop", "roof", title="ops of this package")
+    titles = ["op", "calls", "ms", "MB", "Mflop", "roof"]
+    on_gpu = any(op.device_ms is not None for op in found.ops)
+    gpu = ["GPU ms", "GB/s achieved", "GB/s modelled"] if on_gpu else []
+    ops = Table(*titles, *gpu, title="ops of this package")
     for op in found.ops:
         share = "-" if op.roof_share is None else f"{op.roof_share:.0%}"
-        ops.add_row(op.name, str(op.calls), f"{op.ms:.2f}", f"{op.bytes / 1e6:.1f}", f"{op.flops / 1e6:.1f}", share)
+        cells_ = [op.name, str(op.calls), f"{op.ms:.2f}", f"{op.bytes / 1e6:.1f}", f"{op.flops / 1e6:.1f}", share]
+        figures = (op.device_ms, op.achieved_gb_s, op.modelled_gb_s) if on_gpu else ()
+        ops.add_row(*cells_, *("-" if f is None else f"{f:.2f}" for f in figures))
     console.print(ops)
     if found.kernels:
         kernels = Table("kernel", "calls", "ms", title="CUDA kernels")

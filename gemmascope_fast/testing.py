@@ -7,6 +7,7 @@ is evidence.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,11 @@ def standard_cut(z: Tensor, scale: Tensor, share: float) -> Tensor:
 
 def pre_activations64(x: Tensor, sae: JumpReLUSAE) -> Tensor:
     """z = x @ W_enc + b_enc in fp64, [N, d_sae], from the values that fp32 sees."""
-    return x.float().double() @ sae.W_enc.detach().double() + sae.b_enc.detach().double()
+    return _product64(x, sae.W_enc, sae.b_enc)
+
+
+def _product64(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
+    return x.float().double() @ W_enc.detach().double() + b_enc.detach().double()
 
 
 def dot_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
@@ -119,6 +124,9 @@ def dot_bound(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
     d = x.shape[-1]
     size = x.float().double().abs() @ W_enc.detach().double().abs() + b_enc.detach().double().abs()
     return kappa(d) * size + (d + 16) * 2.0**-149
+
+
+FEATURES_AT_ONCE = 1 << 16  # fp64 copies of a million rows would take three times what the rows take
 
 
 @dataclass
@@ -139,18 +147,22 @@ def compare_support(latents: SparseLatents, x: Tensor, sae: JumpReLUSAE) -> Supp
     """Latents of finite x [N, d_in] against an fp64 evaluation, pair by pair."""
     wrong = unsure = 0
     worst = 0.0
-    tau = sae.threshold.detach().double().clamp(min=0)
-    for start in range(0, x.shape[0], 64):
+    blocks = itertools.product(range(0, x.shape[0], 64), range(0, sae.d_sae, FEATURES_AT_ONCE))
+    for start, first in blocks:
         part, ours = x[start : start + 64], latents[start : start + 64].detach()
-        z, bound = pre_activations64(part, sae), dot_bound(part, sae.W_enc, sae.b_enc)
+        here = slice(first, first + FEATURES_AT_ONCE)
+        W, b, tau = sae.W_enc[:, here], sae.b_enc[here], sae.threshold[here].detach().double().clamp(min=0)
+        z, bound = _product64(part, W, b), dot_bound(part, W, b)
+        columns = ours.col_indices.long() - first
+        inside = (columns >= 0) & (columns < len(b))
+        at = (ours.row_indices()[inside], columns[inside])
         stored = torch.zeros_like(z, dtype=torch.bool)
-        at = (ours.row_indices(), ours.col_indices.long())
         stored[at] = True
         sure = (z - tau).abs() > bound
         wrong += int((stored != (z > tau))[sure].sum())
         unsure += int((~sure).sum())
-        if ours.nnz:
-            worst = max(worst, float(((ours.values.double() - z[at]).abs() / bound[at]).max()))
+        if len(at[0]):
+            worst = max(worst, float(((ours.values[inside].double() - z[at]).abs() / bound[at]).max()))
     return SupportCheck(wrong, unsure, worst)
 
 

@@ -97,3 +97,7 @@ class Hand:
 def hook_count(model):
     """Everything that attaching could leave behind."""
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()), sorted(model.__dict__)
+
+
+def layer(model, index=1):
+    return model.model.layers[index]

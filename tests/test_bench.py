@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemmascope_fast import cli
-from gemmascope_fast.bench import cases, command, compare, machine, peers, scaling, suite_ops, timing
+from gemmascope_fast.bench import cases, command, compare, machine, peers, suite_ops, timing
 from gemmascope_fast.bench.cases import Case
 from gemmascope_fast.bench.checks import Truth, close
 from gemmascope_fast.bench.engine import Bench, Candidate, Work, WrongAnswer, roof_share, time_bench
@@ -168,6 +168,20 @@ def test_compare_names_only_what_left_the_noise():
     assert [(c.key, c.beyond_noise, c.factor) for c in changes] == [(slower, True, 0.5), (quiet, False, 0.75)]
 
 
+def test_compare_by_command_fails_where_ours_got_slower_and_names_another_machine(monkeypatch, tmp_path, capsys):
+    keys = [row(T=1).key, row(T=2).key]
+    Results({"isa": "avx512"}, [row()], {k: Ratio(4, 3.8, 4.2) for k in keys}).save(tmp_path / "old.json")
+    for medians, isa, status in (((4, 4), "avx512", 0), ((8, 4), "avx512", 0), ((4, 2), "avx2", 1)):
+        ratios = {k: Ratio(m, m - 0.1, m + 0.1) for k, m in zip(keys, medians, strict=True)}
+        found = Results({"isa": isa}, [], ratios)
+        monkeypatch.setattr(command, "run", lambda *_, found=found, **__: found)
+        monkeypatch.setattr(command, "_show", lambda results: None)
+        assert cli.main(["bench", "--compare", str(tmp_path / "old.json")]) == status
+        said = capsys.readouterr().out
+        assert ("SLOWER" in said) == bool(status)
+        assert ("different machines, avx512 and avx2" in said) == (isa == "avx2")
+
+
 def guard_run(monkeypatch, ratios, isa="avx512"):
     """The command's runs give these medians one after the other; returns what each was asked to keep."""
     asked = []
@@ -234,18 +248,6 @@ def test_stored_ratios_are_ours_alone_and_beside_other_instruction_sets(tmp_path
     compare.store(path, "avx2", Results({}, ratios={k: Ratio(2, 1, 3) for k in keys}))
     compare.store(path, "avx512", Results({}, ratios={keys[0]: Ratio(4, 1, 9)}))
     assert compare.stored_ratios(path) == {"avx2": {keys[0]: 2.0}, "avx512": {keys[0]: 4.0}}
-
-
-def test_exponents_are_slopes_and_bends_are_explained():
-    def at(width, ms):
-        return row(suite="scaling", op="width", d_sae=width, median_ms=ms)
-
-    (curve,) = scaling.exponents([at(2**k, 2.0 ** (k - 10)) for k in range(14, 18)])
-    assert curve["exponent"] == pytest.approx(1)
-    assert curve["bends"] == []
-    (curve,) = scaling.exponents([at(1024, 1.0), at(2048, 1.0), at(4096, 8.0)])
-    assert curve["exponent"] == pytest.approx(1.5)
-    assert [bend.split(",")[0] for bend in curve["bends"]] == ["1024 → 2048: 0.00", "2048 → 4096: 3.00"]
 
 
 def test_noise_is_said():

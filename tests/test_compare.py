@@ -1,4 +1,4 @@
-"""Sets of texts, models, variants, a conversation: figures recomputed by scipy, numpy or by hand; the commands."""
+"""Sets of texts compared: figures recomputed by scipy, numpy or by hand; the command."""
 
 import itertools
 import json
@@ -6,67 +6,26 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny_model import LAYER, F, letters, make_sae, save_model
+from tiny_model import LAYER, letters, make_sae
+from two_models import KEY, base, lines, save_two
 
-from gemmascope_fast import JumpReLUSAE, SparseLatents, cli
-from gemmascope_fast.checkpoints.native import save
-from gemmascope_fast.compare import conversation as talk
-from gemmascope_fast.compare.models import (
-    Side,
-    by_span,
-    changes,
-    common_spans,
-    gather,
-    matched_features,
-    phi,
-    token_ends,
-)
+from gemmascope_fast import SparseLatents, cli
 from gemmascope_fast.compare.pooled import pool, pooled
 from gemmascope_fast.compare.sets import compare_pairs, compare_sets, covariates, separability
-from gemmascope_fast.compare.variants import (
-    Votes,
-    brier,
-    calibrate,
-    classify,
-    fit_weights,
-    groups_of,
-    label_scores,
-    load_variants,
-    reliability,
-    stability,
-)  # fmt: skip
 from gemmascope_fast.demo_model import load_model
 
 stats = pytest.importorskip("scipy.stats")
 sparse = pytest.importorskip("scipy.sparse")
-KEY = (LAYER, "resid")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    where = tmp_path_factory.mktemp("model")
-    save_model(where / "a", "abcdefghijklmnopqrstuvwxyz \n:*-")
-    save_model(where / "b", "abcdefghijklmnopqrstuvwxyz \n:*-", seed=1)
-    save(make_sae(), where / "sae.safetensors")
-    save(make_sae(seed=2), where / "other.safetensors")
-    return where
+    return save_two(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
 def loaded(folder):
     return load_model(str(folder / "a"))
-
-
-def lines(path, records):
-    path.write_text("\n".join(json.dumps(r) if isinstance(r, dict) else r for r in records) + "\n")
-    return str(path)
-
-
-def base(folder, command):
-    return [command, "--model", str(folder / "a"), "--sae", str(folder / "sae.safetensors")]
-
-
-# ---- sets -------------------------------------------------------------------------------------------
 
 
 def test_pooling_against_dense_rows(loaded):
@@ -262,259 +221,3 @@ def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
     assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs)]) == 0
     assert cli.main([*words[:-2], "--pairs", str(tmp_path / "p.jsonl"), "--layers"]) == 0
     assert cli.main([*words, str(tmp_path / "p.jsonl"), "--layers"]) == 1
-
-
-# ---- models -----------------------------------------------------------------------------------------
-
-
-def test_spans_end_where_both_have_a_token_end():
-    # "the cat" as the| cat and t|he| c|at
-    a, b, count = common_spans(np.array([3, 7]), np.array([1, 3, 5, 7]))
-    assert (a.tolist(), b.tolist(), count) == ([0, 1], [0, 0, 1, 1], 2)
-    a, b, count = common_spans(np.array([2, 5]), np.array([3, 5]))
-    assert (a.tolist(), b.tolist(), count) == ([0, 0], [0, 0], 1)
-    # left over at the end: with the last span
-    a, b, count = common_spans(np.array([1, 2]), np.array([1, 3]))
-    assert (a.tolist(), b.tolist(), count) == ([0, 0], [0, 0], 1)
-    assert common_spans(np.array([], int), np.array([], int))[2] == 0
-
-
-def test_the_largest_value_of_a_span_counts():
-    dense = torch.tensor([[0, 2.0, 0], [1, 3, 0], [0, 0, 4]])
-    span, feature, value = by_span(SparseLatents.from_dense(dense), np.array([0, 0, 1]))
-    assert list(zip(span.tolist(), feature.tolist(), value.tolist(), strict=True)) == [(0, 0, 1), (0, 1, 3), (1, 2, 4)]
-
-
-def test_correlations_are_numpys(monkeypatch):
-    from gemmascope_fast.compare import models
-
-    monkeypatch.setattr(models, "BLOCK", 4)
-    rng = np.random.default_rng(0)
-    a, b = rng.random((50, 9)) < 0.3, rng.random((50, 7)) < 0.4
-    a[:, 2] = b[:, 5]
-    b[:, 1] = True
-    with np.errstate(invalid="ignore", divide="ignore"):
-        want = np.nan_to_num(np.corrcoef(a.T, b.T)[:9, 9:])
-    x, y = sparse.csc_array(a.astype(float)), sparse.csc_array(b.astype(float))
-    got = np.concatenate([block for _, block in phi(x, y)])
-    assert np.allclose(got, want)
-    found = matched_features(x, y)
-    assert np.allclose(found["correlation"], want.max(1).clip(min=0))
-    assert found["match"][2] == 5
-    assert found["back"][5] == 2
-    assert np.allclose(found["back_correlation"], want.max(0).clip(min=0))
-    assert found["back"][1] == -1
-
-
-def test_the_same_features_in_another_order_are_matched(loaded):
-    sae, order = make_sae(), torch.randperm(F, generator=torch.Generator().manual_seed(5))
-    W = {n: getattr(sae, n).detach() for n in ("W_enc", "W_dec", "b_enc", "threshold")}
-    other = JumpReLUSAE.from_weights(
-        W_enc=W["W_enc"][:, order], W_dec=W["W_dec"][order], b_enc=W["b_enc"][order], threshold=W["threshold"][order],
-        b_dec=sae.b_dec.detach(), cfg=sae.cfg,
-    )  # fmt: skip
-    texts = [letters(60, seed=i) for i in range(5)]
-    a, b = gather((*loaded, {KEY: sae}), (*loaded, {KEY: other}), texts)
-    assert a.shape == (300, F)
-    found = matched_features(a, b)
-    fires = (found["correlation"] > 0) & (np.asarray((a != 0).sum(0)).ravel() > 8)
-    assert fires.sum() > 50
-    assert np.allclose(found["correlation"][fires], 1)
-    inverse = torch.argsort(order).numpy()
-    assert np.mean(found["match"][fires] == inverse[fires]) == 1
-    what = {r["feature"]: r["what"] for r in changes(a, b)}
-    moved = [f for f in np.nonzero(fires)[0] if inverse[f] != f]
-    assert sum(what[f] == "moved" for f in moved) > 0.9 * len(moved)
-    assert {r["what"] for r in changes(a, a)} == {"kept"}
-    nothing = sparse.csc_array(a.shape)
-    assert {r["what"] for r in changes(a, nothing)} == {"lost"}
-    assert {r["what"] for r in changes(nothing, a)} == {"gained"}
-    assert token_ends(loaded[1], "abc").tolist() == [1, 2, 3]
-
-
-def test_compare_models_by_command(folder, tmp_path):
-    text = tmp_path / "t.txt"
-    text.write_text("\n\n".join(letters(50, seed=i) for i in range(6)))
-    words = [*base(folder, "compare-models"), "--model-b", str(folder / "b"), "--text", str(text)]
-    assert cli.main([*words, "--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "p.svg")]) == 0
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert sum(found["counts"].values()) == len(found["features"]) > 0
-    words += ["--sae-b", str(folder / "other.safetensors"), "--plot", str(tmp_path / "q.svg")]
-    assert cli.main([*words, "--json", str(tmp_path / "g.json")]) == 0
-    matches = json.loads((tmp_path / "g.json").read_text())["features"]
-    assert matches[0]["match_correlation"] >= matches[-1]["match_correlation"]
-
-
-# ---- variants ---------------------------------------------------------------------------------------
-
-
-def votes(seed=0, groups=40, bad=1):
-    """Three kinds; the votes of kind `bad` are arbitrary, the others' mostly right."""
-    rng = np.random.default_rng(seed)
-    gold = rng.integers(0, 2, groups)
-    kind, group = np.tile(np.arange(3), groups), np.repeat(np.arange(groups), 3)
-    right = rng.random((2, 3 * groups)) < np.where(kind == bad, 0.5, 0.9)
-    predicted = np.where(right, gold[group], 1 - gold[group])
-    return Votes(predicted, kind, group, gold, 2, ["as it is", "noise", "short"], [str(g) for g in range(groups)])
-
-
-def test_shares_are_weighted_votes():
-    made = Votes(np.array([[0, 1, 1], [1, 1, 0]]), np.array([0, 1, 0]), np.array([0, 0, 1]), np.array([0, 1]), 2,
-                 ["x", "y"], ["g", "h"])  # fmt: skip
-    got = made.shares(np.array([1.0, 0.5, 2.0, 3.0]))
-    # group g: votes 0 (2·1), 1 (2·0.5), 1 (3·1), 1 (3·0.5); group h: 1 (2·1), 0 (3·1)
-    assert np.allclose(got, [[2 / 7.5, 5.5 / 7.5], [3 / 5, 2 / 5]])
-    assert np.allclose(made.shares(np.zeros(4)), 0.5)
-    assert brier(got, made.gold) == pytest.approx(((5.5 / 7.5) ** 2 * 2 + (3 / 5) ** 2 * 2) / 2)
-
-
-def test_fitted_weights_are_no_worse_and_leave_noise_out():
-    made = votes()
-    train = np.arange(20)
-    weights = fit_weights(made, train)
-    equal = brier(made.shares(np.ones(made.size))[train], made.gold[train])
-    assert brier(made.shares(weights)[train], made.gold[train]) < equal
-    assert weights[1] < 0.5 * max(weights[0], weights[2])
-    found = calibrate(made)
-    assert found["train_groups"] + found["test_groups"] == 40
-    assert found["weighted"]["brier"] < found["equal"]["brier"]
-    with pytest.raises(ValueError, match="at least four groups"):
-        calibrate(Votes(made.predicted, made.kind, made.group, np.full(40, -1), 2, made.kinds, made.names))
-
-
-def test_weights_are_measured_on_groups_that_they_were_not_fitted_to():
-    made = votes(seed=3, groups=24)
-    made.gold[5] = -1
-    found = calibrate(made, seed=7)
-    known = np.array([g for g in range(24) if g != 5])
-    train, test = np.split(np.random.default_rng(7).permutation(known), [11])
-    weights = fit_weights(made, train, 7)
-    assert list(found["weights"].values()) == weights.tolist()
-    for name, own in (("equal", np.ones(5)), ("weighted", weights)):
-        shares = made.shares(own)[test]
-        one_hot = np.eye(2)[made.gold[test]]
-        assert found[name]["brier"] == pytest.approx(np.mean(np.sum((shares - one_hot) ** 2, 1)))
-        assert found[name]["accuracy"] == pytest.approx(np.mean(shares.argmax(1) == made.gold[test]))
-        assert sum(b["count"] for b in found[name]["bins"]) == len(test)
-
-
-def test_reliability_by_hand():
-    shares = np.array([[0.95, 0.05], [0.92, 0.08], [0.3, 0.7], [0.55, 0.45]])
-    found = reliability(shares, np.array([0, 1, 1, 1]))
-    assert found["accuracy"] == 0.5
-    want = (2 * abs(0.5 - 0.935) + abs(1 - 0.7) + abs(0 - 0.55)) / 4
-    assert found["ece"] == pytest.approx(want)
-    assert [b["count"] for b in found["bins"]] == [1, 1, 2]
-
-
-def test_stability_of_sets():
-    found = stability([{1, 2}, {2, 3}, {9}, {9}, set()], {"a": [0, 1], "b": [2, 3], "c": [4]})
-    assert found["by_group"]["a"] == pytest.approx(1 / 3)
-    assert found["jaccard"] == pytest.approx((1 / 3 + 1) / 2)
-    assert found["across"] == 0
-
-
-def test_labels_are_the_likeliest_continuations(loaded):
-    model, tokenizer = loaded
-    texts, labels = [letters(n, seed=n) for n in range(4, 20)], ["ab", "c", "de", "f"]
-    got = classify(model, tokenizer, texts, labels, "{text}:", at_once=2)
-    every = label_scores(model, tokenizer, texts, labels, "{text}:", at_once=3).tolist()
-    for text, best, own in zip(texts, got, every, strict=True):
-        scores = []
-        for label in labels:
-            prompt = [1, *tokenizer(text + ":", add_special_tokens=False)["input_ids"]]
-            answer = tokenizer(" " + label, add_special_tokens=False)["input_ids"]
-            with torch.no_grad():
-                logits = model(torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
-            scores.append(sum(float(logits[len(prompt) - 1 + i, t]) for i, t in enumerate(answer)))
-        assert best == int(np.argmax(scores))
-        assert own == pytest.approx(scores, abs=1e-4)
-    with pytest.raises(ValueError, match="--prompt"):
-        classify(model, tokenizer, texts, labels, "no place")
-
-
-def test_variants_by_command(folder, tmp_path, capsys):
-    records = [
-        {"group": f"g{g}", "text": letters(12, seed=g)[: 12 - k], "kind": ["as it is", "cut"][k], "label": "ab"[g % 2]}
-        for g in range(8)
-        for k in range(2)
-    ]
-    data = lines(tmp_path / "v.jsonl", records)
-    words = [*base(folder, "variants"), "--data", data, "--labels", "a", "b", "--also", str(folder / "b")]
-    assert cli.main([*words, "--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "p.svg")]) == 0
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert found["features"]["jaccard"] > found["features"]["across"]
-    assert set(found["calibration"]["weights"]) == {"as it is", "cut", "model 0", "model 1"}
-    assert groups_of(load_variants(data))["g1"] == [2, 3]
-    for bad, message in [
-        ({"group": "g0", "text": "x", "label": "b"}, "line 17: group 'g0' has label 'a' before"),
-        ({"text": "x"}, "line 17: expected a group"),
-    ]:
-        capsys.readouterr()
-        assert cli.main([*base(folder, "variants"), "--data", lines(tmp_path / "w.jsonl", [*records, bad])]) == 1
-        assert message in capsys.readouterr().err
-
-
-# ---- conversation -----------------------------------------------------------------------------------
-
-TURNS = [
-    talk.Turn("user", "what is it"),
-    talk.Turn("assistant", "i ask the tool"),
-    talk.Turn("tool", "rain\nwind"),
-    talk.Turn("assistant", "rain"),
-]
-
-
-def test_cached_turns_are_those_of_one_forward(loaded):
-    model, tokenizer = loaded
-    sae = make_sae()
-    traces = talk.read_conversation(model, tokenizer, {KEY: sae}, TURNS)
-    ids = torch.cat([t.ids for t in traces])[None]
-    assert tokenizer.decode(ids[0, 1:]) == "user: what is it\nmodel: i ask the tool\ntool: rain\nwind\nmodel: rain\n"
-    with torch.no_grad():
-        hidden = model(ids, output_hidden_states=True).hidden_states[LAYER + 1][0]
-    z = (hidden.double() @ sae.W_enc.double()).detach()
-    got = torch.cat([t.latents.to_dense() for t in traces]).double().detach()
-    slack = 2**-23 * 100 * float(z.abs().max())
-    sure = (z - 1).abs() > slack
-    assert float((got - z * (z > 1))[sure].abs().max()) < slack
-    for trace in traces:
-        assert tokenizer.decode(trace.ids[trace.content]) == trace.turn.content
-    roles = talk.by_role(traces)
-    assert list(roles) == ["user", "assistant", "tool"]
-    own = torch.cat([t.latents[t.content].to_dense() for t in traces if t.turn.role == "assistant"])
-    assert roles["assistant"]["tokens"] == len(own) == 18
-    assert roles["assistant"]["l0"] == pytest.approx((own != 0).sum(1).double().mean().item())
-    (feature, mean, fired), *_ = traces[2].top()
-    dense = traces[2].latents[traces[2].content].to_dense()
-    assert mean == pytest.approx(dense[:, feature].mean().item())
-    assert mean == pytest.approx(dense.mean(0).max().item())
-    assert fired == int((dense[:, feature] != 0).sum())
-    with pytest.raises(ValueError, match="at most 256 tokens"):
-        talk.read_conversation(model, tokenizer, {KEY: sae}, [talk.Turn("user", letters(300))])
-
-
-def test_conversation_by_command(folder, tmp_path, capsys):
-    path = tmp_path / "talk.json"
-    path.write_text(json.dumps([*map(vars, TURNS), {"role": "user", "content": "</script>"}]))
-    words = [*base(folder, "conversation"), "--transcript", str(path), "--html", str(tmp_path / "t.html")]
-    assert cli.main([*words, "--json", str(tmp_path / "f.json")]) == 0
-    found = json.loads((tmp_path / "f.json").read_text())
-    assert [t["role"] for t in found["turns"]] == ["user", "assistant", "tool", "assistant", "user"]
-    text = (tmp_path / "t.html").read_text()
-    assert text.count("</script>") == 1
-    data = json.loads(text.split("const turns = ")[1].split(", $ =")[0])
-    assert ["".join(s["t"] for s in t["spans"] if s["read"]) for t in data][:4] == [t.content for t in TURNS]
-    lines(path, [{"role": "user", "content": "a"}, {"role": "tool"}])
-    assert cli.main(words) == 1
-    assert "line 2: expected strings under 'role' and 'content'" in capsys.readouterr().err
-    path.write_text("[1]")
-    assert cli.main(words) == 1
-    assert "turn 1: expected strings" in capsys.readouterr().err
-
-
-def test_a_side_without_tokens_is_empty():
-    assert Side(5).matrix(0).shape == (0, 5)
-    side = Side(5)
-    side.parts.append((np.array([1]), np.array([4]), np.array([2.0])))
-    assert side.matrix(3).toarray().tolist() == [[0] * 5, [0, 0, 0, 0, 2.0], [0] * 5]

@@ -1,5 +1,6 @@
 """The documentation runs as it is written: every Python block of every page, every command's arguments, every link."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -89,8 +90,6 @@ def test_the_navigation_names_pages_that_exist():
 
 
 def test_the_api_page_names_what_is_there():
-    import importlib
-
     named = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE)
     assert named
     for path in named:
@@ -99,6 +98,26 @@ def test_the_api_page_names_what_is_there():
         except ModuleNotFoundError:
             module, _, name = path.rpartition(".")
             assert getattr(importlib.import_module(module), name).__doc__, path
+
+
+def test_the_api_page_names_every_public_name():
+    """By its own path or by its module's, whose documented members are shown."""
+    named = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE))
+    public = [getattr(gsf, name) for name in gsf.__all__ if name != "__version__"]
+    assert len(public) > 30
+    lacking = [o for o in public if not o.__doc__ or not {o.__module__, f"{o.__module__}.{o.__qualname__}"} & named]
+    assert lacking == []
+
+
+def test_explained_arguments_become_a_list_on_the_api_page(monkeypatch):
+    pytest.importorskip("griffe")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    listed = importlib.import_module("docs_arguments").listed
+    text = "Reads.\none, two: numbers,\n    of these: any.\nother: no argument.\nRaises ValueError.\n\ntwo: again."
+    assert listed(text, ["one", "two"]).splitlines() == [
+        "Reads.", "", "- `one, two`: numbers,", "    of these: any.", "other: no argument.", "", "Raises ValueError.",
+        "", "", "- `two`: again.",
+    ]  # fmt: skip
 
 
 def test_pages_that_the_code_refers_to_exist():

@@ -10,6 +10,7 @@ import sys
 import zipfile
 
 import fuzz_checkpoints as fuzz
+import fuzz_files as files
 import numpy as np
 import pytest
 import torch
@@ -64,7 +65,7 @@ def read_all(entries):
 def test_safetensors_that_are_accepted(tmp_path, seed, deep):
     draw, path = random.Random(seed), tmp_path / "x.safetensors"
     healthy = save({"a": np.ones((2, 3), "f4"), "b": np.arange(5, dtype="i8"), "c": np.zeros(1, "f2")}, {"k": "v"})
-    path.write_bytes(fuzz.mutate_header(healthy, draw) if deep else fuzz.mutate_bytes(healthy, draw))
+    path.write_bytes(files.mutate_header(healthy, draw) if deep else files.mutate_bytes(healthy, draw))
     try:
         got = read_all(open_safetensors(path)[0])
     except gsf.CheckpointError:
@@ -80,8 +81,8 @@ def test_safetensors_that_are_accepted(tmp_path, seed, deep):
 @given(st.integers(0, 2**32), st.booleans(), st.booleans())
 def test_npz_that_are_accepted(tmp_path, seed, deep, compressed):
     draw, path = random.Random(seed), tmp_path / "x.npz"
-    healthy = fuzz.npz(compressed)
-    path.write_bytes(fuzz.mutate_zip(healthy, draw) if deep else fuzz.mutate_bytes(healthy, draw))
+    healthy = files.npz(compressed)
+    path.write_bytes(files.mutate_zip(healthy, draw) if deep else files.mutate_bytes(healthy, draw))
     try:
         got = read_all(open_npz(path))
     except gsf.CheckpointError:
@@ -154,7 +155,7 @@ def test_what_is_written_is_read_again(tmp_path_factory, sizes, kind, dtype, to)
 )
 @pytest.mark.parametrize("name", ["params.npz", "params.safetensors"])
 def test_arrays_that_are_wrong(tmp_path, change, said, name):
-    arrays = {n: a for n, a in (fuzz.weights() | change).items() if a is not None}
+    arrays = {n: a for n, a in (files.weights() | change).items() if a is not None}
     if name.endswith("npz"):
         np.savez(tmp_path / name, **arrays)
     else:
@@ -168,11 +169,11 @@ def test_arrays_that_are_wrong(tmp_path, change, said, name):
 def test_a_truncated_file_says_so(tmp_path, name, share):
     path = tmp_path / name
     if name.endswith("npz"):
-        np.savez(path, **fuzz.weights())
+        np.savez(path, **files.weights())
     elif name.startswith("own"):
-        native.save(gsf.JumpReLUSAE.from_weights(**{n: torch.from_numpy(a) for n, a in fuzz.weights().items()}), path)
+        native.save(gsf.JumpReLUSAE.from_weights(**{n: torch.from_numpy(a) for n, a in files.weights().items()}), path)
     else:
-        path.write_bytes(save({n.replace("W", "w"): a for n, a in fuzz.weights().items()}))
+        path.write_bytes(save({n.replace("W", "w"): a for n, a in files.weights().items()}))
     assert from_pretrained(path).d_sae == 10
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])

@@ -1,12 +1,13 @@
 """The profile of a real loop: our ops by name with their declared costs, layers told apart, a trace that loads."""
 
 import json
+import types
 
 import attach_models
 import pytest
 import torch
 
-from gemmascope_fast import Site, attach, cli, ops, prepare
+from gemmascope_fast import Site, attach, cli, ops, prepare, profile
 from gemmascope_fast.profile import profile_loop
 
 
@@ -39,10 +40,43 @@ def test_ops_carry_calls_and_declared_costs(found):
 
 
 def test_layers_are_told_apart_and_the_sae_shows_in_its_own(found):
+    """The SAE runs in a hook that is registered after the profile's own, and so outside its layer's range."""
     result = found[0]
     assert list(result.layers) == ["0", "1", "2", "3"]
-    assert all(ms > 0 for ms in result.layers.values())
-    assert sum(result.layers.values()) <= result.wall_ms
+    assert all(part.model_ms > 0 for part in result.layers.values())
+    assert [name for name, part in result.layers.items() if part.sae_ms] == ["1"]
+    assert result.layers["1"].sae_ms == pytest.approx(result.sae_ms)
+    assert result.sae_ms == pytest.approx(sum(op.ms for op in result.ops), rel=1e-3)
+    assert result.sae_ms + sum(part.model_ms for part in result.layers.values()) <= result.wall_ms
+
+
+class Event:
+    """What the profiler tells of a range: microseconds, and the range around it."""
+
+    def __init__(self, name, start, end, parent=None):
+        self.name, self.cpu_parent = name, parent
+        self.time_range = types.SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+
+
+def test_an_op_counts_once_and_where_it_ran():
+    inside = Event("gemmascope_fast::encode", 1000, 2000)
+    events = [
+        Event("gemmascope_fast::decode", 0, 500),  # before any layer
+        Event("layer a", 900, 4900),
+        inside,
+        Event("gemmascope_fast::decode", 1200, 1300, inside),
+        Event("aten::mm", 2000, 3000),
+        Event("gemmascope_fast::decode", 5000, 7000),  # in a hook behind the layer
+        Event("layer b", 8000, 9000),
+    ]
+    layers, total = profile._layers(events, ["a", "b", "never ran"])
+    assert layers == {"a": profile.LayerShare(3.0, 3.0), "b": profile.LayerShare(1.0, 0.0)}
+    assert total == 3.5
+
+
+def test_a_device_is_found_by_the_name_that_torch_gives_it():
+    assert profile._modelled_gb_s("NVIDIA H100 80GB HBM3") > 2000
+    assert profile._modelled_gb_s("a device of tomorrow") is None
 
 
 def test_the_trace_is_chromes_and_holds_ops_and_layers(found):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from gemmascope_fast import cli
+from gemmascope_fast.bench.exponents import exponents
 from gemmascope_fast.bench.rows import Ratio, Results, Row
-from gemmascope_fast.bench.scaling import exponents, memory
 from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.report import plots, results_page
 
@@ -37,7 +37,9 @@ def made_up():
         results.rows.append(
             Row("scaling", "width", "ours", 1, 64, width, 5.0, "fp32", 2, width / 9, 1, 9, 1, 1, 0.5, None, None, None)
         )
-    results.exponents, results.memory = exponents(results.rows), memory(results.rows)
+    results.exponents = exponents(results.rows, roof)
+    held = {"d_in": 64, "fp32_bytes": 8 * 10**8, "bf16_bytes": 4 * 10**8, "screen_bytes": 2 * 10**8}
+    results.memory = [{**held, "d_sae": width} for width in (256, 512, 1024)]
     return results
 
 
@@ -64,11 +66,42 @@ def test_quality_is_drawn_from_quantize_tables(tmp_path):
     }
     (tmp_path / "q.json").write_text(json.dumps(table))
     rows = plots.load_quality(tmp_path / "q.json")
-    assert [(r["method"], r["bits"]) for r in rows] == [("group32, minmax, prefix, exact", b + 0.75) for b in (8, 4, 2)]
+    assert [(r["method"], r["activations"], r["bits"], r["loss"]) for r in rows] == [
+        ("full", "exact", None, 2.5),
+        *(("ffn, group32, minmax, prefix", "exact", b + 0.75, 2.5 + 1 / b) for b in (8, 4, 2)),
+    ]
     assert [p.name for p in plots.draw(made_up(), rows)][-1] == "quality"
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(GemmaScopeFastError, match="quantize --table"):
         plots.load_quality(tmp_path / "bad.json")
+
+
+def test_quality_is_drawn_from_what_compare_stored():
+    """Other figures stand beside those of widths in its file, some with as many parts in their keys."""
+    rows = plots.load_quality(ROOT / "benchmarks" / "measured" / "matryoshka-compare-quick.json")
+    methods = {r["method"] for r in rows}
+    assert "full" in methods
+    assert "ffn, channel, omniquant, alone" in methods
+    assert not any("mix" in m or "sae" in m for m in methods)
+    assert {r["activations"] for r in rows} == {"exact", "int8"}
+
+
+def test_colours_are_one_for_each_implementation():
+    colors = plots._colors(made_up())
+    assert colors["ours"] == plots.OURS
+    assert len(set(colors.values())) == len(colors) == 3
+
+
+def test_several_runs_of_one_machine_make_one_report(tmp_path):
+    first, second = made_up(), made_up()
+    first.rows = [r for r in first.rows if r.suite != "scaling"]
+    first.exponents, first.memory = [], []
+    whole = results_page.together([first, second])
+    assert len(whole.rows) == len(second.rows)
+    assert (whole.exponents, whole.memory) == (second.exponents, second.memory)
+    second.machine = {**second.machine, "isa": "avx2"}
+    with pytest.raises(GemmaScopeFastError, match="different machines"):
+        results_page.together([first, second])
 
 
 def test_table_says_what_the_rows_say():
@@ -95,3 +128,15 @@ def test_the_readmes_figures_are_those_of_the_stored_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     table = results_page.readme_table(Results.load(STORED)) if STORED.exists() else results_page.NOT_MEASURED
     assert text == results_page.with_table(text, table)
+
+
+def test_the_readmes_pictures_are_of_the_stored_run():
+    """Each carries a hash of the rows that it was drawn from."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\]\((docs/images/[\w-]+\.png)\)", text)
+    assert len(shown) >= 2
+    source = plots.digest(Results.load(STORED)).encode()
+    for name in shown:
+        png = (ROOT / name).read_bytes()
+        assert source in png, f"{name}: `make figures` draws it anew"
+        assert plots.digest(made_up()).encode() not in png

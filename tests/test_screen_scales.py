@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_screen import problem, screened
+from screen_problems import problem, screened
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops

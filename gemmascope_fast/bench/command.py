@@ -68,6 +68,9 @@ def _options(args: argparse.Namespace) -> Options:
 def _compared(old: Results, new: Results) -> int:
     """Print the changes; 1 where something of ours got slower beyond the noise."""
     changes = compare(old, new)
+    before, now = kind(old.machine), kind(new.machine)
+    if before != now:
+        print(f"WARNING: the runs are of different machines, {before} and {now}: what changed may be theirs")
     print(f"\n{len(changes)} measurements in both runs; speed-up over eager fp32, before and now:")
     for change in changes:
         if change.beyond_noise:

@@ -35,6 +35,10 @@ class WrongAnswer(Exception):
     """A candidate's answer is not within what its arithmetic allows: it is listed, not timed."""
 
 
+class Unavailable(Exception):
+    """A peer that is installed does not run here: it is listed with the reason, not timed."""
+
+
 @dataclass
 class Candidate:
     """One implementation.  `call` goes round copies of the weights where tokens are few, `warm` stays on one."""
@@ -79,6 +83,7 @@ class Bench:
     threads: int | None = None  # None: the run's
     candidates: list[Candidate] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int] | None = None  # bytes by what holds them, where that is measured
 
     @property
     def name(self) -> str:
@@ -90,13 +95,14 @@ class Bench:
             self.candidates.append(build())
         except ModuleNotFoundError as error:
             self.missing[impl] = f"not installed: {error.name}"
-        except (WrongAnswer, NotImplementedError) as error:
+        except (WrongAnswer, Unavailable, NotImplementedError) as error:
             self.missing[impl] = str(error)
 
 
 def time_bench(bench: Bench, roof: Roof | None, threads: int, seconds: float) -> Results:
-    """Rows and ratios of one bench; `seconds` for each of the cold and the warm figures."""
+    """Rows, ratios and memory of one bench; `seconds` for each of the cold and the warm figures."""
     results = Results(machine={}, missing={f"{bench.name}/{impl}": why for impl, why in bench.missing.items()})
+    results.memory = [] if bench.memory is None else [bench.memory]
     calls = {c.impl: c.call for c in bench.candidates}
     warm = {c.impl: c.warm for c in bench.candidates if c.warm is not None}
     for op, group in ((bench.op, calls), (f"{bench.op} (warm)", warm)):

@@ -96,20 +96,11 @@ def run(
             work.update((row.key, (own, by_impl[row.impl])) for row in part.rows)
             results.ratios.update(part.ratios)
             results.missing.update(part.missing)
+            results.memory += [m for m in part.memory if m not in results.memory]
             if save is not None:
                 results.save(save)
             del bench
             gc.collect()
-    if "scaling" in options.suites:
-        from gemmascope_fast.bench.scaling import exponents, memory
-
-        results.exponents, results.memory = exponents(results.rows), memory(results.rows)
-    if "loop" in options.suites:
-        from gemmascope_fast.bench.llama import llama_row
-
-        row, why = llama_row(threads)
-        results.rows += [] if row is None else [row]
-        results.missing.update({} if why is None else {"loop/generate/llama.cpp": why})
     after = measured_roof(threads)
     if before and after:
         # a roof is what is possible: the better of the two, each entry by itself
@@ -119,6 +110,10 @@ def run(
         if row.key in work:
             own, what = work[row.key]
             row.roof_share = roof_share(what, row.median_ms, roofs[own])
+    if "scaling" in options.suites:
+        from gemmascope_fast.bench.exponents import exponents
+
+        results.exponents = exponents(results.rows, results.machine["roof"])
     results.warnings = noise(results) + few_copies(results)
     if save is not None:
         results.save(save)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-WIDTHS = (8, 6, 4, 3, 2)
+from gemmascope_fast.matryoshka.mixnmatch import WIDTHS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

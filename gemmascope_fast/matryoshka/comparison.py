@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from gemmascope_fast.matryoshka import measure, mixnmatch
 from gemmascope_fast.matryoshka.measure import Case, Results
+from gemmascope_fast.matryoshka.mixnmatch import WIDTHS
 from gemmascope_fast.matryoshka.model import gained, quantize_, restored, set_bits, targets
 from gemmascope_fast.matryoshka.nested import ALONE, Recipe, Trained
-
-WIDTHS = (8, 6, 4, 3, 2)
 
 
 @dataclass(frozen=True)

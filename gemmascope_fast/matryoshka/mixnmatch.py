@@ -19,7 +19,7 @@ from gemmascope_fast.matryoshka.codes import check_bits
 from gemmascope_fast.matryoshka.model import layers, set_bits
 
 PATTERNS = ("pyramid", "reverse-pyramid", "increasing", "decreasing")
-WIDTHS = (8, 6, 4, 3, 2)
+WIDTHS = (8, 6, 4, 3, 2)  # bits: what is compared, tabulated and mixed
 
 
 class Unit(NamedTuple):

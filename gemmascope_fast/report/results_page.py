@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_fast.bench.compare import is_ours
+from gemmascope_fast.bench.machine import kind
 from gemmascope_fast.bench.rows import BASELINE, Results, Row
 from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.report import plots
@@ -21,7 +22,10 @@ README_OPS = (("encode", "encode"), ("decode", "decode"), ("SAE", "whole SAE"))
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "json", type=Path, nargs="?", default=Path("bench.json"), help="what bench --json wrote (default: bench.json)"
+        "json",
+        type=Path,
+        nargs="*",
+        help="what bench --json wrote (default: bench.json); the table is of the first, several must be of one machine",
     )
     parser.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots there too")
@@ -30,7 +34,8 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    results = Results.load(args.json)
+    runs = [Results.load(path) for path in args.json or [Path("bench.json")]]
+    results = together(runs)
     quality = None if args.quality is None else plots.load_quality(args.quality)
     pictures = plots.draw(results, quality)
     args.html.write_text(page(results, pictures), encoding="utf-8")
@@ -42,9 +47,29 @@ def run_report(args: argparse.Namespace) -> int:
             print(f"plot: {args.png / picture.name}.png")
     if args.readme:
         text = args.readme.read_text(encoding="utf-8")
-        args.readme.write_text(with_table(text, readme_table(results)), encoding="utf-8")
+        args.readme.write_text(with_table(text, readme_table(runs[0])), encoding="utf-8")
         print(f"table: {args.readme}")
     return 0
+
+
+def together(runs: Sequence[Results]) -> Results:
+    """One run's rows beside another's, under the first one's machine and roof; a row of both is the first's.
+
+    Raises GemmaScopeFastError where they are of different kinds of machine or numbers of threads.
+    """
+    first, whole = runs[0], Results(runs[0].machine)
+    for run in runs:
+        here, there = ((kind(r.machine), r.machine["threads"]) for r in (first, run))
+        if here != there:
+            raise GemmaScopeFastError(f"runs of different machines: {here} and {there} make no one report")
+        known = {row.key for row in whole.rows}
+        whole.rows += [row for row in run.rows if row.key not in known]
+        whole.ratios = {**run.ratios, **whole.ratios}
+        whole.missing = {**run.missing, **whole.missing}
+        whole.warnings += run.warnings
+        whole.exponents += run.exponents
+        whole.memory += run.memory
+    return whole
 
 
 # ---- the page ---------------------------------------------------------------------------------------

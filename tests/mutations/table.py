@@ -22,11 +22,12 @@ PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
 
 SCREEN, REFINE, BUILD = "csrc/cpu/screen.h", "csrc/cpu/screen_refine.h", "csrc/cpu/screen_build.h"
 AMX, LANES = "csrc/cpu/screen_amx.h", "csrc/cpu/screen_lanes.h"
-SCREENED = "tests/test_screen.py"
-SCREENED_BY_AMX = "tests/test_screen.py -k amx"
+SCREENED = "tests/test_screen.py tests/test_screen_bound.py tests/test_screen_rows.py tests/test_screen_prepare.py"
+SCREENED_BY_AMX = f"{SCREENED} -k amx"
 
-PACKED = "tests/test_packed.py"
-COMPARE, CONCEPTS, DASHBOARD = "tests/test_compare.py", "tests/test_concepts.py", "tests/test_dashboard.py"
+PACKED = "tests/test_packed.py tests/test_packed_damage.py tests/test_packed_memory.py"
+COMPARE = "tests/test_compare.py tests/test_compare_models.py tests/test_variants.py tests/test_conversation.py"
+CONCEPTS, DASHBOARD = "tests/test_concepts.py", "tests/test_dashboard.py"
 EXTRACTION, JOBS = "tests/test_extraction.py", "tests/test_jobs_bad_input.py"
 
 CPP = [
