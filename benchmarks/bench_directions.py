@@ -18,7 +18,6 @@ import torch
 from bench_exact import SECONDS, real_case
 from torch import Tensor
 
-from gemmascope_fast import ops
 from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.bench.timing import interleave, percentiles_ms
 from gemmascope_fast.sae import JumpReLUSAE
@@ -29,9 +28,7 @@ FROM = 512  # tokens from here on are the sample; those before it are timed with
 def encode(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, ...]:
     screen = sae._prepared.screen
     assert screen is not None
-    weights = (sae.W_enc, sae.b_enc, sae.threshold)
-    held = (screen.code, screen.code2, screen.table, screen.centre)
-    return ops.encode_screened(x, *weights, *held, 0, None, screen.directions)
+    return screen.call(x, sae.W_enc, sae.b_enc, sae.threshold)
 
 
 def main() -> None:

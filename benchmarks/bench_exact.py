@@ -15,7 +15,14 @@ Shares of the roof are of the encode called by itself, round after round over th
 one product a weight and token, also where both digits of the activations are multiplied.
 
 The synthetic activations are kinder than real ones: with one digit of the activations 0.3 % of pairs are left that do
-not fire, and 3 to 6 % for Gemma 3 270M's layer 12 (`real`; with two digits and one token 0.07 and 0.6 %).
+not fire, and 1.5 to 1.7 % for Gemma 3 270M's layer 12 (`real`; with two digits and one token 0.07 and 0.54 %; 3 to 6 %
+before the screen balanced dimensions).
+
+`real` gains less from 64 tokens on than the table of Gemma Scope's shapes: 1.5 % of its pairs fire, five times the share
+of an SAE of 16,384, as many are false, and each is a dot of 640 in fp32 from the last cache, of a row and a token that
+no tile shares.  On Zen 5 the products of 256 tokens took three tenths of the encode's time (int8_share 0.25 in
+exact-real-zen5.json, where they alone reach 0.83 of the peak); the rest was those pairs.  Eager meets an encoder of
+10 MB that stays in the cache, so it does not wait for memory either.
 """
 
 from __future__ import annotations
@@ -34,7 +41,7 @@ from cases import CASES, FEW_TOKENS, copies, embedding_bag_decode
 from torch import Tensor
 
 import gemmascope_fast as gsf
-from gemmascope_fast import backends, ops, roof
+from gemmascope_fast import backends, roof
 from gemmascope_fast.bench import peers
 from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.bench.timing import interleave, paired, percentiles_ms
@@ -99,19 +106,7 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, chosen: se
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
     weights, xb = Rotated(sae, T), x.bfloat16()
     screen = sae._prepared.screen
-    stats = ops.encode_screened(
-        x,
-        sae.W_enc,
-        sae.b_enc,
-        sae.threshold,
-        screen.code,
-        screen.code2,
-        screen.table,
-        screen.centre,
-        0,
-        None,
-        screen.directions,
-    )[3].tolist()
+    stats = screen.call(x, sae.W_enc, sae.b_enc, sae.threshold)[3].tolist()
     latents = sae.encode_sparse(x)
     row: dict[str, Any] = {"case": case, "T": T, "d_in": sae.d_in, "d_sae": F, "l0": latents.nnz / T}
     row["false_after_digit_1"] = (stats[0] - latents.nnz) / (T * F)
@@ -163,11 +158,11 @@ def call_cost() -> float:
     """µs of an op call over its kernel: the call for one token of an SAE so small that the kernel is nothing."""
     sae = JumpReLUSAE(*(torch.zeros(s) for s in ((64, 16), (16, 64), (16,), (64,))), torch.ones(16))
     screen = sae.requires_grad_(False).prepare()._prepared.screen
-    args = (torch.randn(1, 64), sae.W_enc, sae.b_enc, sae.threshold, *(screen.code, screen.code2, screen.table))
+    args = (torch.randn(1, 64), sae.W_enc, sae.b_enc, sae.threshold)
     times = []
     for _ in range(3000):
         start = time.perf_counter()
-        ops.encode_screened(*args, screen.centre, 0, None)
+        screen.call(*args)
         times.append(time.perf_counter() - start)
     return 1e6 * statistics.median(times)
 

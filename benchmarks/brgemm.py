@@ -20,7 +20,7 @@ from bench_exact import SECONDS
 from torch import Tensor
 from torch.utils.cpp_extension import load_inline
 
-from gemmascope_fast import ops, roof
+from gemmascope_fast import roof
 from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.bench.timing import interleave, paired, percentiles_ms
 from gemmascope_fast.ops.screen_rows import rows_of
@@ -94,10 +94,10 @@ def main() -> None:
         assert torch.equal(small.long(), code[:128].long() @ digits[:64].long().t())
         mb, nb = best_blocks(product, code, digits)
         b = packed(digits, nb)
-        weights = (sae.W_enc, sae.b_enc, never, screen.code, screen.code2, screen.table, screen.centre, 1)
+        weights = (sae.W_enc, sae.b_enc, never, 1)
         with torch.inference_mode():
             calls = {
-                "ours": lambda x=x, w=weights: ops.encode_screened(x, *w),
+                "ours": lambda x=x, w=weights: screen.call(x, *w),
                 "brgemm": lambda b=b, mb=mb: product(code, b, mb, False),
             }
             times = interleave(calls, SECONDS)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import gemmascope_fast as gsf
-from gemmascope_fast import ops, packed
+from gemmascope_fast import packed
 from gemmascope_fast.bench.machine import describe
 from gemmascope_fast.checkpoints.write import atomic, write_json
 from gemmascope_fast.loading import open_checkpoint
@@ -160,8 +160,7 @@ def measure(sae: JumpReLUSAE, x: Tensor, peaks: dict[str, int]) -> dict[str, Any
     encode = [timed(lambda: sae.encode_sparse(x))[0] for _ in range(WARM_ROUNDS)]
     decode = [timed(lambda: sae.decode(latents))[0] for _ in range(WARM_ROUNDS)]
     weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae._prepared.screen
-    kept = (screen.code, screen.code2, screen.table, screen.centre)
-    stats = ops.encode_screened(x, *weights, *kept, 0, None, None, True)[3].tolist()
+    stats = screen.call(x, *weights, mapped=True)[3].tolist()
     return {
         "tokens": tokens,
         "l0": latents.nnz / tokens,

@@ -97,21 +97,7 @@ class Screen:
         mapped: W_enc lies in a mapped file, whose pages are announced before they are read.
         Raises StaleScreenError where a refined pair lies outside its bound: the weights are not those of the build.
         """
-        crow, col, values, stats = ops.encode_screened(
-            x,
-            W_enc,
-            b_enc,
-            threshold,
-            self.code,
-            self.code2,
-            self.table,
-            self.centre,
-            digits,
-            bandwidth,
-            self.directions,
-            mapped,
-            self.scales,
-        )
+        crow, col, values, stats = self.call(x, W_enc, b_enc, threshold, digits, bandwidth, mapped)
         _survivors, refined, violations, _rest = stats.tolist()
         if violations:
             raise StaleScreenError(
@@ -119,6 +105,24 @@ class Screen:
                 " way that nobody can see; call sae.prepare(force=True) after such an edit"
             )
         return crow, col, values
+
+    def call(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        threshold: Tensor,
+        digits: int = 0,
+        bandwidth: float | None = None,
+        mapped: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`ops.encode_screened` with all that the screen keeps, its statistics unread.
+
+        The tensors belong together: a screen with scales or directions proves nothing without them.
+        """
+        kept = (self.code, self.code2, self.table, self.centre)
+        weights = (W_enc, b_enc, threshold)
+        return ops.encode_screened(x, *weights, *kept, digits, bandwidth, self.directions, mapped, self.scales)
 
     def tensors(self) -> dict[str, Tensor]:
         """What there is of code, code2, table, centre, directions and scales, by name."""
