@@ -18,9 +18,9 @@ The synthetic activations are kinder than real ones: with one digit of the activ
 not fire, and 1.5 to 1.7 % for Gemma 3 270M's layer 12 (`real`; with two digits and one token 0.07 and 0.54 %; 3 to 6 %
 before the screen balanced dimensions).
 
-`real` gains less from 64 tokens on than the table of Gemma Scope's shapes: 1.5 % of its pairs fire, five times the share
-of an SAE of 16,384, as many are false, and each is a dot of 640 in fp32 from the last cache, of a row and a token that
-no tile shares.  On Zen 5 the products of 256 tokens took three tenths of the encode's time (int8_share 0.25 in
+`real` gains less from 64 tokens on than Gemma Scope's shapes: 1.5 % of its pairs fire, three times the share of an SAE
+of 16,384, as many are false, and each is a dot of 640 in fp32 from the last cache, of a row and a token that no tile
+shares.  On Zen 5 the products of 256 tokens took three tenths of the encode's time (int8_share 0.25 in
 exact-real-zen5.json, where they alone reach 0.83 of the peak); the rest was those pairs.  Eager meets an encoder of
 10 MB that stays in the cache, so it does not wait for memory either.
 """

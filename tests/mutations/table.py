@@ -23,6 +23,7 @@ PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
 SCREEN, REFINE, BUILD = "csrc/cpu/screen.h", "csrc/cpu/screen_refine.h", "csrc/cpu/screen_build.h"
 AMX, LANES = "csrc/cpu/screen_amx.h", "csrc/cpu/screen_lanes.h"
 SCREENED = "tests/test_screen.py tests/test_screen_bound.py tests/test_screen_rows.py tests/test_screen_prepare.py"
+SCALED = "tests/test_screen_scales.py"
 SCREENED_BY_AMX = f"{SCREENED} -k amx"
 
 PACKED = "tests/test_packed.py tests/test_packed_damage.py tests/test_packed_memory.py"
@@ -38,6 +39,14 @@ CPP = [
     Mutation("half of the error of the first digits", BUILD, "out.error = round_up((l1 +", "out.error = round_up((0.5 * l1 +", SCREENED),
     Mutation("half of the error of both digits", BUILD, "out.error2 = round_up((l2 +", "out.error2 = round_up((0.5 * l2 +", SCREENED),
     Mutation("NaN is discarded by the screen", "csrc/cpu/screen_vec.h", "_mm512_setzero_ps(), _CMP_NLE_UQ", "_mm512_setzero_ps(), _CMP_GT_OQ", SCREENED),
+    Mutation("an activation's norm is without scales", BUILD, "static_cast<double>(x.v[i]) * per.v[i]", "static_cast<double>(x.v[i])", SCALED),
+    Mutation("activations are not divided by their scales", BUILD, "(x.v[i] - mu.v[i]) * per.v[i]", "(x.v[i] - mu.v[i])", SCALED),
+    Mutation("the centre keeps its scale in b'", BUILD, "* (static_cast<double>(mu.v[i]) * per.v[i])", "* static_cast<double>(mu.v[i])", SCALED),
+    Mutation("the centre's norm is without scales", BUILD, "const double m = static_cast<double>(mu.v[i]) * per.v[i]", "const double m = static_cast<double>(mu.v[i])", SCALED),
+    Mutation("rows are not scaled", BUILD, "space[k] *= a.scale[k]", "space[k] *= 1.0f", SCALED),
+    Mutation("scales may be any number", "csrc/cpu/ops_screen.cpp", "(bits & 0x7FFFFF) == 0 && ", "", SCALED),
+    Mutation("scales may be below one", "csrc/cpu/ops_screen.cpp", "s[i] >= 1.0f", "s[i] >= 0.25f", SCALED),
+    Mutation("scales may be above 2^20", "csrc/cpu/ops_screen.cpp", "s[i] <= kMostScale", "s[i] <= 8 * kMostScale", SCALED),
     Mutation("tokens of nothing are screened", BUILD, "top >= kTiny && ", "", SCREENED),
     Mutation("the zero point is forgotten", SCREEN, "isub16(raw, imul16(zero,", "isub16(raw, imul16(isub16(zero, zero),", SCREENED),
     Mutation("the second digits of a token are lost", SCREEN, "n2[i] = raw[8 + i] -", "n2[i] = 0 * raw[8 + i] -", SCREENED),
