@@ -66,6 +66,8 @@ class Screen:
             centre = _finite(centre.detach().to(W_enc.device, torch.float32, copy=True).contiguous(), "centre")
         if directions is not None:
             directions = _orthonormal(directions, W_enc.shape[0]).to(W_enc.device)
+        # where the rows lie, which may be host memory (`JumpReLUSAE.pin_rows`)
+        b_enc, threshold = b_enc.to(W_enc.device), threshold.to(W_enc.device)
         with torch.no_grad():
             code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit, directions)
         return cls(code, code2 if second_digit else None, table, centre, directions)
