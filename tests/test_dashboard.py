@@ -15,7 +15,6 @@ from gemmascope_fast import cli
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dashboard import Dashboard, collect
 from gemmascope_fast.dashboard.collect import BINS, SEGMENT
-from gemmascope_fast.dashboard.pages import precision
 from gemmascope_fast.dashboard.serve import server
 from gemmascope_fast.dashboard.weights import logit_lens, neighbours
 from gemmascope_fast.demo_model import load_model
@@ -227,13 +226,6 @@ def test_static_pages_by_command(made, tmp_path):
     save(make_sae(seed=9), other)
     assert cli.main([*words, "--sae", str(other)]) == 1
     assert cli.main(["dashboard", "--latents", str(tmp_path)]) == 1
-
-
-def test_figures_are_written_as_javascript_writes_them():
-    figures = [0, 1.005, 0.1, 99.95, 999.5, 1234, 1e-6, 1.5e-7, 0.000123456, 100, 12.345, -3.25]
-    # node -p 'figures.map(x => x.toPrecision(3))'
-    want = ["0.00", "1.00", "0.100", "100", "1.00e+3", "1.23e+3", "0.00000100", "1.50e-7", "0.000123", "100", "12.3"]
-    assert [precision(x, 3) for x in figures] == [*want, "-3.25"]
 
 
 def test_more_features_than_one_page_holds(made, dashboard, tmp_path, monkeypatch):

@@ -74,7 +74,7 @@ def show(made: Any) -> None:
     table = Table("feature", "density", "maximum", "strongest on", title=made.title)
     for f in (-c.fired).argsort(kind="stable")[:10].tolist():
         row = made._row(f)
-        table.add_row(str(f), f"{100 * row[1] / made.tokens:.3g} %", f"{row[2]:.4g}", Text(" ".join(row[3])))
+        table.add_row(str(f), row[5], row[6], Text(" ".join(row[3])))
     Console().print(table)
 
 
