@@ -18,6 +18,7 @@ from gemmascope_fast.compare.models import (
     common_spans,
     gather,
     matched_features,
+    matches,
     phi,
     token_ends,
 )
@@ -259,7 +260,17 @@ def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
         attributed(model, tokenizer, {KEY: sae}, texts, window=10)
     pairs = [{"chosen": letters(30, seed=i), "rejected": letters(10, seed=90 + i)} for i in range(10)]
     words = ["compare-texts", "--model", str(where), "--sae", str(folder / "sae.safetensors"), "--reward", "--pairs"]
-    assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs)]) == 0
+    out = tmp_path / "reward.json"
+    assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs), "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["pairs"]
+    assert [row["pair"] for row in found] == list(range(1, 11))
+    for row, pair in zip(found, pairs, strict=True):
+        rows, rewards = attributed(model, tokenizer, {KEY: sae}, [pair["chosen"], pair["rejected"]])
+        assert [row["chosen"], row["rejected"]] == pytest.approx(rewards.tolist(), abs=1e-6)
+        difference = rows.toarray()[0] - rows.toarray()[1]
+        shown = [f["difference"] for f in row["features"]]
+        assert shown == pytest.approx([difference[f["feature"]] for f in row["features"]], abs=1e-6)
+        assert np.abs(shown) == pytest.approx(np.sort(np.abs(difference))[::-1][: len(shown)], abs=1e-6)
     assert cli.main([*words[:-2], "--pairs", str(tmp_path / "p.jsonl"), "--layers"]) == 0
     assert cli.main([*words, str(tmp_path / "p.jsonl"), "--layers"]) == 1
 
@@ -326,6 +337,13 @@ def test_the_same_features_in_another_order_are_matched(loaded):
     moved = [f for f in np.nonzero(fires)[0] if inverse[f] != f]
     assert sum(what[f] == "moved" for f in moved) > 0.9 * len(moved)
     assert {r["what"] for r in changes(a, a)} == {"kept"}
+    listed = matches(a, b)
+    assert [r["match_correlation"] for r in listed] == sorted((r["match_correlation"] for r in listed), reverse=True)
+    for r in listed:
+        assert r["match_correlation"] == found["correlation"][r["feature"]]
+        assert (r["fired_a"], r["fired_b"]) == ((a[:, [r["feature"]]] != 0).sum(), (b[:, [r["match"]]] != 0).sum())
+    fired = np.asarray((a != 0).sum(0)).ravel()
+    assert {r["feature"] for r in listed} == set(np.nonzero((fired >= 3) & (found["match"] >= 0))[0].tolist())
     nothing = sparse.csc_array(a.shape)
     assert {r["what"] for r in changes(a, nothing)} == {"lost"}
     assert {r["what"] for r in changes(nothing, a)} == {"gained"}
@@ -341,8 +359,9 @@ def test_compare_models_by_command(folder, tmp_path):
     assert sum(found["counts"].values()) == len(found["features"]) > 0
     words += ["--sae-b", str(folder / "other.safetensors"), "--plot", str(tmp_path / "q.svg")]
     assert cli.main([*words, "--json", str(tmp_path / "g.json")]) == 0
-    matches = json.loads((tmp_path / "g.json").read_text())["features"]
-    assert matches[0]["match_correlation"] >= matches[-1]["match_correlation"]
+    listed = json.loads((tmp_path / "g.json").read_text())["features"]
+    assert listed[0]["match_correlation"] >= listed[-1]["match_correlation"]
+    assert min(r["fired_a"] for r in listed) >= 3
 
 
 # ---- variants ---------------------------------------------------------------------------------------
