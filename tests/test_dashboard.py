@@ -266,6 +266,13 @@ def test_the_server_gives_the_same_pages(dashboard):
             thread.join()
 
 
+def test_a_port_in_use_is_told_before_anything_is_read(dashboard, tmp_path, capsys):
+    with server(dashboard) as running:
+        port = str(running.server_address[1])
+        assert cli.main(["dashboard", "--latents", str(tmp_path / "nothing"), "--serve", "--port", port]) == 1
+        assert f"--port: expected one that is free (0: any), got {port}: " in capsys.readouterr().err
+
+
 def test_pages_in_chromium(dashboard, made, tmp_path):
     """A real browser runs the index's script, searches, and draws a page; .ci/run installs it."""
     from gemmascope_fast.dashboard.pages import write
