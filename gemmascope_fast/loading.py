@@ -55,14 +55,15 @@ def from_pretrained(
     rows: "memory", or "mmap": only the 8-bit screen is resident, and the fp32 rows that refine are read from a packed
     file beside the checkpoint, written at first use (`gemmascope_fast.packed`), those that decode from the checkpoint
     itself where it has them as they are used; on cpu, in float32.  Such an SAE is deep-copied without reading its rows,
-    and not pickled.
+    and not pickled.  "pinned": the encoder's rows in pinned host memory, everything else on the CUDA device
+    (`JumpReLUSAE.pin_rows`); host memory holds the rows twice while they are copied.
 
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
     another dtype than float32, bfloat16 and float16.
     """
     wanted = held_dtype(dtype)
-    if rows not in ("memory", "mmap"):
-        raise ValueError(f'rows: expected "memory" or "mmap", got {rows!r}')
+    if rows not in ("memory", "mmap", "pinned"):
+        raise ValueError(f'rows: expected "memory", "mmap" or "pinned", got {rows!r}')
     if rows == "mmap" and (torch.device(device).type != "cpu" or wanted != torch.float32):
         raise ValueError(f'rows: "mmap" serves float32 on cpu, got {wanted} on {device}')
     checkpoint = _told(find_checkpoint(repo_or_folder, sae_id, revision), kind, site, site_out)
@@ -71,10 +72,17 @@ def from_pretrained(
 
         file = checkpoint.path.with_name(checkpoint.path.name + ".packed")
         return mapped.open_packed(packed.pack(checkpoint, file, progress=progress), checkpoint)
+    pinned = rows == "pinned"
+    if pinned:
+        from gemmascope_fast.pinned import check_device
+
+        check_device(torch.device(device))
+        if checkpoint.layers and not checkpoint.extra.get("shared"):
+            raise ValueError(f'{checkpoint.path}: rows: "pinned" serves coders with one encoder, got {checkpoint.kind}')
     with _bar(checkpoint, progress):
-        made = build(checkpoint, torch.device(device), wanted)
+        made = build(checkpoint, torch.device("cpu" if pinned else device), wanted)
     take_screen(made, checkpoint)
-    return made
+    return made.pin_rows(device) if pinned else made
 
 
 def take_screen(made: Any, checkpoint: Checkpoint) -> None:

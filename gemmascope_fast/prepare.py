@@ -68,9 +68,16 @@ class Prepared:
 
         with self._lock:
             check_threshold(sae.threshold)
-            if not sae.W_enc.t().is_contiguous():
-                # loaded by assignment, or `.data =` with Gemma Scope's own layout: laid out once, not at each call
-                with torch.no_grad():
+            # loaded by assignment, `.data =` with Gemma Scope's own layout, a copy or cast of pinned rows, which is not
+            # pinned: laid out once, not at each call
+            with torch.no_grad():
+                sae._pinned = sae._pinned and sae.W_enc.device != sae.device  # moved to the device, they are resident
+                if sae._pinned:
+                    from gemmascope_fast.pinned import as_pinned, serves
+
+                    if not serves(sae.W_enc):
+                        sae.W_enc.data = as_pinned(sae.W_enc.data)
+                elif not sae.W_enc.t().is_contiguous():
                     sae.W_enc.data = as_rows(sae.W_enc.data)
             weights = (sae.W_enc, sae.b_enc, sae.threshold)
             self._seen = fingerprint(*weights)
@@ -166,6 +173,12 @@ class Prepared:
         """(crow_indices, col_indices, values fp32) with the weights of now, by the fastest route that `screen`
         allows."""
         weights = self.refresh(sae)
+        if sae._pinned:
+            if screen is False:
+                raise ValueError("screen: expected None or True, for rows in host memory are read through the screen")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise ValueError("x: expected no gradient through rows in host memory; torch.no_grad(), or .to(device)")
+            screen = True
         # with a bandwidth weights are being trained: a screen would be built for one use
         if screen or (screen is None and bandwidth is None and self._pays(x, weights[0])):
             mapped = sae._mapped is not None and sae._mapped.holds(weights[0])

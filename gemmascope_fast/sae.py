@@ -66,6 +66,7 @@ class JumpReLUSAE(nn.Module):
 
     kind = "sae"
     _mapped: Mapped | None = None  # the file that the rows are read from, where they are not resident
+    _pinned = False  # the encoder's rows are in pinned host memory, everything else on a device
 
     def __init__(
         self,
@@ -166,6 +167,8 @@ class JumpReLUSAE(nn.Module):
             raise ValueError(f"precision: expected 'exact' or 'tensor', got {precision!r}")
         if screen or bandwidth is not None:
             raise ValueError("precision: 'tensor' takes neither screen nor bandwidth")
+        if self._pinned:
+            raise ValueError("precision: 'tensor' reads every row, which those in host memory are not for")
         crow, col, values = ops.encode_tensor(flat, self.W_enc, self.b_enc, self.threshold)
         return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*rows, self.cfg.d_sae))
 
@@ -230,6 +233,19 @@ class JumpReLUSAE(nn.Module):
             self._prepared.build(self, **options)
         return self
 
+    def pin_rows(self, device: str | torch.device = "cuda") -> JumpReLUSAE:
+        """Put the encoder's rows into pinned host memory and everything else on a CUDA device, in place.
+
+        Every encode takes the screen, whose codes are on the device, and reads over the bus only the rows of what they
+        could not rule out: the bytes are the same.  Parameters ask for no gradient from here on.  `.to` another device
+        makes the rows resident again.
+        Raises ValueError for another kind of device or mapped rows, BackendError where there is no CUDA device.
+        """
+        from gemmascope_fast.pinned import pin_rows
+
+        pin_rows(self, torch.device(device))
+        return self
+
     def screen_centre(self) -> Tensor | None:
         """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
         return self.b_dec.detach().float() if self.kind == "sae" else None
@@ -285,7 +301,8 @@ class JumpReLUSAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.W_enc.device
+        """Where activations are wanted: pinned rows lie elsewhere."""
+        return self.b_enc.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -78,6 +78,8 @@ class Screen:
             directions = _finite(directions.detach(), "directions")
             directions = directions if scales is None else directions / scales.to(directions.device)
             directions = _orthonormal(directions, W_enc.shape[0]).to(W_enc.device)
+        # where the rows lie, which may be host memory (`JumpReLUSAE.pin_rows`)
+        b_enc, threshold = b_enc.to(W_enc.device), threshold.to(W_enc.device)
         with torch.no_grad():
             code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit, directions, scales)
         return cls(code, code2 if second_digit else None, table, centre, directions, scales)
@@ -173,7 +175,7 @@ def balancing_scales(W_enc: Tensor, spread: Tensor, massive: Tensor | None = Non
     steps = (0.375 * (spread.to(W_enc.device) / _column_size(W_enc.t())).log2()).nan_to_num(0.0, 99.0, -99.0)
     steps = (steps - steps.median()).round().clamp(-SCALE_REACH, SCALE_REACH)
     if massive is not None:
-        steps[massive.bool().any(0)] = 0.0
+        steps[massive.bool().any(0).to(steps.device)] = 0.0
     return torch.exp2(steps - steps.min())
 
 

@@ -37,7 +37,7 @@ def run_program(program: Path, order: str) -> subprocess.CompletedProcess:
     # ThreadSanitizer cannot place its shadow where addresses are randomised over more than 28 bits
     fixed = [shutil.which("setarch"), platform.machine(), "-R"] if shutil.which("setarch") else []
     command = [*fixed, str(program), str(ORDERS[order])]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 class EncodeArgs(ctypes.Structure):

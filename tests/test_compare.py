@@ -218,6 +218,16 @@ def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
         attributed(model, tokenizer, {KEY: sae}, texts, window=10)
     pairs = [{"chosen": letters(30, seed=i), "rejected": letters(10, seed=90 + i)} for i in range(10)]
     words = ["compare-texts", "--model", str(where), "--sae", str(folder / "sae.safetensors"), "--reward", "--pairs"]
-    assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs)]) == 0
+    out = tmp_path / "reward.json"
+    assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs), "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["pairs"]
+    assert [row["pair"] for row in found] == list(range(1, 11))
+    for row, pair in zip(found, pairs, strict=True):
+        rows, rewards = attributed(model, tokenizer, {KEY: sae}, [pair["chosen"], pair["rejected"]])
+        assert [row["chosen"], row["rejected"]] == pytest.approx(rewards.tolist(), abs=1e-6)
+        difference = rows.toarray()[0] - rows.toarray()[1]
+        shown = [f["difference"] for f in row["features"]]
+        assert shown == pytest.approx([difference[f["feature"]] for f in row["features"]], abs=1e-6)
+        assert np.abs(shown) == pytest.approx(np.sort(np.abs(difference))[::-1][: len(shown)], abs=1e-6)
     assert cli.main([*words[:-2], "--pairs", str(tmp_path / "p.jsonl"), "--layers"]) == 0
     assert cli.main([*words, str(tmp_path / "p.jsonl"), "--layers"]) == 1

@@ -15,6 +15,7 @@ from gemmascope_fast.compare.models import (
     common_spans,
     gather,
     matched_features,
+    matches,
     phi,
     token_ends,
 )
@@ -92,6 +93,13 @@ def test_the_same_features_in_another_order_are_matched(loaded):
     moved = [f for f in np.nonzero(fires)[0] if inverse[f] != f]
     assert sum(what[f] == "moved" for f in moved) > 0.9 * len(moved)
     assert {r["what"] for r in changes(a, a)} == {"kept"}
+    listed = matches(a, b)
+    assert [r["match_correlation"] for r in listed] == sorted((r["match_correlation"] for r in listed), reverse=True)
+    for r in listed:
+        assert r["match_correlation"] == found["correlation"][r["feature"]]
+        assert (r["fired_a"], r["fired_b"]) == ((a[:, [r["feature"]]] != 0).sum(), (b[:, [r["match"]]] != 0).sum())
+    fired = np.asarray((a != 0).sum(0)).ravel()
+    assert {r["feature"] for r in listed} == set(np.nonzero((fired >= 3) & (found["match"] >= 0))[0].tolist())
     nothing = sparse.csc_array(a.shape)
     assert {r["what"] for r in changes(a, nothing)} == {"lost"}
     assert {r["what"] for r in changes(nothing, a)} == {"gained"}
@@ -107,5 +115,6 @@ def test_compare_models_by_command(folder, tmp_path):
     assert sum(found["counts"].values()) == len(found["features"]) > 0
     words += ["--sae-b", str(folder / "other.safetensors"), "--plot", str(tmp_path / "q.svg")]
     assert cli.main([*words, "--json", str(tmp_path / "g.json")]) == 0
-    matches = json.loads((tmp_path / "g.json").read_text())["features"]
-    assert matches[0]["match_correlation"] >= matches[-1]["match_correlation"]
+    listed = json.loads((tmp_path / "g.json").read_text())["features"]
+    assert listed[0]["match_correlation"] >= listed[-1]["match_correlation"]
+    assert min(r["fired_a"] for r in listed) >= 3

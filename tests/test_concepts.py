@@ -125,8 +125,11 @@ def test_detection_agrees_with_pairs_counted_by_hand(concepts):
         assert got["separation"] == pytest.approx(sum(own) / len(own) - sum(others) / len(others))
         near = [(s, p) for s, p, i in zip(raw, positive, part.test, strict=True) if p or i in part.hard]
         assert got["auc_hard"] == pytest.approx(pairs_auc(*zip(*near, strict=True)))
-        own = text_scores(detector, concepts.rows, concepts.latents, part.train_positive)
-        assert got["max_act"] == own.max()
+        if detector.feature is not None:
+            sizes = [concepts.latents[i].features([detector.feature]).max() for i in part.train_positive]
+        else:  # in the activations' units, whatever those of the score are
+            sizes = [((concepts.rows[i] - detector.mean) @ detector.write).max() for i in part.train_positive]
+        assert got["max_act"] == pytest.approx(float(max(sizes)))
 
 
 def test_the_chosen_feature_ranks_the_training_texts_best(concepts):
@@ -141,7 +144,7 @@ def test_the_chosen_feature_ranks_the_training_texts_best(concepts):
 
 def test_steering_adds_factor_times_the_largest_score(concepts):
     part = split(EXAMPLES)[0]
-    detectors = concepts.fit(part, ("SAE", "DiffMean"), {})
+    detectors = concepts.fit(part, ("SAE", "DiffMean", "probe"), {})
     for detector in detectors:
         none, some = concepts.steer(detector, part, [0.0, 1.5])
         assert none["gain"] == pytest.approx(0, abs=1e-6)

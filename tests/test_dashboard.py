@@ -15,7 +15,6 @@ from gemmascope_fast import cli
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dashboard import Dashboard, collect
 from gemmascope_fast.dashboard.collect import BINS, SEGMENT
-from gemmascope_fast.dashboard.pages import precision
 from gemmascope_fast.dashboard.serve import server
 from gemmascope_fast.dashboard.weights import logit_lens, neighbours
 from gemmascope_fast.demo_model import load_model
@@ -229,13 +228,6 @@ def test_static_pages_by_command(made, tmp_path):
     assert cli.main(["dashboard", "--latents", str(tmp_path)]) == 1
 
 
-def test_figures_are_written_as_javascript_writes_them():
-    figures = [0, 1.005, 0.1, 99.95, 999.5, 1234, 1e-6, 1.5e-7, 0.000123456, 100, 12.345, -3.25]
-    # node -p 'figures.map(x => x.toPrecision(3))'
-    want = ["0.00", "1.00", "0.100", "100", "1.00e+3", "1.23e+3", "0.00000100", "1.50e-7", "0.000123", "100", "12.3"]
-    assert [precision(x, 3) for x in figures] == [*want, "-3.25"]
-
-
 def test_more_features_than_one_page_holds(made, dashboard, tmp_path, monkeypatch):
     from gemmascope_fast.dashboard import pages
 
@@ -272,6 +264,13 @@ def test_the_server_gives_the_same_pages(dashboard):
         finally:
             running.shutdown()
             thread.join()
+
+
+def test_a_port_in_use_is_told_before_anything_is_read(dashboard, tmp_path, capsys):
+    with server(dashboard) as running:
+        port = str(running.server_address[1])
+        assert cli.main(["dashboard", "--latents", str(tmp_path / "nothing"), "--serve", "--port", port]) == 1
+        assert f"--port: expected one that is free (0: any), got {port}: " in capsys.readouterr().err
 
 
 def test_pages_in_chromium(dashboard, made, tmp_path):

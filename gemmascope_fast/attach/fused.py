@@ -92,5 +92,6 @@ class Fused:
             and type(sae) is JumpReLUSAE
             and sae.dtype == torch.float32
             and sae._mapped is None
+            and not sae._pinned
             and all(edit.everywhere for edit in self.edits)
         )

@@ -143,7 +143,7 @@ class ReadTap:
         assert isinstance(sae, JumpReLUSAE)
         held = call.scratch.setdefault(("held", self.tap), {})
         # copied: an in-place operation of the model may change what passed here
-        held[self.number] = rows.to(sae.W_enc.device, copy=True)
+        held[self.number] = rows.to(sae.device, copy=True)
         if len(held) == len(self.tap.sources):
             self._encode(sae, torch.cat([held[number] for number in sorted(held)], -1), call)
 

@@ -126,7 +126,28 @@ def matched_features(a: Any, b: Any) -> dict[str, np.ndarray]:
     return found | {"own": np.concatenate(same)}
 
 
-def changes(a: Any, b: Any, *, same: float = 0.5, least: int = 3) -> list[dict[str, Any]]:
+LEAST = 3  # spans a feature has to fire on: by one or two alone, many fire alike by chance
+
+
+def _fired(x: Any) -> np.ndarray:
+    return np.asarray((x != 0).sum(0)).ravel()
+
+
+def matches(a: Any, b: Any, *, least: int = LEAST) -> list[dict[str, Any]]:
+    """For each feature of a that fires on at least `least` spans, the feature of b that fires most like it, where one
+    does at all; the likest first."""
+    found = matched_features(a, b)
+    fired_a, fired_b = _fired(a), _fired(b)
+    records = [
+        {"feature": f, "match": m, "fired_a": int(fired_a[f]), "fired_b": int(fired_b[m]),
+         "match_correlation": float(found["correlation"][f])}
+        for f, m in enumerate(found["match"].tolist())
+        if m >= 0 and fired_a[f] >= least
+    ]  # fmt: skip
+    return sorted(records, key=lambda r: (-r["match_correlation"], -r["fired_a"], r["feature"]))
+
+
+def changes(a: Any, b: Any, *, same: float = 0.5, least: int = LEAST) -> list[dict[str, Any]]:
     """What became of each feature that fires on at least `least` spans on either side, where both sides have one SAE.
 
     kept: correlates with itself by `same` or more; moved: another feature of b does so instead; lost, gained:
@@ -136,7 +157,7 @@ def changes(a: Any, b: Any, *, same: float = 0.5, least: int = 3) -> list[dict[s
         raise ValueError(f"expected one SAE on both sides, got {a.shape[1]} and {b.shape[1]} features")
     found = matched_features(a, b)
     own = found["own"]
-    fired = [np.asarray((x != 0).sum(0)).ravel() for x in (a, b)]
+    fired = [_fired(x) for x in (a, b)]
     records = []
     for f in np.nonzero(np.maximum(*fired) >= least)[0].tolist():
         na, nb = int(fired[0][f]), int(fired[1][f])

@@ -39,7 +39,7 @@ def add_models_arguments(parser: argparse.ArgumentParser) -> None:
 def run_models(args: argparse.Namespace) -> int:
     from itertools import islice
 
-    from gemmascope_fast.compare.models import changes, gather, matched_features
+    from gemmascope_fast.compare.models import changes, gather, matches
     from gemmascope_fast.demo_model import load_model, load_sae
     from gemmascope_fast.extraction.command import sites_of
     from gemmascope_fast.extraction.sources import documents, resolve
@@ -64,13 +64,7 @@ def run_models(args: argparse.Namespace) -> int:
         out["features"] = changes(a, b)
         out["counts"] = {w: sum(r["what"] == w for r in out["features"]) for w in WHAT}
     else:
-        found = matched_features(a, b)
-        out["features"] = [
-            {"feature": f, "match": int(m), "match_correlation": float(c)}
-            for f, (m, c) in enumerate(zip(found["match"], found["correlation"], strict=True))
-            if m >= 0
-        ]
-        out["features"].sort(key=lambda r: -r["match_correlation"])
+        out["features"] = matches(a, b)
     _show(out, args.top)
     if args.json is not None:
         write_json(args.json, out)

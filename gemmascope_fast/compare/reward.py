@@ -56,3 +56,21 @@ def attributed(
     empty = np.empty(0)
     data = (np.concatenate([empty, *values]), np.concatenate([empty, *indices]).astype(np.int64), np.array(counts))
     return csr_array(data, shape=(len(rewards), sae.cfg.d_sae)), np.array(rewards)
+
+
+def ranked(chosen: Any, rejected: Any, rewards: tuple[np.ndarray, np.ndarray], k: int = 10) -> list[dict[str, Any]]:
+    """Per pair both rewards, and the k features whose shares of them differ most, the most first.
+
+    chosen, rejected: csr_array [pairs, d_sae] of `attributed`; rewards of each.
+    """
+    found = []
+    for pair, (own, other) in enumerate(zip(*rewards, strict=True)):
+        difference = (chosen[[pair]] - rejected[[pair]]).tocoo()
+        order = np.lexsort((difference.col, -np.abs(difference.data)))[:k]
+        features = [
+            {"feature": int(difference.col[i]), "difference": float(difference.data[i])}
+            for i in order
+            if difference.data[i]
+        ]
+        found.append({"pair": pair + 1, "chosen": float(own), "rejected": float(other), "features": features})
+    return found

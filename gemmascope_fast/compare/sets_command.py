@@ -70,9 +70,12 @@ def run_compare(args: argparse.Namespace) -> int:
     sites_of(sae, args.layer)
     key = args.layer if args.layer is not None else sae.cfg.site
     model, tokenizer = load_reward_model(args.model) if args.reward else load_model(args.model)
-    rows = _compare(args, model, tokenizer, {key: sae}, first, second, z)
+    rows, pairs = _compare(args, model, tokenizer, {key: sae}, first, second, z)
     out: dict[str, Any] = {"texts": [len(first), len(second)], "features": _records(rows)}
     _show(rows, args.top, f"{len(first)} texts against {len(second)}")
+    if pairs is not None:
+        out["pairs"] = pairs
+        _show_pairs(pairs[: args.top])
     if args.layers:
         out["layers"] = depth(model, tokenizer, {key: sae}, first, second, args.window, args.pairs is not None)
         _show_layers(out["layers"])
@@ -114,23 +117,21 @@ def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray |
     return chosen, rejected, None if args.no_covariates else np.array(z)
 
 
-def _compare(args: Any, model: Any, tokenizer: Any, sites: Any, first: Any, second: Any, z: Any) -> dict:
+def _compare(args: Any, model: Any, tokenizer: Any, sites: Any, first: Any, second: Any, z: Any) -> tuple[dict, Any]:
+    """(rows a feature, with --reward what moves each pair)."""
     from tqdm import tqdm
 
     from gemmascope_fast.compare.pooled import pooled
-    from gemmascope_fast.compare.reward import attributed
+    from gemmascope_fast.compare.reward import attributed, ranked
     from gemmascope_fast.compare.sets import compare_pairs, compare_sets
 
     with tqdm(total=len(first) + len(second), desc="reading", unit="text") as bar:
-        made = [
-            attributed(model, tokenizer, sites, texts, window=args.window, progress=bar.update)[0]
-            if args.reward
-            else pooled(model, tokenizer, sites, texts, args.pool, window=args.window, progress=bar.update)[0]
-            for texts in (first, second)
-        ]
-    if args.pairs is not None:
-        return compare_pairs(made[0], made[1], z)
-    return compare_sets(made[0], made[1], test=args.test)
+        options = {"window": args.window, "progress": bar.update}
+        if args.reward:
+            (a, of_a), (b, of_b) = (attributed(model, tokenizer, sites, texts, **options) for texts in (first, second))
+            return compare_pairs(a, b, z), ranked(a, b, (of_a, of_b))
+        a, b = (pooled(model, tokenizer, sites, texts, args.pool, **options)[0] for texts in (first, second))
+    return (compare_sets(a, b, test=args.test) if args.pairs is None else compare_pairs(a, b, z)), None
 
 
 def depth(
@@ -176,14 +177,27 @@ def _show(rows: dict, top: int, title: str) -> None:
 
     names = list(rows)
     # a column is as wide as a terminal of 80 has room for: the JSON holds every digit
-    table = Table(*(n.replace("_", " ") for n in names), title=f"{title}: {len(rows['feature'])} features tested")
+    heads = (n.replace("_", " ").replace("difference", "differs by") for n in names)
+    table = Table(*heads, title=f"{title}: {len(rows['feature'])} features tested")
     for record in _records({n: rows[n][:top] for n in names}):
-        cells = (str(v) if n == "feature" else f"{v:.2g}" if n[0] in "pq" else f"{v:.3g}" for n, v in record.items())
-        table.add_row(*cells)
+        digits = {n: 2 if n[0] in "pq" or n == "difference" else 3 for n in names}
+        table.add_row(*(str(v) if n == "feature" else f"{v:.{digits[n]}g}" for n, v in record.items()))
     console = Console()
     console.print(table)
     for name in (n for n in names if n.startswith("q")):
         console.print(f"features with {name.replace('_', ' ')} < 0.05: {int((rows[name] < 0.05).sum())}")
+
+
+def _show_pairs(pairs: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("pair", "chosen", "rejected", "adds to the difference, feature:by", title="Rewards")
+    for row in pairs:
+        # no space within: a narrow terminal breaks lines between features
+        by = "  ".join(f"{f['feature']}:{f['difference']:+.3g}" for f in row["features"][:4])
+        table.add_row(str(row["pair"]), f"{row['chosen']:.4g}", f"{row['rejected']:.4g}", by)
+    Console().print(table)
 
 
 def _show_layers(found: list[dict[str, Any]]) -> None:

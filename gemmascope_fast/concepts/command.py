@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from gemmascope_fast.command_line import (
     check_outputs,
     require,
     save_figure,
-    shown,
     write_json,
 )
 
@@ -68,7 +68,15 @@ def run_concepts(args: argparse.Namespace) -> int:
                 rows.append(row)
     show(rows, methods, written)
     if args.json is not None:
-        settings = {"model": args.model, "sae": args.sae, "layer": layer, "seed": args.seed, "texts": len(examples)}
+        settings = {
+            "model": args.model,
+            "sae": args.sae,
+            "layer": layer,
+            "seed": args.seed,
+            "texts": len(examples),
+            "reft_steps": args.reft_steps,
+            "factors": args.factors,
+        }
         write_json(args.json, {"settings": settings, "means": means(rows, methods), "rows": rows, "written": written})
     if args.plot is not None:
         plot(rows, methods, args.plot)
@@ -88,6 +96,7 @@ def means(rows: list[dict[str, Any]], methods: list[str]) -> dict[str, dict[str,
 
 
 def show(rows: list[dict[str, Any]], methods: list[str], written: list[dict[str, str]]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -95,17 +104,24 @@ def show(rows: list[dict[str, Any]], methods: list[str], written: list[dict[str,
     columns = [f for f in FIGURES if f in rows[0]]
     steered = ["factor"] if "best_factor" in rows[0] else []
     title = "Concepts: detection and steering" if steered else "Concepts: detection"
-    table = Table("concept", "method", *columns, *steered, "feature", title=title)
+    # no lines between columns, heads in two words: it fits a terminal of 80
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("concept", "method", *columns, *steered, "feature"):
+        table.add_column({"auc_hard": "hard\nauc", "separation": "sepa-\nration"}.get(name, name), overflow="fold")
     for row in rows:
         feature = "" if row["feature"] is None else str(row["feature"])
-        factor = [str(row["best_factor"])] if steered else []
-        table.add_row(row["concept"], row["method"], *(shown(row[c]) for c in columns), *factor, feature)
+        factor = [f"{row['best_factor']:g}"] if steered else []
+        table.add_row(row["concept"], row["method"], *(_short(row[c]) for c in columns), *factor, feature)
     table.add_section()
     for method, figures in means(rows, methods).items():
-        table.add_row("mean", method, *(shown(figures[c]) if c in figures else "-" for c in columns))
+        table.add_row("mean", method, *(_short(figures.get(c, math.nan)) for c in columns))
     Console().print(table)
     for each in written:
         Console().print(Text(f"{each['concept']}, {each['method']}: {each['text']!r}"))
+
+
+def _short(figure: float) -> str:
+    return "-" if math.isnan(figure) else f"{figure:.3f}"
 
 
 def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
@@ -128,7 +144,7 @@ def plot(rows: list[dict[str, Any]], methods: list[str], path: Path) -> None:
             axes[1].plot(*mean, "o-", color=f"C{i}", label=method)
     axes[0].set(yticks=range(len(concepts)), yticklabels=concepts, xlabel="ROC AUC (x: against hard negatives)")
     axes[0].axvline(0.5, color="#888", linewidth=0.8)
-    axes[0].legend()
+    axes[0].legend(loc="lower left")
     if steering:
         axes[1].set(xlabel="cost: nats a token that other texts lose", ylabel="gain of the concept's texts over them")
         axes[1].axhline(0, color="#888", linewidth=0.8)

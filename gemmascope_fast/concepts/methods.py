@@ -1,14 +1,14 @@
 """Four ways to a direction for a concept (AxBench, Wu et al. 2025, section 3): SAE, DiffMean, linear probe, ReFT-r1.
 
 Each gives a score per token and a unit vector to steer by.  Scores are of activations with the training tokens' mean
-taken off: it moves every score by a constant, which neither ranking nor min-max sees, and makes the largest score
-on the concept's texts a size to steer by.
+taken off: it moves every score by a constant, which neither ranking nor min-max sees, and makes the largest length
+along the vector on the concept's texts a size to steer by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from gemmascope_fast.sae import JumpReLUSAE
 class Detector:
     """score of a token h: (h - mean)·read + bias, or the latent `feature`; steering adds factor · max_act · write.
 
-    read, write, mean [d]; max_act: the largest score on the concept's training texts.
+    read, write, mean [d]; max_act: the largest latent, or length along write, on the concept's training texts.
     """
 
     method: str
@@ -46,6 +46,16 @@ def text_scores(
 ) -> np.ndarray:
     """Maximum over the tokens of each chosen text, fp64."""
     return np.array([float(detector.scores(rows[i], latents[i]).max()) for i in chosen])
+
+
+def largest(
+    detector: Detector, rows: Sequence[Tensor], latents: Sequence[SparseLatents], chosen: Sequence[int]
+) -> float:
+    """What steering multiplies: the largest latent or (h - mean)·write of the chosen texts' tokens.
+
+    Not the score: a probe's are log odds, single digits where activations are thousands long.
+    """
+    return float(text_scores(replace(detector, read=detector.write, bias=0.0), rows, latents, chosen).max())
 
 
 def diff_mean(positive: Tensor, negative: Tensor) -> Detector:

@@ -12,7 +12,7 @@ from torch import Tensor
 from gemmascope_fast.attach import Activations, Direction, attach
 from gemmascope_fast.attach.edits import Add, Edit
 from gemmascope_fast.concepts.data import Example, Split
-from gemmascope_fast.concepts.methods import Detector, diff_mean, linear_probe, sae_feature, text_scores
+from gemmascope_fast.concepts.methods import Detector, diff_mean, largest, linear_probe, sae_feature, text_scores
 from gemmascope_fast.concepts.reft import fit_reft
 from gemmascope_fast.extraction.texts import read_texts
 from gemmascope_fast.extraction.windows import padded
@@ -53,7 +53,7 @@ class Concepts:
     def fit(
         self, split: Split, methods: Sequence[str], reft: dict[str, Any], tick: Tick = lambda: None
     ) -> list[Detector]:
-        """A detector a method, with its largest score on the concept's training texts."""
+        """A detector a method, with the size to steer by."""
         positive = torch.cat([self.rows[i] for i in split.train_positive])
         negative = torch.cat([self.rows[i] for i in split.train_negative])
         start = diff_mean(positive, negative)
@@ -74,7 +74,7 @@ class Concepts:
         found = []
         for method in methods:
             detector = makers[method]()
-            detector.max_act = float(text_scores(detector, self.rows, self.latents, split.train_positive).max())
+            detector.max_act = largest(detector, self.rows, self.latents, split.train_positive)
             found.append(detector)
             tick()
         return found

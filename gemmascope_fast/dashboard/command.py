@@ -14,7 +14,7 @@ def add_dashboard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--latents", type=Path, required=True, metavar="FOLDER", help="what `extract` wrote")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pages there")
     parser.add_argument("--serve", action="store_true", help="serve them, made when they are asked for")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default: %(default)s)")
     parser.add_argument("--model", help="for the logit lens (default: the one that was read)")
     parser.add_argument("--sae", help="for neighbours and logit lens (default: the one that was used)")
     parser.add_argument("--sae-id", help="the SAE within its repository")
@@ -31,6 +31,8 @@ def run_dashboard(args: argparse.Namespace) -> int:
     if args.out is None and not args.serve and args.json is None:
         raise ValueError("expected --out FOLDER, --serve or --json FILE")
     check_outputs(args)
+    if args.serve:
+        check_port(args.port)
     made = build(args)
     show(made)
     if args.json is not None:
@@ -64,6 +66,16 @@ def run_dashboard(args: argparse.Namespace) -> int:
     return 0
 
 
+def check_port(port: int) -> None:
+    """ValueError where nothing can be served on it: asked before the minutes are spent."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    try:
+        ThreadingHTTPServer(("127.0.0.1", port), BaseHTTPRequestHandler).server_close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--port: expected one that is free (0: any), got {port}: {error}") from error
+
+
 def show(made: Any) -> None:
     """The densest features in the terminal."""
     from rich.console import Console
@@ -74,7 +86,7 @@ def show(made: Any) -> None:
     table = Table("feature", "density", "maximum", "strongest on", title=made.title)
     for f in (-c.fired).argsort(kind="stable")[:10].tolist():
         row = made._row(f)
-        table.add_row(str(f), f"{100 * row[1] / made.tokens:.3g} %", f"{row[2]:.4g}", Text(" ".join(row[3])))
+        table.add_row(str(f), row[5], row[6], Text(" ".join(row[3])))
     Console().print(table)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from decimal import ROUND_HALF_UP, Context
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -55,14 +54,7 @@ class Dashboard:
     def index(self) -> str:
         """The index: the densest features as a table, all of them as data that its script searches and sorts."""
         rows = [self._row(f) for f in range(len(self))]
-        densest = sorted(rows, key=lambda row: (-row[1], row[0]))[:ROWS]
-        first = [
-            {
-                "feature": feature, "density": precision(100 * fired / self.tokens, 3), "maximum": precision(high, 4),
-                "strongest": strongest, "raised": raised,
-            }
-            for feature, fired, high, strongest, raised in densest
-        ]  # fmt: skip
+        first = sorted(rows, key=lambda row: (-row[1], row[0]))[:ROWS]
         about = {
             "tokens": self.tokens,
             "features": len(self),
@@ -100,12 +92,15 @@ class Dashboard:
     # ---- what they show -----------------------------------------------------------------------------
 
     def _row(self, feature: int) -> list[Any]:
-        """[feature, tokens on which it fires, maximum, the tokens where it is strongest, tokens it raises]."""
+        """[feature, tokens on which it fires, maximum, the tokens where it is strongest, tokens it raises, density and
+        maximum as they are shown]."""
         c = self.collected
         at = [int(i) for i in c.ids[feature, :5, c.left] if i >= 0]
         strongest = list(dict.fromkeys(self.pieces(i).strip() or self.pieces(i) for i in at))
         raised = [] if self.lens is None else [self.pieces(int(i)) for i in self.lens.raised[feature, :4]]
-        return [feature, int(c.fired[feature]), round(float(c.max[feature]), 3), strongest, raised]
+        fired, high = int(c.fired[feature]), float(c.max[feature])
+        texts = [f"{100 * fired / self.tokens:.3g} %", f"{high:.4g}"]
+        return [feature, fired, round(high, 3), strongest, raised, *texts]
 
     def _context(self, feature: int, rank: int) -> dict[str, Any]:
         c = self.collected
@@ -151,18 +146,6 @@ class Dashboard:
 
     def _neuronpedia(self, feature: int) -> str | None:
         return f"{NEURONPEDIA}/{self.neuronpedia}/{feature}" if self.neuronpedia else None
-
-
-def precision(x: float, digits: int) -> str:
-    """JavaScript's toPrecision, which draws the rows that are sorted later."""
-    if x == 0:
-        return f"{0:.{digits - 1}f}"
-    rounded = Context(prec=digits, rounding=ROUND_HALF_UP).create_decimal_from_float(x)
-    exponent = rounded.adjusted()
-    if -7 < exponent < digits:
-        return f"{rounded:.{digits - 1 - exponent}f}"
-    mantissa, _, _ = f"{rounded:.{digits - 1}e}".partition("e")
-    return f"{mantissa}e{exponent:+d}"
 
 
 class _Sources:

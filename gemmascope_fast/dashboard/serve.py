@@ -13,7 +13,9 @@ from gemmascope_fast.dashboard.pages import Dashboard
 def server(dashboard: Dashboard, host: str = "127.0.0.1", port: int = 0) -> ThreadingHTTPServer:
     """A server that is not yet running: call its `serve_forever`.  Port 0: any that is free."""
     page = lru_cache(maxsize=256)(dashboard.page)
-    index = dashboard.index  # seconds for 16k features: before anybody waits for it
+    # seconds for 16k features, and what the first feature page reads and compiles: before anybody waits for it
+    index = dashboard.index
+    page(int(dashboard.collected.fired.argmax()))
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -14,7 +14,7 @@ from gemmascope_fast.gpu.devices import ARCHS, occupancy
 from gemmascope_fast.gpu.launch import interpreted
 from gemmascope_fast.gpu.specs import KernelSpec
 
-LEAST_OCCUPANCY = 0.25  # of kernels bound by bandwidth: fewer warps do not keep enough loads in flight
+LEAST_OCCUPANCY = 0.25  # unless a kernel's spec says why not: fewer warps do not keep enough loads in flight
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Binary:
     shared: int
     occupancy: float
 
-    def faults(self, bandwidth_bound: bool) -> list[str]:
-        """What the gate objects to; empty where it passes."""
+    def faults(self, few_warps: str = "") -> list[str]:
+        """What the gate objects to; empty where it passes.  few_warps: why a low occupancy is right, if it is."""
         found = []
         if self.spilled:
             found.append(f"spills ({self.spilled})")
         if self.shared > ARCHS[self.arch].shared_block:
             found.append(f"takes {self.shared} bytes of shared memory, the device has {ARCHS[self.arch].shared_block}")
-        if bandwidth_bound and self.occupancy < LEAST_OCCUPANCY:
-            found.append(f"occupancy {self.occupancy:.0%}, expected at least {LEAST_OCCUPANCY:.0%}")
+        if not few_warps and self.occupancy < LEAST_OCCUPANCY:
+            found.append(f"occupancy {self.occupancy:.0%}, expected at least {LEAST_OCCUPANCY:.0%} or a reason")
         return found
 
 

@@ -29,6 +29,9 @@ def run_gpu_check(args: argparse.Namespace) -> int:
     failed = [row for row in report["kernels"] if row["faults"]]
     for row in failed:
         print(f"{row['kernel']} on {row['arch']}: {'; '.join(row['faults'])}", file=sys.stderr)
+    for row in report["kernels"]:
+        if row.get("few_warps"):
+            print(f"{row['kernel']} on {row['arch']}: occupancy {row['occupancy']:.1%}: {row['few_warps']}")
     if report["nvcc"] != "found":
         print(f"CUDA C++ was not compiled: {report['nvcc']}", file=sys.stderr)
     print(f"{len(report['kernels'])} binaries, {len(failed)} outside the gates; {args.out} written")
@@ -58,7 +61,9 @@ def collect(archs: list[str] | None = None) -> dict[str, Any]:
                     "operations": spec.ops,
                     "operations_kind": spec.kind,
                     "model_microseconds": model_times(arch, spec.bytes, spec.ops, spec.kind),
-                    "faults": binary.faults(spec.bandwidth_bound),
+                    "bandwidth_bound": spec.bandwidth_bound,
+                    "faults": binary.faults(spec.few_warps),
+                    "few_warps": spec.few_warps if binary.occupancy < aot.LEAST_OCCUPANCY else "",
                 }
             )
     rows += [row for row in nvcc.rows([a for a in wanted if a.startswith("sm_")])]

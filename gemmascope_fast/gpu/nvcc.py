@@ -68,7 +68,7 @@ def _row(path: Path, arch: str, name: str, registers: int, spilled: int, shared:
         "operations": operations,
         "operations_kind": "fp32",
         "model_microseconds": model_times(arch, moved, operations, "fp32"),
-        "faults": binary.faults(bandwidth_bound=True),
+        "faults": binary.faults(),
     }
 
 

@@ -50,6 +50,12 @@ class ScreenConfig:
 # Up to 16 tokens: 32 features a program are 512 programs at 16,384, four stages of 4 KiB each in flight.  More
 # tokens: 64 x 64 pairs, two int32 accumulators each, are 32 registers a thread of 8 warps.
 CONFIGS = (ScreenConfig(16, 32, 128, 4, 4), ScreenConfig(64, 64, 64, 8, 3))
+# 64 x 32 and 32 x 64 pairs take half the registers and read 1.7 and 1.3 times as much from L2 for each product, which
+# on an A100 (5 KiB a clock) is as busy as its tensor cores already; 128 registers a thread spill in the epilogue.
+FEW_WARPS = (
+    "bound by tensor cores and L2, whose loads run 3 stages ahead: smaller tiles read up to 1.7 times as much from L2,"
+    " and at 128 registers a thread the epilogue spills"
+)
 
 
 def config_for(T: int) -> ScreenConfig:
@@ -140,18 +146,24 @@ _ARRAYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _arrays(
+    device: torch.device,
+    W_enc: Tensor,
     code: Tensor,
     code2: Tensor | None,
     table: Tensor,
     centre: Tensor | None,
-    shape: tuple[int, int],
     scales: Tensor | None,
 ) -> ScreenArrays:
-    """What `of_rows` makes of them, made once."""
-    key, rest = (code2, table, centre, scales), (code2, table, centre, shape, scales)
+    """What `of_rows` makes of them on the device, made once.  They lie there, or in host memory with the rows."""
+    tensors, fixed_by = (code2, table, centre, scales), (device, W_enc.shape)
     known = _ARRAYS.get(code)
-    if known is None or known[1] != shape or any(a is not b for a, b in zip(known[0], key, strict=True)):
-        known = _ARRAYS[code] = (key, shape, ScreenArrays.of_rows(code, *rest))
+    if known is None or any(a is not b for a, b in zip(known[0], tensors, strict=True)) or known[1] != fixed_by:
+        own = W_enc.device != device and all(t is None or t.device == W_enc.device for t in (code, *tensors))
+        there = device if own else code.device
+        second, rest, middle, powers = (None if t is None else t.to(there) if own else t for t in tensors)
+        assert rest is not None
+        made = ScreenArrays.of_rows(code.to(there), second, rest, middle, (W_enc.shape[0], W_enc.shape[1]), powers)
+        known = _ARRAYS[code] = (tensors, fixed_by, made)
     return known[2]
 
 
@@ -174,11 +186,12 @@ def encode_screened(
     the second costs no bytes, and leaves the directions little to do, which are not used.  `mapped` says nothing to a
     device.  The statistics are summed on the device.
 
-    W_enc may be the transposed view of rows [d_sae, d_in] in pinned host memory, everything else on the device: only
-    the rows of what the screen leaves are read.  Raises StaleScreenError where a refined pair lies outside the bound.
+    W_enc may be the transposed view of rows [d_sae, d_in] in pinned host memory, everything else on the device, but for
+    the screen's tensors, which may lie with the rows and are then copied once: only the rows of what the screen leaves
+    are read.  Raises StaleScreenError where a refined pair lies outside the bound.
     """
     weights = checked(x, W_enc, b_enc, threshold, bandwidth)
-    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]), scales)
+    arrays = _arrays(x.device, W_enc, code, code2, table, centre, scales)
     stats = torch.zeros(4, dtype=torch.int64, device=x.device)
     csr = compressed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, bandwidth, stats))
     return (*csr, stats)
@@ -199,7 +212,7 @@ def encode_screened_fixed(
     """The same without any host synchronisation, in tensors of the given capacity: four launches up to 16 tokens, a
     scan more above.  The certificate is read by `FixedLatents.sparse`."""
     weights = checked(x, W_enc, b_enc, threshold, None)
-    arrays = _arrays(code, code2, table, centre, (W_enc.shape[0], W_enc.shape[1]), scales)
+    arrays = _arrays(x.device, W_enc, code, code2, table, centre, scales)
     return fixed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, None), capacity)
 
 

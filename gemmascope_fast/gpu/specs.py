@@ -31,6 +31,7 @@ class KernelSpec:
     kind: str  # of the operations: fp32, tf32, bf16 (fp16 too) or int8
     bandwidth_bound: bool
     aligned: tuple[str, ...] = field(default=("d", "words"))
+    few_warps: str = ""  # why fewer warps a unit than the gate asks for are right; a kernel without a reason is gated
 
 
 def _types(pointers: Mapping[str, str], integers: str, **more: str) -> dict[str, str]:
@@ -232,7 +233,7 @@ def screen_specs() -> list[KernelSpec]:
                 f"screen int8, T {T}", "screen", "screen_kernel", types,
                 {"HAS_BANDWIDTH": False, "SLOTS": encode.SLOTS, "BT": c.BT, "BF": c.BF, "BK": c.BK}, c.warps, c.stages,
                 D * F + 28 * F + T * (2 * D + 20 + WORDS * 4 + int(4 * LEFT * F)), 4 * T * D * F, "int8", T == 1,
-                ("d", "padded", "words"),
+                ("d", "padded", "words"), "" if T == 1 else screen.FEW_WARPS,
             )
         )  # fmt: skip
     types = _types(
