@@ -18,12 +18,15 @@ def powers(d, most=20, seed=0):
     return torch.exp2(torch.randint(0, most + 1, (d,), generator=g).float())
 
 
+# 2^57: the token's norm is above the 2^60 from which it would skip the screen, over its scales it is below
+@pytest.mark.parametrize("size", [1.0, 2.0**57])
 @pytest.mark.parametrize("T", [1, 5, 40])
 @pytest.mark.parametrize("digits", [1, 2])
-def test_a_scaled_screen_is_the_screen_of_scaled_weights_and_activations(isa, T, digits):
+def test_a_scaled_screen_is_the_screen_of_scaled_weights_and_activations(isa, T, digits, size):
     """Bit for bit, table and decisions, where nothing under- or overflows."""
     x, W, b, theta = problem(T, 100, 67)
-    s, centre = powers(100, 8), torch.linspace(-1, 1, 100)
+    x, W = x * size, W / size
+    s, centre = powers(100, 8), torch.linspace(-size, size, 100)
     scaled = Screen.build(W, b, theta, centre=centre, scales=s)
     plain = Screen.build(W * s[:, None], b, theta, centre=centre / s)
     for name in ("code", "code2", "table"):
@@ -31,6 +34,8 @@ def test_a_scaled_screen_is_the_screen_of_scaled_weights_and_activations(isa, T,
     got, stats = screened(x, W, b, theta, scaled, digits)
     _, want = screened(x / s, W * s[:, None], b, theta, plain, digits)
     assert stats == want
+    assert stats["rest"] == 0
+    assert size == 1 or bool((x.norm(dim=1) > 2.0**60).any())
     assert same_bytes(got, ops.encode(x, W, b, theta, None))
 
 
