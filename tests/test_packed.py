@@ -20,6 +20,7 @@ from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.checkpoints.write import write_npz, write_safetensors
 from gemmascope_fast.loading import open_checkpoint
 from gemmascope_fast.mapped import verify
+from gemmascope_fast.screen import Screen
 from gemmascope_fast.testing import make_activations, make_sae, same_bytes
 
 
@@ -45,9 +46,11 @@ def test_answers_are_those_of_the_resident_sae(folder, monkeypatch):
 
 def test_the_screen_is_the_one_that_is_built_in_memory(folder, monkeypatch):
     small_panels(monkeypatch)
-    resident = gsf.SAE.from_pretrained(folder).prepare(directions=0)
+    resident = gsf.SAE.from_pretrained(folder)
     mapped = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
-    for name, tensor in resident._prepared.screen.tensors().items():
+    built = Screen.build(resident.W_enc, resident.b_enc, resident.threshold, centre=resident.b_dec)
+    assert mapped._prepared.screen.tensors().keys() == built.tensors().keys()
+    for name, tensor in built.tensors().items():
         assert torch.equal(mapped._prepared.screen.tensors()[name], tensor), name
 
 

@@ -293,16 +293,17 @@ def test_host_rows_reach_the_kernels_where_they_lie(monkeypatch):
 
 def test_a_screen_beside_host_rows_goes_to_the_device_once(monkeypatch):
     _, W, b, theta, mean = case(3, 40, 67)
-    code, code2, table = ops.screen_rows(W, b, theta, mean, True)
+    scales = torch.exp2((torch.arange(40) % 7).float())
+    code, code2, table = ops.screen_rows(W, b, theta, mean, True, None, scales)
     there = torch.device("meta")
     with monkeypatch.context() as patched:
         patched.setattr(gpu, "check_devices", lambda *tensors: None)  # it wants one that kernels run on
-        made = gpu._arrays(there, W, code, code2, table, mean)
-        assert {t.device for t in (made.code, made.second.code, made.slack, made.centre)} == {there}
-        assert gpu._arrays(there, W, code, code2, table, mean) is made
-        assert gpu._arrays(W.device, W, code, code2, table, mean).code.device == W.device
+        made = gpu._arrays(there, W, code, code2, table, mean, scales)
+        assert {t.device for t in (made.code, made.second.code, made.slack, made.centre, made.scales)} == {there}
+        assert gpu._arrays(there, W, code, code2, table, mean, scales) is made
+        assert gpu._arrays(W.device, W, code, code2, table, mean, scales).code.device == W.device
     with pytest.raises(ValueError, match="expected all tensors on cpu"):
-        gpu._arrays(there, W, code, code2, table.to(there), mean)
+        gpu._arrays(there, W, code, code2, table.to(there), mean, scales)
 
 
 def test_host_rows_that_cannot_serve(monkeypatch):
