@@ -10,6 +10,7 @@ from torch import nn
 from gemmascope_fast import matryoshka
 from gemmascope_fast.matryoshka import (
     Packed,
+    calibration,
     endtoend,
     equivalent,
     measure,
@@ -408,7 +409,7 @@ def run_command(monkeypatch, options):
     from gemmascope_fast import cli, demo_model
 
     monkeypatch.setattr(demo_model, "load_model", lambda _name: (two_blocks(), Words()))
-    monkeypatch.setattr(measure, "WINDOW", 16)
+    monkeypatch.setattr(calibration, "WINDOW", 16)
     return cli.main(["quantize", "--windows", "4", "--train-windows", "4", *options])
 
 

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--train-windows", type=int, default=80, help="training windows of 255 tokens")
     parser.add_argument(
+        "--sampled-windows", type=int, default=0, metavar="N", help="and N of text that the model itself writes"
+    )
+    parser.add_argument(
         "--epochs", type=int, help="passes over them for each block (default: 2; qat with --steps: none, no blocks)"
     )
     parser.add_argument("--steps", type=int, default=0, help="qat: steps of end-to-end training")
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.demo_model import load_model
-    from gemmascope_fast.matryoshka import measure
+    from gemmascope_fast.matryoshka import calibration, measure
     from gemmascope_fast.matryoshka import model as models
     from gemmascope_fast.matryoshka.codes import check_group_size
 
@@ -68,10 +71,13 @@ def run(args: argparse.Namespace) -> int:
     model, tokenizer = load_model(args.model)
     model = model.to(torch.bfloat16)
     text = args.text_file.read_text("utf-8") if args.text_file else None
-    ids = measure.python_topics(tokenizer) if text is None else measure.windows(tokenizer, text)
+    ids = calibration.python_topics(tokenizer) if text is None else calibration.windows(tokenizer, text)
     if ids.shape[0] < args.windows + args.train_windows:
         raise ValueError(f"--text-file: expected {args.windows + args.train_windows} windows, got {ids.shape[0]}")
     held_out, training = ids[-args.windows :], ids[: args.train_windows]
+    if args.sampled_windows and args.method != "minmax":
+        own = calibration.sampled(model, tokenizer.bos_token_id, args.sampled_windows, progress=tqdm)
+        training = torch.cat([training, own])
     codes = None if args.method == "minmax" else _train(args, model, training, tqdm)
     names = list(models.targets(model, args.scope))
     means = measure.input_means(model, names, training[:4])

@@ -34,8 +34,8 @@ def run_compare(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.demo_model import load_pair
+    from gemmascope_fast.matryoshka import calibration, measure, mixnmatch
     from gemmascope_fast.matryoshka import comparison as grid
-    from gemmascope_fast.matryoshka import measure, mixnmatch
 
     wanted = args.only.split(",")
     if set(wanted) - set(PARTS):
@@ -45,7 +45,7 @@ def run_compare(args: argparse.Namespace) -> int:
         args.epochs, args.steps = min(args.epochs, 2), min(args.steps, 5)
     model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
     text = args.text_file.read_text("utf-8") if args.text_file else None
-    ids = measure.python_topics(tokenizer) if text is None else measure.windows(tokenizer, text)
+    ids = calibration.python_topics(tokenizer) if text is None else calibration.windows(tokenizer, text)
     if ids.shape[0] < args.windows + args.train_windows:
         raise ValueError(f"--text-file: expected {args.windows + args.train_windows} windows, got {ids.shape[0]}")
     held_out, training = ids[-args.windows :], ids[: args.train_windows]

@@ -20,23 +20,7 @@ from gemmascope_fast.matryoshka.model import gained, layers, nbytes, quantize_, 
 from gemmascope_fast.matryoshka.nested import Trained, put
 from gemmascope_fast.matryoshka.planes import Packed
 
-WINDOW = 256  # BOS and 255 tokens of text
 LOGIT_ROWS = 16  # rows of 262,144 logits taken at once: in fp32 they stay under what the allocator maps anew each time
-
-
-def windows(tokenizer: Any, text: str) -> Tensor:
-    """Text → int64 [n, 256]: BOS and 255 tokens each; what is left over at the end is dropped."""
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    count = ids.numel() // (WINDOW - 1)
-    body = ids[: count * (WINDOW - 1)].reshape(count, WINDOW - 1)
-    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), body], 1)
-
-
-def python_topics(tokenizer: Any) -> Tensor:
-    """Windows of `pydoc_data.topics`, English text in every Python: calibrate on the first, measure on the last."""
-    from pydoc_data import topics
-
-    return windows(tokenizer, "\n\n".join(topics.topics.values()))
 
 
 @torch.no_grad()

@@ -1,0 +1,62 @@
+"""Windows of text to calibrate and measure on: a person's, Python's help topics, and what the model itself writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WINDOW = 256  # BOS and 255 tokens of text
+
+
+def windows(tokenizer: Any, text: str) -> Tensor:
+    """Text → int64 [n, 256]: BOS and 255 tokens each; what is left over at the end is dropped."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+    count = ids.numel() // (WINDOW - 1)
+    body = ids[: count * (WINDOW - 1)].reshape(count, WINDOW - 1)
+    return torch.cat([torch.full((count, 1), tokenizer.bos_token_id), body], 1)
+
+
+def python_topics(tokenizer: Any) -> Tensor:
+    """Windows of `pydoc_data.topics`, English text in every Python: calibrate on the first, measure on the last."""
+    from pydoc_data import topics
+
+    return windows(tokenizer, "\n\n".join(topics.topics.values()))
+
+
+@torch.no_grad()
+def sampled(
+    model: nn.Module,
+    bos: int,
+    count: int,
+    *,
+    seed: int = 0,
+    batch: int = 64,
+    progress: Callable[..., Any] | None = None,
+) -> Tensor:
+    """int64 [count, 256]: BOS and 255 tokens drawn from the model's own distribution, at temperature 1.
+
+    Text of everything that the model has learned, without a data set (LLM-QAT, Liu et al. 2023).  The end of a text is
+    never drawn, so that every window is full.
+    """
+    found = []
+    starts = range(0, count, batch)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in progress(starts, desc="sampling") if progress else starts:
+            begin = torch.full((min(batch, count - start), 1), bos)
+            found.append(
+                model.generate(  # type: ignore[operator]
+                    begin,
+                    attention_mask=torch.ones_like(begin),
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    min_new_tokens=WINDOW - 1,
+                    max_new_tokens=WINDOW - 1,
+                )
+            )
+    return torch.cat(found)
