@@ -1,7 +1,8 @@
 // The first stage with a token a lane: digits of sixteen tokens lie as the multiplier takes them, four
 // columns of each in turn, and no sum runs across lanes.  For many tokens that beats screen.h, whose tile of
 // sixteen sums costs up to a quarter of its products to add up: 2304 x 16,384 took 25, 15 and 6 % less time
-// at 32, 64 and 1,024 tokens on Zen 5. AVX-512 multiplies the first digits so, AMX both (screen_amx.h).
+// at 32, 64 and 1,024 tokens on Zen 5. AVX-512 multiplies the first digits so, AMX those or both
+// (screen_amx.h).
 
 #if GSF_LEVEL >= 3
 // Digits that stay in a 1 MiB L2 beside the rows of this panel and of the next: 227 tokens of 2304.

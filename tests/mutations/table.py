@@ -75,10 +75,14 @@ CPP = [
     Mutation("the last block of tokens is left out", LANES, "b1 = (group + 1) * blocks / groups;", "b1 = (group + 1) * blocks / groups - (blocks > 1);", SCREENED, "avx512"),
     # and on AMX
     Mutation("AMX forgets the zero point of the second digits", AMX, "load16i(n2), 1)", "load16i(n2), 0)", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX screens tokens that are not there", AMX, "left_of_row(a, lanes, f, both) & tokens", "left_of_row(a, lanes, f, both)", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX screens tokens that are not there", AMX, "left_of_row(a, lanes, f, both) & tokens_of(a, block)", "left_of_row(a, lanes, f, both)", SCREENED_BY_AMX, "amx"),
     Mutation("AMX drops the last rows of a panel", AMX, "row < rows; ++row", "row + 1 < rows; ++row", SCREENED_BY_AMX, "amx"),
     Mutation("AMX exchanges neighbours", AMX, "kTileRows * row + 2 * pair + half;", "kTileRows * row + 2 * pair + 1 - half;", SCREENED_BY_AMX, "amx"),
     Mutation("AMX leaves out the last columns", AMX, "step < steps; ++step) {\n      for (int64_t line", "step + 1 < steps; ++step) {\n      for (int64_t line", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX screens tokens that have no first digits", AMX, "to_float16(m1)) & tokens_of(a, block)", "to_float16(m1))", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX forgets the zero point of the first digits", AMX, "n1, CandidateSink& out) {\n  const float* lanes = lanes_of(a, block);\n  const I16 m1 = without_zero(a, lanes, f, load16i(n1), 0);", "n1, CandidateSink& out) {\n  const float* lanes = lanes_of(a, block);\n  const I16 m1 = load16i(n1);", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX takes the first block's sums for the second's", AMX, "n[2 * half + b][row]", "n[2 * half][row]", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX leaves out a lone last block", AMX, "(blocks + kBlocks - 1) / kBlocks", "blocks / kBlocks", SCREENED_BY_AMX, "amx"),
     # the comparison
     Mutation("z >= threshold fires", "csrc/cpu/encode.h", "return !(z <= (", "return !(z < (", ENCODE),
     Mutation(
