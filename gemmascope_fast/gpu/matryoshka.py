@@ -9,14 +9,9 @@ from torch import Tensor
 
 from gemmascope_fast.errors import BackendError
 from gemmascope_fast.gpu.launch import cdiv, grid, kernels, on
-from gemmascope_fast.ops.matryoshka_linear import (
-    EXTRA,
-    PREFIX,
-    check,
-    matryoshka_linear_reference,
-    quantize_tokens,
-    stored_bits,
-)
+from gemmascope_fast.gpu.planes import five, middle, top_code, widths_of
+from gemmascope_fast.ops._planes import PREFIX, stored_bits
+from gemmascope_fast.ops.matryoshka_linear import check, matryoshka_linear_reference, quantize_tokens
 
 
 @dataclass(frozen=True)
@@ -82,14 +77,12 @@ def matryoshka_linear(
     stored = stored_bits(planes)
     widths = [p.shape[2] // 64 for p in planes]
     read, used = planes_of(widths, stored, bits, rule)
-    held = [planes[i] if i < used else planes[0] for i in range(5)]
     config = config_for(T)
     with on(x):
         module.matryoshka_linear_kernel[grid(cdiv(blocks, config.BLOCKS) * cdiv(T, config.BT), "matryoshka_linear")](
-            q, s, sums, *held, scale, zero_point, y if bias is None else bias.float().contiguous(), y,
+            q, s, sums, *five(planes[:used]), scale, zero_point, y if bias is None else bias.float().contiguous(), y,
             T, out_features, blocks, units, groups, group_units,
-            (1 << bits) - (rule != EXTRA), ((1 << (8 - bits)) - 1) / 2 if rule == PREFIX else 0.0,
-            **{f"W{i}": widths[i] if i < used else 0 for i in range(5)},
+            top_code(bits, rule), middle(bits, rule), **widths_of(tuple(widths[:used])),
             BITS=bits, DROP=read - bits, ROUNDS=rule != PREFIX and read > bits, WIDE=group_units > 16,
             HAS_BIAS=bias is not None, BLOCKS=config.BLOCKS, UNITS=1 if group_units == 1 else UNITS, BT=config.BT,
             num_warps=config.warps, num_stages=2, enable_fp_fusion=False,

@@ -25,6 +25,9 @@ TRITON = {
     "decode": "decode",
     "sampled_dot": "decode",
     "matryoshka_linear": "matryoshka",
+    "matryoshka_pack": "planes",
+    "matryoshka_slice": "planes",
+    "matryoshka_dequantize": "planes",
 }
 
 # Where CUDA C++ is taken when it is there, and why.  Everything else is Triton's.
@@ -99,7 +102,10 @@ def _serve(op: str) -> Callable[..., Any]:
         from gemmascope_fast import backends
 
         wanted = backends.requested()
-        name = wanted if wanted in ("triton", "cuda") else choice(op)[0]
+        # a call of the op was refused before it came here; what comes with such a name is a step of another (Op.step)
+        name = choice(op)[0]
+        if wanted in ("triton", "cuda") and missing(op, wanted) is None:
+            name = wanted
         return launcher(op, "triton" if name == "none" else name)(*args)
 
     return serve
