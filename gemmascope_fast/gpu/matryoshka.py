@@ -27,6 +27,38 @@ CONFIGS = (MatryoshkaConfig(16, 1, 1), MatryoshkaConfig(64, 4, 8))
 UNITS = 2  # units of 32 columns a step: an int8 tensor-core product of 64
 
 
+# CUDA C++ serves up to 16 tokens, and is taken up to 4: dp4a costs a quarter of an instruction a weight and token, and
+# at 8 tokens and 4 bits the integer units, not the bandwidth, would decide (by gpu/nvcc.py's count, a model).
+CUDA_TOKENS, CUDA_PREFERRED = 16, 4
+CUDA_BITS = (2, 3, 4, 6, 8)  # of the planes read: the first ones of a nested code
+
+
+def cuda_refuses(
+    x: Tensor,
+    planes: list[Tensor],
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    overflow_crow: Tensor | None,
+    overflow_col: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    rule: int,
+    exact: bool,
+) -> str | None:
+    """What keeps the CUDA C++ kernel from serving this call, None where nothing does."""
+    if exact:
+        return "fp32 activations"
+    if overflow_crow is not None:
+        return "an overflow list"
+    if x.shape[0] > CUDA_TOKENS:
+        return f"{x.shape[0]} tokens, more than {CUDA_TOKENS}"
+    read, _ = planes_of([p.shape[-1] // 64 for p in planes], stored_bits(planes), bits, rule)
+    return None if read in CUDA_BITS else f"planes of {read} bits, which are not the first ones of a nested code"
+
+
 def config_for(T: int) -> MatryoshkaConfig:
     return CONFIGS[0] if T <= 16 else CONFIGS[1]
 
@@ -94,6 +126,6 @@ def planes_of(widths: list[int], stored: int, bits: int, rule: int) -> tuple[int
     """(bits held by the planes that a slice reads, how many planes): whole planes, one bit more where it rounds."""
     need = bits if rule == PREFIX or bits == stored else bits + 1
     read = used = 0
-    while read < need:
+    while read < need and used < len(widths):
         read, used = read + widths[used], used + 1
     return read, used

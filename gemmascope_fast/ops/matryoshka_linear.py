@@ -61,7 +61,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(x).all(1)
     x = torch.where(finite[:, None], x, torch.zeros_like(x))
     tiny = torch.finfo(torch.float32).tiny
-    s = (x.abs().amax(1) / 127).clamp(min=tiny) if x.shape[1] else x.new_full((x.shape[0],), tiny)
+    # by a tensor: on CUDA a division by a number is a product with its reciprocal, which is not rounded the same
+    s = (x.abs().amax(1) / x.new_full((), 127.0)).clamp(min=tiny) if x.shape[1] else x.new_full((x.shape[0],), tiny)
     q = (x / s[:, None]).round().clamp(-127, 127).to(torch.int8)
     return q, torch.where(finite, s, torch.full_like(s, float("nan")))
 
