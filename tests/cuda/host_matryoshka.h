@@ -14,7 +14,8 @@ const MatryoshkaCase kMatryoshkaCases[] = {
     {3, 2200, 5, 0, 2, 2, false, false, false, true},  {1, 2210, 16, 32, 8, 8, false, false, true, true},
     {6, 100, 20, 32, 6, 4, true, false, true, true},   {2, 3000, 18, 96, 3, 2, true, true, false, false},
     {1, 1300, 3, 640, 6, 6, false, false, true, true}, {4, 40, 16, 64, 4, 3, false, false, false, false},
-    {7, 33, 31, 0, 8, 7, true, true, true, false},     {1, 5, 1, 32, 2, 1, false, false, false, true}};
+    {7, 33, 31, 0, 8, 7, true, true, true, false},     {1, 5, 1, 32, 2, 1, false, false, false, true},
+    {2, 1100, 7, 512, 4, 4, false, false, true, false}};
 
 // Where the bit `b` (0 the lowest) of a code lies: plane, byte in its unit, bit in the byte.
 void place(int stored, int b, int lane, int k, int* plane, int* byte, int* bit) {

@@ -70,7 +70,7 @@ EDITS = [
     ("matryoshka.cu", "other > v ? other : v", "other > v && lane() != 0 ? other : v", "plain"),
     ("matryoshka.cu", "i < kWarps; ++i) v =", "i < kWarps - 1; ++i) v =", "plain"),
     ("matryoshka.cu", "(size < kInfinity ? size : kInfinity)", "size", "plain"),
-    ("matryoshka.cu", "exact > kTiny ? exact : kTiny", "exact", "plain"),
+    ("matryoshka.cu", "exact > kTiny ? exact", "exact >= 0.0f ? exact", "plain"),
     ("matryoshka.cu", "a.group_units > 16", "a.group_units > 15", "plain"),
     ("matryoshka.cu", "add_rn(whole, mul_rn(a.mid, sum))", "whole", "plain"),
     ("matryoshka.cu", "if (units < f.end) return;", "if (units <= f.end) return;", "plain"),
