@@ -116,7 +116,7 @@ mutations: env ## break the code on purpose, in a copy: the tests must notice ea
 
 gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, gated, broken on purpose
 	$(VENV)/bin/gemmascope-fast gpu-check --out gpu-check.json
-	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/test_cuda_host.py tests/test_triton_interpreter.py
+	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/test_cuda_host.py tests/test_cuda_host_matryoshka.py tests/test_triton_interpreter.py
 
 # Takes 6 GB: torch's CUDA build, into an environment of its own.  No GPU is needed or looked for.
 $(VENV_CUDA)/torch.stamp:

@@ -58,7 +58,8 @@ def implementation(op: Op, name: str, args: Sequence[Any]) -> Callable[..., Any]
     """The callable of one op in one backend for these arguments' device; BackendError where there is none."""
     if name == "eager":
         return op.reference
-    device = next(a.device for a in args if isinstance(a, torch.Tensor))
+    flat = [t for a in args for t in (a if isinstance(a, list | tuple) else (a,))]
+    device = next(t.device for t in flat if isinstance(t, torch.Tensor))
     reason = unavailable(op.name, name, device)
     if reason is not None:
         raise BackendError(f"backend {name!r} cannot serve {op.name} on {device}: {reason}")

@@ -13,7 +13,7 @@ from gemmascope_fast.gpu import register
 def main() -> None:
     assert "site-packages" in gsf.__file__, f"not the installed package: {gsf.__file__}"
     assert register.CUDA_MISSING is None, register.CUDA_MISSING
-    for op in ("encode", "decode", "splice"):
+    for op in ("encode", "decode", "splice", "matryoshka_linear"):
         assert register.compiled(op), f"gemmascope_fast_cuda::{op} holds no CUDA kernel"
     x, rows, b, theta = torch.randn(3, 20), torch.randn(40, 20), torch.randn(40), torch.rand(40)
     args = (x, rows.t(), b, theta)

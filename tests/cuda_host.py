@@ -11,6 +11,10 @@ from pathlib import Path
 
 import torch
 
+from gemmascope_fast.gpu.matryoshka import planes_of
+from gemmascope_fast.gpu.planes import middle, top_code
+from gemmascope_fast.ops._planes import PREFIX, stored_bits
+
 ROOT = Path(__file__).resolve().parents[1]
 MAIN = ROOT / "tests" / "cuda" / "host_build.cpp"
 FLAGS = ["-x", "c++", "-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
@@ -38,6 +42,22 @@ def run_program(program: Path, order: str) -> subprocess.CompletedProcess:
     fixed = [shutil.which("setarch"), platform.machine(), "-R"] if shutil.which("setarch") else []
     command = [*fixed, str(program), str(ORDERS[order])]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def caught(name, mutations, tmp_path):
+    """Builds the sources with one line changed; the output of the run that noticed, None where none did."""
+    file, before, after, sanitizer = mutations[name]
+    sources = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    text = (sources / "cuda" / file).read_text()
+    assert text.count(before) == 1, f"{name}: the line to change is there {text.count(before)} times"
+    (sources / "cuda" / file).write_text(text.replace(before, after))
+    program = build_program(tmp_path / "mutant", sanitizer, sources)
+    for order in ORDERS:
+        done = run_program(program, order)
+        if done.returncode != 0:
+            return done.stdout + done.stderr
+    return None
 
 
 class EncodeArgs(ctypes.Structure):
@@ -68,6 +88,24 @@ class SpliceArgs(ctypes.Structure):
         ("g", GatherArgs),
         *((n, ctypes.c_void_p) for n in ("x", "w", "bias", "features", "kind", "amount", "out")),
         *((n, ctypes.c_int64) for n in ("d_out", "edits")),
+    )
+
+
+class TokensArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("x", "mean", "q", "s", "qsum")),
+        *((n, ctypes.c_int64) for n in ("T", "d", "units", "groups", "group_units")),
+    )
+
+
+class MatryoshkaArgs(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_void_p) for n in ("q", "s", "qsum")),
+        ("planes", ctypes.c_void_p * 5),
+        *((n, ctypes.c_void_p) for n in ("scale", "zero", "bias", "y")),
+        *((n, ctypes.c_int64) for n in ("T", "out", "units", "groups", "group_units")),
+        *((n, ctypes.c_int32) for n in ("half_scale", "stored", "bits", "rounds", "top")),
+        ("mid", ctypes.c_float),
     )
 
 
@@ -126,6 +164,26 @@ class HostLibrary:
         args = DecodeArgs(*held, crow.numel() - 1, W_dec.shape[1], capacity)
         self.call("decode", args, W_dec.dtype, order)
         return out
+
+    def matryoshka_linear(self, x, planes, scale, zero, bias, mean, out, group_size, bits, rule, order="ascending"):
+        """Op `matryoshka_linear` with int8 activations: the two launches of csrc/cuda/ops_matryoshka.cpp."""
+        (T, d), groups = x.shape, scale.shape[1]
+        units = -(-d // 32)
+        group_units = group_size // 32 if group_size else max(1, units)
+        q = torch.full((T, units * 8), -1, dtype=torch.int32)
+        sums, s = torch.full((T, groups), -1, dtype=torch.int32), torch.full((T,), float("inf"))
+        xs, y = x.float().contiguous(), torch.full((T, out), float("inf"))
+        shape = T, d, units, groups, group_units
+        self.call("round_tokens", TokensArgs(*[pointer(t) for t in (xs, mean, q, s, sums)], *shape), x.dtype, order)
+        read, used = planes_of([p.shape[2] // 64 for p in planes], stored_bits(planes), bits, rule)
+        held = (ctypes.c_void_p * 5)(*[pointer(p) for p in planes[:used]])
+        what = scale.dtype == torch.float16, read, bits, rule != PREFIX and read > bits, top_code(bits, rule)
+        args = MatryoshkaArgs(
+            pointer(q), pointer(s), pointer(sums), held, pointer(scale), pointer(zero), pointer(bias), pointer(y),
+            T, out, units, groups, group_units, *what, middle(bits, rule),
+        )  # fmt: skip
+        self.call("matryoshka", args, x.dtype, order)
+        return y
 
     def splice(self, x, W_enc, b_enc, threshold, W_dec, b_dec, table, error, order="ascending", capacity=None):
         """out and (crow, col, values): the two launches of the fused loop; table: features, kind, amount."""

@@ -1,20 +1,18 @@
 """The CUDA sources, compiled for the CPU: byte-equal to the native kernels in every order of threads, silent under
 ThreadSanitizer and AddressSanitizer, and loud where a barrier, a bound or a lane is taken away."""
 
-import shutil
-
 import pytest
 import torch
 from cuda_host import (
     MAIN,
     ORDERS,
-    ROOT,
     SLOTS,
     DecodeArgs,
     EncodeArgs,
     GatherArgs,
     HostLibrary,
     build_program,
+    caught,
     pointer,
     run_program,
 )
@@ -195,22 +193,6 @@ MUTATIONS = {
         "encode.cu", "ballot(hit)", "ballot(hit && lane() != 17)", "plain",
     ),
 }  # fmt: skip
-
-
-def caught(name, mutations, tmp_path):
-    """Builds the sources with one line changed; the output of the run that noticed, None where none did."""
-    file, before, after, sanitizer = mutations[name]
-    sources = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", sources)
-    text = (sources / "cuda" / file).read_text()
-    assert text.count(before) == 1, f"{name}: the line to change is there {text.count(before)} times"
-    (sources / "cuda" / file).write_text(text.replace(before, after))
-    program = build_program(tmp_path / "mutant", sanitizer, sources)
-    for order in ORDERS:
-        done = run_program(program, order)
-        if done.returncode != 0:
-            return done.stdout + done.stderr
-    return None
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

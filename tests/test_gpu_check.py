@@ -92,6 +92,7 @@ def test_whole_calls_by_the_model():
     calls = {row["call"]: row["launches"] for row in rows}
     assert calls["encode screened, T 1"] == 4
     assert calls["fused loop in CUDA C++, T 1"] == 2
+    assert [calls[f"matryoshka_linear in CUDA C++, {bits} bits, T 1"] for bits in (8, 4, 2)] == [2, 2, 2]
     assert {row["device"] for row in rows} == {"A100", "H100", "B200", "RTX 4090"}
 
 
@@ -109,7 +110,7 @@ def test_report(tmp_path, monkeypatch, capsys):
 def test_nvcc_compiles_within_the_gates():
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    for name, kernels in (("compact.cu", 3), ("splice.cu", 3)):
+    for name, kernels in (("compact.cu", 3), ("splice.cu", 3), ("matryoshka.cu", 21)):
         rows = nvcc.compile_source(nvcc.SOURCES / "cuda" / name, "sm_90")
         assert len(rows) == kernels
         assert all(row["faults"] == [] for row in rows)
@@ -140,9 +141,17 @@ def test_a_kernel_outside_the_gates_is_status_one(tmp_path, monkeypatch, capsys)
 
 
 def test_costs_of_the_cuda_kernels():
-    moved, operations = nvcc.cost("encode_few<4, true, gsf::BF16>")
+    moved, operations, kind = nvcc.cost("encode_few<4, true, gsf::BF16>")
+    assert kind == "fp32"
     assert moved == pytest.approx(2 * 2304 * 16384, rel=0.01)
     assert operations == 2 * 4 * 2304 * 16384
     assert nvcc.cost("decode_few<signed char>")[0] == pytest.approx(80 * 2304 + 4 * 2304, rel=0.01)
-    with pytest.raises(ValueError, match="no cost"):
-        nvcc.cost("unknown<float>")
+    assert nvcc.cost("matryoshka_few<(int)4, (int)1, (bool)1>") == nvcc.cost("matryoshka_few<4, 1, true>")
+    moved, operations, kind = nvcc.cost("matryoshka_few<4, 1, true>")
+    assert moved == pytest.approx(9216 * 2304 / 2, rel=0.02)
+    assert (operations, kind) == (9216 * 2304 // 32 * 40, "int32")
+    grouped = nvcc.cost("matryoshka_few<4, 1, false>")[0] - moved
+    assert grouped == 9216 * 2304 // 32 * 3 - 5 * 9216  # fp16 and uint8 a group of 32, fp32 and uint8 a row
+    for unknown in ("unknown<float>", "unknown", "unknown<4>"):
+        with pytest.raises(ValueError, match="no cost"):
+            nvcc.cost(unknown)

@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "cpu/planes.h"
 
 namespace gsf {
 

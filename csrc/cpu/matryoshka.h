@@ -3,21 +3,6 @@
 // A unit is 16 rows x 32 columns: 8 quads of 64 bytes once unpacked, each the operand of an 8-bit dot product
 // whose 16 lanes are 16 outputs, so that nothing is ever summed across lanes.
 
-// Width of plane p of a code of R bits, and the number of planes: matryoshka.planes.WIDTHS.
-static constexpr int plane_width(int R, int p) {
-  return p == 0 ? (R == 1 ? 1 : 2) : p <= 2 ? 1 : p == 3 ? (R == 5 ? 1 : 2) : (R == 7 ? 1 : 2);
-}
-static constexpr int plane_count(int R) { return R <= 2 ? 1 : R == 3 ? 2 : R == 4 ? 3 : R <= 6 ? 4 : 5; }
-static constexpr int plane_low(int R, int p) {
-  int left = R;
-  for (int i = 0; i <= p; ++i) left -= plane_width(R, i);
-  return left;
-}
-static_assert(plane_low(8, 4) == 0 && plane_low(7, 4) == 0 && plane_low(6, 3) == 0 && plane_low(5, 3) == 0 &&
-                  plane_low(4, 2) == 0 && plane_low(3, 1) == 0 && plane_low(2, 0) == 0 &&
-                  plane_low(1, 0) == 0,
-              "the planes of a code hold all its bits");
-
 // Where the bits of quad J lie: field J % 4 of a half of a plane of width 2, bit J of a plane of width 1.
 template <int R, int P, int J>
 static inline B64 aligned(const B64* const* planes) {

@@ -43,6 +43,14 @@ GSF_DEVICE int lowest_bit(uint32_t v) { return __ffs(static_cast<int>(v)) - 1; }
 GSF_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 GSF_DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 GSF_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+GSF_DEVICE float div_rn(float a, float b) { return __fdiv_rn(a, b); }
+GSF_DEVICE float nearest_even(float v) { return rintf(v); }
+// sum + the dot of four unsigned bytes with four signed ones; exact.
+GSF_DEVICE int32_t dot4(uint32_t codes, int32_t q, int32_t sum) {
+  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(codes), "r"(q));
+  return sum;
+}
+GSF_DEVICE uint32_t min_bytes(uint32_t a, uint32_t b) { return __vminu4(a, b); }
 GSF_DEVICE float quiet_nan() { return __int_as_float(0x7FC00000); }
 GSF_DEVICE float widened(F16 h) { return __half2float(__ushort_as_half(h.bits)); }
 GSF_DEVICE float widened(BF16 h) { return __int_as_float(static_cast<int>(h.bits) << 16); }
@@ -65,6 +73,23 @@ GSF_DEVICE int lowest_bit(uint32_t v) { return __builtin_ffs(static_cast<int>(v)
 GSF_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 GSF_DEVICE float add_rn(float a, float b) { return a + b; }
 GSF_DEVICE float mul_rn(float a, float b) { return a * b; }
+GSF_DEVICE float div_rn(float a, float b) { return a / b; }
+GSF_DEVICE float nearest_even(float v) { return __builtin_rintf(v); }
+GSF_DEVICE int32_t dot4(uint32_t codes, int32_t q, int32_t sum) {
+  for (int i = 0; i < 4; ++i) {
+    const int32_t code = static_cast<int32_t>(codes >> (8 * i) & 255u);
+    sum += code * static_cast<int8_t>(static_cast<uint32_t>(q) >> (8 * i));
+  }
+  return sum;
+}
+GSF_DEVICE uint32_t min_bytes(uint32_t a, uint32_t b) {
+  uint32_t least = 0;
+  for (int i = 0; i < 32; i += 8) {
+    const uint32_t x = a >> i & 255u, y = b >> i & 255u;
+    least |= (x < y ? x : y) << i;
+  }
+  return least;
+}
 GSF_DEVICE float quiet_nan() { return __builtin_nanf(""); }
 GSF_DEVICE float widened(F16 h) { return widen(h); }
 GSF_DEVICE float widened(BF16 h) { return widen(h); }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cpu/kernels.h"
+#include "cpu/planes.h"
 #include "cuda/launcher.h"
 
 namespace gsf::cuda {
@@ -57,10 +58,38 @@ struct SpliceArgs {
 
 enum EditKind : int32_t { kScale = 0, kClamp = 1, kAdd = 2, kMinClamp = 3 };  // gemmascope_fast/gpu/loop.py
 
+struct TokensArgs {
+  const float* x;     // [T][d], widened
+  const float* mean;  // [d] or null
+  int32_t* q;         // [T][units * 8], four int8 columns a word, zero beyond d
+  float* s;           // [T]; NaN for a token that is not finite, whose codes are 0
+  int32_t* qsum;      // [T][groups], sums of a group's codes
+  int64_t T, d, units, groups, group_units;
+};
+
+struct MatryoshkaArgs {
+  const int32_t* q;          // [T][units * 8], 16-byte aligned
+  const float* s;            // [T]
+  const int32_t* qsum;       // [T][groups]
+  const uint8_t* planes[5];  // [blocks][units][64 * width], 16-byte aligned
+  const void* scale;         // [blocks][groups][16], fp32, or fp16 where half_scale is set
+  const uint8_t* zero;       // [blocks][groups][16]
+  const float* bias;         // [out] or null
+  float* y;                  // [T][out]
+  int64_t T, out, units, groups, group_units;
+  int32_t half_scale;
+  int32_t stored, bits;  // of the planes given (2, 3, 4, 6 or 8), of the slice
+  int32_t rounds;        // bits below the slice are rounded once, up to `top`; else they are dropped
+  int32_t top;
+  float mid;  // what the mid-rise slice adds on the 8-bit grid
+};
+
 void encode_words(const Launcher& launch, const EncodeArgs& a, Dtype w);
 void gather_words(const Launcher& launch, const GatherArgs& a, Dtype w);
 void decode_rows(const Launcher& launch, const DecodeArgs& a, Dtype w);
 // w: of the encoder's rows and of the decoder's
 void splice_tokens(const Launcher& launch, const SpliceArgs& a, Dtype w);
+void round_tokens(const Launcher& launch, const TokensArgs& a);
+void matryoshka_rows(const Launcher& launch, const MatryoshkaArgs& a);
 
 }  // namespace gsf::cuda

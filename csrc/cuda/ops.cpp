@@ -1,6 +1,5 @@
 // The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/gpu/register.py puts
 // under the package's own ops.  Tensors and checks live here, kernels in the .cu files.
-#define GSF_CUDA_OPS
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
@@ -8,17 +7,12 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAFunctions.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <optional>
 #include <tuple>
 
-#include "cpu/ops_common.h"
-#include "cuda/kernels.h"
+#include "cuda/ops_common.h"
 
 namespace gsf::cuda {
 namespace {
@@ -27,22 +21,6 @@ namespace {
 constexpr int64_t kChunkBytes = 16 << 20;
 
 using Csr = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
-Launcher here() { return Launcher{c10::cuda::getCurrentCUDAStream()}; }
-
-at::Tensor fp32(const at::Tensor& t) { return t.to(at::kFloat).contiguous(); }
-
-void check_device(const at::Tensor& t, const at::Tensor& like, const char* name) {
-  TORCH_CHECK_VALUE(t.is_cuda() && t.device() == like.device(), name, ": expected a tensor on ",
-                    like.device(), ", like the others, got ", t.device());
-}
-
-void check_capability() {
-  int device = c10::cuda::current_device(), major = 0, minor = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-  TORCH_CHECK(major >= 8, "compute capability: expected 8.0 or newer, got ", major, ".", minor);
-}
 
 // What the encode kernel leaves, allocated.
 struct Words {

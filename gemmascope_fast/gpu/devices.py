@@ -49,7 +49,11 @@ def occupancy(arch: Arch, warps: int, registers: int, shared: int) -> float:
 
 @dataclass(frozen=True)
 class Device:
-    """One device's roof.  bandwidth in bytes/s; peaks in operations/s, dense, a multiply-add being two."""
+    """One device's roof.  bandwidth in bytes/s; peaks in operations/s, dense, a multiply-add being two.
+
+    int32: instructions/s of 64 lanes a multiprocessor (the guide's table of arithmetic throughput; shifts, logic and
+    dp4a alike), at the clock of the fp32 peak.
+    """
 
     name: str
     arch: str  # whose binary it runs
@@ -58,14 +62,15 @@ class Device:
     tf32: float
     bf16: float
     int8: float
+    int32: float
     launch: float = 3e-6  # seconds that a dependent launch costs
 
 
 DEVICES = (
-    Device("A100", "sm_80", 2.039e12, 19.5e12, 156e12, 312e12, 624e12),
-    Device("H100", "sm_90", 3.35e12, 67e12, 494e12, 989e12, 1979e12),
-    Device("B200", "sm_100", 8.0e12, 75e12, 1125e12, 2250e12, 4500e12),
-    Device("RTX 4090", "sm_86", 1.008e12, 82.6e12, 82.6e12, 165e12, 661e12),  # sm_89 runs sm_86 binaries
+    Device("A100", "sm_80", 2.039e12, 19.5e12, 156e12, 312e12, 624e12, 9.75e12),
+    Device("H100", "sm_90", 3.35e12, 67e12, 494e12, 989e12, 1979e12, 16.75e12),
+    Device("B200", "sm_100", 8.0e12, 75e12, 1125e12, 2250e12, 4500e12, 18.75e12),
+    Device("RTX 4090", "sm_86", 1.008e12, 82.6e12, 82.6e12, 165e12, 661e12, 20.6e12),  # sm_89 runs sm_86 binaries
 )
 
 

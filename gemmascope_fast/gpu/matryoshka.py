@@ -9,14 +9,9 @@ from torch import Tensor
 
 from gemmascope_fast.errors import BackendError
 from gemmascope_fast.gpu.launch import cdiv, grid, kernels, on
-from gemmascope_fast.ops.matryoshka_linear import (
-    EXTRA,
-    PREFIX,
-    check,
-    matryoshka_linear_reference,
-    quantize_tokens,
-    stored_bits,
-)
+from gemmascope_fast.gpu.planes import five, middle, top_code, widths_of
+from gemmascope_fast.ops._planes import PREFIX, stored_bits
+from gemmascope_fast.ops.matryoshka_linear import check, matryoshka_linear_reference, quantize_tokens
 
 
 @dataclass(frozen=True)
@@ -30,6 +25,38 @@ class MatryoshkaConfig:
 # tokens share an unpacked tile.
 CONFIGS = (MatryoshkaConfig(16, 1, 1), MatryoshkaConfig(64, 4, 8))
 UNITS = 2  # units of 32 columns a step: an int8 tensor-core product of 64
+
+
+# CUDA C++ serves up to 16 tokens, and is taken up to 4: dp4a costs a quarter of an instruction a weight and token, and
+# at 8 tokens and 4 bits the integer units, not the bandwidth, would decide (by gpu/nvcc.py's count, a model).
+CUDA_TOKENS, CUDA_PREFERRED = 16, 4
+CUDA_BITS = (2, 3, 4, 6, 8)  # of the planes read: the first ones of a nested code
+
+
+def cuda_refuses(
+    x: Tensor,
+    planes: list[Tensor],
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    overflow_crow: Tensor | None,
+    overflow_col: Tensor | None,
+    out_features: int,
+    group_size: int,
+    bits: int,
+    rule: int,
+    exact: bool,
+) -> str | None:
+    """What keeps the CUDA C++ kernel from serving this call, None where nothing does."""
+    if exact:
+        return "fp32 activations"
+    if overflow_crow is not None:
+        return "an overflow list"
+    if x.shape[0] > CUDA_TOKENS:
+        return f"{x.shape[0]} tokens, more than {CUDA_TOKENS}"
+    read, _ = planes_of([p.shape[-1] // 64 for p in planes], stored_bits(planes), bits, rule)
+    return None if read in CUDA_BITS else f"planes of {read} bits, which are not the first ones of a nested code"
 
 
 def config_for(T: int) -> MatryoshkaConfig:
@@ -82,14 +109,12 @@ def matryoshka_linear(
     stored = stored_bits(planes)
     widths = [p.shape[2] // 64 for p in planes]
     read, used = planes_of(widths, stored, bits, rule)
-    held = [planes[i] if i < used else planes[0] for i in range(5)]
     config = config_for(T)
     with on(x):
         module.matryoshka_linear_kernel[grid(cdiv(blocks, config.BLOCKS) * cdiv(T, config.BT), "matryoshka_linear")](
-            q, s, sums, *held, scale, zero_point, y if bias is None else bias.float().contiguous(), y,
+            q, s, sums, *five(planes[:used]), scale, zero_point, y if bias is None else bias.float().contiguous(), y,
             T, out_features, blocks, units, groups, group_units,
-            (1 << bits) - (rule != EXTRA), ((1 << (8 - bits)) - 1) / 2 if rule == PREFIX else 0.0,
-            **{f"W{i}": widths[i] if i < used else 0 for i in range(5)},
+            top_code(bits, rule), middle(bits, rule), **widths_of(tuple(widths[:used])),
             BITS=bits, DROP=read - bits, ROUNDS=rule != PREFIX and read > bits, WIDE=group_units > 16,
             HAS_BIAS=bias is not None, BLOCKS=config.BLOCKS, UNITS=1 if group_units == 1 else UNITS, BT=config.BT,
             num_warps=config.warps, num_stages=2, enable_fp_fusion=False,
@@ -101,6 +126,6 @@ def planes_of(widths: list[int], stored: int, bits: int, rule: int) -> tuple[int
     """(bits held by the planes that a slice reads, how many planes): whole planes, one bit more where it rounds."""
     need = bits if rule == PREFIX or bits == stored else bits + 1
     read = used = 0
-    while read < need:
+    while read < need and used < len(widths):
         read, used = read + widths[used], used + 1
     return read, used

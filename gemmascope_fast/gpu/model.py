@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from gemmascope_fast.gpu import nvcc
 from gemmascope_fast.gpu.devices import DEVICES, Device, roof_time
-from gemmascope_fast.gpu.specs import L0, D, F, KernelSpec, all_specs
+from gemmascope_fast.gpu.specs import L0, OUT, D, F, KernelSpec, all_specs
 
 
 class CudaWork(NamedTuple):
@@ -30,6 +30,12 @@ def loops() -> list[dict[str, Any]]:
         names = ("encode exact, T 1", "gather, T 1", "splice, T 1")
         rows.append(_row(device, "fused loop in Triton, T 1", [specs[n] for n in names], 4 * D * (F + L0)))
         rows.append(_row(device, "fused loop in CUDA C++, T 1", fused, 4 * D * (F + L0)))
+        for bits in (8, 4, 2):
+            nested = [CudaWork(*nvcc.cost(name)) for name in ("round_token", f"matryoshka_few<{bits}, 1, true>")]
+            name = f"matryoshka_linear in CUDA C++, {bits} bits, T 1"
+            rows.append(_row(device, name, nested, OUT * D * bits // 8))
+            weights = [specs[f"matryoshka_dequantize {bits} bits"]]
+            rows.append(_row(device, f"matryoshka_dequantize, {bits} bits", weights, OUT * D * bits // 8 + 4 * OUT * D))
         rows.append(_row(device, "decode fp32, N 1", [specs["decode fp32, N 1"]], 4 * L0 * D))
     return rows
 

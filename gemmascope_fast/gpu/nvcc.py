@@ -12,7 +12,7 @@ from typing import Any
 from gemmascope_fast.errors import BackendError
 from gemmascope_fast.gpu.aot import Binary
 from gemmascope_fast.gpu.devices import ARCHS, model_times, occupancy
-from gemmascope_fast.gpu.specs import L0, WORDS, D, F
+from gemmascope_fast.gpu.specs import L0, OUT, WORDS, D, F
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 # No contraction: the order and the rounding of every sum is part of the contract.
@@ -60,27 +60,45 @@ def _row(path: Path, arch: str, name: str, registers: int, spilled: int, shared:
     share = occupancy(ARCHS[arch], warps, registers, shared)
     plain = _plain(name)
     binary = Binary(f"{path.stem}: {plain}", arch, registers, spilled, shared, share)
-    moved, operations = cost(plain)
+    moved, operations, kind = cost(plain)
     return {
         "source": "cuda",
         **vars(binary),
         "bytes": moved,
         "operations": operations,
-        "operations_kind": "fp32",
-        "model_microseconds": model_times(arch, moved, operations, "fp32"),
+        "operations_kind": kind,
+        "model_microseconds": model_times(arch, moved, operations, kind),
         "faults": binary.faults(),
     }
 
 
-def cost(kernel: str) -> tuple[int, int]:
-    """Model: (bytes, operations) of one launch of a kernel, named as `encode_few<4, true, float>`, at the shape of
-    specs.py; kernels for many tokens at 1,024."""
+# Shifts and merges that make 32 codes of one row from planes of so many bits (csrc/cuda/matryoshka.cu): two a plane and
+# quad, planes 1 and 2 as one after four that pair them, one less where the bits lie in their place.
+UNPACK = {2: 14, 3: 31, 4: 32, 6: 46, 8: 60}
+
+
+def cost(kernel: str) -> tuple[int, int, str]:
+    """Model: (bytes, operations, their kind) of one launch of a kernel, named as `encode_few<4, true, float>`, at the
+    shape of specs.py; kernels for many tokens at 1,024."""
     name, _, inside = kernel.rstrip(">").partition("<")
-    arguments = [a.strip().split("::")[-1] for a in inside.split(",")]
+    arguments = [re.sub(r"^\(\w+\)", "", a.strip()).split("::")[-1] for a in inside.split(",")]
+    if name == "round_token":
+        return 5 * D + 8, 16 * D, "fp32"
+    if name == "matryoshka_few":
+        bits, T, weights = int(arguments[0]), int(arguments[1]), OUT * D
+        scales = 5 * OUT if arguments[2] in ("true", "1") else 3 * weights // 32
+        return weights * bits // 8 + scales + T * (D + 4 * OUT), weights // 32 * (UNPACK[bits] + 8 * T), "int32"
+    moved, operations = _float_cost(name, arguments)
+    return moved, operations, "fp32"
+
+
+def _float_cost(name: str, arguments: list[str]) -> tuple[int, int]:
+    if arguments[-1] not in ("float", "BF16", "F16", "signed char"):
+        raise ValueError(f"kernel: no cost is declared for {name!r}")
     size = {"float": 4, "BF16": 2, "F16": 2, "signed char": 1}[arguments[-1]]
     T = {"encode_tile": 1024, "decode_many": 1024}.get(name, 1)
     if name == "encode_few":
-        T = int(arguments[0].removeprefix("(int)"))
+        T = int(arguments[0])
     left = T * (WORDS * 8 + L0 * 4)
     if name.startswith("encode"):
         return size * D * F + T * D * 4 + 8 * F + left, 2 * T * D * F
@@ -91,7 +109,7 @@ def cost(kernel: str) -> tuple[int, int]:
         return rows + T * (L0 * 8 + 8 + D * 4), 2 * T * L0 * D
     if name == "splice_few":
         return rows + left + L0 * 8 + 2 * D * 4, 2 * L0 * D
-    raise ValueError(f"kernel: no cost is declared for {kernel!r}")
+    raise ValueError(f"kernel: no cost is declared for {name!r}")
 
 
 def _plain(mangled: str) -> str:

@@ -25,12 +25,16 @@ TRITON = {
     "decode": "decode",
     "sampled_dot": "decode",
     "matryoshka_linear": "matryoshka",
+    "matryoshka_pack": "planes",
+    "matryoshka_slice": "planes",
+    "matryoshka_dequantize": "planes",
 }
 
 # Where CUDA C++ is taken when it is there, and why.  Everything else is Triton's.
 PREFERRED = {
     "encode": "16 lanes of a half-warp hold the 16 accumulators and fold by shuffles; Triton pays shared memory for it",
     "decode": "a warp's width of columns a warp, features staged through shared memory",
+    "matryoshka_linear": "up to 4 tokens: planes' words are dp4a operands as they lie, two launches; Triton above",
 }
 
 CUDA_MISSING: str | None = None
@@ -94,13 +98,30 @@ def loop_choice() -> tuple[str, str]:
     return "none", "the package triton is not installed"
 
 
+def pick(op: str, wanted: str | None, args: tuple[Any, ...]) -> str:
+    """The backend for one call on CUDA, where `wanted` is asked for by name.
+
+    A call of an op that `wanted` has no kernel of was refused before it came here; what comes with such a name is a
+    step of another op (Op.step).  BackendError where CUDA C++ is asked for and has no kernel for these arguments.
+    """
+    asked = wanted in ("triton", "cuda") and missing(op, str(wanted)) is None
+    name = str(wanted) if asked else choice(op)[0]
+    if name == "cuda" and op == "matryoshka_linear":
+        from gemmascope_fast.gpu.matryoshka import CUDA_PREFERRED, cuda_refuses
+
+        why = cuda_refuses(*args)
+        if asked and why is not None:
+            raise BackendError(f"backend 'cuda' cannot serve {op} with {why}")
+        if not asked and (why is not None or args[0].shape[0] > CUDA_PREFERRED):
+            name = "triton"
+    return "triton" if name == "none" else name
+
+
 def _serve(op: str) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
         from gemmascope_fast import backends
 
-        wanted = backends.requested()
-        name = wanted if wanted in ("triton", "cuda") else choice(op)[0]
-        return launcher(op, "triton" if name == "none" else name)(*args)
+        return launcher(op, pick(op, backends.requested(), args))(*args)
 
     return serve
 

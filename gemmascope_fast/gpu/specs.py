@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemmascope_fast.gpu import decode, encode, loop, matryoshka, screen, tensor
+from gemmascope_fast.gpu import decode, encode, loop, matryoshka, planes, screen, tensor
+from gemmascope_fast.ops._planes import WIDTHS
 
 D, F, L0 = 2304, 16_384, 80
 WORDS = F // 32
@@ -150,6 +151,7 @@ def sampled_dot_specs() -> list[KernelSpec]:
 
 
 OUT = 9216  # of a Gemma 2 2B gate projection, whose in_features are D
+PLANES = dict.fromkeys(("p0", "p1", "p2", "p3", "p4"), "*u8")
 
 
 def matryoshka_specs() -> list[KernelSpec]:
@@ -157,15 +159,14 @@ def matryoshka_specs() -> list[KernelSpec]:
         **_types(
             {"q": "i8", "s": "fp32", "qsum": "i32", "scale": "fp32", "zero": "u8", "bias": "fp32", "y": "fp32"}, ""
         ),
-        **dict.fromkeys(("p0", "p1", "p2", "p3", "p4"), "*u8"),
+        **PLANES,
         **dict.fromkeys(["T", "out", "blocks", "units", "groups", "group_units", "top"], "i32"),
         "mid": "fp32",
     }
     specs = []
     for T, bits in ((1, 8), (1, 4), (1, 2), (64, 8), (64, 4), (64, 2)):
-        widths = {8: (2, 1, 1, 2, 2), 4: (2, 1, 1, 0, 0), 2: (2, 0, 0, 0, 0)}[bits]
         c = matryoshka.config_for(T)
-        constants = {f"W{i}": w for i, w in enumerate(widths)} | {
+        constants = planes.widths_of(WIDTHS[bits]) | {
             "BITS": bits, "DROP": 0, "ROUNDS": False, "WIDE": True, "HAS_BIAS": False,
             "BLOCKS": c.BLOCKS, "UNITS": matryoshka.UNITS, "BT": c.BT,
         }  # fmt: skip
@@ -174,6 +175,41 @@ def matryoshka_specs() -> list[KernelSpec]:
                 f"matryoshka_linear {bits} bits, T {T}", "matryoshka_linear", "matryoshka_linear_kernel", types,
                 constants, c.warps, 2, OUT * D * bits // 8 + 5 * OUT + T * (D + 4 * OUT), 2 * T * OUT * D, "int8",
                 T == 1, ("out", "units"),
+            )
+        )  # fmt: skip
+    return specs
+
+
+def planes_specs() -> list[KernelSpec]:
+    """Pack to 8 and to 4 bits; slice and dequantise at 8, 4 and 2, and the paper's 4 of 6 bits, which rounds."""
+    weights, integers = OUT * D, dict.fromkeys(("out", "width", "blocks", "units", "top"), "i32")
+    specs = [
+        KernelSpec(
+            f"matryoshka_pack {bits} bits", "matryoshka_pack", "matryoshka_pack_kernel",
+            {"code_ptr": "*u8", **PLANES, **integers}, {**planes.widths_of(WIDTHS[bits]), "UNITS": planes.UNITS},
+            planes.WARPS, 3, weights + weights * bits // 8, 0, "fp32", True, ("out", "width"),
+        )
+        for bits in (8, 4)
+    ]  # fmt: skip
+    for bits, read in ((8, 8), (4, 4), (4, 6), (2, 2)):
+        constants = {
+            **planes.widths_of(WIDTHS[read]), "DROP": read - bits, "ROUNDS": read > bits, "UNITS": planes.UNITS,
+        }  # fmt: skip
+        name = f"{bits} bits{' rounded' if read > bits else ''}"
+        specs.append(
+            KernelSpec(
+                f"matryoshka_slice {name}", "matryoshka_slice", "matryoshka_slice_kernel",
+                {**PLANES, "code_ptr": "*u8", **integers}, constants, planes.WARPS, 3,
+                weights * read // 8 + weights, 0, "fp32", True, ("out", "width"),
+            )
+        )  # fmt: skip
+        scales = {"scale_ptr": "*fp16", "zero_ptr": "*u8", "weight_ptr": "*fp32"}
+        more = {"groups": "i32", "group_units": "i32", "mid": "fp32"}
+        specs.append(
+            KernelSpec(
+                f"matryoshka_dequantize {name}", "matryoshka_dequantize", "matryoshka_dequantize_kernel",
+                {**PLANES, **scales, **integers, **more}, {**constants, "BITS": bits}, planes.WARPS, 3,
+                weights * read // 8 + weights // 32 * 3 + 4 * weights, 2 * weights, "fp32", True, ("out", "width"),
             )
         )  # fmt: skip
     return specs
@@ -270,4 +306,5 @@ def all_specs() -> list[KernelSpec]:
         *splice_specs(),
         *sampled_dot_specs(),
         *matryoshka_specs(),
+        *planes_specs(),
     ]

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemmascope_fast.ops._planes import UNIT
+
 MODES = ("prefix", "matquant")
-UNIT = 32  # weights of one row that lie together in a plane: the smallest group
 
 
 def check_bits(bits: int, name: str = "bits") -> int:

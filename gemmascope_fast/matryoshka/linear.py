@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gemmascope_fast.matryoshka.codes import check_bits, check_mode, quantize
 from gemmascope_fast.matryoshka.planes import Packed, in_huge_pages
-from gemmascope_fast.ops.matryoshka_linear import EXTRA, MATQUANT, PREFIX, matryoshka_linear
+from gemmascope_fast.ops._planes import rule_of
+from gemmascope_fast.ops.matryoshka_linear import matryoshka_linear
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -70,7 +71,7 @@ class MatryoshkaMatrix(nn.Module):
         check_mode(mode, extra)
         planes = self.packed.read(bits, mode)
         self.bits, self.mode, self.extra_precision = bits, mode, extra
-        self._reads, self._rule = len(planes), PREFIX if mode == "prefix" else EXTRA if extra else MATQUANT
+        self._reads, self._rule = len(planes), rule_of(mode, extra)
         self._changed()
         return self
 

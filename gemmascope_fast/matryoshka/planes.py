@@ -19,29 +19,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gemmascope_fast.matryoshka.codes import (
-    UNIT,
-    Codes,
-    check_bits,
-    check_mode,
-    grid,
-    group_count,
-    slice_codes,
-)
-
-ROWS = 16  # rows of a block: the int32 lanes of a 512-bit register
-
-# Planes that hold a flat code of so many bits.  Those of 2, 3, 4 and 6 are the first planes of 8.
-WIDTHS: dict[int, tuple[int, ...]] = {
-    1: (1,),
-    2: (2,),
-    3: (2, 1),
-    4: (2, 1, 1),
-    5: (2, 1, 1, 1),
-    6: (2, 1, 1, 2),
-    7: (2, 1, 1, 2, 1),
-    8: (2, 1, 1, 2, 2),
-}
+from gemmascope_fast.matryoshka.codes import Codes, check_bits, check_mode, group_count, slice_codes
+from gemmascope_fast.ops._planes import PREFIX, ROWS, UNIT, WIDTHS, add_overflow, rule_of, unblocked
+from gemmascope_fast.ops.matryoshka_dequantize import dequantize, on_grid
+from gemmascope_fast.ops.matryoshka_pack import matryoshka_pack
+from gemmascope_fast.ops.matryoshka_slice import matryoshka_slice, resliced, unpack
 
 
 def bits_read(bits: int, mode: str = "prefix", stored: int = 8) -> int:
@@ -85,43 +67,8 @@ def in_huge_pages(plane: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, stored: int = 8) -> tuple[Tensor, ...]:
-    """Codes uint8 [out, in] below 2^stored → planes, most significant first."""
-    rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % UNIT, 0, -rows % ROWS))
-    # [block, lane, unit, quad, c] → [block, unit, quad, lane, c]
-    tiles = padded.reshape(-(-rows // ROWS), ROWS, -(-columns // UNIT), 8, 4).permute(0, 2, 3, 1, 4)
-    planes, left = [], stored
-    for width in WIDTHS[check_bits(stored, "stored")]:
-        left -= width
-        field = (tiles >> left) & ((1 << width) - 1)
-        per_byte = 8 // width
-        folded = field.reshape(*tiles.shape[:2], width, per_byte, ROWS, 4)
-        shifts = (torch.arange(per_byte, dtype=torch.uint8, device=codes.device) * width).reshape(-1, 1, 1)
-        planes.append((folded << shifts).sum(3, dtype=torch.uint8).reshape(*tiles.shape[:2], 64 * width))
-    return tuple(planes)
-
-
-def unpack(planes: tuple[Tensor, ...], widths: tuple[int, ...]) -> Tensor:
-    """Planes [blocks, units, 64·width] → codes uint8 [16·blocks, 32·units]."""
-    blocks, units = planes[0].shape[:2]
-    code = torch.zeros(blocks, units, 8, ROWS, 4, dtype=torch.uint8, device=planes[0].device)
-    for plane, width in zip(planes, widths, strict=True):
-        per_byte = 8 // width
-        shifts = (torch.arange(per_byte, dtype=torch.uint8, device=plane.device) * width).reshape(-1, 1, 1)
-        field = (plane.reshape(blocks, units, width, 1, ROWS, 4) >> shifts) & ((1 << width) - 1)
-        code = (code << width) | field.reshape(code.shape)
-    return code.permute(0, 3, 1, 2, 4).reshape(blocks * ROWS, units * UNIT)
-
-
-def resliced(codes: Tensor, held: int, bits: int, mode: str, extra_precision: bool = False) -> Tensor:
-    """`held`-bit codes → r-bit codes: the low bits dropped, or rounded once (matquant)."""
-    if held == bits:
-        return codes
-    if mode == "prefix":
-        return codes >> (held - bits)
-    top = 1 << bits if extra_precision else (1 << bits) - 1
-    shift = held - bits
-    return ((codes.to(torch.int16) + (1 << (shift - 1))) >> shift).clamp(max=top).to(torch.uint8)
+    """Codes uint8 [out, in] below 2^stored → planes, most significant first: op `matryoshka_pack`."""
+    return tuple(matryoshka_pack.step(codes, check_bits(stored, "stored")))
 
 
 def blocked(value: Tensor) -> Tensor:
@@ -129,11 +76,6 @@ def blocked(value: Tensor) -> Tensor:
     rows, groups = value.shape
     padded = torch.nn.functional.pad(value, (0, 0, 0, -rows % ROWS))
     return padded.reshape(-1, ROWS, groups).transpose(1, 2).contiguous()
-
-
-def unblocked(value: Tensor, rows: int) -> Tensor:
-    """[out/16, groups, 16] → [out, groups]."""
-    return value.transpose(1, 2).reshape(-1, value.shape[1])[:rows]
 
 
 @dataclass(frozen=True)
@@ -219,9 +161,9 @@ class Packed:
         """The codes back, lossless; ValueError where fewer than 8 bits are stored."""
         if self.stored != 8:
             raise ValueError(f"stored: expected the 8-bit code, got a copy of {self.stored} bits")
-        q = unpack(self.planes, self.widths)[: self.out_features, : self.in_features]
+        q = matryoshka_slice.step(list(self.planes), self.out_features, self.in_features, 8, PREFIX)
         scale, zero = (unblocked(v, self.out_features).contiguous() for v in (self.scale, self.zero_point))
-        return Codes(q.contiguous(), scale, zero, self.group_size)
+        return Codes(q, scale, zero, self.group_size)
 
     def read(self, bits: int, mode: str | None = None) -> tuple[Tensor, ...]:
         """The planes, and no more, that a slice to `bits` touches."""
@@ -242,10 +184,8 @@ class Packed:
         """r-bit codes uint8 [out, in]."""
         mode = self.mode if mode is None else mode
         check_mode(mode, extra_precision)
-        held = self._check_read(bits, mode)
-        planes = self.read(bits, mode)
-        code = unpack(planes, self.widths[: len(planes)])[: self.out_features, : self.in_features]
-        code = resliced(code, held, bits, mode, extra_precision)
+        planes, rule = list(self.read(bits, mode)), rule_of(mode, extra_precision)
+        code = matryoshka_slice.step(planes, self.out_features, self.in_features, bits, rule)
         if self.overflow is not None:
             code = add_overflow(code, *self.overflow)
         return code
@@ -254,7 +194,18 @@ class Packed:
         """The weights at a width, fp32 [out, in]; without `bits` at the stored one."""
         bits = self.stored if bits is None else bits
         mode = self.mode if mode is None else mode
-        return self._on_grid(self.sliced(bits, mode, extra_precision), slice(None), bits, mode)
+        check_mode(mode, extra_precision)
+        return dequantize(
+            list(self.read(bits, mode)),
+            self.scale,
+            self.zero_point,
+            self.overflow,
+            self.out_features,
+            self.in_features,
+            self.group_size or 0,
+            bits,
+            rule_of(mode, extra_precision),
+        )
 
     def rows(self, index: Tensor, bits: int, mode: str | None = None) -> Tensor:
         """Some rows' weights, fp32 [n, in]: only those rows' bytes are read."""
@@ -269,18 +220,13 @@ class Packed:
             shifts = (torch.arange(8 // width, dtype=torch.uint8, device=index.device) * width).reshape(-1, 1)
             field = (taken[:, :, :, None] >> shifts) & ((1 << width) - 1)
             code = (code << width) | field.reshape(code.shape)
-        flat = resliced(code.flatten(1)[:, : self.in_features], held, bits, mode)
+        flat = resliced(code.flatten(1)[:, : self.in_features], held, bits, rule_of(mode))
         if self.overflow is not None:
             crow, col = self.overflow
             for i, row in enumerate(index.tolist()):
                 flat[i, col[crow[row] : crow[row + 1]].long()] += 1
-        return self._on_grid(flat, index.long(), bits, mode)
-
-    def _on_grid(self, code: Tensor, index: Tensor | slice, bits: int, mode: str) -> Tensor:
-        scale, zero = (unblocked(v, self.out_features)[index].float() for v in (self.scale, self.zero_point))
-        if self.group_size is not None:
-            scale, zero = (v.repeat_interleave(self.group_size, 1)[:, : self.in_features] for v in (scale, zero))
-        return scale * (grid(code, bits, mode) - zero)
+        scale, zero = (unblocked(v, self.out_features)[index.long()] for v in (self.scale, self.zero_point))
+        return on_grid(flat, scale, zero, self.group_size or 0, bits, rule_of(mode))
 
     def materialize(self, bits: int, mode: str | None = None, extra_precision: bool = False) -> Packed:
         """A flat copy of exactly `bits` bits a weight, for serving; extra precision as a sparse list beside it."""
@@ -324,15 +270,6 @@ def overflow_list(above: Tensor) -> tuple[Tensor, Tensor]:
     from gemmascope_fast.ops._csr import from_mask
 
     return from_mask(above)
-
-
-def add_overflow(code: Tensor, crow: Tensor, col: Tensor) -> Tensor:
-    """r-bit codes with one added at the listed weights."""
-    from gemmascope_fast.ops._csr import row_indices
-
-    code = code.clone()
-    code[row_indices(crow), col.long()] += 1
-    return code
 
 
 __all__ = ["ROWS", "WIDTHS", "Packed", "bits_read", "pack", "slice_codes", "unpack"]

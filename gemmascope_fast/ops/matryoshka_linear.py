@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._library import Cost, register, register_autograd
-
-PREFIX, MATQUANT, EXTRA = 0, 1, 2  # `rule`: how bits that are stored below the slice are dropped
+from gemmascope_fast.ops._planes import check_planes, check_scales
+from gemmascope_fast.ops.matryoshka_dequantize import dequantize
 
 SCHEMA = (
     "matryoshka_linear(Tensor x, Tensor[] planes, Tensor scale, Tensor zero_point, Tensor? bias, Tensor? mean,"
@@ -45,18 +45,8 @@ def matryoshka_linear_reference(
     [out/16, groups, 16]; bias [out], mean [in]; group_size 0: one group a row → fp32 [N, out].
     """
     check(x, planes, scale, zero_point, bias, mean, out_features, group_size, bits, rule)
-    weight = dequantize(
-        x.shape[1],
-        planes,
-        scale,
-        zero_point,
-        overflow_crow,
-        overflow_col,
-        out_features,
-        group_size,
-        bits,
-        rule,
-    )
+    overflow = None if overflow_crow is None or overflow_col is None else (overflow_crow, overflow_col)
+    weight = dequantize(planes, scale, zero_point, overflow, out_features, x.shape[1], group_size, bits, rule)
     centred = x.float() if mean is None else x.float() - mean.float()
     if exact:
         y = centred @ weight.t()
@@ -66,47 +56,15 @@ def matryoshka_linear_reference(
     return y if bias is None else y + bias.float()
 
 
-def dequantize(
-    in_features: int,
-    planes: list[Tensor],
-    scale: Tensor,
-    zero_point: Tensor,
-    overflow_crow: Tensor | None,
-    overflow_col: Tensor | None,
-    out_features: int,
-    group_size: int,
-    bits: int,
-    rule: int,
-) -> Tensor:
-    """W_r fp32 [out, in]."""
-    from gemmascope_fast.matryoshka.codes import grid
-    from gemmascope_fast.matryoshka.planes import WIDTHS, add_overflow, resliced, unblocked, unpack
-
-    stored = stored_bits(planes)
-    mode = "prefix" if rule == PREFIX else "matquant"
-    code = unpack(tuple(planes), WIDTHS[stored])[:out_features, :in_features]
-    code = resliced(code, stored, bits, mode, rule == EXTRA)
-    if overflow_crow is not None and overflow_col is not None:
-        code = add_overflow(code, overflow_crow, overflow_col)
-    alpha, zero = (unblocked(v, out_features).float() for v in (scale, zero_point))
-    if group_size:
-        alpha, zero = (v.repeat_interleave(group_size, 1)[:, :in_features] for v in (alpha, zero))
-    return alpha * (grid(code, bits, mode) - zero)
-
-
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """x fp32 [N, in] → (int8 [N, in], scale fp32 [N]); a token that is not finite has codes 0 and scale NaN."""
     finite = torch.isfinite(x).all(1)
     x = torch.where(finite[:, None], x, torch.zeros_like(x))
     tiny = torch.finfo(torch.float32).tiny
-    s = (x.abs().amax(1) / 127).clamp(min=tiny) if x.shape[1] else x.new_full((x.shape[0],), tiny)
+    # by a tensor: on CUDA a division by a number is a product with its reciprocal, which is not rounded the same
+    s = (x.abs().amax(1) / x.new_full((), 127.0)).clamp(min=tiny) if x.shape[1] else x.new_full((x.shape[0],), tiny)
     q = (x / s[:, None]).round().clamp(-127, 127).to(torch.int8)
     return q, torch.where(finite, s, torch.full_like(s, float("nan")))
-
-
-def stored_bits(planes: list[Tensor]) -> int:
-    # int(): the planes' widths are constants under dynamic shapes too
-    return sum(int(p.shape[-1]) for p in planes) // 64
 
 
 def check(
@@ -122,25 +80,13 @@ def check(
     rule: int,
 ) -> None:
     """What the native kernel checks, for the reference."""
-    from gemmascope_fast.matryoshka.planes import WIDTHS
-
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() != 2 or x.shape[1] > MAX_IN:
         raise ValueError(f"x: expected [N, in_features <= {MAX_IN}], got {tuple(x.shape)}")
-    blocks, units = -(-out_features // 16), -(-x.shape[1] // 32)
-    stored = stored_bits(planes)
-    if not 1 <= bits <= stored <= 8:
-        raise ValueError(f"bits: expected a width from 1 to the {stored} stored, got {bits}")
-    if rule not in (PREFIX, MATQUANT, EXTRA):
-        raise ValueError(f"rule: expected 0, 1 or 2, got {rule}")
-    if [p.shape for p in planes] != [(blocks, units, 64 * w) for w in WIDTHS[stored]]:
-        shapes = [tuple(p.shape) for p in planes]
-        raise ValueError(f"planes: expected {out_features} × {x.shape[1]} in {stored} bits, got {shapes}")
-    groups = -(-x.shape[1] // group_size) if group_size else 1
+    check_planes(planes, out_features, x.shape[1], bits, rule)
+    check_scales(scale, zero_point, out_features, x.shape[1], group_size)
     for name, tensor, shape in (
-        ("scale", scale, (blocks, groups, 16)),
-        ("zero_point", zero_point, (blocks, groups, 16)),
         ("bias", bias, (out_features,)),
         ("mean", mean, (x.shape[1],)),
     ):
@@ -173,7 +119,9 @@ def _backward(ctx, grad):
     scale, zero_point, crow, col, *planes = ctx.saved_tensors
     dx = dbias = dmean = None
     if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
-        weight = dequantize(ctx.in_features, planes, scale, zero_point, crow, col, *ctx.numbers)
+        out, *more = ctx.numbers
+        overflow = None if crow is None else (crow, col)
+        weight = dequantize(planes, scale, zero_point, overflow, out, ctx.in_features, *more)
         product = grad @ weight
         dx = product.to(ctx.dtype) if ctx.needs_input_grad[0] else None
         dmean = -product.sum(0) if ctx.needs_input_grad[5] else None

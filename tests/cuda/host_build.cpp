@@ -3,6 +3,7 @@
 #include "cuda/compact.cu"
 #include "cuda/decode.cu"
 #include "cuda/encode.cu"
+#include "cuda/matryoshka.cu"
 #include "cuda/splice.cu"
 
 using HostLaunch = gsf::cuda::Launcher;
@@ -33,9 +34,20 @@ void gsf_host_splice(const gsf::cuda::SpliceArgs* args, int dtype, int order, ui
   const HostLaunch launch{static_cast<gsf::host::Order>(order), seed, g_last_alone};
   gsf::cuda::splice_tokens(launch, *args, static_cast<gsf::Dtype>(dtype));
 }
+
+void gsf_host_round_tokens(const gsf::cuda::TokensArgs* args, int, int order, uint64_t seed) {
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed, g_last_alone};
+  gsf::cuda::round_tokens(launch, *args);
+}
+
+void gsf_host_matryoshka(const gsf::cuda::MatryoshkaArgs* args, int, int order, uint64_t seed) {
+  const HostLaunch launch{static_cast<gsf::host::Order>(order), seed, g_last_alone};
+  gsf::cuda::matryoshka_rows(launch, *args);
+}
 }
 
 #ifdef GSF_MAIN
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -244,6 +256,8 @@ int check_splice(int64_t T, int64_t d, int64_t F, float shift, bool error, bool 
   return 0;
 }
 
+#include "host_matryoshka.h"
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -271,6 +285,9 @@ int main(int argc, char** argv) {
       if (check_splice(3, 33, 70, 9.0f, error, false, lack, launch) != 0) return 1;
     }
     if (check_splice(3, 33, 70, 9.0f, error, true, 0, launch) != 0) return 1;
+  }
+  for (const auto& c : kMatryoshkaCases) {
+    if (check_matryoshka(c, launch) != 0) return 1;
   }
   // more words than a block has threads
   if (check_splice(1, 4, 8300, -0.5f, false, false, 0, launch) != 0) return 1;

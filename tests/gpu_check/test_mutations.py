@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from cuda_host import ORDERS, ROOT, build_program, run_program
 
-FILES = ("encode.cu", "compact.cu", "decode.cu", "splice.cu", "block.h")
+FILES = ("encode.cu", "compact.cu", "decode.cu", "splice.cu", "matryoshka.cu", "block.h")
 BARRIERS = [
     (file, number)
     for file in FILES
@@ -57,6 +57,38 @@ EDITS = [
     ("splice.cu", "!(old < amount)", "old >= amount", "plain"),
     ("splice.cu", "amount == 1.0f ? 0.0f : ", "", "plain"),
     ("splice.cu", "if (delta == 0.0f) continue;", "", "plain"),
+    ("matryoshka.cu", "if (k >= a.d) return 0.0f;", "if (k > a.d) return 0.0f;", "address"),
+    ("matryoshka.cu", "u < a.units) add_unit", "u <= a.units) add_unit", "address"),
+    ("matryoshka.cu", "t0 + t < a.T ? t0 + t : a.T - 1", "t0 + t", "address"),
+    ("matryoshka.cu", "finishes && o < a.out", "finishes && o <= a.out", "address"),
+    ("matryoshka.cu", "t < TT && t0 + t < a.T", "t < TT && t0 + t <= a.T", "address"),
+    ("matryoshka.cu", "t < TT && t0 + t < a.T", "t < TT - (TT > 1) && t0 + t < a.T", "plain"),
+    ("matryoshka.cu", "end < words ? end : words", "end", "address"),
+    ("matryoshka.cu", "w < last; w += 32", "w + 1 < last; w += 32", "plain"),
+    ("matryoshka.cu", "half = 16; half >= 4;", "half = 8; half >= 4;", "plain"),
+    ("matryoshka.cu", "if (lane() < 4) parts", "if (lane() < 3) parts", "plain"),
+    ("matryoshka.cu", "other > v ? other : v", "other > v && lane() != 0 ? other : v", "plain"),
+    ("matryoshka.cu", "i < kWarps; ++i) v =", "i < kWarps - 1; ++i) v =", "plain"),
+    ("matryoshka.cu", "(size < kInfinity ? size : kInfinity)", "size", "plain"),
+    ("matryoshka.cu", "exact > kTiny ? exact", "exact >= 0.0f ? exact", "plain"),
+    ("matryoshka.cu", "a.group_units > 16", "a.group_units > 15", "plain"),
+    ("matryoshka.cu", "add_rn(whole, mul_rn(a.mid, sum))", "whole", "plain"),
+    ("matryoshka.cu", "if (units < f.end) return;", "if (units <= f.end) return;", "plain"),
+    ("matryoshka.cu", "  f.dot = 0;", "", "plain"),
+    ("matryoshka.cu", "        dot[i / 4][i % 4] = 0;", "", "plain"),
+    ("matryoshka.cu", "i < count; ++i) add_part", "i < count - 1; ++i) add_part", "plain"),
+    ("matryoshka.cu", "a.rounds ? drop - 1 : drop", "drop", "plain"),
+    ("matryoshka.cu", ", in_bytes(a.top))", ", in_bytes(255))", "plain"),
+    (
+        "matryoshka.cu",
+        "(c >> 1 & in_bytes(127)) + (c & in_bytes(1))",
+        "(c + in_bytes(1)) >> 1 & in_bytes(127)",
+        "plain",
+    ),
+    ("matryoshka.cu", "high << 1 & in_bytes(0xAA)", "high & in_bytes(0xAA)", "plain"),
+    ("matryoshka.cu", "moved<from - low>", "moved<from>", "plain"),
+    ("matryoshka.cu", "a.stored > a.bits) code", "a.stored > a.bits + 1) code", "plain"),
+    ("matryoshka.cu", "a.half_scale)", "!a.half_scale)", "address"),
     ("block.h", "inside = k + j < d", "inside = k + j <= d", "address"),
     ("block.h", "k < d; k += 16", "k + 16 < d; k += 16", "plain"),
     ("block.h", "int half = 8; half > 0", "int half = 4; half > 0", "plain"),
@@ -99,6 +131,11 @@ def test_an_edit_is_noticed(file, before, after, sanitizer, sources, tmp_path):
 # 32-bit offsets where 64 are needed: file, text, what it becomes
 NARROW = [
     ("encode.cu", "const int64_t at = t * a.words + word;", "const int at = static_cast<int>(t * a.words + word);"),
+    (
+        "matryoshka.cu",
+        "a.planes[p] + (tile * plane_width(R, p) + v) * 64 + first * 4",
+        "a.planes[p] + static_cast<int>((tile * plane_width(R, p) + v) * 64 + first * 4)",
+    ),
     ("decode.cu", "a.out[n * a.d + k] = fits", "a.out[static_cast<int>(n * a.d + k)] = fits"),
     ("compact.cu", "e.slots[(row + word) * kSlots + rank]", "e.slots[static_cast<int>((row + word) * kSlots + rank)]"),
 ]
@@ -106,7 +143,7 @@ NARROW = [
 
 @pytest.mark.parametrize(("file", "before", "after"), NARROW)
 def test_a_narrow_offset_is_noticed(file, before, after, sources):
-    """By tests/test_cuda_host.py, in a copy and a process of its own: what it then reads may not be there."""
+    """By tests/test_cuda_host*.py, in a copy and a process of its own: what it then reads may not be there."""
     tree = sources.parent
     shutil.copytree(ROOT / "tests", tree / "tests")
     (tree / "gemmascope_fast").symlink_to(ROOT / "gemmascope_fast")
@@ -118,6 +155,7 @@ def test_a_narrow_offset_is_noticed(file, before, after, sources):
         "-p",
         "no:cacheprovider",
         "tests/test_cuda_host.py",
+        "tests/test_cuda_host_matryoshka.py",
         "-k",
         "beyond",
     ]

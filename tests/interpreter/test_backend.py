@@ -7,7 +7,7 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import decode, encode, launch, loop, matryoshka, screen, tensor
+from gemmascope_fast.gpu import decode, encode, launch, loop, matryoshka, planes, screen, tensor
 
 
 def test_triton_serves_when_asked_by_name(same_bytes):
@@ -52,7 +52,7 @@ def calls():
     code, code2, table = ops.screen_rows(W, b, theta, bias, True)
     from test_matryoshka import layer_args
 
-    x8, planes, *rest = layer_args(16, 32, 2, 8)
+    x8, bits, *rest = layer_args(16, 32, 2, 8)
     edits = loop.EditTable.of([], 40)
     return {
         "encode": (encode.encode, [x, W, b, theta]),
@@ -63,7 +63,11 @@ def calls():
         "sampled_dot": (decode.sampled_dot, [x, rows, b, crow, col]),
         "splice": (lambda *a: loop.splice(*a, edits), [x, W, b, theta, rows, bias]),
         "matryoshka_linear": (lambda x8, plane, scale: matryoshka.matryoshka_linear(
-            x8, [plane, *planes[1:]], scale, *rest[1:]), [x8, planes[0], rest[0]]),
+            x8, [plane, *bits[1:]], scale, *rest[1:]), [x8, bits[0], rest[0]]),
+        "matryoshka_slice": (lambda *a: planes.matryoshka_slice(list(a), 16, 32, 8, 0), bits),
+        "matryoshka_dequantize": (
+            lambda *a: planes.matryoshka_dequantize(list(a[:5]), *a[5:], 16, 32, 0, 8, 0), [*bits, *rest[:2]],
+        ),
     }  # fmt: skip
 
 
