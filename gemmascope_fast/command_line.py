@@ -60,9 +60,9 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """ValueError where --json, --plot or --html could not be written, and --plot without its extra: asked before the
-    minutes are spent."""
-    for name in ("json", "plot", "html"):
+    """ValueError where --json, --plot, --html or --trace could not be written, and --plot without its extra: asked
+    before the minutes are spent."""
+    for name in ("json", "plot", "html", "trace"):
         path = getattr(args, name, None)
         if path is None:
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemmascope_fast import backends
+from gemmascope_fast.command_line import check_outputs, write_json
 from gemmascope_fast.ops._library import OPS
 from gemmascope_fast.roof import Roof, measure
 
@@ -229,6 +229,9 @@ def run_profile(args: argparse.Namespace) -> int:
     from gemmascope_fast.attach.structure import Structure
     from gemmascope_fast.demo_model import load_model, load_pair
 
+    check_outputs(args)
+    if args.tokens < 1:
+        raise ValueError(f"--tokens: expected at least 1, got {args.tokens}")
     if args.sae == "none":
         model, tokenizer = load_model(args.model)
         attached: Callable[[], Any] = nullcontext
@@ -249,7 +252,7 @@ def run_profile(args: argparse.Namespace) -> int:
     found = profile_loop(loop, layers, args.trace)
     _show(found, args)
     if args.json:
-        args.json.write_text(json.dumps(asdict(found), indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, asdict(found))
     return 0
 
 

@@ -10,4 +10,4 @@ apt-get download -q fortunes
 dpkg -x fortunes_*.deb .
 cd usr/share/games/fortunes
 # one after the other, without the lines that part them
-cat literature people science wisdom art law work humorists platitudes tao education medicine | grep -v '^%$' > "$out"
+cat people science wisdom art law work humorists platitudes tao education medicine | grep -v '^%$' > "$out"

@@ -1,8 +1,10 @@
 """What a bank reads in the background, and threads that share one: nothing hangs, nothing is lost."""
 
+import gc
 import random
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -30,6 +32,21 @@ def test_an_announcement_fills_the_device_then_the_host(tmp_path):
     assert bank.stats.hits == 1
     with pytest.raises(KeyError, match="expected one of"):
         bank.prefetch("other")
+
+
+def test_a_bank_that_is_dropped_leaves_memory_without_the_garbage_collector(tmp_path):
+    bank = Bank(release(tmp_path, 2))
+    bank.prefetch()
+    bank.settle()
+    for loader in [t for t in threading.enumerate() if t.name.startswith("gemmascope-fast")]:
+        loader.join(JOIN)
+    store = weakref.ref(bank._store)
+    gc.disable()
+    try:
+        del bank
+        assert store() is None
+    finally:
+        gc.enable()
 
 
 def test_an_announcement_leaves_alone_what_is_in_use(tmp_path):

@@ -1,5 +1,6 @@
 """The benchmark engine: verified before timed, paired, comparable, and able to say that something is wrong."""
 
+import gc
 import itertools
 import json
 from dataclasses import fields, replace
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from gemmascope_fast import cli
-from gemmascope_fast.bench import cases, command, compare, machine, peers, suite_ops, timing
+from gemmascope_fast.bank import Bank, BankedSAE
+from gemmascope_fast.bench import cases, command, compare, machine, peers, suite_bank, suite_ops, timing
 from gemmascope_fast.bench.cases import Case
 from gemmascope_fast.bench.checks import Truth, close
 from gemmascope_fast.bench.engine import Bench, Candidate, Work, WrongAnswer, roof_share, time_bench
@@ -100,6 +102,43 @@ def test_suites_verify_and_time_every_candidate(tiny, suite):
     # few tokens have a warm figure beside, which rests on one copy
     assert any(r.op.endswith("(warm)") for r in results.rows)
     assert all(r.key in results.ratios for r in results.rows if r.impl != "eager fp32")
+
+
+def test_a_banks_calls_go_round_its_saes_by_the_route_that_is_named(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(suite_bank.tempfile, "tempdir", str(tmp_path))
+    banks = []
+    monkeypatch.setattr(suite_bank, "Bank", lambda *a, **k: banks.append(Bank(*a, **k)) or banks[-1])
+    with torch.inference_mode():
+        bench = suite_bank.bank_bench(tiny, 1)
+        resident, one = banks
+        assert bench.missing == {}
+        ours, anew, eager = bench.candidates
+        assert (ours.impl, anew.impl, eager.impl) == ("ours", "ours, budget of one", "eager fp32")
+        assert len(resident) == cases.sae_copies(64 * 256, 1) == 4
+        assert ours.verdict.support_equal
+        assert ours.verdict.support_flips_vs_eager is not None
+        for candidate, bank, loads in ((ours, resident, 0), (anew, one, 8)):
+            before = bank.stats.loads
+            for _ in range(8):
+                assert torch.equal(candidate.call(), tiny.sae(tiny.x(1)))
+            assert bank.stats.loads - before == loads
+        assert len({resident[n].lease().module.W_enc.data_ptr() for n in resident}) == 4
+        assert one.held()["device"]["peak"] == one.held()["device"]["budget"] < 2 * one[next(iter(one))].nbytes
+        eager_calls = [eager.call() for _ in range(4)]
+        assert all(torch.allclose(y, tiny.sae(tiny.x(1)), rtol=1e-4, atol=1e-3) for y in eager_calls)
+        assert len(list(tmp_path.iterdir())) == 1
+        del bench, ours, anew, eager, candidate, bank
+        gc.collect()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bank_that_answers_something_else_is_not_timed(tiny, monkeypatch):
+    monkeypatch.setattr(BankedSAE, "__call__", lambda self, x: torch.zeros_like(x))
+    with torch.inference_mode():
+        bench = suite_bank.bank_bench(tiny, 1)
+    assert [c.impl for c in bench.candidates] == ["eager fp32"]
+    assert all("differs from the SAE by itself" in why for why in bench.missing.values())
+    assert set(bench.missing) == {"ours", "ours, budget of one"}
 
 
 def test_a_wrong_answer_is_not_timed():
@@ -268,3 +307,18 @@ def test_quick_is_small_and_unknown_names_are_refused(capsys):
     assert "--suite" in capsys.readouterr().err
     assert cli.main(["bench", "--device", "cuda"]) == 1
     assert "--device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--suite", "modules", "--op", "bank", "encod"], "op: expected among SAE, transcoder, bank, got encod"),
+        (["--tokens", "4", "0"], "tokens: expected at least 1, got 0"),
+        (["--seconds", "0"], "seconds: expected more than 0, got 0.0"),
+        (["--json", "no/such/folder.json"], "--json: expected a file in a folder that exists"),
+    ],
+)
+def test_what_cannot_be_timed_is_said_before_anything_is(monkeypatch, capsys, given, message):
+    monkeypatch.setattr("gemmascope_fast.bench.run.measured_roof", None)
+    assert cli.main(["bench", *given]) == 1
+    assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 line says what, status 1, and what was there before stays."""
 
 import errno
+import gzip
 import json
 import os
 import resource
@@ -87,6 +88,60 @@ def test_a_malformed_line_is_named(root, tmp_path, capsys, command, line):
     message = said(words(root, command, data, tmp_path), capsys)
     assert f"{data}, line 3: expected" in message
     assert message.startswith("gemmascope-fast ")
+
+
+@pytest.mark.parametrize("command", SOURCES)
+def test_half_a_surrogate_pair_and_json_too_deep_are_named(root, tmp_path, capsys, command):
+    good = (root / SOURCES[command]).read_text()
+    line = good.count("\n") + 1
+    own = words(root, command, tmp_path / "bad.jsonl", tmp_path)
+    (tmp_path / "bad.jsonl").write_text(good + good.splitlines()[0].replace(': "', ': "\\ud800') + "\n")
+    assert f"bad.jsonl, line {line}: expected text under" in said(own, capsys)
+    (tmp_path / "bad.jsonl").write_text(good + "[" * 200_000 + "\n")
+    assert f"bad.jsonl, line {line}: expected one JSON object" in said(own, capsys)
+
+
+def test_an_array_of_turns_that_is_too_deep_is_named(root, tmp_path, capsys):
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    assert "deep.json: expected a JSON array of turns" in said(
+        words(root, "conversation", tmp_path / "deep.json"), capsys
+    )
+
+
+@pytest.mark.parametrize("name", ["cut.jsonl.gz", "junk.jsonl.gz", "plain.txt.gz", "flipped.txt.gz"])
+def test_a_damaged_gzip_file_is_named(root, tmp_path, capsys, name):
+    packed = gzip.compress((root / "texts.jsonl").read_bytes())
+    flipped = bytearray(packed)
+    flipped[30] ^= 0xFF
+    contents = {"cut": packed[:-12], "junk": b"\x1f\x8b\x08\0junk", "plain": b"no gzip", "flipped": bytes(flipped)}
+    (tmp_path / name).write_bytes(contents[name.split(".")[0]])
+    assert f"{tmp_path / name}: expected a whole gzip file" in said(
+        words(root, "extract", tmp_path / name, tmp_path), capsys
+    )
+
+
+def test_a_damaged_page_of_a_parquet_file_is_named(root, tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"text": ["abc"] * 100}), path)
+    data = bytearray(path.read_bytes())
+    data[10:40] = b"\xff" * 30
+    path.write_bytes(data)
+    assert f"{path}: expected a Parquet file whose pages" in said(words(root, "extract", path, tmp_path), capsys)
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "message"),
+    [
+        ("extract", ["--device", "banana"], "--device: expected cpu, cuda or cuda:N, got 'banana'"),
+        ("models", ["--most", "-1"], "--most: expected at least 1, got -1"),
+        ("concepts", ["--reft-steps", "-1"], "--reft-steps: expected at least 1, got -1"),
+    ],
+)
+def test_numbers_and_names_that_mean_nothing_are_told(root, tmp_path, capsys, command, more, message):
+    assert message in said([*words(root, command, None, tmp_path), *more], capsys)
 
 
 # `extract` alone reads parts of any number; what holds a text together wants all of it

@@ -101,3 +101,17 @@ def stop():
 def test_unknown_model_is_one_line(capsys):
     assert cli.main(["profile", "--model", "/nonexistent", "--sae", "/nonexistent"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--trace", "no/such/trace.json"], "--trace: expected a file in a folder that exists"),
+        (["--json", "no/such/profile.json"], "--json: expected a file in a folder that exists"),
+        (["--tokens", "0"], "--tokens: expected at least 1, got 0"),
+    ],
+)
+def test_bad_input_is_said_before_a_model_is_loaded(monkeypatch, capsys, given, message):
+    monkeypatch.setattr("gemmascope_fast.demo_model.load_pair", None)
+    assert cli.main(["profile", *given]) == 1
+    assert message in capsys.readouterr().err

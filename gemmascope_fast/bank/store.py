@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
+from gemmascope_fast.bank.background import Background, Wanted
 from gemmascope_fast.bank.members import Member
 from gemmascope_fast.bank.packing import unpack
 from gemmascope_fast.bank.tiers import Slot, Tier
@@ -40,14 +40,6 @@ class Stats:
     prefetched: int = 0
     failed: int = 0
     error: Exception | None = None
-
-
-class Wanted(NamedTuple):
-    """An SAE to bring in the background; `spare` may not leave for it."""
-
-    name: str
-    spare: frozenset[str]
-    announced: bool
 
 
 class Lease:
@@ -95,8 +87,7 @@ class Store:
         self.separate = device.type != "cpu"
         self._changed = threading.Condition(threading.Lock())
         self._waiting: set[int] = set()
-        self._queue: deque[Wanted] = deque()
-        self._loader: threading.Thread | None = None
+        self._background = Background(self._changed)
         self._closed = False
 
     def __repr__(self) -> str:
@@ -281,7 +272,7 @@ class Store:
                 unpack(module, bare=True)
         self.stats.loads += 1
         self.stats.bytes_read += self.members[name].checkpoint.nbytes
-        if threading.current_thread() is self._loader:
+        if self._background.runs_here():
             self.stats.prefetched += 1
         return module
 
@@ -315,45 +306,32 @@ class Store:
         with self._changed:
             self._check_open()
             if announced:
-                self._queue = deque(item for item in self._queue if not item.announced)
+                self._background.forget_announced()
                 # what is here already and announced again is not the next to leave
                 for name in reversed(names):
                     for tier in (self.on_device, self.on_host):
                         if name in tier.slots:
                             tier.touch(name)
-            queued = {item.name for item in self._queue}
-            missing = [Wanted(name, own, announced) for name in names if name not in queued and self._absent(name)]
-            if announced:
-                self._queue.extend(missing)
-            else:
-                self._queue.extendleft(reversed(missing))
-            if self._queue and self._loader is None:
-                # a thread for as long as there is work: an idle bank leaves none behind
-                self._loader = threading.Thread(target=self._work, name="gemmascope-fast bank", daemon=True)
-                self._loader.start()
+            missing = [Wanted(name, own, announced) for name in names if self._absent(name)]
+            self._background.put(missing, self._fetch)
 
     def _absent(self, name: str) -> bool:
         return name not in self.on_device.slots and name not in self.on_device.coming
 
-    def _work(self) -> None:
-        with self._changed:
-            while self._queue and not self._closed and threading.main_thread().is_alive():
-                wanted = self._queue.popleft()
-                try:
-                    self._open(wanted.name)
-                    self._fetch(wanted)
-                except Exception as error:  # noqa: BLE001  (whoever uses the SAE meets it again, in its own thread)
-                    self.stats.failed += 1
-                    self.stats.error = error.with_traceback(None)  # whose frames hold half an SAE
-            self._loader = None
-            self._changed.notify_all()
+    def _fetch(self, wanted: Wanted) -> None:
+        try:
+            self._open(wanted.name)
+            self._bring_ahead(wanted)
+        except Exception as error:  # noqa: BLE001  (whoever uses the SAE meets it again, in its own thread)
+            self.stats.failed += 1
+            self.stats.error = error.with_traceback(None)  # whose frames hold half an SAE
 
     def _open(self, name: str) -> None:
         """Read its header, which may be fetching it, without the lock."""
         with self._unlocked():
             _ = self.members[name].checkpoint
 
-    def _fetch(self, wanted: Wanted) -> None:
+    def _bring_ahead(self, wanted: Wanted) -> None:
         name = wanted.name
         if not self._absent(name) or name in self.on_host.coming:
             return
@@ -380,8 +358,7 @@ class Store:
     def settle(self) -> None:
         """Wait until nothing is being brought in the background."""
         with self._changed:
-            while self._loader is not None:
-                self._changed.wait()
+            self._background.settle()
 
     def close(self) -> None:
         """Let go of everything; BankError where an SAE is in use."""
@@ -390,7 +367,7 @@ class Store:
             if in_use:
                 raise BankError(f"close: {', '.join(in_use)} in use")
             self._closed = True
-            self._queue.clear()
+            self._background.stop()
         self.settle()
         with self._changed:
             for tier in (self.on_device, self.on_host):

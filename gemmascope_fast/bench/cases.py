@@ -117,3 +117,9 @@ def _dense(sae: JumpReLUSAE, count: int) -> list[Dense]:
 def _copies(sae: JumpReLUSAE, count: int, dtype: torch.dtype) -> list[JumpReLUSAE]:
     # 16-bit copies are for dense peers, which pack nothing
     return copies(sae, count, dtype, prepare=dtype == torch.float32)
+
+
+def forget_copies() -> None:
+    """Let go of the copies that `rotated` and `rotated_dense` keep for the next bench of the same shape."""
+    _copies.cache_clear()
+    _dense.cache_clear()

@@ -13,6 +13,7 @@ from gemmascope_fast.bench.compare import Stored, bench_names, compare, lost, st
 from gemmascope_fast.bench.machine import kind
 from gemmascope_fast.bench.rows import Results, Row
 from gemmascope_fast.bench.run import QUICK, SUITES, Options, run
+from gemmascope_fast.command_line import check_outputs
 
 GUARD_THREADS = 2
 
@@ -35,6 +36,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
 def run_bench(args: argparse.Namespace) -> int:
     if args.device == "cuda":
         raise ValueError("--device cuda: `make gpu` times the GPU kernels; these suites are for the CPU")
+    check_outputs(args)
     options = _options(args)
     old = Results.load(args.compare) if args.compare else None
     stored = stored_ratios(args.guard) if args.guard else None
@@ -59,10 +61,10 @@ def _options(args: argparse.Namespace) -> Options:
         "cases": tuple(args.case or ()),
         "tokens": tuple(args.tokens or ()),
         "ops": tuple(args.op or ()),
-        "threads": args.threads,
+        "threads": args.threads or None,
         "seconds": args.seconds,
     }
-    return replace(options, **{key: value for key, value in given.items() if value})
+    return replace(options, **{key: value for key, value in given.items() if value not in (None, ())})
 
 
 def _compared(old: Results, new: Results) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.command_line import write_text
 from gemmascope_fast.errors import GemmaScopeFastError
 
 FORMAT = 1
@@ -72,7 +73,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_text(path, text + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:

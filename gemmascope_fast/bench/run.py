@@ -37,8 +37,13 @@ class Options:
 QUICK = Options(suites=("ops", "modules"), cases=(SMALL.name,), tokens=(1, 64), seconds=0.5)
 
 
-def plans(options: Options) -> Iterator[Plan]:
-    """The benches, not yet built, of the chosen suites.  Raises ValueError for an unknown suite or case."""
+def plans(options: Options) -> list[Plan]:
+    """The benches, not yet built, of the chosen suites.  Raises ValueError for an unknown suite, case or op, and for
+    no tokens or no time."""
+    if min(options.tokens or (1,)) < 1:
+        raise ValueError(f"tokens: expected at least 1, got {min(options.tokens or ())}")
+    if not options.seconds > 0:
+        raise ValueError(f"seconds: expected more than 0, got {options.seconds}")
     for name in options.suites:
         if name not in SUITES:
             raise ValueError(f"suite: expected one of {', '.join(SUITES)}, got {name!r}")
@@ -46,10 +51,12 @@ def plans(options: Options) -> Iterator[Plan]:
         if name not in CASES:
             raise ValueError(f"cases: expected one of {', '.join(CASES)}, got {name!r}")
     cases = [CASES[name] for name in options.cases]
-    for name in options.suites:
-        for plan in _suite(name)(cases, options.tokens):
-            if not options.ops or plan.op in options.ops:
-                yield plan
+    every = [plan for name in options.suites for plan in _suite(name)(cases, options.tokens)]
+    known = dict.fromkeys(plan.op for plan in every)
+    unknown = [op for op in options.ops if op not in known]
+    if unknown:
+        raise ValueError(f"op: expected among {', '.join(known)}, got {', '.join(unknown)}")
+    return [plan for plan in every if not options.ops or plan.op in options.ops]
 
 
 def _suite(name: str) -> Callable[[Sequence[Case], Sequence[int] | None], Iterator[Plan]]:
@@ -74,6 +81,7 @@ def run(
     options: Options, say: Callable[[str], Any] = print, only: frozenset[str] | None = None, save: Path | None = None
 ) -> Results:
     """Every bench verified, then timed; `only`: names of benches to keep; `save`: written after each bench."""
+    chosen = plans(options)
     threads = options.threads or torch.get_num_threads()
     results = Results(machine=describe(threads))
     before = measured_roof(threads)
@@ -81,7 +89,7 @@ def run(
     results.machine["roof"] = before
     work: dict[str, tuple[int, Work | None]] = {}
     with torch_threads(threads), torch.inference_mode():
-        for plan in plans(options):
+        for plan in chosen:
             if only is not None and plan.name not in only:
                 continue
             say(plan.name)

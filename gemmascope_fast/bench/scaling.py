@@ -14,7 +14,7 @@ from gemmascope_fast.bench import peers
 from gemmascope_fast.bench.cases import Case, copies
 from gemmascope_fast.bench.engine import Bench, Candidate, Plan, Work
 from gemmascope_fast.bench.machine import available_memory
-from gemmascope_fast.bench.suite_ops import full_work, screened_work, uses_screen
+from gemmascope_fast.bench.work import dense_sae_work, encode_work
 from gemmascope_fast.sae import JumpReLUSAE
 from gemmascope_fast.screen import most_bytes
 from gemmascope_fast.testing import compare_support, make_sae
@@ -125,9 +125,7 @@ def _checked(sae: JumpReLUSAE, x: Tensor) -> float:
 
 def _works(sae: JumpReLUSAE, x: Tensor) -> tuple[Work, Work]:
     """The least that ours and a dense SAE must do."""
-    T, weights = len(x), 2 * sae.W_enc.numel()
-    ours = screened_work(sae, x) if uses_screen(sae, x) else full_work(sae, x)
-    return ours, Work(4 * (weights + 2 * T * (sae.d_in + sae.d_sae)), 2 * T * weights)
+    return encode_work(sae, x), dense_sae_work(sae, len(x))
 
 
 def _pair(ours: Callable[[], Any], eager: Callable[[], Any], our_work: Work, eager_work: Work) -> list[Candidate]:

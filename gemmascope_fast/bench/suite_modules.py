@@ -1,4 +1,4 @@
-"""Suite `modules`: whole SAEs and transcoders, encode and decode together."""
+"""Suite `modules`: whole SAEs, transcoders and banks, encode and decode together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from gemmascope_fast.bench import peers
 from gemmascope_fast.bench.cases import WEIGHTS, Case, rotated, rotated_dense, sae_copies
 from gemmascope_fast.bench.checks import Truth
 from gemmascope_fast.bench.engine import Bench, Candidate, Plan, Work
-from gemmascope_fast.bench.suite_ops import full_work, screened_work, uses_screen
+from gemmascope_fast.bench.suite_bank import bank_bench
+from gemmascope_fast.bench.work import dense_sae_work, encode_work, sae_work
 from gemmascope_fast.sae import JumpReLUTranscoder
 from gemmascope_fast.testing import make_sae
 
@@ -25,6 +26,8 @@ def modules_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) ->
         most = max(tokens or case.tokens)
         build = functools.partial(transcoder_bench, case, most)
         yield Plan("modules", "transcoder", most, case.d_in, case.d_sae, build)
+        for T in dict.fromkeys((min(tokens or case.tokens), most)):
+            yield Plan("modules", "bank", T, case.d_in, case.d_sae, functools.partial(bank_bench, case, T))
 
 
 def sae_bench(case: Case, T: int) -> Bench:
@@ -48,19 +51,13 @@ def sae_bench(case: Case, T: int) -> Bench:
 
         bench.add(name, build)
 
-    def dense(size: int, arithmetic: str | None = "fp32") -> Work:
-        weights, flow = 2 * sae.W_enc.numel(), 2 * T * (case.d_in + case.d_sae)
-        return Work(size * (weights + flow), 2 * T * weights, arithmetic)
-
-    encode = screened_work(sae, x) if uses_screen(sae, x) else full_work(sae, x)
-    rows = len(torch.unique(latents.col_indices))
-    ours = Work(encode.bytes + 4 * rows * case.d_in + 4 * x.numel(), encode.flops, encode.arithmetic)
-    add("ours", "fp32", lambda s, t: s(t), ours)
-    add("eager fp32", "fp32", peers.eager_sae, dense(4))
-    add("eager bf16", "bf16", peers.eager_sae, dense(2, None))
-    add("F.linear + embedding_bag, bf16", "bf16", peers.bag_sae, dense(2, None))
-    add("torch.compile fp32", "fp32", peers.compiled_sae(), dense(4))
-    add("SAELens fp32", "fp32", _saelens(), dense(4))
+    dense, half = dense_sae_work(sae, T), dense_sae_work(sae, T, 2, None)
+    add("ours", "fp32", lambda s, t: s(t), sae_work(sae, x, latents))
+    add("eager fp32", "fp32", peers.eager_sae, dense)
+    add("eager bf16", "bf16", peers.eager_sae, half)
+    add("F.linear + embedding_bag, bf16", "bf16", peers.bag_sae, half)
+    add("torch.compile fp32", "fp32", peers.compiled_sae(), dense)
+    add("SAELens fp32", "fp32", _saelens(), dense)
     return bench
 
 
@@ -84,11 +81,10 @@ def transcoder_bench(case: Case, T: int) -> Bench:
     x = case.x(T)
     truth = Truth(module, x)
     bench = Bench("modules", "transcoder", T, case.d_in, case.d_sae, module.encode_sparse(x).nnz / T)
-    weights, wide = 2 * module.W_enc.numel(), peers.Dense.of(module)
-    dense = Work(4 * (weights + 2 * T * (case.d_in + case.d_sae)), 2 * T * weights)
+    wide = peers.Dense.of(module)
     calls: dict[str, tuple[Callable[[], Tensor], Work]] = {
-        "ours": (lambda: module(x), screened_work(module, x) if uses_screen(module, x) else full_work(module, x)),
-        "eager fp32": (lambda: peers.eager_sae(wide, x), dense),
+        "ours": (lambda: module(x), encode_work(module, x)),
+        "eager fp32": (lambda: peers.eager_sae(wide, x), dense_sae_work(module, T)),
     }
     for name, (call, work) in calls.items():
         bench.candidates.append(Candidate(name, "fp32", call, work, truth.reconstruction(call())))

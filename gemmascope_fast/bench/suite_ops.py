@@ -15,10 +15,10 @@ from gemmascope_fast.bench import peers
 from gemmascope_fast.bench.cases import FEW_TOKENS, Case, copy_count, rotated, rotated_dense, sae_copies
 from gemmascope_fast.bench.checks import Truth, close
 from gemmascope_fast.bench.engine import Bench, Candidate, Plan, Work
+from gemmascope_fast.bench.work import full_work, screened_work, uses_screen
 from gemmascope_fast.matryoshka import MatryoshkaLinear, quantize, slice_codes
 from gemmascope_fast.roof import last_level_cache
 from gemmascope_fast.sae import JumpReLUSAE
-from gemmascope_fast.screen import pays
 
 Pool = Callable[[], JumpReLUSAE]
 
@@ -77,27 +77,6 @@ def encode_bench(case: Case, T: int) -> Bench:
         _named("torch.compile fp32", lambda: dense(peers.compiled(peers.eager_encode), wide, "fp32")),
     )
     return bench
-
-
-def uses_screen(sae: JumpReLUSAE, x: Tensor) -> bool:
-    """Whether `screen=None` takes the certified screen for this many tokens."""
-    return pays(x, sae.W_enc)
-
-
-def full_work(sae: JumpReLUSAE, x: Tensor) -> Work:
-    cost = ops.encode.cost(x, sae.W_enc)
-    return Work(cost.bytes, cost.flops, "fp32")
-
-
-def screened_work(sae: JumpReLUSAE, x: Tensor) -> Work:
-    """The least the certified screen can do: every weight's first digit once, and the fp32 rows of what fires."""
-    latents = sae.encode_sparse(x)
-    rows = len(torch.unique(latents.col_indices))
-    return Work(
-        sae.W_enc.numel() + 4 * rows * sae.d_in + x.numel() * x.element_size(),
-        2 * len(x) * sae.W_enc.numel(),
-        "int8",
-    )
 
 
 # ---- decode and backward ----------------------------------------------------------------------------

@@ -50,22 +50,22 @@ class Trace:
 
 def load_transcript(path: str | Path) -> list[Turn]:
     """A JSON array, or JSON lines, of {role, content}.  ValueError naming the turn (or line) that is not one."""
+    from gemmascope_fast.extraction.sources import json_lines, string
+
     data = Path(path).read_bytes()
     if data.lstrip().startswith(b"["):
         try:
             values = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected a JSON array of turns: {error}") from error
         numbered = [(f"turn {i}", v) for i, v in enumerate(values, 1)]
     else:
-        from gemmascope_fast.extraction.sources import json_lines
-
         numbered = [(f"line {n}", v) for n, v in json_lines(Path(path))]
     turns = []
     for where, value in numbered:
         if not isinstance(value, dict) or not all(isinstance(value.get(k), str) for k in ("role", "content")):
             raise ValueError(f"{path}, {where}: expected strings under 'role' and 'content', got {value!r:.80}")
-        turns.append(Turn(value["role"], value["content"]))
+        turns.append(Turn(*(string(value, k, f"{path}, {where}") for k in ("role", "content"))))
     if not turns:
         raise ValueError(f"{path}: expected at least one turn")
     return turns

@@ -46,6 +46,8 @@ def run_models(args: argparse.Namespace) -> int:
 
     require("scipy", "analysis", "compare-models")
     check_outputs(args)
+    if args.most < 1:
+        raise ValueError(f"--most: expected at least 1, got {args.most}")
     stream = ("".join(d.parts) for d in documents(resolve(args.text), args.column, args.split))
     texts = list(islice((t for t in stream if t.strip()), args.most))
     if not texts:

@@ -47,6 +47,8 @@ def run_concepts(args: argparse.Namespace) -> int:
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, got {method!r}")
+    if args.reft_steps < 1:
+        raise ValueError(f"--reft-steps: expected at least 1, got {args.reft_steps}")
     examples = load_examples(args.data or BUNDLED)
     splits = split(examples, args.seed)
     model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)

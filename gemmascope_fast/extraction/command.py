@@ -136,6 +136,7 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     sources = resolve(args.text)  # what can be wrong is found before the minutes are spent
     if args.engine == "ray":
         require("ray", "ray", "--engine ray")
+    _check_device(args.device)
     make = partial(make_extractor, args.model, args.sae, args.sae_id, args.layer, args.window, args.batch, args.device)
     extractor = make()
     engine = None
@@ -163,6 +164,17 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     seconds = time.perf_counter() - begin
     share = {"model_share_of_time": extractor.model_seconds / seconds} if bar.tokens and engine is None else {}
     return store, {"seconds": seconds, "tokens_this_time": bar.tokens, **bar.rate(seconds), **share}
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {name} was asked for, and there is no CUDA device in this process")
 
 
 class Bar:

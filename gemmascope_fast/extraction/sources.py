@@ -6,7 +6,9 @@ import codecs
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,10 +105,30 @@ def _file(path: Path) -> Source:
     return Source(str(path), path.stat().st_size, lambda column, split: read(path, column, split))
 
 
+class _Gzip(gzip.GzipFile):
+    """Reads as its base does; damage is a ValueError that names the file."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        with _naming(self.name):
+            return super().read(size)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        with _naming(self.name):
+            return super().readline(size)
+
+
+@contextmanager
+def _naming(path: object) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: expected a whole gzip file: {error}") from error
+
+
 def _open(path: Path) -> tuple[IO[bytes], Callable[[], int]]:
     """(the file's bytes, unpacked where it is .gz; how many of its own bytes were read)."""
     if path.suffix == ".gz":
-        packed = gzip.open(path, "rb")  # noqa: SIM115
+        packed = _Gzip(path, "rb")
         return packed, packed.fileobj.tell  # type: ignore[return-value,union-attr,attr-defined]
     file = open(path, "rb")  # noqa: SIM115
     return file, file.tell
@@ -177,7 +199,7 @@ def _objects(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict[str, Any]]
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: expected one JSON object, got {line[:60]!r}: {error}") from error
         if not isinstance(value, dict):
             raise ValueError(f"{path}, line {number}: expected a JSON object, got {line.strip()[:60]}")
@@ -196,6 +218,9 @@ def string(value: dict[str, Any], key: str, where: str) -> str:
     found = value.get(key)
     if not isinstance(found, str):
         raise ValueError(f"{where}: expected a string under {key!r}, got {found!r:.60}; it has {', '.join(value)}")
+    if not found.isascii() and any("\ud800" <= c <= "\udfff" for c in found):
+        # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise ValueError(f"{where}: expected text under {key!r}, got half of a surrogate pair in it")
     return found
 
 
@@ -213,12 +238,24 @@ def _parquet(path: Path, column: str, _split: str) -> Iterator[Document]:
             raise ValueError(f"{path}: expected a column {column!r} (--column), got {names}")
         rows, size = max(file.metadata.num_rows, 1), path.stat().st_size
         row = 0
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
+        batches = file.iter_batches(batch_size=256, columns=[column])
+        while (batch := _next_batch(path, batches)) is not None:
             for value in batch.column(0).to_pylist():
                 row += 1
                 if not isinstance(value, str):
                     raise ValueError(f"{path}, row {row}: expected a string under {column!r}, got {value!r:.60}")
                 yield Document([value], str(path), row, lambda at=row: size * at // rows)  # type: ignore[misc]
+
+
+def _next_batch(path: Path, batches: Iterator[Any]) -> Any:
+    import pyarrow
+
+    try:
+        return next(batches, None)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path}: expected a Parquet file whose pages can be read: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _builtin(name: str) -> Source:
