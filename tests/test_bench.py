@@ -12,9 +12,10 @@ import torch
 from gemmascope_fast import cli
 from gemmascope_fast.bank import Bank, BankedSAE
 from gemmascope_fast.bench import cases, command, compare, machine, peers, suite_bank, suite_ops, timing
+from gemmascope_fast.bench import run as run_module
 from gemmascope_fast.bench.cases import Case
 from gemmascope_fast.bench.checks import Truth, close
-from gemmascope_fast.bench.engine import Bench, Candidate, Work, WrongAnswer, roof_share, time_bench
+from gemmascope_fast.bench.engine import Bench, Candidate, Plan, Work, WrongAnswer, roof_share, time_bench
 from gemmascope_fast.bench.rows import Ratio, Results, Row
 from gemmascope_fast.bench.run import QUICK, few_copies, noise
 from gemmascope_fast.bench.suite_modules import modules_suite
@@ -71,6 +72,43 @@ def test_copies_of_the_weights_fit_the_memory(monkeypatch):
     monkeypatch.setattr(cases, "last_level_cache", lambda: 32 << 20)
     assert cases.sae_copies(640 * 4096, 1) == 52
     assert few_copies(results) == []
+
+
+def test_the_layers_of_a_linear_bench_fit_half_of_the_memory_together(monkeypatch):
+    monkeypatch.setattr(cases, "last_level_cache", lambda: 1 << 20)
+    monkeypatch.setattr(cases, "total_memory", lambda: 1 << 20)
+    held = []  # bytes of each implementation's layers
+
+    def counted(size, T, of):
+        count = cases.copy_count(size, T, of)
+        held.append(count * of // suite_ops.LINEAR_POOLS)
+        return count
+
+    monkeypatch.setattr(suite_ops, "copy_count", counted)
+    bench = suite_ops.linear_bench(64, 64, 1)
+    assert len(bench.candidates) >= 5
+    assert len(held) <= suite_ops.LINEAR_POOLS
+    assert max(held) > 1 << 14  # there is more than one of most
+    assert sum(held) <= 1 << 19
+
+
+def test_copies_of_one_shape_are_let_go_before_the_next(monkeypatch):
+    monkeypatch.setattr(run_module, "measured_roof", lambda threads: None)
+    held = []  # by both caches, when a bench is built
+
+    def plan(d_sae, keep):
+        def build():
+            held.append(cases._copies.cache_info().currsize)
+            if keep:
+                cases.rotated(make_sae(0, 16, d_sae, 2), 64)
+            return Bench("ops", "nothing", 1, 16, d_sae, None)
+
+        return Plan("ops", "nothing", 1, 16, d_sae, build)
+
+    monkeypatch.setattr(run_module, "plans", lambda options: [plan(32, True), plan(32, True), plan(64, False)])
+    cases.forget_copies()
+    run_module.run(QUICK, say=lambda name: None)
+    assert held == [0, 1, 0]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemmascope_fast.bench.cases import CASES, FEW_TOKENS, GEMMA_SCOPE, SMALL, Case, cache_exceeded
+from gemmascope_fast.bench.cases import CASES, FEW_TOKENS, GEMMA_SCOPE, SMALL, Case, cache_exceeded, forget_copies
 from gemmascope_fast.bench.engine import Plan, Work, roof_share, time_bench, torch_threads
 from gemmascope_fast.bench.machine import describe, measured_roof
 from gemmascope_fast.bench.rows import BASELINE, Results
@@ -88,11 +88,15 @@ def run(
     roofs = {threads: _roof(before)}
     results.machine["roof"] = before
     work: dict[str, tuple[int, Work | None]] = {}
+    shape = None
     with torch_threads(threads), torch.inference_mode():
         for plan in chosen:
             if only is not None and plan.name not in only:
                 continue
             say(plan.name)
+            if shape != (plan.d_in, plan.d_sae):
+                forget_copies()  # half of the memory may be theirs
+                shape = plan.d_in, plan.d_sae
             bench = plan.build()
             own = bench.threads or threads
             if own not in roofs:

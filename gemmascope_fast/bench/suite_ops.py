@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -158,6 +159,12 @@ def backward_bench(case: Case, T: int) -> Bench:
 # ---- nested linear layers ---------------------------------------------------------------------------
 
 
+# Scales are fp16 and zero points 8 bits a group of 32; a nested layer holds all its planes whatever it reads.
+SCALE_BITS = 24 / 32
+NESTED_BITS = 8 + SCALE_BITS
+LINEAR_POOLS = 11  # implementations, of which each has copies of its own in the memory that copies may take
+
+
 def linear_bench(rows: int, columns: int, T: int) -> Bench:
     """A layer [rows, columns] at 8, 4 and 2 bits of one nested code, groups of 32, against torch's and torchao's.
 
@@ -175,7 +182,8 @@ def linear_bench(rows: int, columns: int, T: int) -> Bench:
     def add(name: str, dtype: str, width: float, make: Callable[[], Callable[[Tensor], Tensor]], check: Any) -> None:
         def build() -> Candidate:
             xs = x if dtype == "fp32" else x.bfloat16()
-            count = copy_count(int(rows * columns * width / 8), T)
+            held = NESTED_BITS if name.startswith("ours") else width
+            count = copy_count(int(rows * columns * width / 8), T, int(LINEAR_POOLS * rows * columns * held / 8))
             layers = [make() for _ in range(count)]
             verdict = check(layers[0](xs))
             following = itertools.cycle(layers).__next__
@@ -189,9 +197,9 @@ def linear_bench(rows: int, columns: int, T: int) -> Bench:
         return lambda y: _within_quantisation(y, exact, bits, x, weight, dtype)
 
     for bits in (8, 4, 2):
-        make = lambda bits=bits: MatryoshkaLinear.from_linear(linear, group_size=32, bits=bits)  # noqa: E731
-        # scales are fp16 and zero points 8 bits a group of 32
-        add(f"ours, {bits} bits", "fp32", bits + 0.75, make, by_bits(bits, "bf16"))
+        nested = MatryoshkaLinear.from_linear(linear, group_size=32, bits=bits)
+        make = functools.partial(copy.deepcopy, nested)  # quantised once: there may be hundreds
+        add(f"ours, {bits} bits", "fp32", bits + SCALE_BITS, make, by_bits(bits, "bf16"))
     add("eager fp32", "fp32", 32, lambda: _linear(weight), lambda y: close(y, exact, size, columns + 2))
     half = weight.bfloat16()
     add("eager bf16", "bf16", 16, lambda: _linear(half), lambda y: close(y, exact, size, columns + 2, "bf16"))
