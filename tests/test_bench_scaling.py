@@ -48,6 +48,17 @@ def test_the_number_of_saes_is_an_axis():
     assert (curve["op"], curve["at"], curve["exponent"]) == ("layers", "64 × 256", pytest.approx(1))
 
 
+def test_l0_is_an_axis_by_what_fires(small):
+    rows = [replace(BASE, op=f"l0 {k}", l0=k + 0.5, median_ms=k + 0.5) for k in (1, 4, 2)]
+    (curve,) = exponents(rows, ROOF)
+    assert [p[0] for p in curve["points"]] == [1.5, 2.5, 4.5]
+    assert (curve["op"], curve["at"], curve["exponent"]) == ("l0", "T = 1", pytest.approx(1))
+    plans = [plan for plan in scaling.scaling_suite([small]) if plan.op.startswith("l0")]
+    assert len({plan.name for plan in plans}) == len(plans) == 2 * len(scaling.L0S)
+    few, many = (plan.build().l0 for plan in plans if plan.T == 256 and plan.op in ("l0 10", "l0 160"))
+    assert 5 < few < many / 8
+
+
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [

@@ -14,9 +14,10 @@ from typing import Any
 from gemmascope_fast.bench.rows import Row
 from gemmascope_fast.roof import last_level_cache
 
-AXES: dict[str, Callable[[Row], int]] = {
+AXES: dict[str, Callable[[Row], float]] = {
     "width": lambda r: r.d_sae,
     "tokens": lambda r: r.T,
+    "l0": lambda r: round(r.l0 or 0, 1),  # as measured: what an SAE's thresholds were set for is its op's name
     "layers": lambda r: int(r.op.split()[1]),
     "threads": lambda r: r.threads,
 }
@@ -61,7 +62,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float:
     return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
 
 
-def steps(points: Sequence[tuple[int, float]]) -> list[tuple[int, int, float]]:
+def steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float]]:
     """(from, to, exponent) of each step of the curve."""
     pairs = itertools.pairwise(points)
     return [(a, b, math.log(tb / ta) / math.log(b / a)) for (a, ta), (b, tb) in pairs]

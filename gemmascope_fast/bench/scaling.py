@@ -1,10 +1,10 @@
-"""Suite `scaling`: time and memory against width, time against tokens, SAEs and threads."""
+"""Suite `scaling`: time and memory against width, time against tokens, features that fire, SAEs and threads."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from gemmascope_fast.testing import compare_support, make_sae
 SIZES = tuple(2**p for p in range(14, 21))  # d_sae: 16k … 1m
 TOKENS = (1, 4, 16, 64, 256, 1024)
 LAYERS = (1, 2, 4, 9, 18)  # SAEs that one token passes: Gemma 3 270M has 18 layers
+L0S = (10, 40, 160, 640)  # features that fire on a token
 D_IN, L0 = 640, 80.0  # Gemma 3 270M's width: a million features of it are 2.7 GB in fp32
 PART = 1 << 16  # features drawn at once: making an SAE holds its matrices, their random parts and a sample together
 COPIES_AT_ONCE = 7
@@ -52,7 +53,8 @@ class Drawn(Case):
 
 
 def scaling_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Iterator[Plan]:
-    """Widths as far as memory allows at T = 1 and 64; tokens and threads at the last case's shape; SAEs in turn."""
+    """Widths as far as memory allows at T = 1 and 64; tokens, L0 and threads at the last case's shape; SAEs in
+    turn."""
     del tokens  # the curve is the point
     for width in SIZES:
         case = Drawn(f"{D_IN}x{width}", D_IN, width, L0)
@@ -61,6 +63,10 @@ def scaling_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) ->
     shape = cases[-1]
     for T in TOKENS:
         yield _plan("tokens", shape, T)
+    for l0 in L0S:
+        sparse = replace(shape, name=f"{shape.name}, L0 {l0}", l0=float(l0))
+        for T in (1, 256):
+            yield _plan(f"l0 {l0}", sparse, T)
     for threads in range(1, torch.get_num_threads() + 1):
         for T in (1, 256):
             yield _plan("threads", shape, T, threads)
@@ -92,8 +98,8 @@ def _bench(op: str, case: Case, T: int, threads: int | None = None) -> Bench:
         lacking = dict.fromkeys(("ours", "eager fp32"), why)
         return Bench("scaling", op, T, case.d_in, case.d_sae, None, threads, missing=lacking)
     sae, x = case.sae.prepare(), case.x(T)
-    l0 = _checked(sae, x[:16])
-    bench = Bench("scaling", op, T, case.d_in, case.d_sae, l0, threads)
+    _check(sae, x[:16])
+    bench = Bench("scaling", op, T, case.d_in, case.d_sae, sae.encode_sparse(x).nnz / T, threads)
     if op == "width":
         bench.memory = held_bytes(sae)
     wide = peers.Dense.of(sae)
@@ -106,7 +112,8 @@ def _layers_bench(op: str, case: Case, layers: int) -> Bench:
     x = case.x(1)
     saes = copies(case.sae, layers)
     wide = [peers.Dense.of(sae) for sae in saes]
-    bench = Bench("scaling", op, 1, case.d_in, case.d_sae, _checked(saes[0], x))
+    _check(saes[0], x)
+    bench = Bench("scaling", op, 1, case.d_in, case.d_sae, float(saes[0].encode_sparse(x).nnz))
     ours, dense = (Work(layers * work.bytes, layers * work.flops, work.arithmetic) for work in _works(saes[0], x))
     bench.candidates = _pair(
         lambda: [sae(x) for sae in saes], lambda: [peers.eager_sae(w, x) for w in wide], ours, dense
@@ -114,13 +121,11 @@ def _layers_bench(op: str, case: Case, layers: int) -> Bench:
     return bench
 
 
-def _checked(sae: JumpReLUSAE, x: Tensor) -> float:
-    """The mean L0 of x, whose support must be fp64's."""
-    latents = sae.encode_sparse(x)
-    check = compare_support(latents, x, sae)
+def _check(sae: JumpReLUSAE, x: Tensor) -> None:
+    """The support of x must be fp64's."""
+    check = compare_support(sae.encode_sparse(x), x, sae)
     if not check.equal:
         raise AssertionError(f"{sae.d_in} × {sae.d_sae}: {check}")
-    return latents.nnz / len(x)
 
 
 def _works(sae: JumpReLUSAE, x: Tensor) -> tuple[Work, Work]:

@@ -187,7 +187,13 @@ def _roofline(results: Results) -> list[Picture]:
 
 def _curves(results: Results) -> list[Picture]:
     found = []
-    names = {"width": "d_sae", "tokens": "tokens T", "layers": "SAEs", "threads": "threads"}
+    names = {
+        "width": "d_sae",
+        "tokens": "tokens T",
+        "l0": "features that fire (L0)",
+        "layers": "SAEs",
+        "threads": "threads",
+    }
     for op, name in names.items():
         curves = [c for c in results.exponents if c["op"] == op]
         if not curves:
@@ -201,7 +207,10 @@ def _curves(results: Results) -> list[Picture]:
             marker = "o" if curve["at"] == curves[0]["at"] else "s"
             axes.plot(xs, ys, style, marker=marker, color=color, label=label)
         axes.set(xscale="log", yscale="log", xlabel=name, ylabel="ms, whole SAE")
-        ticks = sorted({x for curve in curves for x, _ in curve["points"]})
+        ticks: list[float] = []
+        for x in sorted({x for curve in curves for x, _ in curve["points"]}):
+            if not ticks or x > 1.2 * ticks[-1]:  # curves whose tokens fire differently share their labels
+                ticks.append(x)
         axes.set_xticks(ticks, [_short(x) for x in ticks])
         axes.set_xticks([], minor=True)
         _plain_ticks(axes.yaxis, axes.get_ylim())
@@ -212,12 +221,12 @@ def _curves(results: Results) -> list[Picture]:
     return found
 
 
-def _short(size: int) -> str:
+def _short(size: float) -> str:
     """65536 as 64k, 1048576 as 1m; small numbers as they are."""
     for unit, name in ((1 << 20, "m"), (1 << 10, "k")):
         if size >= 4 * (1 << 10) and size % unit == 0:
-            return f"{size // unit}{name}"
-    return str(size)
+            return f"{size // unit:.0f}{name}"
+    return f"{size:g}"
 
 
 def _memory(results: Results) -> list[Picture]:
