@@ -18,9 +18,12 @@ import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.gpu import loop, register
 from gemmascope_fast.gpu.devices import DEVICES
+from gemmascope_fast.matryoshka import MatryoshkaLinear
 from gemmascope_fast.testing import make_activations, make_sae, same_bytes
 
 D, F, L0 = 2304, 16_384, 80
+ROWS, COLUMNS, GROUP = 9216, 2304, 32  # a feed-forward matrix of Gemma 2 2B
+CUDA_TOKENS = 16  # what the nested product in CUDA C++ serves
 
 
 def clocks() -> str | None:
@@ -81,6 +84,34 @@ def cases(T: int) -> dict[str, Callable[[], Any]]:
     return found
 
 
+def nested_cases(T: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
+    """The nested layer at T tokens and 8, 4 and 2 bits, held against the native CPU kernel; and F.linear in bf16."""
+    g = torch.Generator().manual_seed(2)
+    linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
+    linear.weight = torch.nn.Parameter(torch.randn(ROWS, COLUMNS, generator=g) / COLUMNS**0.5, requires_grad=False)
+    x = torch.randn(T, COLUMNS, generator=g)
+    there = x.to(device)
+    half, weight = there.bfloat16(), linear.weight.to(device, torch.bfloat16)
+    found: dict[str, Callable[[], Any]] = {"linear eager bf16": lambda: torch.nn.functional.linear(half, weight)}
+    backends = ["triton"] if device == "cuda" else ["native"]
+    if T <= CUDA_TOKENS and device == "cuda" and register.compiled("matryoshka_linear"):
+        backends.append("cuda")
+    for bits in (8, 4, 2):
+        layer = MatryoshkaLinear.from_linear(linear, group_size=GROUP, bits=bits)
+        want = layer(x)
+        layer = layer.to(device)
+        for backend in backends:
+
+            def call(layer: MatryoshkaLinear = layer, backend: str = backend) -> Any:
+                with gsf.backend(backend):
+                    return layer(there)
+
+            # the same integers; scaled sums of groups may be added in another order
+            torch.testing.assert_close(call().cpu(), want, rtol=1e-4, atol=1e-4)
+            found[f"linear {bits} bits {backend}"] = call
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", help="where the figures go")
@@ -93,12 +124,13 @@ def main() -> int:
     flush = torch.empty(4 * max(properties.L2_cache_size, 1 << 20), dtype=torch.int8, device="cuda")
     rows = []
     for T in (1, 4, 16, 256, 1024):
-        for name, call in cases(T).items():
-            if options.once:
-                call()
-            else:
-                rows.append({"call": name, "T": T, "d_in": D, "d_sae": F, **timed(call, flush, 30)})
-                print(f"{name:16} T {T:5} {rows[-1]['median']:9.1f} us")
+        for make, shape in ((cases, (D, F)), (nested_cases, (COLUMNS, ROWS))):
+            for name, call in make(T).items():
+                if options.once:
+                    call()
+                else:
+                    rows.append({"call": name, "T": T, "d_in": shape[0], "d_out": shape[1], **timed(call, flush, 30)})
+                    print(f"{name:22} T {T:5} {rows[-1]['median']:9.1f} us")
     torch.cuda.synchronize()
     if options.json:
         report = {
