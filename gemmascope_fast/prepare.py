@@ -14,6 +14,7 @@ from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.screen import Screen, balancing_scales, pays, principal_directions
 
 if TYPE_CHECKING:
+    from gemmascope_fast.matryoshka.codes import Codes
     from gemmascope_fast.sae import JumpReLUSAE
 
 Fingerprint = tuple[Any, ...]
@@ -42,6 +43,7 @@ class Prepared:
         self._directions: Tensor | int | None = None  # None: the module's own choice; 0: none
         self._spread: Tensor | None = None  # of the user's sample
         self._second_digit = True
+        self._codes: Codes | None = None  # the user's, for the first digit
         self._edited = -1  # the sight of weights other than the screen's, as last met
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -95,6 +97,7 @@ class Prepared:
         centre: Tensor | None = None,
         directions: int | Tensor | None = None,
         second_digit: bool = True,
+        codes: Codes | None = None,
     ) -> None:
         """Build the screen with these options, which later rebuilds keep (`JumpReLUSAE.prepare` says what they are)."""
         if sample is not None and centre is not None:
@@ -119,6 +122,7 @@ class Prepared:
                 directions = principal_directions(sample, directions)
         with self._lock:
             self._centre, self._spread, self._directions, self._second_digit = centre, spread, directions, second_digit
+            self._codes = codes
             self._screen, self._screen_of = None, -1
             self._screened(sae)
 
@@ -154,6 +158,7 @@ class Prepared:
                     second_digit=self._second_digit,
                     directions=None if isinstance(directions, int) else directions,
                     scales=self._scales(sae),
+                    codes=self._codes,
                 )
                 self._screen_of = self._sight
                 if sae._mapped is None:  # large pages would be read from the disk in full
@@ -162,7 +167,9 @@ class Prepared:
             return self._screen
 
     def _scales(self, sae: JumpReLUSAE) -> Tensor | None:
-        """What balances dimensions in the screen: by the user's sample where one was given."""
+        """What balances dimensions in the screen: the user's sample where one was given; nothing where a code was."""
+        if self._codes is not None:
+            return None  # it is of the rows as they are
         if self._spread is None:
             return sae.screen_scales()
         return balancing_scales(sae.W_enc, self._spread, sae.screen_directions())

@@ -226,7 +226,8 @@ class JumpReLUSAE(nn.Module):
         mean is taken for it, and whose spread balances dimensions in place of what the decoder says; directions,
         [k, d_in] or how many to find in the sample, along which activations vary most (default: the massive dimensions
         that b_dec shows, 0: none): with several tokens they leave fewer features to a second look; second_digit
-        (default True), another byte a weight that spares nearly all rows that do not fire.
+        (default True), another byte a weight that spares nearly all rows that do not fire; codes, `matryoshka.Codes` of
+        W_encᵀ with a scale a row, e.g. trained ones, whose 8 bits decide in place of the screen's own.
         """
         self._prepared.refresh(self, force=force)
         if options or self._prepared.stale():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from gemmascope_fast import backends, ops
 from gemmascope_fast.errors import StaleScreenError
 from gemmascope_fast.ops.screen_rows import MOST_DIRECTIONS, Row, table_stride
+
+if TYPE_CHECKING:
+    from gemmascope_fast.matryoshka.codes import Codes
 
 MOST_INPUTS = 66_000  # 255 · 127 · 66,000 < 2^31: integer dots of longer rows could overflow
 BLOCK = 1024  # rows hashed at a time
@@ -52,6 +56,7 @@ class Screen:
         second_digit: bool = True,
         directions: Tensor | None = None,
         scales: Tensor | None = None,
+        codes: Codes | None = None,
     ) -> Screen:
         """From W_enc [d_in, d_sae], b_enc and threshold [d_sae]; any of float32, bfloat16 and float16.
 
@@ -60,8 +65,10 @@ class Screen:
         directions: [k, d_in], k up to 128, along which activations vary most (`principal_directions`); what lies along
         them is multiplied in fp32, so that the int8 digits hold the rest alone.  They are made orthonormal.
         scales: [d_in], powers of two from 1 to 2^20 (`balancing_scales`).
-        Raises ValueError for d_in above 66,000, for a centre, directions or scales of another shape or with entries
-        that are not finite, and for other scales.
+        codes: nested codes of W_encᵀ, one scale a row, e.g. trained ones, as the first digit in place of the rows'
+        own; the bound has their error as measured against these weights.
+        Raises ValueError for d_in above 66,000, for a centre, directions, scales or codes of another shape or with
+        entries that are not finite, for other scales, and for codes in groups.
         """
         if W_enc.shape[0] > MOST_INPUTS:
             raise ValueError(f"W_enc: the screen takes d_in up to {MOST_INPUTS}, got {W_enc.shape[0]}")
@@ -81,7 +88,9 @@ class Screen:
         # where the rows lie, which may be host memory (`JumpReLUSAE.pin_rows`)
         b_enc, threshold = b_enc.to(W_enc.device), threshold.to(W_enc.device)
         with torch.no_grad():
-            code, code2, table = ops.screen_rows(W_enc, b_enc, threshold, centre, second_digit, directions, scales)
+            code, code2, table = ops.screen_rows(
+                W_enc, b_enc, threshold, centre, second_digit, directions, scales, *_first_digit(codes, W_enc.device)
+            )
         return cls(code, code2 if second_digit else None, table, centre, directions, scales)
 
     def encode(
@@ -138,6 +147,16 @@ class Screen:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
+
+
+def _first_digit(codes: Codes | None, device: torch.device) -> tuple[Tensor, ...]:
+    """What op `screen_rows` takes of codes: (q, scale fp32, zero), one scale a row; nothing where there are none."""
+    if codes is None:
+        return ()
+    if codes.group_size is not None:
+        raise ValueError(f"codes: expected one scale a row, got groups of {codes.group_size}")
+    q, scale, zero = (t.to(device) for t in (codes.q, codes.scale[:, 0].float(), codes.zero_point[:, 0]))
+    return q.contiguous(), scale.contiguous(), zero.contiguous()
 
 
 def principal_directions(sample: Tensor, k: int) -> Tensor:

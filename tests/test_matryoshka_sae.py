@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import gemmascope_fast as gsf
+from gemmascope_fast import ops
+from gemmascope_fast.checkpoints import native
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.matryoshka import MatryoshkaSAE, quantize
 from gemmascope_fast.matryoshka.measure_sae import Agreement, SAECase, cases, reconstruct
+from gemmascope_fast.ops.screen_rows import rows_of
 from gemmascope_fast.testing import make_activations, make_sae
 
 D_IN, D_SAE, TOKENS = 48, 200, 37
@@ -150,6 +153,44 @@ def test_files_give_the_same_sae(tmp_path, sae, x):
     storage.save(tmp_path / "other.safetensors", {"encoder": coded.encoder.packed}, {}, {"kind": "matryoshka_sae"})
     with pytest.raises(CheckpointError, match="disagree"):
         MatryoshkaSAE.load(tmp_path / "other.safetensors")
+
+
+def test_the_screens_code_is_served_at_every_width(sae, x, tmp_path, monkeypatch):
+    sae = copy.deepcopy(sae)
+    sae.W_enc.data[:, 7] = 0  # a row that the screen has no code of
+    sae.W_dec.data[:, 5:9] *= 8  # dimensions that the screen balances
+    native.save(sae, tmp_path / "sae.safetensors", screen=True)
+    stored = gsf.SAE.from_pretrained(tmp_path)
+    with monkeypatch.context() as nothing_built:
+        nothing_built.setattr(ops, "screen_rows", None)
+        nothing_built.setattr(ops, "encode", None)
+        coded = MatryoshkaSAE.from_sae(stored, screen=True)
+    scales = coded.scales
+    assert bool((scales > 1).any())
+    assert torch.equal(scales.log2(), scales.log2().round())
+    screen = stored._prepared.screen
+    codes = coded.encoder.packed.codes()
+    has = torch.arange(D_SAE) != 7
+    assert torch.equal(codes.q[has], rows_of(screen.code)[:D_SAE, :D_IN][has])
+    assert not coded.W_enc[:, 7].any()
+    own = quantize(sae.W_enc.t() * scales)
+    for bits in (8, 4, 2):
+        gsf.set_bits(coded, bits)
+        rows = own.dequantize(bits) / scales
+        assert torch.equal(coded.W_enc, rows.t())
+        f, clear, _ = dense_answer(sae, rows.t(), coded.W_dec, x)
+        got = coded.encode(x)
+        assert torch.equal((got != 0)[clear], (f != 0)[clear])
+        assert torch.allclose(got.double()[clear], f[clear], rtol=1e-4, atol=1e-3)
+    gsf.set_bits(coded, 8)
+    coded.save(tmp_path / "coded.safetensors")
+    assert torch.equal(MatryoshkaSAE.load(tmp_path / "coded.safetensors")(x), coded(x))
+    assert torch.equal(copy.deepcopy(coded).to(torch.bfloat16).encode(x), coded.encode(x))
+    rounded = MatryoshkaSAE.from_sae(stored, activations="int8", screen=True)
+    assert torch.allclose(rounded.encoder.mean, sae.b_dec / scales)
+    assert float((rounded(x) - coded(x)).norm() / coded(x).norm()) < 0.05
+    with pytest.raises(ValueError, match="group_size"):
+        MatryoshkaSAE.from_sae(stored, 32, screen=True)
 
 
 def test_casting_leaves_thresholds_alone(sae, x):

@@ -10,6 +10,8 @@ from screen_problems import problem, screened
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.matryoshka.codes import Codes, quantize
+from gemmascope_fast.ops.screen_rows import rows_of
 from gemmascope_fast.screen import Screen, weights_digest
 from gemmascope_fast.testing import make_activations, make_sae, same_bytes, threads
 
@@ -123,6 +125,23 @@ def test_prepare_keeps_its_options():
     ):
         with pytest.raises(ValueError, match=match):
             sae.prepare(**wrong)
+
+
+def test_a_trained_code_decides_in_place_of_the_screens_own():
+    sae, x = make_sae(1, 200, 900, 20), make_activations(2, 20, 200)
+    want = sae.encode_sparse(x, screen=False)
+    own = quantize(sae.W_enc.detach().t())
+    g = torch.Generator().manual_seed(3)
+    moved = (own.q.int() + torch.randint(-20, 21, own.q.shape, generator=g)).clamp(0, 255).to(torch.uint8)
+    sae.prepare(codes=Codes(moved, own.scale, own.zero_point))
+    screen = sae._prepared.screen
+    assert torch.equal(rows_of(screen.code)[:900, :200], moved)
+    assert screen.scales is None
+    assert sae.encode_sparse(x, screen=True) == want
+    edit_in_place(sae)  # the code is kept, its error is measured anew
+    again = sae.encode_sparse(x, screen=True)
+    assert torch.equal(rows_of(sae._prepared.screen.code)[:900, :200], moved)
+    assert again == sae.encode_sparse(x, screen=False)
 
 
 def test_massive_dimensions_are_taken_out_unless_told():

@@ -47,6 +47,47 @@ def test_the_first_digit_is_the_nested_code():
     assert torch.equal(screen.table[Row.ZERO, :50], codes.zero_point[:, 0].float())
 
 
+@pytest.mark.parametrize("noise", [0, 3, 100])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_given_code_is_the_first_digit_and_its_error_is_measured(isa, noise, scaled):
+    x, W, b, theta = problem(1, 203, 77)
+    scales = torch.exp2(torch.arange(203) % 4).float() if scaled else None
+    g = torch.Generator().manual_seed(5)
+    own = quantize((W.t() if scales is None else W.t() * scales).contiguous())
+    q = (own.q.int() + torch.randint(-noise, noise + 1, own.q.shape, generator=g)).clamp(0, 255).to(torch.uint8)
+    scale = own.scale[:, 0] * (1 + noise / 50 * torch.rand(77, generator=g))
+    scale[3], scale[4], scale[5] = 0, math.inf, 2.0**44
+    given = (q, scale, own.zero_point[:, 0])
+    mu = torch.linspace(-3, 3, 203)
+    code, code2, table = ops.screen_rows(W, b, theta, mu, True, None, scales, *given)
+    with gsf.backend("eager"):
+        want = ops.screen_rows(W, b, theta, mu, True, None, scales, *given)
+    used = torch.tensor([f not in (3, 4, 5) for f in range(77)])
+    assert torch.equal(rows_of(code)[:77, :203][used], q[used])
+    assert (table[Row.START, :77] == math.inf).nonzero().flatten().tolist() == [3, 4, 5]
+    assert torch.equal(code, want[0])
+    # the residual's digits may fall the other way where the two sums of fp64 differ in nothing but order
+    assert torch.equal(code2, want[1])
+    torch.testing.assert_close(table, want[2], rtol=3e-7, atol=1e-9)
+    for digits in (1, 2):
+        args = (x, W, b, theta, code, code2, table, mu, digits)
+        *answer, stats = ops.encode_screened(*args, None, None, False, scales)
+        assert same_bytes(answer, ops.encode(x, W, b, theta))
+        assert int(stats[2]) == 0
+
+
+def test_given_codes_that_cannot_be_used():
+    _, W, b, theta = problem(1, 203, 77)
+    codes = quantize(W.t().contiguous())
+    q, s, z = codes.q, codes.scale[:, 0].contiguous(), codes.zero_point[:, 0].contiguous()
+    for given in ((q,), (q[1:], s, z), (q.int(), s, z), (q, s.double(), z), (q, s, z[1:]), (q.t(), s, z)):
+        for name in ("native", "eager"):
+            with gsf.backend(name), pytest.raises(ValueError, match="given"):
+                ops.screen_rows(W, b, theta, None, True, None, None, *given)
+    with pytest.raises(ValueError, match="one scale a row"):
+        Screen.build(W, b, theta, codes=quantize(W.t(), 32))
+
+
 def test_norms_are_rounded_up():
     _, W, b, theta = problem(1, 333, 200)
     screen = Screen.build(W, b, theta)

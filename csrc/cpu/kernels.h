@@ -188,16 +188,19 @@ struct ScreenTokenArgs {
 };
 
 struct ScreenRowArgs {
-  const void* w;            // [F][d] of w_dtype: the rows that refine
-  const float* mu;          // [d] or null
-  const float* scale;       // [d] or null: powers of two from 1 up, of the rows' columns
-  const float* per_scale;   // [d] or null: their inverses
-  const float* bias;        // [F]
-  const float* threshold;   // [F]
-  const float* directions;  // [k][d]
-  uint8_t* code;            // [F/4][width/64][4][64]
-  uint8_t* code2;           // the same or null
-  float* table;             // [kScreenRows + k][stride]
+  const void* w;              // [F][d] of w_dtype: the rows that refine
+  const float* mu;            // [d] or null
+  const float* scale;         // [d] or null: powers of two from 1 up, of the rows' columns
+  const float* per_scale;     // [d] or null: their inverses
+  const float* bias;          // [F]
+  const float* threshold;     // [F]
+  const float* directions;    // [k][d]
+  const uint8_t* given;       // [F][d] or null: a code that was made elsewhere, instead of the rows' own
+  const float* given_scale;   // [F] with it
+  const uint8_t* given_zero;  // [F] with it
+  uint8_t* code;              // [F/4][width/64][4][64]
+  uint8_t* code2;             // the same or null
+  float* table;               // [kScreenRows + k][stride]
   int64_t d, width, stride, k;
   Dtype w_dtype;
 };

@@ -105,15 +105,35 @@ at::Tensor zero_codes(at::IntArrayRef shape) {
   return t.zero_();
 }
 
+void check_given(const std::optional<at::Tensor>& code, const std::optional<at::Tensor>& scale,
+                 const std::optional<at::Tensor>& zero, int64_t F, int64_t d) {
+  TORCH_CHECK_VALUE(code.has_value() == scale.has_value() && code.has_value() == zero.has_value(),
+                    "given: expected a code with its scale and zero, or none of them");
+  if (!code) return;
+  TORCH_CHECK_VALUE(code->scalar_type() == at::kByte && code->is_contiguous() && code->dim() == 2 &&
+                        code->size(0) == F && code->size(1) == d,
+                    "given: expected contiguous uint8 [d_sae = ", F, ", d_in = ", d, "], got ",
+                    code->scalar_type(), " ", code->sizes());
+  TORCH_CHECK_VALUE(scale->scalar_type() == at::kFloat && scale->is_contiguous() && scale->numel() == F &&
+                        scale->dim() == 1,
+                    "given_scale: expected float32 [d_sae = ", F, "], got ", scale->scalar_type(), " ",
+                    scale->sizes());
+  TORCH_CHECK_VALUE(
+      zero->scalar_type() == at::kByte && zero->is_contiguous() && zero->numel() == F && zero->dim() == 1,
+      "given_zero: expected uint8 [d_sae = ", F, "], got ", zero->scalar_type(), " ", zero->sizes());
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
     const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
     const std::optional<at::Tensor>& centre, bool second_digit, const std::optional<at::Tensor>& directions,
-    const std::optional<at::Tensor>& scales) {
+    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& given,
+    const std::optional<at::Tensor>& given_scale, const std::optional<at::Tensor>& given_zero) {
   check_sizes(W_enc, b_enc, threshold);
   const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = table_stride(F);
   check_centre(centre, d);
   const int64_t k = check_directions(directions, d);
   const std::vector<float> per_scale = inverse_scales(scales, d);
+  check_given(given, given_scale, given_zero, F, d);
   const at::Tensor bias = widened(b_enc), theta = widened(threshold);
   const Rows rows(W_enc);
   const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
@@ -132,6 +152,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
   args.code2 = second_digit ? code2.mutable_data_ptr<uint8_t>() : nullptr;
   args.table = table.mutable_data_ptr<float>();
   args.directions = k ? directions->const_data_ptr<float>() : nullptr;
+  if (given) {
+    args.given = given->const_data_ptr<uint8_t>();
+    args.given_scale = given_scale->const_data_ptr<float>();
+    args.given_zero = given_zero->const_data_ptr<uint8_t>();
+  }
   args.d = d, args.width = width, args.stride = stride, args.k = k;
   // the columns past F are discarded whatever the token
   float* start = args.table + kStart * stride;

@@ -7,8 +7,10 @@ constexpr double kU = 5.9604644775390625e-08;  // 2^-24, half an ulp of 1 in fp3
 constexpr double kUp = 1.0 + 8 * kU;
 // Sums of d <= 66,000 squares in fp64 err by less than 2^-36 of their value; roots halve that.
 constexpr double kSumUp = 1.0 + 1.0 / (1 << 30);
-constexpr double kTiny = 8.673617379884035e-19;       // 2^-60: norms outside [2^-60, 2^60] skip the screen
-constexpr double kHuge = 1.152921504606847e+18;       // 2^60
+constexpr double kTiny = 8.673617379884035e-19;  // 2^-60: norms outside [2^-60, 2^60] skip the screen
+constexpr double kHuge = 1.152921504606847e+18;  // 2^60
+// Of a code that was given: below 2^-80 lies no row of norm 2^-60; up to 2^43 its rows' norms are below 2^60.
+constexpr double kLeastScale = kTiny / (1 << 20), kMostScale = kHuge / (1 << 17);
 constexpr double kCancel = 8.881784197001252e-16;     // 2^-50: fp64 cancellation in e and e_r
 constexpr double kUnderflow = 2.350988701644575e-38;  // 2^-125
 constexpr double kFar = 9.1e-13;                      // above 2^-40: sums of d <= 66,000 products in fp64
@@ -202,7 +204,8 @@ static inline double project(const ScreenRowArgs& a, int64_t f, const float* w) 
   return __builtin_sqrt(square) * kSumUp;
 }
 
-// The first digit of a row: the 8-bit min-max code of gemmascope_fast/matryoshka/codes.py, per channel.
+// The first digit of a row: the 8-bit min-max code of gemmascope_fast/matryoshka/codes.py, per channel,
+// unless one was given; its error is measured either way.
 static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w, double norm_mu) {
   float low[16] = {}, high[16] = {};
   Sum16 ww, wmu;
@@ -231,15 +234,22 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
         __builtin_fabs(centred) <= 1e38)) {
     return refine_always(a, f);
   }
-  const float s = (most - least) / 255.0f, zero = __builtin_rintf(-least / s);
+  const float s = a.given ? a.given_scale[f] : (most - least) / 255.0f;
+  const float zero = a.given ? static_cast<float>(a.given_zero[f]) : __builtin_rintf(-least / s);
+  if (a.given && !(s >= kLeastScale && s <= kMostScale)) return refine_always(a, f);
   uint8_t* code = a.code + tile_offset(f, a.width);
   float rest_most[16] = {};
   Sum16 ee;
   for (int64_t k = 0; k < a.width; k += 16) {
     uint8_t* to = code + column_offset(k);
+    float digit[16];
     for (int i = 0; i < 16; ++i) {
-      float c = __builtin_rintf(w[k + i] / s) + zero;
-      c = c > 255.0f ? 255.0f : (c < 0.0f ? 0.0f : c);
+      const float c = __builtin_rintf(w[k + i] / s) + zero;
+      digit[i] = c > 255.0f ? 255.0f : (c < 0.0f ? 0.0f : c);
+    }
+    for (int64_t i = 0; a.given && i < 16 && k + i < a.d; ++i) digit[i] = a.given[f * a.d + k + i];
+    for (int i = 0; i < 16; ++i) {
+      const float c = digit[i];
       to[i] = static_cast<uint8_t>(static_cast<int32_t>(c));
       const double e = w[k + i] - static_cast<double>(s) * (c - zero);
       const float size = __builtin_fabsf(static_cast<float>(e));

@@ -15,14 +15,30 @@ from gemmascope_fast import ops
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.latents import SparseLatents, check_latents
 from gemmascope_fast.matryoshka import storage
-from gemmascope_fast.matryoshka.codes import check_mode, quantize
+from gemmascope_fast.matryoshka.codes import Codes, check_mode, quantize
 from gemmascope_fast.matryoshka.linear import MatryoshkaLinear, MatryoshkaMatrix
 from gemmascope_fast.matryoshka.planes import Packed
 from gemmascope_fast.ops._csr import check_columns, from_mask, row_indices
+from gemmascope_fast.ops.screen_rows import Row, rows_of
 from gemmascope_fast.sae import JumpReLUSAE, SAEConfig
+from gemmascope_fast.screen import Screen
 
 PRE_BYTES = 1 << 26  # dense pre-activations held at once
 GATHERED = 1 << 14  # decoder rows dequantised at once
+
+
+def screen_codes(screen: Screen, W_enc: Tensor) -> Codes:
+    """The first digit of a screen as nested codes of the rows of W_enc [d_in, d_sae], its columns times
+    `screen.scales`.  Rows that the screen leaves to refinement have no code in it, and get their own here."""
+    d, F = W_enc.shape
+    q = rows_of(screen.code)[:F, :d].contiguous()
+    scale, zero = screen.table[Row.SCALE, :F, None].clone(), screen.table[Row.ZERO, :F, None].to(torch.uint8)
+    without = (screen.table[Row.START, :F] == torch.inf).nonzero()[:, 0]
+    if without.numel():
+        rows = W_enc[:, without].t().float()
+        own = quantize(rows if screen.scales is None else rows * screen.scales)
+        q[without], scale[without], zero[without] = own.q, own.scale, own.zero_point
+    return Codes(q, scale, zero)
 
 
 class MatryoshkaRows(MatryoshkaMatrix):
@@ -43,12 +59,16 @@ class MatryoshkaSAE(JumpReLUSAE):
     widths.  Biases and thresholds stay fp32.  activations: "exact", or "int8": tokens rounded about `encoder.mean`.
     It encodes, decodes and attaches as a JumpReLUSAE; its own answer is that of the sliced weights, not of the SAE that
     it was made from.
+
+    scales: fp32 [d_in] or None, powers of two: the encoder's codes are of W_enc's rows times them, activations are
+    divided by them first, both exactly.
     """
 
     encoder: MatryoshkaLinear
     decoder: MatryoshkaRows
     threshold: Tensor  # type: ignore[assignment]
     b_dec: Tensor  # type: ignore[assignment]
+    scales: Tensor | None
 
     def __init__(
         self,
@@ -57,18 +77,21 @@ class MatryoshkaSAE(JumpReLUSAE):
         b_dec: Tensor,
         threshold: Tensor,
         cfg: SAEConfig | None = None,
+        scales: Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)
         d_sae, d_in, d_out = encoder.out_features, encoder.in_features, decoder.in_features
         if decoder.out_features != d_sae or encoder.bias is None:
             raise ValueError(f"decoder: expected {d_sae} rows and an encoder with a bias, got {decoder.out_features}")
-        for name, vector, size in (("b_dec", b_dec, d_out), ("threshold", threshold, d_sae)):
-            if vector.shape != (size,):
+        vectors = (("b_dec", b_dec, d_out), ("threshold", threshold, d_sae), ("scales", scales, d_in))
+        for name, vector, size in vectors:
+            if vector is not None and vector.shape != (size,):
                 raise ValueError(f"{name}: expected [{size}], got {tuple(vector.shape)}")
         self.cfg = cfg or SAEConfig(d_in, d_sae, d_out)
         self.encoder, self.decoder = encoder, decoder
         self.register_buffer("b_dec", b_dec.detach().float().clone())
         self.register_buffer("threshold", threshold.detach().float().clone())
+        self.register_buffer("scales", None if scales is None else scales.detach().float().clone())
 
     @classmethod
     def from_sae(
@@ -80,27 +103,45 @@ class MatryoshkaSAE(JumpReLUSAE):
         mode: str = "prefix",
         activations: str = "exact",
         mean: Tensor | None = None,
+        screen: bool = False,
     ) -> MatryoshkaSAE:
         """Min–max codes of an SAE's rows.  mean [d_in]: about which int8 activations are rounded (default b_dec).
 
-        ValueError for a coder that is not a plain JumpReLU SAE.
+        screen: the encoder's code is the one that the SAE's certified screen reads (one scale a row, dimensions
+        balanced by `scales`), prepared now or stored with the SAE: a file that holds the screen holds this code.
+        ValueError for a coder that is not a plain JumpReLU SAE, and for groups of the screen's code.
         """
         if sae.kind != "sae" or isinstance(sae, MatryoshkaSAE):
             raise ValueError(f"sae: expected a JumpReLU SAE, got a {type(sae).__name__} of kind {sae.kind!r}")
         check_mode(mode)
-        rows = Packed.of(quantize(sae.W_enc.t(), group_size), mode)
+        scales = None
+        if screen:
+            if group_size is not None:
+                raise ValueError(f"group_size: the screen's code has one scale a row, got groups of {group_size}")
+            made = sae.prepare()._prepared.screen
+            assert made is not None
+            codes, scales = screen_codes(made, sae.W_enc.detach()), made.scales
+        else:
+            codes = quantize(sae.W_enc.t(), group_size)
+        mean = (sae.b_dec if mean is None else mean).detach().float()
         encoder = MatryoshkaLinear(
-            rows, sae.b_enc, bits, mode, activations=activations, mean=sae.b_dec if mean is None else mean
+            Packed.of(codes, mode),
+            sae.b_enc,
+            bits,
+            mode,
+            activations=activations,
+            mean=mean if scales is None else mean / scales,
         )
         decoder = MatryoshkaRows(Packed.of(quantize(sae.W_dec, group_size), mode), bits, mode)
-        return cls(encoder, decoder, sae.b_dec, sae.threshold, copy.deepcopy(sae.cfg)).to(sae.device)
+        return cls(encoder, decoder, sae.b_dec, sae.threshold, copy.deepcopy(sae.cfg), scales).to(sae.device)
 
     # ---- the weights that serve now -------------------------------------------------------------------
 
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
         """[d_in, d_sae] at the encoder's width: a new fp32 tensor at each access."""
-        return self.encoder.weight.t()
+        rows = self.encoder.weight
+        return (rows if self.scales is None else rows / self.scales).t()
 
     @property
     def W_dec(self) -> Tensor:  # type: ignore[override]
@@ -136,6 +177,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         if screen or bandwidth is not None:
             raise ValueError("screen, bandwidth: expected neither for a MatryoshkaSAE, whose rows are codes already")
         flat = self._tokens(x).float()
+        flat = flat if self.scales is None else flat / self.scales
         at_once = max(1, PRE_BYTES // (4 * self.d_sae))
         parts = [self._fire(self.encoder(part)) for part in flat.split(at_once)]
         whole = SparseLatents.cat(parts)
@@ -189,6 +231,8 @@ class MatryoshkaSAE(JumpReLUSAE):
         beside = {"encoder.bias": self.b_enc, "b_dec": self.b_dec, "threshold": self.threshold}
         if self.encoder.mean is not None:
             beside["encoder.mean"] = self.encoder.mean
+        if self.scales is not None:
+            beside["scales"] = self.scales
         site, metadata = self.cfg.site, self.cfg.metadata
         about = {
             "kind": "matryoshka_sae",
@@ -218,16 +262,17 @@ class MatryoshkaSAE(JumpReLUSAE):
             cfg = SAEConfig(encoder.in_features, encoder.out_features, decoder.in_features)
             cfg.metadata = SAEMetadata(**about["metadata"])
             cfg.site = None if about["hook_name"] is None else Site.from_hook_name(about["hook_name"])
-            return cls(encoder, decoder, beside["b_dec"], beside["threshold"], cfg)
+            return cls(encoder, decoder, beside["b_dec"], beside["threshold"], cfg, beside.get("scales"))
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: arrays of a MatryoshkaSAE disagree: {error}") from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatryoshkaSAE:
         # a cast moves the SAE; near a threshold rounded biases would decide otherwise
-        kept = {name: getattr(self, name) for name in ("b_dec", "threshold")}
+        kept = {name: getattr(self, name) for name in ("b_dec", "threshold", "scales")}
         super()._apply(fn, recurse)
         for name, before in kept.items():
-            setattr(self, name, before.to(getattr(self, name).device))
+            if before is not None:
+                setattr(self, name, before.to(getattr(self, name).device))
         return self
 
     def extra_repr(self) -> str:

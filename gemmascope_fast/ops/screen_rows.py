@@ -18,7 +18,8 @@ from gemmascope_fast.ops.encode import kappa
 
 SCHEMA = (
     "screen_rows(Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? centre, bool second_digit,"
-    " Tensor? directions=None, Tensor? scales=None)"
+    " Tensor? directions=None, Tensor? scales=None, Tensor? given=None, Tensor? given_scale=None,"
+    " Tensor? given_zero=None)"
     " -> (Tensor code, Tensor code2, Tensor table)"
 )
 U = 2.0**-24
@@ -26,6 +27,7 @@ UP = 1 + 8 * U
 SUM_UP = 1 + 2.0**-30
 CANCEL, NORM_MU_ERROR, UNDERFLOW = 2.0**-50, 9.1e-13, 2.0**-125
 MOST_DIRECTIONS = 128  # the bound of sums over directions counts so many
+LEAST_SCALE, MOST_OF_GIVEN = 2.0**-80, 2.0**43  # of given codes; up to there their rows' norms are below HUGE
 TINY, HUGE, MOST_BIAS = 2.0**-60, 2.0**60, 1e38
 MOST_SCALE = 1 << 20
 BLOCK = 1024  # rows at a time in fp64
@@ -68,10 +70,15 @@ def screen_rows_reference(
     second_digit: bool,
     directions: Tensor | None = None,
     scales: Tensor | None = None,
+    given: Tensor | None = None,
+    given_scale: Tensor | None = None,
+    given_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None, directions fp32 [k, d_in] or None;
     scales fp32 [d_in] or None, powers of two from 1 to 2^20: the codes are those of W_enc's columns times them, the
     activations' entries are divided by them, and the directions are of those.
+    given uint8 [d_sae, d_in], given_scale fp32 [d_sae], given_zero uint8 [d_sae]: a first digit that was made elsewhere
+    (a trained code), in place of the rows' own; its error is measured as theirs is.
 
     Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four
     rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9 + k, table_stride(d_sae)], the
@@ -85,6 +92,15 @@ def screen_rows_reference(
         ((scales.frexp().mantissa == 0.5) & (scales >= 1) & (scales <= MOST_SCALE)).all()
     ):
         raise ValueError("scales: expected powers of two from 1 to 2^20")
+    if (given is None) != (given_scale is None) or (given is None) != (given_zero is None):
+        raise ValueError("given: expected a code with its scale and zero, or none of them")
+    for name, tensor, dtype, shape in (
+        ("given", given, torch.uint8, (F, d)),
+        ("given_scale", given_scale, torch.float32, (F,)),
+        ("given_zero", given_zero, torch.uint8, (F,)),
+    ):
+        if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
+            raise ValueError(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
     tiled = -(-F // 4) * 4
     code = torch.zeros(tiled, width, dtype=torch.uint8, device=device)
     code2 = torch.zeros(tiled if second_digit else 0, width, dtype=torch.uint8, device=device)
@@ -96,7 +112,10 @@ def screen_rows_reference(
     for start in range(0, F, BLOCK):
         rows = slice(start, min(F, start + BLOCK))
         out = (code[rows], code2[rows] if second_digit else None, table[:, rows])
-        _block(W_enc[:, rows].t().float() * s, b_enc[rows].double(), threshold[rows].double(), mu, V, out)
+        code_of = None
+        if given is not None and given_scale is not None and given_zero is not None:
+            code_of = given[rows].float(), given_scale[rows], given_zero[rows].float()
+        _block(W_enc[:, rows].t().float() * s, b_enc[rows].double(), threshold[rows].double(), mu, V, code_of, out)
     return tiles(code), tiles(code2), table
 
 
@@ -111,7 +130,13 @@ def rows_of(tiles: Tensor) -> Tensor:
 
 
 def _block(
-    w: Tensor, b: Tensor, theta: Tensor, mu: Tensor | None, V: Tensor, out: tuple[Tensor, Tensor | None, Tensor]
+    w: Tensor,
+    b: Tensor,
+    theta: Tensor,
+    mu: Tensor | None,
+    V: Tensor,
+    given: tuple[Tensor, Tensor, Tensor] | None,
+    out: tuple[Tensor, Tensor | None, Tensor],
 ) -> None:
     code, code2, table = out
     d = w.shape[1]
@@ -122,11 +147,17 @@ def _block(
     projected = w64 @ V.t()
     across = projected.norm(dim=1) * SUM_UP
     good = (norm >= TINY) & (norm <= HUGE) & (across <= HUGE) & (b.abs() <= MOST_BIAS) & (centred.abs() <= MOST_BIAS)
+    if given is not None:
+        good &= (given[1] >= LEAST_SCALE) & (given[1] <= MOST_OF_GIVEN)
     w = torch.where(good[:, None], w, 1.0)  # any rows that have a code: their table says that it is not used
     w64 = w.double()
-    s = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)) / 255
-    zero = (-w.amin(1).clamp(max=0) / s).round()
-    c = ((w / s[:, None]).round() + zero[:, None]).clamp(0, 255)
+    if given is None:
+        s = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)) / 255
+        zero = (-w.amin(1).clamp(max=0) / s).round()
+        c = ((w / s[:, None]).round() + zero[:, None]).clamp(0, 255)
+    else:
+        c, s, zero = given
+        s = torch.where(good, s, 1.0)
     e = w64 - s.double()[:, None] * (c - zero[:, None]).double()
     tau = theta.clamp(min=0)
     steps = 1.02 * V.shape[0] * U
@@ -164,6 +195,7 @@ def _fake(
     second_digit: bool,
     directions: Tensor | None = None,
     scales: Tensor | None = None,
+    *_given: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d, F = W_enc.shape
     k = 0 if directions is None else directions.shape[0]
