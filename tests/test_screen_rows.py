@@ -66,7 +66,6 @@ def test_a_given_code_is_the_first_digit_and_its_error_is_measured(isa, noise, s
     assert torch.equal(rows_of(code)[:77, :203][used], q[used])
     assert (table[Row.START, :77] == math.inf).nonzero().flatten().tolist() == [3, 4, 5]
     assert torch.equal(code, want[0])
-    # the residual's digits may fall the other way where the two sums of fp64 differ in nothing but order
     assert torch.equal(code2, want[1])
     torch.testing.assert_close(table, want[2], rtol=3e-7, atol=1e-9)
     for digits in (1, 2):

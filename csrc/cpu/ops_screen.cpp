@@ -1,4 +1,3 @@
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -8,15 +7,11 @@
 
 #include "cpu/collect.h"
 #include "cpu/memory.h"
-#include "cpu/ops_common.h"
+#include "cpu/screen_checks.h"
 
 namespace gsf {
 namespace {
 
-// 255 * 127 * 66,000 < 2^31: the largest integer dot still fits its 32 bits.
-constexpr int64_t kMostInputs = 66000;
-// The bound of sums over directions (docs/screen.md) counts so many.
-constexpr int64_t kMostDirections = 128;
 // Up to this many tokens the first stage waits for memory: reading both digits of the activations was no
 // slower at 1 and 4 tokens, and leaves fewer candidates; at 16 it took half as long again.
 constexpr int64_t kBothDigits = 4;
@@ -37,138 +32,6 @@ constexpr int64_t kLongChunks = 64;
 // its own.
 constexpr int64_t kMostWaiting = 256;
 static_assert(kMostWaiting * sizeof(Candidate) * (1 << 20) / kChunkFeatures == 134217728, "as said");
-
-int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Columns of the table, an odd number of cache lines: its rows, of which the kernel reads a line each at
-// once, would else lie in one set of the first cache (65,536 bytes apart for 16,384 features).
-int64_t table_stride(int64_t F) { return ((F + 15) / 16 | 1) * 16; }
-
-void check_sizes(const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold) {
-  TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
-  TORCH_CHECK_VALUE(W_enc.size(0) <= kMostInputs, "W_enc: the screen takes d_in up to ", kMostInputs,
-                    ", got ", W_enc.size(0));
-  check_shape(b_enc, {W_enc.size(1)}, "b_enc");
-  check_shape(threshold, {W_enc.size(1)}, "threshold");
-  for (const at::Tensor* t : {&W_enc, &b_enc, &threshold}) check_cpu(*t, "encode_screened");
-  TORCH_CHECK_TYPE(dtype_of(W_enc, "W_enc") != Dtype::i8,
-                   "W_enc: expected float32, bfloat16 or float16, got int8");
-}
-
-// Directions [k, d] and how many there are.
-int64_t check_directions(const std::optional<at::Tensor>& directions, int64_t d) {
-  if (!directions) return 0;
-  TORCH_CHECK_VALUE(
-      directions->dim() == 2 && directions->size(1) == d && directions->size(0) <= kMostDirections,
-      "directions: expected [k up to ", kMostDirections, ", d_in = ", d, "], got ", directions->sizes());
-  check_cpu(*directions, "directions");
-  TORCH_CHECK_TYPE(directions->scalar_type() == at::kFloat && directions->is_contiguous(),
-                   "directions: expected contiguous float32, got ", directions->scalar_type());
-  return directions->size(0);
-}
-
-void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
-  if (!centre) return;
-  check_shape(*centre, {d}, "centre");
-  check_cpu(*centre, "centre");
-  TORCH_CHECK_TYPE(centre->scalar_type() == at::kFloat && centre->is_contiguous(),
-                   "centre: expected contiguous float32, got ", centre->scalar_type());
-}
-
-// Powers of two from 1 to this scale a column (docs/screen.md, "Scales"); 1 / them is exact.
-constexpr float kMostScale = 1 << 20;
-
-// The inverses of scales [d]; empty where there are none.
-std::vector<float> inverse_scales(const std::optional<at::Tensor>& scales, int64_t d) {
-  if (!scales) return {};
-  check_shape(*scales, {d}, "scales");
-  check_cpu(*scales, "scales");
-  TORCH_CHECK_TYPE(scales->scalar_type() == at::kFloat && scales->is_contiguous(),
-                   "scales: expected contiguous float32, got ", scales->scalar_type());
-  const float* s = scales->const_data_ptr<float>();
-  std::vector<float> inverse(d);
-  bool good = true;
-  for (int64_t i = 0; i < d; ++i) {
-    int32_t bits;
-    std::memcpy(&bits, s + i, sizeof bits);
-    good &= (bits & 0x7FFFFF) == 0 && s[i] >= 1.0f && s[i] <= kMostScale;
-    inverse[i] = 1.0f / s[i];
-  }
-  // anything else would round, which the bound does not know of
-  TORCH_CHECK_VALUE(good, "scales: expected powers of two from 1 to 2^20");
-  return inverse;
-}
-
-at::Tensor zero_codes(at::IntArrayRef shape) {
-  at::Tensor t = new_tensor(shape, at::kByte);
-  advise_large_pages(t.mutable_data_ptr(), t.nbytes());  // before the first touch: nothing to gather then
-  return t.zero_();
-}
-
-void check_given(const std::optional<at::Tensor>& code, const std::optional<at::Tensor>& scale,
-                 const std::optional<at::Tensor>& zero, int64_t F, int64_t d) {
-  TORCH_CHECK_VALUE(code.has_value() == scale.has_value() && code.has_value() == zero.has_value(),
-                    "given: expected a code with its scale and zero, or none of them");
-  if (!code) return;
-  TORCH_CHECK_VALUE(code->scalar_type() == at::kByte && code->is_contiguous() && code->dim() == 2 &&
-                        code->size(0) == F && code->size(1) == d,
-                    "given: expected contiguous uint8 [d_sae = ", F, ", d_in = ", d, "], got ",
-                    code->scalar_type(), " ", code->sizes());
-  TORCH_CHECK_VALUE(scale->scalar_type() == at::kFloat && scale->is_contiguous() && scale->numel() == F &&
-                        scale->dim() == 1,
-                    "given_scale: expected float32 [d_sae = ", F, "], got ", scale->scalar_type(), " ",
-                    scale->sizes());
-  TORCH_CHECK_VALUE(
-      zero->scalar_type() == at::kByte && zero->is_contiguous() && zero->numel() == F && zero->dim() == 1,
-      "given_zero: expected uint8 [d_sae = ", F, "], got ", zero->scalar_type(), " ", zero->sizes());
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
-    const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
-    const std::optional<at::Tensor>& centre, bool second_digit, const std::optional<at::Tensor>& directions,
-    const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& given,
-    const std::optional<at::Tensor>& given_scale, const std::optional<at::Tensor>& given_zero) {
-  check_sizes(W_enc, b_enc, threshold);
-  const int64_t d = W_enc.size(0), F = W_enc.size(1), width = round_to(d, 64), stride = table_stride(F);
-  check_centre(centre, d);
-  const int64_t k = check_directions(directions, d);
-  const std::vector<float> per_scale = inverse_scales(scales, d);
-  check_given(given, given_scale, given_zero, F, d);
-  const at::Tensor bias = widened(b_enc), theta = widened(threshold);
-  const Rows rows(W_enc);
-  const int64_t tiles = (F + kTileRows - 1) / kTileRows, steps = width / kTileColumns;
-  const at::Tensor code = zero_codes({tiles, steps, kTileRows, kTileColumns});
-  const at::Tensor code2 = zero_codes({second_digit ? tiles : 0, steps, kTileRows, kTileColumns});
-  at::Tensor table = at::zeros({kScreenRows + k, stride}, at::kFloat);
-  ScreenRowArgs args{};
-  args.w = rows.data();
-  args.w_dtype = dtype_of(W_enc, "W_enc");
-  args.mu = centre ? centre->const_data_ptr<float>() : nullptr;
-  args.scale = scales ? scales->const_data_ptr<float>() : nullptr;
-  args.per_scale = scales ? per_scale.data() : nullptr;
-  args.bias = bias.const_data_ptr<float>();
-  args.threshold = theta.const_data_ptr<float>();
-  args.code = code.mutable_data_ptr<uint8_t>();
-  args.code2 = second_digit ? code2.mutable_data_ptr<uint8_t>() : nullptr;
-  args.table = table.mutable_data_ptr<float>();
-  args.directions = k ? directions->const_data_ptr<float>() : nullptr;
-  if (given) {
-    args.given = given->const_data_ptr<uint8_t>();
-    args.given_scale = given_scale->const_data_ptr<float>();
-    args.given_zero = given_zero->const_data_ptr<uint8_t>();
-  }
-  args.d = d, args.width = width, args.stride = stride, args.k = k;
-  // the columns past F are discarded whatever the token
-  float* start = args.table + kStart * stride;
-  for (int64_t f = F; f < stride; ++f) start[f] = -std::numeric_limits<float>::infinity();
-  const Kernels& kernel = kernels();
-  std::vector<std::vector<float>> space(std::max(1, at::get_num_threads()), std::vector<float>(width));
-  run_chunks((F + kChunkFeatures - 1) / kChunkFeatures, [&](int worker, int64_t chunk) {
-    const int64_t f0 = chunk * kChunkFeatures;
-    kernel.screen_rows(args, f0, std::min(F, f0 + kChunkFeatures), space[worker].data());
-  });
-  return {code, code2, table};
-}
 
 // The table's first bound against threshold - bandwidth / 2 in place of max(threshold, 0).
 at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F, int64_t k, float half) {
@@ -453,10 +316,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   return {crow, col, values, stats};
 }
 
-TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {
-  m.impl("screen_rows", screen_rows_cpu);
-  m.impl("encode_screened", encode_screened_cpu);
-}
+TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { m.impl("encode_screened", encode_screened_cpu); }
 
 }  // namespace
 }  // namespace gsf

@@ -10,7 +10,7 @@ constexpr double kSumUp = 1.0 + 1.0 / (1 << 30);
 constexpr double kTiny = 8.673617379884035e-19;  // 2^-60: norms outside [2^-60, 2^60] skip the screen
 constexpr double kHuge = 1.152921504606847e+18;  // 2^60
 // Of a code that was given: below 2^-80 lies no row of norm 2^-60; up to 2^43 its rows' norms are below 2^60.
-constexpr double kLeastScale = kTiny / (1 << 20), kMostScale = kHuge / (1 << 17);
+constexpr double kLeastGiven = kTiny / (1 << 20), kMostGiven = kHuge / (1 << 17);
 constexpr double kCancel = 8.881784197001252e-16;     // 2^-50: fp64 cancellation in e and e_r
 constexpr double kUnderflow = 2.350988701644575e-38;  // 2^-125
 constexpr double kFar = 9.1e-13;                      // above 2^-40: sums of d <= 66,000 products in fp64
@@ -236,7 +236,7 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   }
   const float s = a.given ? a.given_scale[f] : (most - least) / 255.0f;
   const float zero = a.given ? static_cast<float>(a.given_zero[f]) : __builtin_rintf(-least / s);
-  if (a.given && !(s >= kLeastScale && s <= kMostScale)) return refine_always(a, f);
+  if (a.given && !(s >= kLeastGiven && s <= kMostGiven)) return refine_always(a, f);
   uint8_t* code = a.code + tile_offset(f, a.width);
   float rest_most[16] = {};
   Sum16 ee;

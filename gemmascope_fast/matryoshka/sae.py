@@ -123,15 +123,10 @@ class MatryoshkaSAE(JumpReLUSAE):
             codes, scales = screen_codes(made, sae.W_enc.detach()), made.scales
         else:
             codes = quantize(sae.W_enc.t(), group_size)
-        mean = (sae.b_dec if mean is None else mean).detach().float()
-        encoder = MatryoshkaLinear(
-            Packed.of(codes, mode),
-            sae.b_enc,
-            bits,
-            mode,
-            activations=activations,
-            mean=mean if scales is None else mean / scales,
-        )
+        centre = (sae.b_dec if mean is None else mean).to(sae.device)
+        encoder = MatryoshkaLinear(Packed.of(codes, mode), sae.b_enc, bits, mode, activations=activations, mean=centre)
+        if scales is not None and encoder.mean is not None:
+            encoder.mean.div_(scales)
         decoder = MatryoshkaRows(Packed.of(quantize(sae.W_dec, group_size), mode), bits, mode)
         return cls(encoder, decoder, sae.b_dec, sae.threshold, copy.deepcopy(sae.cfg), scales).to(sae.device)
 

@@ -27,7 +27,7 @@ UP = 1 + 8 * U
 SUM_UP = 1 + 2.0**-30
 CANCEL, NORM_MU_ERROR, UNDERFLOW = 2.0**-50, 9.1e-13, 2.0**-125
 MOST_DIRECTIONS = 128  # the bound of sums over directions counts so many
-LEAST_SCALE, MOST_OF_GIVEN = 2.0**-80, 2.0**43  # of given codes; up to there their rows' norms are below HUGE
+LEAST_GIVEN, MOST_GIVEN = 2.0**-80, 2.0**43  # of given codes; up to there their rows' norms are below HUGE
 TINY, HUGE, MOST_BIAS = 2.0**-60, 2.0**60, 1e38
 MOST_SCALE = 1 << 20
 BLOCK = 1024  # rows at a time in fp64
@@ -148,7 +148,7 @@ def _block(
     across = projected.norm(dim=1) * SUM_UP
     good = (norm >= TINY) & (norm <= HUGE) & (across <= HUGE) & (b.abs() <= MOST_BIAS) & (centred.abs() <= MOST_BIAS)
     if given is not None:
-        good &= (given[1] >= LEAST_SCALE) & (given[1] <= MOST_OF_GIVEN)
+        good &= (given[1] >= LEAST_GIVEN) & (given[1] <= MOST_GIVEN)
     w = torch.where(good[:, None], w, 1.0)  # any rows that have a code: their table says that it is not used
     w64 = w.double()
     if given is None:

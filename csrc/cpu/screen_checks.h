@@ -1,0 +1,78 @@
+// What both ops of the screen ask of their arguments, and how their arrays are laid out.
+#pragma once
+
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "cpu/ops_common.h"
+
+namespace gsf {
+
+// 255 * 127 * 66,000 < 2^31: the largest integer dot still fits its 32 bits.
+constexpr int64_t kMostInputs = 66000;
+// The bound of sums over directions (docs/screen.md) counts so many.
+constexpr int64_t kMostDirections = 128;
+
+inline int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Columns of the table, an odd number of cache lines: its rows, of which the kernel reads a line each at
+// once, would else lie in one set of the first cache (65,536 bytes apart for 16,384 features).
+inline int64_t table_stride(int64_t F) { return ((F + 15) / 16 | 1) * 16; }
+
+inline void check_sizes(const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold) {
+  TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
+  TORCH_CHECK_VALUE(W_enc.size(0) <= kMostInputs, "W_enc: the screen takes d_in up to ", kMostInputs,
+                    ", got ", W_enc.size(0));
+  check_shape(b_enc, {W_enc.size(1)}, "b_enc");
+  check_shape(threshold, {W_enc.size(1)}, "threshold");
+  for (const at::Tensor* t : {&W_enc, &b_enc, &threshold}) check_cpu(*t, "encode_screened");
+  TORCH_CHECK_TYPE(dtype_of(W_enc, "W_enc") != Dtype::i8,
+                   "W_enc: expected float32, bfloat16 or float16, got int8");
+}
+
+// Directions [k, d] and how many there are.
+inline int64_t check_directions(const std::optional<at::Tensor>& directions, int64_t d) {
+  if (!directions) return 0;
+  TORCH_CHECK_VALUE(
+      directions->dim() == 2 && directions->size(1) == d && directions->size(0) <= kMostDirections,
+      "directions: expected [k up to ", kMostDirections, ", d_in = ", d, "], got ", directions->sizes());
+  check_cpu(*directions, "directions");
+  TORCH_CHECK_TYPE(directions->scalar_type() == at::kFloat && directions->is_contiguous(),
+                   "directions: expected contiguous float32, got ", directions->scalar_type());
+  return directions->size(0);
+}
+
+inline void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
+  if (!centre) return;
+  check_shape(*centre, {d}, "centre");
+  check_cpu(*centre, "centre");
+  TORCH_CHECK_TYPE(centre->scalar_type() == at::kFloat && centre->is_contiguous(),
+                   "centre: expected contiguous float32, got ", centre->scalar_type());
+}
+
+// Powers of two from 1 to this scale a column (docs/screen.md, "Scales"); 1 / them is exact.
+constexpr float kMostScale = 1 << 20;
+
+// The inverses of scales [d]; empty where there are none.
+inline std::vector<float> inverse_scales(const std::optional<at::Tensor>& scales, int64_t d) {
+  if (!scales) return {};
+  check_shape(*scales, {d}, "scales");
+  check_cpu(*scales, "scales");
+  TORCH_CHECK_TYPE(scales->scalar_type() == at::kFloat && scales->is_contiguous(),
+                   "scales: expected contiguous float32, got ", scales->scalar_type());
+  const float* s = scales->const_data_ptr<float>();
+  std::vector<float> inverse(d);
+  bool good = true;
+  for (int64_t i = 0; i < d; ++i) {
+    int32_t bits;
+    std::memcpy(&bits, s + i, sizeof bits);
+    good &= (bits & 0x7FFFFF) == 0 && s[i] >= 1.0f && s[i] <= kMostScale;
+    inverse[i] = 1.0f / s[i];
+  }
+  // anything else would round, which the bound does not know of
+  TORCH_CHECK_VALUE(good, "scales: expected powers of two from 1 to 2^20");
+  return inverse;
+}
+
+}  // namespace gsf
