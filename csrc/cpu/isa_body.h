@@ -24,6 +24,8 @@ namespace GSF_NAMESPACE {
 //
 #include "cpu/screen_refine.h"
 //
+#include "cpu/vec_fp64.h"
+//
 #include "cpu/screen_build.h"
 //
 #include "cpu/roof.h"

@@ -25,43 +25,23 @@ static inline float round_up(double v) {
 // Relative bound of the deciding dot: ceil(d/16) fused steps a lane, four folds, the bias, and one to spare.
 static inline double dot_kappa(int64_t d) { return 1.01 * static_cast<double>((d + 15) / 16 + 6) * kU; }
 
-// Sixteen running sums: an order that vectorises; the norms' last bits may differ between instruction sets,
-// the answers cannot.
-struct Sum16 {
-  double v[16] = {};
-  double total() const {
-    double s = 0;
-    for (int i = 0; i < 16; ++i) s += v[i];
-    return s;
-  }
-};
-
-// Sixteen columns of a vector from k on, n of them there; `otherwise` beyond the end and where there is no
-// vector.
-struct Columns {
-  float v[16];
-  Columns(const float* from, int64_t k, int64_t n, float otherwise) {
-    if (from && n == 16) {
-      memcpy(v, from + k, sizeof v);
-      return;
-    }
-    for (float& value : v) value = otherwise;
-    if (from && n > 0) memcpy(v, from + k, static_cast<size_t>(n) * sizeof(float));
-  }
-};
+// Columns [k, k + 16) of a vector of d, zeros beyond its end; `otherwise` where there is no vector.
+static inline V16 columns16(const float* from, int64_t k, int64_t d, float otherwise) {
+  if (!from) return set16(otherwise);
+  return k + 16 <= d ? load16(from + k) : (k < d ? load16_tail(from + k, d - k) : zero16());
+}
 
 static inline int64_t column_offset(int64_t k) { return k / kTileColumns * kTileStep + k % kTileColumns; }
 
-static inline float clamp_digit(float v) { return v > 127.0f ? 127.0f : (v < -127.0f ? -127.0f : v); }
+// Norms' last bits may differ between instruction sets, the answers cannot.
+static inline double norm_of(const D16& squares) { return __builtin_sqrt(dtotal16(squares)) * kSumUp; }
 
 static inline double dot_fp64(const float* a, const float* b, int64_t d) {
-  Sum16 dot;
-  const int64_t whole = d & ~int64_t{15};
-  for (int64_t k = 0; k < whole; k += 16) {
-    for (int i = 0; i < 16; ++i) dot.v[i] += static_cast<double>(a[k + i]) * b[k + i];
+  D16 dot = dset16(0);
+  for (int64_t k = 0; k < d; k += 16) {
+    dot = dfma16(dwiden16(columns16(a, k, d, 0.0f)), dwiden16(columns16(b, k, d, 0.0f)), dot);
   }
-  for (int64_t k = whole; k < d; ++k) dot.v[k - whole] += static_cast<double>(a[k]) * b[k];
-  return dot.total();
+  return dtotal16(dot);
 }
 
 // r loses its part along the directions; their coefficients, as rounded here, are what the screen multiplies
@@ -74,15 +54,12 @@ static inline double take_out_directions(const ScreenTokenArgs& a, float* r) {
     square += static_cast<double>(a.along[j]) * a.along[j];
   }
   for (int64_t k = 0; k < a.d; k += 16) {
-    double rest[16];
-    const int64_t n = a.d - k < 16 ? a.d - k : 16;
-    for (int64_t i = 0; i < n; ++i) rest[i] = r[k + i];
+    D16 rest = dwiden16(load16(r + k));
     for (int64_t j = 0; j < a.k; ++j) {
-      const double along = a.along[j];
-      const float* v = a.directions + j * a.d + k;
-      for (int64_t i = 0; i < n; ++i) rest[i] -= along * v[i];
+      rest = dfma16(dset16(-static_cast<double>(a.along[j])),
+                    dwiden16(columns16(a.directions + j * a.d, k, a.d, 0.0f)), rest);
     }
-    for (int64_t i = 0; i < n; ++i) r[k + i] = static_cast<float>(rest[i]);
+    store16(r + k, dnarrow16(rest));
   }
   return __builtin_sqrt(square) * kSumUp;
 }
@@ -91,66 +68,53 @@ static void screen_token(const ScreenTokenArgs& a) {
   ScreenToken& out = *a.out;
   out = ScreenToken{};
   float* r = a.space;
-  Sum16 xx, rr, left;
   const int64_t d = a.d;
+  D16 xx = dset16(0), rr = xx, left = xx;
   for (int64_t k = 0; k < a.width; k += 16) {
-    const int64_t n = d - k < 16 ? d - k : 16;
-    const Columns x(a.x, k, n, 0.0f), mu(a.mu, k, n, 0.0f), per(a.per_scale, k, n, 1.0f);
-    for (int i = 0; i < 16; ++i) {
-      const float ri = (x.v[i] - mu.v[i]) * per.v[i];
-      const double xi = static_cast<double>(x.v[i]) * per.v[i];
-      r[k + i] = ri;
-      xx.v[i] += xi * xi;
-      rr.v[i] += static_cast<double>(ri) * ri;
-    }
+    const V16 x = columns16(a.x, k, d, 0.0f), per = columns16(a.per_scale, k, d, 1.0f);
+    const V16 rest = mul16(sub16(x, columns16(a.mu, k, d, 0.0f)), per);
+    store16(r + k, rest);
+    xx = dsquared16(dmul16(dwiden16(x), dwiden16(per)), xx);
+    rr = dsquared16(dwiden16(rest), rr);
   }
-  const double norm_x = __builtin_sqrt(xx.total()) * kSumUp, norm_r = __builtin_sqrt(rr.total()) * kSumUp;
+  const double norm_x = norm_of(xx), norm_r = norm_of(rr);
   const double norm_c = take_out_directions(a, r);
-  float most[16] = {};
+  V16 most = zero16();
   for (int64_t k = 0; k < a.width; k += 16) {
-    for (int i = 0; i < 16; ++i) {
-      const float ri = r[k + i], size = __builtin_fabsf(ri);
-      // NaN keeps the larger side false, and the sums turn NaN: `fits` sees it there
-      most[i] = size > most[i] ? size : most[i];
-      left.v[i] += static_cast<double>(ri) * ri;
-    }
+    const V16 rest = load16(r + k);
+    // NaN leaves `most` as it is, and the sums turn NaN: `fits` sees it there
+    most = max16(abs16(rest), most);
+    left = dsquared16(dwiden16(rest), left);
   }
-  float top = 0;
-  for (float m : most) top = m > top ? m : top;
-  const double norm_left = __builtin_sqrt(left.total()) * kSumUp;
+  const float top = greatest16(most);
+  const double norm_left = norm_of(left);
   // written so that NaN fails
   if (!(top >= kTiny && top <= kHuge && norm_x <= kHuge && norm_r <= kHuge && norm_c <= kHuge)) {
     return;  // its digits are zeros already
   }
   const float t = top / 127.0f, per_t = 1.0f / t, t2 = t * 0.00390625f, per_t2 = per_t * 256.0f;
-  Sum16 r1r1, rhat, r2r2, left1, left2;
-  int32_t sum[16] = {}, sum2[16] = {};
+  D16 r1r1 = dset16(0), rhat = r1r1, r2r2 = r1r1, left1 = r1r1, left2 = r1r1;
+  I16 sum = izero16(), sum2 = sum;
   for (int64_t k = 0; k < a.width; k += 16) {
-    // short loops of one statement: GCC makes vectors of these, and of one long loop it does not
-    int8_t *q1 = a.q1 + column_offset(k), *q2 = a.q2 + column_offset(k);
-    float d1[16], d2[16];
-    double r1[16], r2[16], e1[16];
-    for (int i = 0; i < 16; ++i) d1[i] = clamp_digit(__builtin_rintf(r[k + i] * per_t));
-    for (int i = 0; i < 16; ++i) {
-      d2[i] = clamp_digit(__builtin_rintf(__builtin_fmaf(-t, d1[i], r[k + i]) * per_t2));
-    }
-    for (int i = 0; i < 16; ++i) q1[i] = static_cast<int8_t>(static_cast<int32_t>(d1[i]));
-    for (int i = 0; i < 16; ++i) q2[i] = static_cast<int8_t>(static_cast<int32_t>(d2[i]));
-    for (int i = 0; i < 16; ++i) sum[i] += static_cast<int32_t>(d1[i]);
-    for (int i = 0; i < 16; ++i) sum2[i] += static_cast<int32_t>(d2[i]);
-    for (int i = 0; i < 16; ++i) r1[i] = static_cast<double>(t) * d1[i];
-    for (int i = 0; i < 16; ++i) r2[i] = static_cast<double>(t2) * d2[i];
-    for (int i = 0; i < 16; ++i) e1[i] = r[k + i] - r1[i];
-    for (int i = 0; i < 16; ++i) r1r1.v[i] += r1[i] * r1[i];
-    for (int i = 0; i < 16; ++i) r2r2.v[i] += r2[i] * r2[i];
-    for (int i = 0; i < 16; ++i) rhat.v[i] += (r1[i] + r2[i]) * (r1[i] + r2[i]);
-    for (int i = 0; i < 16; ++i) left1.v[i] += e1[i] * e1[i];
-    for (int i = 0; i < 16; ++i) left2.v[i] += (e1[i] - r2[i]) * (e1[i] - r2[i]);
+    const V16 rest = load16(r + k);
+    const V16 d1 = clamped16(round16(mul16(rest, set16(per_t))), -127.0f, 127.0f);
+    const V16 after = fma16(set16(-t), d1, rest);
+    const V16 d2 = clamped16(round16(mul16(after, set16(per_t2))), -127.0f, 127.0f);
+    const I16 i1 = to_int16(d1), i2 = to_int16(d2);
+    store_bytes16(a.q1 + column_offset(k), i1);
+    store_bytes16(a.q2 + column_offset(k), i2);
+    sum = iadd16(sum, i1);
+    sum2 = iadd16(sum2, i2);
+    const D16 r1 = dmul16(dset16(t), dwiden16(d1)), r2 = dmul16(dset16(t2), dwiden16(d2));
+    const D16 e1 = dsub16(dwiden16(rest), r1);
+    r1r1 = dsquared16(r1, r1r1);
+    r2r2 = dsquared16(r2, r2r2);
+    rhat = dsquared16(dadd16(r1, r2), rhat);
+    left1 = dsquared16(e1, left1);
+    left2 = dsquared16(dsub16(e1, r2), left2);
   }
-  const double n1 = __builtin_sqrt(r1r1.total()) * kSumUp, n2 = __builtin_sqrt(r2r2.total()) * kSumUp;
-  const double nb = __builtin_sqrt(rhat.total()) * kSumUp;
-  const double l1 = __builtin_sqrt(left1.total()) * kSumUp + kCancel * norm_left;
-  const double l2 = __builtin_sqrt(left2.total()) * kSumUp + kCancel * norm_left;
+  const double n1 = norm_of(r1r1), n2 = norm_of(r2r2), nb = norm_of(rhat);
+  const double l1 = norm_of(left1) + kCancel * norm_left, l2 = norm_of(left2) + kCancel * norm_left;
   double rounding = dot_kappa(d) * norm_x + 1.01 * kU * norm_r;
   if (a.k > 0) {
     rounding += 1.01 * kU * norm_left + kFarther * (norm_r + norm_c * a.frobenius) +
@@ -162,7 +126,8 @@ static void screen_token(const ScreenTokenArgs& a) {
   out.error = round_up((l1 + rounding + steps * n1) * kUp);
   out.reach2 = round_up((nb + steps * (n1 + n2)) * kUp);
   out.error2 = round_up((l2 + rounding + steps * (n1 + n2)) * kUp);
-  for (int i = 0; i < 16; ++i) out.sum += sum[i], out.sum2 += sum2[i];
+  out.sum = total16(sum);
+  out.sum2 = total16(sum2);
   out.fits = 1;
 }
 
@@ -204,29 +169,30 @@ static inline double project(const ScreenRowArgs& a, int64_t f, const float* w) 
   return __builtin_sqrt(square) * kSumUp;
 }
 
+// Codes [k, k + 16) of a row of d; past its end the zero point.
+static inline V16 given16(const uint8_t* codes, int64_t k, int64_t d, float zero) {
+  if (k + 16 <= d) return to_float16(widen16(codes + k));
+  float padded[16];
+  for (int64_t i = 0; i < 16; ++i) padded[i] = k + i < d ? static_cast<float>(codes[k + i]) : zero;
+  return load16(padded);
+}
+
 // The first digit of a row: the 8-bit min-max code of gemmascope_fast/matryoshka/codes.py, per channel,
 // unless one was given; its error is measured either way.
 static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w, double norm_mu) {
-  float low[16] = {}, high[16] = {};
-  Sum16 ww, wmu;
+  V16 low = zero16(), high = low;
+  D16 ww = dset16(0), wmu = ww;
   for (int64_t k = 0; k < a.width; k += 16) {
-    const int64_t n = a.d - k < 16 ? a.d - k : 16;
-    const Columns mu(a.mu, k, n, 0.0f), per(a.per_scale, k, n, 1.0f);
-    for (int i = 0; i < 16; ++i) {
-      const float v = w[k + i];
-      low[i] = v < low[i] ? v : low[i];
-      high[i] = v > high[i] ? v : high[i];
-      ww.v[i] += static_cast<double>(v) * v;
-      wmu.v[i] += static_cast<double>(v) * (static_cast<double>(mu.v[i]) * per.v[i]);
-    }
+    const V16 v = load16(w + k);
+    const D16 wide = dwiden16(v), mu = dwiden16(columns16(a.mu, k, a.d, 0.0f));
+    low = min16(v, low);
+    high = max16(v, high);
+    ww = dsquared16(wide, ww);
+    wmu = dfma16(wide, dmul16(mu, dwiden16(columns16(a.per_scale, k, a.d, 1.0f))), wmu);
   }
-  float least = 0, most = 0;
-  for (int i = 0; i < 16; ++i) {
-    least = low[i] < least ? low[i] : least;
-    most = high[i] > most ? high[i] : most;
-  }
-  const double norm = __builtin_sqrt(ww.total()) * kSumUp;
-  const double b = a.bias[f], centred = b + wmu.total();
+  const float least = -greatest16(sub16(zero16(), low)), most = greatest16(high);
+  const double norm = norm_of(ww);
+  const double b = a.bias[f], centred = b + dtotal16(wmu);
   const double tau = a.threshold[f] > 0.0f ? a.threshold[f] : 0.0;
   const double across = project(a, f, w);
   // written so that NaN fails; a bias near the end of fp32's range is left to the full dot
@@ -238,29 +204,23 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   const float zero = a.given ? static_cast<float>(a.given_zero[f]) : __builtin_rintf(-least / s);
   if (a.given && !(s >= kLeastGiven && s <= kMostGiven)) return refine_always(a, f);
   uint8_t* code = a.code + tile_offset(f, a.width);
-  float rest_most[16] = {};
-  Sum16 ee;
+  // what a digit leaves of its weight; columns past d hold w = 0, whose code is the zero point: nothing
+  const auto left_by = [&](int64_t k, V16 digit) {
+    const D16 steps = dwiden16(sub16(digit, set16(zero)));
+    return dfma16(dset16(-static_cast<double>(s)), steps, dwiden16(load16(w + k)));
+  };
+  V16 rest_most = zero16();
+  D16 ee = dset16(0);
   for (int64_t k = 0; k < a.width; k += 16) {
-    uint8_t* to = code + column_offset(k);
-    float digit[16];
-    for (int i = 0; i < 16; ++i) {
-      const float c = __builtin_rintf(w[k + i] / s) + zero;
-      digit[i] = c > 255.0f ? 255.0f : (c < 0.0f ? 0.0f : c);
-    }
-    for (int64_t i = 0; a.given && i < 16 && k + i < a.d; ++i) digit[i] = a.given[f * a.d + k + i];
-    for (int i = 0; i < 16; ++i) {
-      const float c = digit[i];
-      to[i] = static_cast<uint8_t>(static_cast<int32_t>(c));
-      const double e = w[k + i] - static_cast<double>(s) * (c - zero);
-      const float size = __builtin_fabsf(static_cast<float>(e));
-      rest_most[i] = size > rest_most[i] ? size : rest_most[i];
-      // columns past d hold w = 0, whose code is the zero point: e is 0 there
-      ee.v[i] += e * e;
-    }
+    V16 digit = clamped16(add16(round16(div16(load16(w + k), set16(s))), set16(zero)), 0.0f, 255.0f);
+    if (a.given) digit = given16(a.given + f * a.d, k, a.d, zero);
+    store_bytes16(code + column_offset(k), to_int16(digit));
+    const D16 e = left_by(k, digit);
+    rest_most = max16(abs16(dnarrow16(e)), rest_most);
+    ee = dsquared16(e, ee);
   }
-  float top = 0;
-  for (float m : rest_most) top = m > top ? m : top;
-  const double error = __builtin_sqrt(ee.total()) * kSumUp + kCancel * norm;
+  const float top = greatest16(rest_most);
+  const double error = norm_of(ee) + kCancel * norm;
   const double steps = 1.02 * static_cast<double>(a.k) * kU;
   const double beta =
       (dot_kappa(a.d) * __builtin_fabs(b) + (5 * kU + steps) * (__builtin_fabs(centred) + tau) +
@@ -279,33 +239,24 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   // a residual of nothing (rows that lie on the grid) has digits of nothing
   const float s2 = top / 127.0f, per_s2 = s2 > 1e-30f ? 1.0f / s2 : 0.0f;
   uint8_t* code2 = a.code2 + tile_offset(f, a.width);
-  Sum16 ee2;
+  D16 ee2 = dset16(0);
   for (int64_t k = 0; k < a.width; k += 16) {
-    const uint8_t* from = code + column_offset(k);
-    uint8_t* to = code2 + column_offset(k);
-    for (int i = 0; i < 16; ++i) {
-      const double e = w[k + i] - static_cast<double>(s) * (static_cast<int32_t>(from[i]) - zero);
-      const float c = clamp_digit(__builtin_rintf(static_cast<float>(e) * per_s2));
-      to[i] = static_cast<uint8_t>(static_cast<int32_t>(c) + 128);
-      const double left = e - static_cast<double>(s2) * c;
-      ee2.v[i] += left * left;
-    }
+    const D16 e = left_by(k, to_float16(widen16(code + column_offset(k))));
+    const V16 c = clamped16(round16(mul16(dnarrow16(e), set16(per_s2))), -127.0f, 127.0f);
+    store_bytes16(code2 + column_offset(k), to_int16(add16(c, set16(128.0f))));
+    ee2 = dsquared16(dfma16(dset16(-static_cast<double>(s2)), dwiden16(c), e), ee2);
   }
   table[kScale2 * a.stride] = s2;
-  table[kError2 * a.stride] = round_up((__builtin_sqrt(ee2.total()) * kSumUp + kCancel * norm) * kUp);
+  table[kError2 * a.stride] = round_up((norm_of(ee2) + kCancel * norm) * kUp);
 }
 
 static void screen_rows(const ScreenRowArgs& a, int64_t f0, int64_t f1, float* space) {
-  Sum16 square;
+  D16 square = dset16(0);
   for (int64_t k = 0; a.mu && k < a.d; k += 16) {
-    const int64_t n = a.d - k < 16 ? a.d - k : 16;
-    const Columns mu(a.mu, k, n, 0.0f), per(a.per_scale, k, n, 1.0f);
-    for (int i = 0; i < 16; ++i) {
-      const double m = static_cast<double>(mu.v[i]) * per.v[i];
-      square.v[i] += m * m;
-    }
+    const V16 mu = columns16(a.mu, k, a.d, 0.0f), per = columns16(a.per_scale, k, a.d, 1.0f);
+    square = dsquared16(dmul16(dwiden16(mu), dwiden16(per)), square);
   }
-  const double norm_mu = __builtin_sqrt(square.total()) * kSumUp;
+  const double norm_mu = norm_of(square);
   for (int64_t f = f0; f < f1; ++f) {
     widen_any(a, f, space);
     for (int64_t k = 0; a.scale && k < a.d; ++k) space[k] *= a.scale[k];

@@ -9,6 +9,8 @@ from typing import Any
 
 from gemmascope_fast.matryoshka.mixnmatch import WIDTHS
 
+METHODS = ("minmax", "omniquant", "qat")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
@@ -17,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, metavar="N", help="weights that share a scale (default: a row)")
     parser.add_argument(
         "--method",
-        choices=("minmax", "omniquant", "qat"),
+        choices=METHODS,
         default="minmax",
         help="minmax: no training; omniquant: clipping and channel scales learned block by block; qat: the weights too",
     )

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.matryoshka.command import METHODS
+
 PARTS = ("sae", "grid", "mix")
 
 
@@ -22,6 +24,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=int, default=40, help="end-to-end steps of qat after them (default: %(default)s)"
     )
+    parser.add_argument("--methods", default=",".join(METHODS), help="methods of the grid (default: %(default)s)")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, of %(default)s")
     parser.add_argument("--quick", action="store_true", help="fewer windows and passes, and the smaller grid")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="Mix'n'Match's frontier as .png, .svg or .pdf")
@@ -40,6 +43,9 @@ def run_compare(args: argparse.Namespace) -> int:
     wanted = args.only.split(",")
     if set(wanted) - set(PARTS):
         raise ValueError(f"--only: expected some of {', '.join(PARTS)}, got {args.only!r}")
+    methods = args.methods.split(",")
+    if set(methods) - set(METHODS):
+        raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, got {args.methods!r}")
     if args.quick:
         args.windows, args.train_windows = min(args.windows, 12), min(args.train_windows, 20)
         args.epochs, args.steps = min(args.epochs, 2), min(args.steps, 5)
@@ -56,7 +62,8 @@ def run_compare(args: argparse.Namespace) -> int:
     )
     if "grid" in wanted:
         for run in grid.runs(args.quick):
-            comparison.do(run)
+            if run.method in methods:
+                comparison.do(run)
     if "mix" in wanted:
         points = comparison.mix(grid.Run("ffn", None, "omniquant"))
         if args.plot is not None:
