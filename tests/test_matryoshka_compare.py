@@ -170,3 +170,15 @@ def test_mixing_measures_candidates_and_finds_the_frontier(tmp_path):
         matryoshka.set_bits(served, point["widths"])
         assert measure.mean_loss(served, IDS[8:]) == pytest.approx(point["loss"], rel=1e-6)
         assert matryoshka.nbytes(served) == point["nbytes"]
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--only", "sae,all"), ("--methods", "omniquant,gptq"), ("--methods", "")]
+)
+def test_unknown_parts_and_methods_are_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, option, value):
+    from gemmascope_fast import cli, demo_model
+
+    monkeypatch.setattr(demo_model, "load_pair", None)
+    assert cli.main(["compare", "--work", str(tmp_path / "work"), option, value]) == 1
+    assert f"{option}: expected some of" in capsys.readouterr().err
+    assert not (tmp_path / "work").exists()
