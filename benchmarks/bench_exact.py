@@ -20,9 +20,17 @@ before the screen balanced dimensions).
 
 `real` gains less from 64 tokens on than Gemma Scope's shapes: 1.5 % of its pairs fire, three times the share of an SAE
 of 16,384, as many are false, and each is a dot of 640 in fp32 from the last cache, of a row and a token that no tile
-shares.  On Zen 5 the products of 256 tokens took three tenths of the encode's time (int8_share 0.25 in
-exact-real-zen5.json, where they alone reach 0.83 of the peak); the rest was those pairs.  Eager meets an encoder of
-10 MB that stays in the cache, so it does not wait for memory either.
+shares.  Of an encode of 256 tokens on Zen 5 half is the products with their sums and three tenths is those pairs (a
+profile by samples; int8_share 0.31 in exact-real-zen5.json).  Eager meets an encoder of 10 MB that stays in the cache,
+so it does not wait for memory either.
+
+Against bf16, where arithmetic binds, an int8 pass gains about a factor of two at most: VNNI multiplies twice as many
+pairs in an instruction as vdpbf16ps.  From 64 tokens on ours comes to six tenths of the int8 peak, and the exact answer
+also reads the full-precision rows of what fires, at 64 tokens of 2304 × 16,384 nearly as many bytes as codes.  So the
+whole SAE takes 1.8 and 1.9 times less there at 64 and 256 tokens than the best peer (bf16 linear, embedding_bag), 2.0
+to 2.5 at others (exact-2304x16384-zen5.json).  Tried and no help: rows of candidates fetched while other features are
+multiplied, rows and tokens of the next pairs fetched while pairs are refined, the second look where fewer than half of
+the candidates are false.
 """
 
 from __future__ import annotations

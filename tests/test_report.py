@@ -140,3 +140,12 @@ def test_the_readmes_pictures_are_of_the_stored_run():
         png = (ROOT / name).read_bytes()
         assert source in png, f"{name}: `make figures` draws it anew"
         assert plots.digest(made_up()).encode() not in png
+
+
+def test_the_guides_pictures_are_of_the_stored_scaling_run():
+    """`gemmascope-fast report benchmarks/measured/scaling.json --png docs/images` draws them anew."""
+    source = plots.digest(Results.load(ROOT / "benchmarks" / "measured" / "scaling.json")).encode()
+    text = (ROOT / "docs" / "guides" / "wide.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\]\(\.\./images/([\w-]+\.png)\)", text)
+    assert shown == ["scaling-width.png", "memory.png"]
+    assert all(source in (ROOT / "docs" / "images" / name).read_bytes() for name in shown)
