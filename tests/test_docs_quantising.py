@@ -1,4 +1,4 @@
-"""The guide's tables of widths are those of the stored run."""
+"""The tables of widths in the guide and the README are those of the stored run."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_guides_tables_are_the_stored_runs():
-    figures = json.loads((ROOT / "benchmarks/measured/matryoshka-compare-quick.json").read_text())
+    figures = json.loads((ROOT / "benchmarks/measured/matryoshka-compare.json").read_text())
     guide = (ROOT / "docs/guides/quantising.md").read_text("utf-8")
     rows = [line for line in markdown(figures).splitlines() if line.startswith("|")]
     assert len(rows) > 30
     for row in rows:
         assert row in guide
+    shown = [line for line in (ROOT / "README.md").read_text("utf-8").splitlines() if line.startswith("| ffn ")]
+    assert len(shown) >= 4
+    assert set(shown) <= set(rows)
