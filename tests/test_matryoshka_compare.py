@@ -136,6 +136,7 @@ def test_a_run_gives_its_figures_and_is_not_done_twice(tmp_path, monkeypatch, ru
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
     keys = {case.key() for case in run.cases()}
     assert keys <= set(comparison.results.figures)
+    assert comparison.results.figures["full"]["loss"] == measure.mean_loss(model, IDS[8:])
     monkeypatch.setattr(measure, "mean_loss", None)  # would be called for anything not stored
     again = grid.Comparison(model, IDS[:8], IDS[8:], tmp_path, {"epochs": 1}, steps=1)
     again.do(run)

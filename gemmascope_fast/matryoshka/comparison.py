@@ -124,9 +124,11 @@ class Comparison:
         cases = [case for case in run.cases() if case.key() not in self.results]
         if not cases:
             return
+        if "full" not in self.results:
+            self.results.put("full", {"loss": measure.mean_loss(self.model, self.held_out)})
         with self._weights(run):
-            full = f"full-{run.scope}-dithered" if run.dithered else "full"
-            if full not in self.results:
+            full = f"full-{run.scope}-dithered"
+            if run.dithered and full not in self.results:
                 self.results.put(full, {"loss": measure.mean_loss(self.model, self.held_out)})
             trained = None if run.method == "minmax" else self.train(run)
             names = list(targets(self.model, run.scope))
