@@ -149,3 +149,17 @@ def test_the_guides_pictures_are_of_the_stored_scaling_run():
     shown = re.findall(r"\]\(\.\./images/([\w-]+\.png)\)", text)
     assert shown == ["scaling-width.png", "memory.png"]
     assert all(source in (ROOT / "docs" / "images" / name).read_bytes() for name in shown)
+
+
+def test_the_guides_exponents_are_those_of_the_stored_scaling_run():
+    text = (ROOT / "docs" / "guides" / "wide.md").read_text(encoding="utf-8")
+    table = [
+        line.split("|")[2]
+        for line in text.splitlines()
+        if line.startswith(("| width,", "| tok", "| feat", "| SAEs", "| thr"))
+    ]
+    shown = [[float(n) for n in re.findall(r"-?\d\.\d+", cell.replace("\N{MINUS SIGN}", "-"))] for cell in table]
+    stored = json.loads((ROOT / "benchmarks" / "measured" / "scaling.json").read_text())["exponents"]
+    flat = [e["exponent"] for e in stored]
+    # this package's and eager's in turn; widths come as one pair a number of tokens
+    assert [n for pair in shown for n in pair] == [pytest.approx(e, abs=0.00501) for e in flat]

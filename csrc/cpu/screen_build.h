@@ -25,10 +25,15 @@ static inline float round_up(double v) {
 // Relative bound of the deciding dot: ceil(d/16) fused steps a lane, four folds, the bias, and one to spare.
 static inline double dot_kappa(int64_t d) { return 1.01 * static_cast<double>((d + 15) / 16 + 6) * kU; }
 
-// Columns [k, k + 16) of a vector of d, zeros beyond its end; `otherwise` where there is no vector.
-static inline V16 columns16(const float* from, int64_t k, int64_t d, float otherwise) {
-  if (!from) return set16(otherwise);
+// Columns [k, k + 16) of a vector of d, zeros beyond its end.
+template <typename E>
+static inline V16 columns16(const E* from, int64_t k, int64_t d) {
   return k + 16 <= d ? load16(from + k) : (k < d ? load16_tail(from + k, d - k) : zero16());
+}
+
+// The same of a vector that may be none: `otherwise` everywhere.
+static inline V16 columns16(const float* from, int64_t k, int64_t d, float otherwise) {
+  return from ? columns16(from, k, d) : set16(otherwise);
 }
 
 static inline int64_t column_offset(int64_t k) { return k / kTileColumns * kTileStep + k % kTileColumns; }
@@ -39,7 +44,7 @@ static inline double norm_of(const D16& squares) { return __builtin_sqrt(dtotal1
 static inline double dot_fp64(const float* a, const float* b, int64_t d) {
   D16 dot = dset16(0);
   for (int64_t k = 0; k < d; k += 16) {
-    dot = dfma16(dwiden16(columns16(a, k, d, 0.0f)), dwiden16(columns16(b, k, d, 0.0f)), dot);
+    dot = dfma16(dwiden16(columns16(a, k, d)), dwiden16(columns16(b, k, d)), dot);
   }
   return dtotal16(dot);
 }
@@ -57,7 +62,7 @@ static inline double take_out_directions(const ScreenTokenArgs& a, float* r) {
     D16 rest = dwiden16(load16(r + k));
     for (int64_t j = 0; j < a.k; ++j) {
       rest = dfma16(dset16(-static_cast<double>(a.along[j])),
-                    dwiden16(columns16(a.directions + j * a.d, k, a.d, 0.0f)), rest);
+                    dwiden16(columns16(a.directions + j * a.d, k, a.d)), rest);
     }
     store16(r + k, dnarrow16(rest));
   }
@@ -71,7 +76,7 @@ static void screen_token(const ScreenTokenArgs& a) {
   const int64_t d = a.d;
   D16 xx = dset16(0), rr = xx, left = xx;
   for (int64_t k = 0; k < a.width; k += 16) {
-    const V16 x = columns16(a.x, k, d, 0.0f), per = columns16(a.per_scale, k, d, 1.0f);
+    const V16 x = columns16(a.x, k, d), per = columns16(a.per_scale, k, d, 1.0f);
     const V16 rest = mul16(sub16(x, columns16(a.mu, k, d, 0.0f)), per);
     store16(r + k, rest);
     xx = dsquared16(dmul16(dwiden16(x), dwiden16(per)), xx);
@@ -133,10 +138,7 @@ static void screen_token(const ScreenTokenArgs& a) {
 
 template <typename E>
 static inline void widen_row(const E* w, int64_t d, int64_t width, float* out) {
-  for (int64_t k = 0; k < width; k += 16) {
-    const V16 v = k + 16 <= d ? load16(w + k) : (k < d ? load16_tail(w + k, d - k) : zero16());
-    store16(out + k, v);
-  }
+  for (int64_t k = 0; k < width; k += 16) store16(out + k, columns16(w, k, d));
 }
 
 static inline void widen_any(const ScreenRowArgs& a, int64_t f, float* out) {

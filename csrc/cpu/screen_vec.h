@@ -1,5 +1,6 @@
 // What the screen needs beside vec.h and matryoshka_vec.h: dots of 64 codes with 64 digits, the sums of
-// sixteen accumulators at once, and four numbers repeated four times.  Included by isa_body.h.
+// sixteen accumulators at once, four numbers repeated four times, and rounding to digits.  Included by
+// isa_body.h.
 
 #if GSF_LEVEL >= 3
 // acc's lanes together gain the sum of code[i] * digit[i]; which lane takes what is nobody's concern.
@@ -32,6 +33,18 @@ static inline I16 sums16(const I16* a) {
   const __m512i lo = _mm512_add_epi32(_mm512_shuffle_i32x4(s0, s1, 0x44), _mm512_shuffle_i32x4(s0, s1, 0xEE));
   const __m512i hi = _mm512_add_epi32(_mm512_shuffle_i32x4(s2, s3, 0x44), _mm512_shuffle_i32x4(s2, s3, 0xEE));
   return {_mm512_add_epi32(_mm512_shuffle_i32x4(lo, hi, 0x88), _mm512_shuffle_i32x4(lo, hi, 0xDD))};
+}
+static inline V16 sub16(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+static inline V16 div16(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
+// b where either is NaN
+static inline V16 min16(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline V16 max16(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+static inline V16 abs16(V16 a) { return {_mm512_abs_ps(a.v)}; }
+static inline V16 round16(V16 a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+static inline void store_bytes16(void* p, I16 a) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 #elif GSF_LEVEL >= 1
 #if GSF_LEVEL == 2
@@ -82,6 +95,26 @@ static inline I16 sums16(const I16* a) {
   return {_mm256_set_m128i(sums_of_4(a + 4), sums_of_4(a)),
           _mm256_set_m128i(sums_of_4(a + 12), sums_of_4(a + 8))};
 }
+static inline V16 sub16(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+static inline V16 div16(V16 a, V16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+static inline V16 min16(V16 a, V16 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+static inline V16 max16(V16 a, V16 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+static inline V16 abs16(V16 a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+static inline V16 round16(V16 a) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(a.lo, kNearest), _mm256_round_ps(a.hi, kNearest)};
+}
+static inline void store_bytes16(void* p, I16 a) {
+  const __m256i low_byte = _mm256_set1_epi32(255);
+  const __m256i words =
+      _mm256_packus_epi32(_mm256_and_si256(a.lo, low_byte), _mm256_and_si256(a.hi, low_byte));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm_packus_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
+}
 #else
 static inline I16 dot64(I16 acc, const B64& code, const B64& digit) {
   for (int i = 0; i < 64; ++i) acc.v[i & 15] += code.v[i] * static_cast<int8_t>(digit.v[i]);
@@ -123,6 +156,52 @@ static inline I16 sums16(const I16* a) {
   }
   return r;
 }
+static inline V16 sub16(V16 a, const V16& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+static inline V16 div16(V16 a, const V16& b) {
+  for (int i = 0; i < 16; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+static inline V16 min16(const V16& a, V16 b) {
+  for (int i = 0; i < 16; ++i) b.v[i] = a.v[i] < b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+static inline V16 max16(const V16& a, V16 b) {
+  for (int i = 0; i < 16; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
+static inline V16 abs16(V16 a) {
+  for (float& e : a.v) e = __builtin_fabsf(e);
+  return a;
+}
+static inline V16 round16(V16 a) {
+  for (float& e : a.v) e = __builtin_rintf(e);
+  return a;
+}
+static inline void store_bytes16(void* p, const I16& a) {
+  uint8_t* to = static_cast<uint8_t*>(p);
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<uint8_t>(a.v[i]);
+}
 #endif
 
 static inline B64 load_digits64(const int8_t* p) { return load64(reinterpret_cast<const uint8_t*>(p)); }
+
+static inline V16 clamped16(V16 a, float least, float most) {
+  return max16(min16(a, set16(most)), set16(least));
+}
+
+static inline float greatest16(V16 a) {
+  float lanes[16], top = 0;
+  store16(lanes, a);
+  for (const float lane : lanes) top = lane > top ? lane : top;
+  return top;
+}
+
+static inline int32_t total16(I16 a) {
+  int32_t lanes[16], sum = 0;
+  store16i(lanes, a);
+  for (const int32_t lane : lanes) sum += lane;
+  return sum;
+}

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_fast.matryoshka.mixnmatch import WIDTHS
+from gemmascope_fast.matryoshka.nested import METHODS as TRAINED
 
-METHODS = ("minmax", "omniquant", "qat")
+METHODS = ("minmax", *TRAINED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
