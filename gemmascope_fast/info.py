@@ -14,6 +14,7 @@ import torch
 
 from gemmascope_fast import backends
 from gemmascope_fast._version import __version__
+from gemmascope_fast.matryoshka.arithmetic import products
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "huggingface_hub", "gguf")
 
@@ -43,6 +44,7 @@ def collect() -> dict[str, Any]:
             "threads": torch.get_num_threads(),
             "isa": backends.isa(),
             "supported_isas": backends.supported_isas(),
+            "training": str(products()).removeprefix("torch."),
         },
         "compiler": None if compiled is None else compiled.compiler,
         "extension_missing": backends.NATIVE_MISSING,
@@ -68,6 +70,8 @@ def run_info(args: argparse.Namespace) -> int:
     facts.add_row("machine, threads", f"{cpu['machine']}, {cpu['threads']}")
     facts.add_row("instruction set in use", cpu["isa"] or "none: " + str(found["extension_missing"]))
     facts.add_row("instruction sets here", ", ".join(cpu["supported_isas"]) or "-")
+    lacking = " (this CPU has no bf16 products)" if cpu["training"] == "float32" else ""
+    facts.add_row("models are trained in", cpu["training"] + lacking)
     facts.add_row("compiler of the extension", found["compiler"] or "-")
     facts.add_row("CUDA", found["cuda"] or "no device")
     facts.add_row("Triton interpreter", "on" if found["triton_interpreter"] else "off")

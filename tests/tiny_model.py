@@ -58,3 +58,13 @@ def letters(count, seed=0, alphabet="abcdefghijklmnopqrstuvwxyz "):
     """A text of random letters."""
     g = torch.Generator().manual_seed(seed)
     return "".join(alphabet[i] for i in torch.randint(len(alphabet), (count,), generator=g).tolist())
+
+
+def assert_same_training(got, want):
+    """Two `matryoshka.nested.Trained` hold the same codes and gains."""
+    assert list(got.codes) == list(want.codes)
+    for name, code in want.codes.items():
+        assert torch.equal(got.codes[name].q, code.q)
+        assert torch.equal(got.codes[name].scale, code.scale)
+    assert got.gains.keys() == want.gains.keys()
+    assert all(torch.equal(got.gains[n], want.gains[n]) for n in want.gains)

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.demo_model import load_model
-    from gemmascope_fast.matryoshka import calibration, measure
+    from gemmascope_fast.matryoshka import arithmetic, calibration, measure
     from gemmascope_fast.matryoshka import model as models
     from gemmascope_fast.matryoshka.codes import check_group_size
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         args.windows, args.train_windows = min(args.windows, 10), max(8, args.train_windows // 4)
     model, tokenizer = load_model(args.model)
-    model = model.to(torch.bfloat16)
+    model = model.to(arithmetic.products())
     text = args.text_file.read_text("utf-8") if args.text_file else None
     ids = calibration.python_topics(tokenizer) if text is None else calibration.windows(tokenizer, text)
     if ids.shape[0] < args.windows + args.train_windows:

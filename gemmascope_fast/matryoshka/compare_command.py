@@ -31,13 +31,12 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    import torch
     from rich.console import Console
     from rich.markdown import Markdown
     from tqdm import tqdm
 
     from gemmascope_fast.demo_model import load_pair
-    from gemmascope_fast.matryoshka import calibration, measure, mixnmatch
+    from gemmascope_fast.matryoshka import arithmetic, calibration, measure, mixnmatch
     from gemmascope_fast.matryoshka import comparison as grid
 
     wanted = args.only.split(",")
@@ -58,7 +57,7 @@ def run_compare(args: argparse.Namespace) -> int:
     if "sae" in wanted:
         sae_table(model, sae, layer, held_out, training, args.work, tqdm)
     comparison = grid.Comparison(
-        model.to(torch.bfloat16), training, held_out, args.work, {"epochs": args.epochs}, args.steps, tqdm
+        model.to(arithmetic.products()), training, held_out, args.work, {"epochs": args.epochs}, args.steps, tqdm
     )
     if "grid" in wanted:
         for run in grid.runs(args.quick):

@@ -125,11 +125,11 @@ class Comparison:
         if not cases:
             return
         if "full" not in self.results:
-            self.results.put("full", {"loss": measure.mean_loss(self.model, self.held_out)})
+            self.results.put("full", measure.full(self.model, self.held_out))
         with self._weights(run):
             full = f"full-{run.scope}-dithered"
             if run.dithered and full not in self.results:
-                self.results.put(full, {"loss": measure.mean_loss(self.model, self.held_out)})
+                self.results.put(full, measure.full(self.model, self.held_out))
             trained = None if run.method == "minmax" else self.train(run)
             names = list(targets(self.model, run.scope))
             means = measure.input_means(self.model, names, self.training[:4])
@@ -224,11 +224,10 @@ def rows_of(figures: dict[str, Any]) -> Iterator[tuple[str, str, dict[int, float
 
 def markdown(figures: dict[str, Any]) -> str:
     """Both tables, of what is measured so far."""
-    lines = (
-        [f"Loss (nats a token) of the unquantised model: {figures['full']['loss']:.3f}.", ""]
-        if "full" in figures
-        else []
-    )
+    lines = []
+    if "full" in figures:
+        where = f" (computed in {figures['full']['arithmetic']})" if "arithmetic" in figures["full"] else ""
+        lines += [f"Loss (nats a token) of the unquantised model: {figures['full']['loss']:.3f}{where}.", ""]
     lines += ["| layers | method, slicing | " + " | ".join(f"int{b}" for b in WIDTHS) + " |", "|---|---|" + "---|" * 5]
     for where, what, exact, rounded in rows_of(figures):
         cells = [

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.files import replacing
+from gemmascope_fast.matryoshka import arithmetic
 from gemmascope_fast.matryoshka.model import gained, targets
 from gemmascope_fast.matryoshka.nested import NestedWeight, Recipe, Trained, trainable
 from gemmascope_fast.matryoshka.training import batches, parameter_groups
@@ -67,18 +68,19 @@ def finetune(
     for _ in range(done):
         next(at)
     bar = range(done, steps)
-    for step in progress(bar, desc="qat", initial=done, total=steps) if progress else bar:
-        rows = next(at)
-        with torch.no_grad():
-            teacher = _hidden(model, ids[rows])
-        optimiser.zero_grad(set_to_none=True)
-        with trainable(model, nested), gained(model, gains):
-            _step(model, nested, ids[rows], teacher, recipe, Vocabulary.draw(used, vocabulary, step))
-        torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
-        optimiser.step()
-        schedule.step()
-        if kept is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
-            _save(kept, step + 1, nested, optimiser, schedule)
+    with arithmetic.widened(model, ids.device):
+        for step in progress(bar, desc="qat", initial=done, total=steps) if progress else bar:
+            rows = next(at)
+            with torch.no_grad():
+                teacher = _hidden(model, ids[rows])
+            optimiser.zero_grad(set_to_none=True)
+            with trainable(model, nested), gained(model, gains):
+                _step(model, nested, ids[rows], teacher, recipe, Vocabulary.draw(used, vocabulary, step))
+            torch.nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], 1.0)
+            optimiser.step()
+            schedule.step()
+            if kept is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+                _save(kept, step + 1, nested, optimiser, schedule)
     return Trained({name: module.codes() for name, module in nested.items()}, gains)
 
 
@@ -144,8 +146,8 @@ def order(count: int, size: int) -> Iterator[Tensor]:
 
 
 def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
-    """What the output head reads, [n, window, d], in bf16 arithmetic."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """What the output head reads, fp32 [n, window, d], by `arithmetic.products`."""
+    with arithmetic.autocast(ids.device):
         return model.get_decoder()(ids, use_cache=False).last_hidden_state.float()  # type: ignore[operator]
 
 
@@ -165,7 +167,7 @@ def head_loss(
     bias = None if head.bias is None else head.bias[vocabulary.columns]
 
     def log_probabilities(state: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic.autocast(state.device):
             raw = nn.functional.linear(state[:, :-1].flatten(0, 1), rows, bias).float()
         raw = raw if cap is None else cap * torch.tanh(raw / cap)
         return (raw + vocabulary.log_weight).log_softmax(-1)

@@ -135,6 +135,12 @@ def _figures(model: nn.Module, ids: Tensor, flat: bool = False) -> dict[str, flo
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_weight": 8 * size / weights}
 
 
+def full(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """The unquantised model's figures: loss, predicted tokens, and the type in which all of a run is computed."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {"loss": mean_loss(model, ids), "tokens": int(ids.numel() - ids.shape[0]), "arithmetic": dtype}
+
+
 def compare(
     model: nn.Module,
     ids: Tensor,
@@ -146,7 +152,7 @@ def compare(
 ) -> dict[str, Any]:
     """Measure the cases that `results` does not hold yet; all of one scope, group size and method."""
     if "full" not in results:
-        results.put("full", {"loss": mean_loss(model, ids), "tokens": int(ids.numel() - ids.shape[0])})
+        results.put("full", full(model, ids))
     todo = [case for case in cases if case.key() not in results]
     # a code trained for one width is served like any other
     alone_now = [c for c in todo if c.slicing == "alone"] if codes is None else []

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.files import replacing
+from gemmascope_fast.matryoshka import arithmetic
 from gemmascope_fast.matryoshka.codes import Codes
 from gemmascope_fast.matryoshka.equivalent import Scales, find
 from gemmascope_fast.matryoshka.model import targets
@@ -71,8 +72,8 @@ def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tenso
 
 
 def call(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """One block in bf16 arithmetic on an fp32 residual stream."""
-    with torch.autocast("cpu", torch.bfloat16):
+    """One fp32 block by `arithmetic.products`, on an fp32 residual stream."""
+    with arithmetic.autocast(hidden.device):
         out = block(hidden, **arguments)
     return (out[0] if isinstance(out, tuple) else out).float()
 

@@ -1,0 +1,42 @@
+"""The floating-point type in which a model is trained and measured: bf16 where the machine multiplies it, else fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+def products(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16, or float32 on a CPU whose instructions have no products of it.
+
+    There torch widens every operand and leaves oneDNN: 1,024 tokens through 2048 × 640 took 146 ms against 29 in fp32
+    (two cores of Zen 3), and a step of training never came to its end.
+    """
+    if torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return torch.bfloat16
+
+
+def autocast(device: torch.device | str = "cpu") -> torch.autocast:
+    """Matrix products within the block are in `products(device)`; weights must be fp32, or of that type."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=products(device) is torch.bfloat16)
+
+
+@contextmanager
+def widened(model: nn.Module, device: torch.device | str = "cpu") -> Iterator[None]:
+    """Within the block the model is fp32 where its products are; after it each tensor has its type again."""
+    if products(device) is torch.bfloat16:
+        yield
+        return
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    before = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
