@@ -73,22 +73,29 @@ def test_a_token_depends_on_nothing_but_itself(group_size, activations):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 17])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("isa", backends.supported_isas())
-def test_integers_at_their_limits_do_not_saturate(isa):
-    # every code 255 or 0 and every activation ±127: maddubs would saturate, int16 sums would wrap
+def test_integers_at_their_limits_do_not_saturate(isa, bits, tokens):
+    # every code the greatest or 0 and every activation ±127: maddubs would saturate, int16 sums would wrap
     columns = 4096
     weight = torch.full((16, columns), 1.0)
     weight[1::2] = -1.0
     weight[2] = torch.where(torch.arange(columns) % 2 == 0, 1.0, -1.0)
-    packed = Packed.of(quantize(weight))
-    x = torch.full((2, columns), 127.0)
-    x[1, ::2] = -127.0
-    layer = MatryoshkaLinear(packed)
-    want = x.double() @ layer.weight.double().t()
-    with backends.forced_isa(isa):
-        got = layer(x)
-    # level − z is a sum of at most 255·127·4096 < 2^27: one rounding to fp32, one by α, one by the token's scale
-    assert bool(((got - want).abs() <= 4 * 2.0**-24 * want.abs()).all())
+    packed = Packed.of(quantize(weight), "matquant")
+    x = torch.full((tokens, columns), 127.0)
+    x[-1, ::2] = -127.0
+    served = [MatryoshkaLinear(packed, None, bits, "prefix"), MatryoshkaLinear(packed, None, bits, "matquant")]
+    if bits < 8:  # one above the greatest: 16 of 4 bits
+        served.append(MatryoshkaLinear(packed.materialize(bits, "matquant", True)))
+        assert served[-1].overflow_col.numel() > 0
+    for layer in served:
+        want = x.double() @ layer.weight.double().t()
+        with backends.forced_isa(isa):
+            got = layer(x)
+        # sums of at most 255·127·4096 < 2^27 of a scale of 2/255, rounded to fp32 five times before they cancel: 0.25;
+        # one pair that saturates is 250 away
+        assert bool(((got - want).abs() <= 0.25).all())
 
 
 @pytest.mark.parametrize("isa", backends.supported_isas())

@@ -2,7 +2,7 @@
 // by fused multiply-add; the lanes fold 8-4-2-1; the bias is added last, by the caller.
 
 // A TT x FF tile of dots: z[t][f] = x[t] . w[f].  One 16-lane accumulator a pair keeps the order whatever the
-// tile, so a tile's shape is free to follow the registers: 4x4 leaves room for its operands in 32 of them.
+// tile, so a tile's shape is free to follow the registers.
 template <int TT, int FF, typename E>
 static inline void dot_tile(const float* const* x,  // [TT] -> [d]
                             const E* const* w,      // [FF] -> [d]

@@ -26,17 +26,21 @@ static inline void encode_tile(const EncodeArgs& a, int64_t t0, int64_t f0, HitS
   }
 }
 
+// Tokens and features of a tile: 4 x 4 sums of 32 registers, 2 x 3 of two each where there are sixteen.
+constexpr int kTileTokens = GSF_LEVEL == 1 || GSF_LEVEL == 2 ? 2 : 4;
+constexpr int kTileFeatures = GSF_LEVEL == 1 || GSF_LEVEL == 2 ? 3 : 4;
+
 template <int TT, typename E>
 static inline void encode_tokens(const EncodeArgs& a, int64_t t0, int64_t f0, int64_t f1, HitSink& sink) {
   int64_t f = f0;
-  for (; f + 4 <= f1; f += 4) encode_tile<TT, 4, E>(a, t0, f, sink);
+  for (; f + kTileFeatures <= f1; f += kTileFeatures) encode_tile<TT, kTileFeatures, E>(a, t0, f, sink);
   for (; f < f1; ++f) encode_tile<TT, 1, E>(a, t0, f, sink);
 }
 
 template <typename E>
 static inline void encode_chunk(const EncodeArgs& a, int64_t f0, int64_t f1, HitSink& sink) {
   int64_t t = 0;
-  for (; t + 4 <= a.T; t += 4) encode_tokens<4, E>(a, t, f0, f1, sink);
+  for (; t + kTileTokens <= a.T; t += kTileTokens) encode_tokens<kTileTokens, E>(a, t, f0, f1, sink);
   switch (a.T - t) {
     case 3:
       return encode_tokens<3, E>(a, t, f0, f1, sink);

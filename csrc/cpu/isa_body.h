@@ -13,6 +13,7 @@ namespace GSF_NAMESPACE {
 //
 #include "cpu/matryoshka_vec.h"
 //
+#include "cpu/matryoshka_unit.h"
 #include "cpu/screen_vec.h"
 //
 #include "cpu/matryoshka.h"

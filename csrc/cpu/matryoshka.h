@@ -186,6 +186,15 @@ static inline void plane_tile(const MatryoshkaArgs& a, int64_t block, const Matr
       unpack_unit<R>(cursor.at, code);
       next_unit<R>(cursor);
       if (finish) reslice(a, code);
+#if GSF_LEVEL == 1
+      if constexpr (TT == 1) {
+        fresh_unit_dots<kWide<R>>(code, x + u * 32, dot[0]);
+      } else {
+        uint8_t unit[512];
+        for (int j = 0; j < 8; ++j) store64(unit + 64 * j, code[j]);
+        unit_dots<kWide<R>, TT>(unit, x + u * 32 * TT, TT, dot[0]);
+      }
+#else
 #pragma GCC unroll 8
       for (int j = 0; j < 8; ++j) {
 #pragma GCC unroll 4
@@ -193,6 +202,7 @@ static inline void plane_tile(const MatryoshkaArgs& a, int64_t block, const Matr
           dot[j % chains][t] = dot4(dot[j % chains][t], code[j], quad16(x + ((u * 8 + j) * TT + t) * 4));
         }
       }
+#endif
     }
     for (int c = 1; c < chains; ++c) {
       for (int t = 0; t < TT; ++t) dot[0][t] = iadd16(dot[0][t], dot[c][t]);
@@ -203,8 +213,8 @@ static inline void plane_tile(const MatryoshkaArgs& a, int64_t block, const Matr
 }
 
 // NB blocks already unpacked (raw [NB][units][8][64]) and TT tokens of a tile from its token t0 on: each quad
-// of activations is spread over the lanes once and used NB times.
-template <int NB, int TT>
+// of activations is spread over the lanes once and used NB times.  WIDE: codes of more than 4 bits.
+template <int NB, int TT, bool WIDE>
 static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
                             const MatryoshkaTile& tile, int t0) {
   const int64_t stride = a.units * 512, width = tile.width;
@@ -219,6 +229,16 @@ static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_
     I16 sum[NB * TT];
 #pragma GCC unroll 24
     for (int i = 0; i < NB * TT; ++i) sum[i] = izero16();
+#if GSF_LEVEL == 1
+    // codes of 8 bits come again and again here: their bytes widened once a quad took a fifth less than
+    // halves
+    static_assert(NB == 1, "the sums of one block fill the registers");
+    if constexpr (!WIDE) {
+      for (; quad < units * 8; quad += 8) {
+        narrow_unit_dots<TT>(raw + quad * 64, x + quad * width * 4, width, sum);
+      }
+    }
+#endif
     for (; quad < units * 8; ++quad) {
       B64 code[NB];
 #pragma GCC unroll 3
@@ -285,7 +305,7 @@ constexpr int kRawBlocks = 1, kRawTokens = 4;
 #endif
 static_assert(kRawBlocks <= kMatryoshkaBlocks, "the drivers' space holds the blocks of a call");
 
-template <int NB>
+template <int NB, bool WIDE>
 static inline void raw_blocks(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw) {
   for (int64_t i = 0; i < a.tile_count; ++i) {
     const MatryoshkaTile& tile = a.tiles[i];
@@ -298,9 +318,10 @@ static inline void raw_blocks(const MatryoshkaArgs& a, int64_t block, const uint
       continue;
     }
     int t = 0;
-    for (; tile.tokens - t > 4 && kRawTokens == 8; t += 8) raw_tile<NB, kRawTokens>(a, block, raw, tile, t);
-    for (; t < tile.tokens && tile.width >= 4; t += 4) raw_tile<NB, 4>(a, block, raw, tile, t);
-    for (; t < tile.tokens; ++t) raw_tile<NB, 1>(a, block, raw, tile, t);
+    for (; tile.tokens - t > 4 && kRawTokens == 8; t += 8)
+      raw_tile<NB, kRawTokens, WIDE>(a, block, raw, tile, t);
+    for (; t < tile.tokens && tile.width >= 4; t += 4) raw_tile<NB, 4, WIDE>(a, block, raw, tile, t);
+    for (; t < tile.tokens; ++t) raw_tile<NB, 1, WIDE>(a, block, raw, tile, t);
   }
 }
 
@@ -319,8 +340,8 @@ static inline void blocks_of(const MatryoshkaArgs& a, int64_t b0, int64_t b1, ui
   for (int64_t b = b0; b < b1;) {
     const int64_t n = b1 - b < kRawBlocks ? 1 : kRawBlocks;
     for (int64_t i = 0; i < n; ++i) unpack_block<R>(a, b + i, raw + i * a.units * 512);
-    if (n == 1) raw_blocks<1>(a, b, raw);
-    if (n != 1) raw_blocks<kRawBlocks>(a, b, raw);
+    if (n == 1) raw_blocks<1, kWide<R>>(a, b, raw);
+    if (n != 1) raw_blocks<kRawBlocks, kWide<R>>(a, b, raw);
     b += n;
   }
 }

@@ -20,23 +20,40 @@ static inline void estimate(const ScreenArgs& a, bool both, Candidate& c) {
   c.bound = table[kError * a.stride] * reach + table[kNorm * a.stride] * error + table[kSlack * a.stride];
 }
 
+// The dots of sixteen pairs of rows: codes and digits.
+static inline I16 dots_of_pairs(const uint8_t* const* row, const int8_t* const* q, int64_t width) {  // [16]
+#if GSF_LEVEL == 1 || GSF_LEVEL == 2
+  __m256i acc[16];  // one pair after another: with sixteen sums at once each step would go by the stack
+  for (int i = 0; i < 16; ++i) {
+    __m256i lo = _mm256_setzero_si256(), hi = lo;
+    for (int64_t k = 0; k < 4 * width; k += kTileStep) {
+      lo = dot32(lo, load32i(row[i] + k), load32i(q[i] + k));
+      hi = dot32(hi, load32i(row[i] + k + 32), load32i(q[i] + k + 32));
+    }
+    acc[i] = _mm256_add_epi32(lo, hi);
+  }
+#else
+  I16 acc[16];
+  for (I16& v : acc) v = izero16();
+  for (int64_t k = 0; k < 4 * width; k += kTileStep) {
+    for (int i = 0; i < 16; ++i) acc[i] = dot64(acc[i], load64(row[i] + k), load_digits64(q[i] + k));
+  }
+#endif
+  return sums16(acc);
+}
+
 // n2 of sixteen candidates, the tokens' second digits against the rows' first, and what the epilogue leaves
 // of them: bit i as in left_over, whose chain this is with both digits.
 static inline uint32_t second_look(const ScreenArgs& a, Candidate* const* c) {  // [16]
   const uint8_t* row[16];
   const int8_t* q[16];
   float scale[16], start[16], norm[16], error[16], reach2[16], error2[16], n[16];
-  I16 acc[16];
   for (int i = 0; i < 16; ++i) {
     row[i] = a.code + tile_offset(c[i]->feature, a.width);
     q[i] = a.q2 + tile_offset(c[i]->token, a.width);
-    acc[i] = izero16();
-  }
-  for (int64_t k = 0; k < 4 * a.width; k += kTileStep) {
-    for (int i = 0; i < 16; ++i) acc[i] = dot64(acc[i], load64(row[i] + k), load_digits64(q[i] + k));
   }
   int32_t sums[16];
-  store16i(sums, sums16(acc));
+  store16i(sums, dots_of_pairs(row, q, a.width));
   for (int i = 0; i < 16; ++i) {
     const float* table = a.table + c[i]->feature;
     const ScreenToken& token = a.tokens[c[i]->token];

@@ -47,19 +47,38 @@ static inline void store_bytes16(void* p, I16 a) {
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
 #elif GSF_LEVEL >= 1
+static inline __m256i load32i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+// 32 codes or digits, ready for add_dots.  Bytes without a dot product of their own are widened to int16,
+// even and odd ones, which madd_epi16 sums exactly; maddubs would saturate (2·255·127 > 32,767).
 #if GSF_LEVEL == 2
-static inline __m256i dot32(__m256i acc, __m256i code, __m256i digit) {
-  return _mm256_dpbusd_avx_epi32(acc, code, digit);
+struct Digits32 {
+  __m256i all;
+};
+static inline Digits32 digits32(__m256i digit) { return {digit}; }
+static inline void add_dots(__m256i& acc, const Digits32& code, const Digits32& digit) {
+  acc = _mm256_dpbusd_avx_epi32(acc, code.all, digit.all);
 }
+static inline Digits32 codes32(__m256i code) { return {code}; }
 #else
-// even and odd bytes as int16, which madd_epi16 sums exactly; maddubs would saturate (2·255·127 > 32,767)
-static inline __m256i dot32(__m256i acc, __m256i code, __m256i digit) {
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(code, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(digit, 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(code, 8), _mm256_srai_epi16(digit, 8));
-  return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+struct Digits32 {
+  __m256i even, odd;
+};
+static inline Digits32 digits32(__m256i digit) {
+  return {_mm256_srai_epi16(_mm256_slli_epi16(digit, 8), 8), _mm256_srai_epi16(digit, 8)};
+}
+static inline Digits32 codes32(__m256i code) {
+  return {_mm256_and_si256(code, _mm256_set1_epi16(255)), _mm256_srli_epi16(code, 8)};
+}
+// In assembly as above.
+static inline void add_dots(__m256i& acc, const Digits32& code, const Digits32& digit) {
+  __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(_mm256_madd_epi16(code.even, digit.even)));
+  __asm__("vpaddd %1, %0, %0" : "+x"(acc) : "x"(_mm256_madd_epi16(code.odd, digit.odd)));
 }
 #endif
+static inline __m256i dot32(__m256i acc, __m256i code, __m256i digit) {
+  add_dots(acc, codes32(code), digits32(digit));
+  return acc;
+}
 static inline I16 dot64(I16 acc, B64 code, B64 digit) {
   return {dot32(acc.lo, code.lo, digit.lo), dot32(acc.hi, code.hi, digit.hi)};
 }
@@ -85,15 +104,18 @@ static inline uint32_t not_below16(V16 a) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, zero, _CMP_NLE_UQ))) |
          static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, zero, _CMP_NLE_UQ))) << 8;
 }
-static inline __m128i sums_of_4(const I16* a) {
-  __m256i s[4];
-  for (int i = 0; i < 4; ++i) s[i] = _mm256_add_epi32(a[i].lo, a[i].hi);
+static inline __m128i sums_of_4(const __m256i* s) {
   const __m256i h = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
   return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
 }
+static inline I16 sums16(const __m256i* s) {
+  return {_mm256_set_m128i(sums_of_4(s + 4), sums_of_4(s)),
+          _mm256_set_m128i(sums_of_4(s + 12), sums_of_4(s + 8))};
+}
 static inline I16 sums16(const I16* a) {
-  return {_mm256_set_m128i(sums_of_4(a + 4), sums_of_4(a)),
-          _mm256_set_m128i(sums_of_4(a + 12), sums_of_4(a + 8))};
+  __m256i s[16];
+  for (int i = 0; i < 16; ++i) s[i] = _mm256_add_epi32(a[i].lo, a[i].hi);
+  return sums16(s);
 }
 static inline V16 sub16(V16 a, V16 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
 static inline V16 div16(V16 a, V16 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }

@@ -26,12 +26,23 @@ SCREENED = "tests/test_screen.py tests/test_screen_bound.py tests/test_screen_ro
 SCALED = "tests/test_screen_scales.py"
 SCREENED_BY_AMX = f"{SCREENED} -k amx"
 
+UNIT, NESTED, KERNELS = "csrc/cpu/matryoshka_unit.h", "csrc/cpu/matryoshka.h", "tests/test_matryoshka_kernels.py"
+
 PACKED = "tests/test_packed.py tests/test_packed_damage.py tests/test_packed_memory.py"
 COMPARE = "tests/test_compare.py tests/test_compare_models.py tests/test_variants.py tests/test_conversation.py"
 CONCEPTS, DASHBOARD = "tests/test_concepts.py", "tests/test_dashboard.py"
 EXTRACTION, JOBS = "tests/test_extraction.py", "tests/test_jobs_bad_input.py"
 
 CPP = [
+    # nested codes: sums of 16 bits, slices, groups
+    Mutation("codes of 6 bits are summed like those of 4", UNIT, "GSF_LEVEL == 1 && R > 4", "GSF_LEVEL == 1 && R > 6", KERNELS, "avx2"),
+    Mutation("the upper half of a code counts half", UNIT, "add_widened(half[t], high[t], _mm256_set1_epi16(16))", "add_widened(half[t], high[t], _mm256_set1_epi16(8))", KERNELS, "avx2"),
+    Mutation("one token's upper halves are lost", UNIT, "add_widened(sum->hi, high[1], sixteen);", ";", KERNELS, "avx2"),
+    Mutation("rows 8 to 15 are rows 0 to 7", UNIT, "wide_half_dots<TT>(code + 32, x, width, hi)", "wide_half_dots<TT>(code, x, width, hi)", KERNELS, "avx2"),
+    Mutation("a narrow unit's rows 8 to 15 are rows 0 to 7", UNIT, "add_words(hi[t], _mm256_maddubs_epi16(c.hi, q));", "add_words(hi[t], _mm256_maddubs_epi16(c.lo, q));", KERNELS, "avx2"),
+    Mutation("a code above the top is not added", NESTED, "raw[k / 4 * 64 + lane * 4 + k % 4] += 1;", "raw[k / 4 * 64 + lane * 4 + k % 4] += 0;", KERNELS),
+    Mutation("a slice is not rounded", NESTED, "c = min64(halve_up64(c), a.top);", "c = min64(mask64(shift_right64(c, 1), 127), a.top);", KERNELS),
+    Mutation("small groups forget the middle of a cell", NESTED, "fma16(alpha, add16(set16(a.mid), to_float16(imul16(zero, -1))), zero16());", "fma16(alpha, to_float16(imul16(zero, -1)), zero16());", KERNELS),
     # the certified screen: every term of the bound, every stage
     Mutation("no rounding of the deciding dot in the bound", BUILD, "double rounding = dot_kappa(d) * norm_x +", "double rounding =", SCREENED),
     Mutation("half of the error of the rows", BUILD, "round_up(error * kUp)", "round_up(0.5 * error * kUp)", SCREENED),
