@@ -146,6 +146,12 @@ def test_a_machine_with_products_of_bf16_uses_them(monkeypatch):
     assert seen == [torch.bfloat16]
 
 
+def test_the_type_without_onednn_is_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert arithmetic.products() is torch.float32
+    assert arithmetic.products("cuda") is torch.bfloat16
+
+
 def test_the_type_is_what_onednn_says():
     want = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
     assert arithmetic.products() is want
