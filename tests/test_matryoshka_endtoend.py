@@ -159,6 +159,14 @@ def test_the_type_is_what_onednn_says():
     assert measure.full(two_blocks().to(want), IDS)["arithmetic"] == str(want).removeprefix("torch.")
 
 
+def test_a_table_begun_in_another_type_is_refused(tmp_path):
+    results = measure.Results(tmp_path / "t.json")
+    measure.compare(two_blocks(), IDS, [measure.Case(bits=4)], results)
+    with pytest.raises(ValueError, match="begun in bfloat16, got one in float32"):
+        measure.compare(two_blocks().bfloat16(), IDS, [measure.Case(bits=2)], results)
+    assert len(results.figures) == 2
+
+
 def test_a_model_widened_has_its_types_and_values_again_after_an_error(fp32_products):
     model = two_blocks().bfloat16()
     before = {n: p.clone() for n, p in model.state_dict().items()}

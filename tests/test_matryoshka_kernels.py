@@ -73,7 +73,7 @@ def test_a_token_depends_on_nothing_but_itself(group_size, activations):
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 17])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 17])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 @pytest.mark.parametrize("isa", backends.supported_isas())
 def test_integers_at_their_limits_do_not_saturate(isa, bits, tokens):
@@ -84,7 +84,7 @@ def test_integers_at_their_limits_do_not_saturate(isa, bits, tokens):
     weight[2] = torch.where(torch.arange(columns) % 2 == 0, 1.0, -1.0)
     packed = Packed.of(quantize(weight), "matquant")
     x = torch.full((tokens, columns), 127.0)
-    x[-1, ::2] = -127.0
+    x[1:][-1:, ::2] = -127.0  # of several tokens the last
     served = [MatryoshkaLinear(packed, None, bits, "prefix"), MatryoshkaLinear(packed, None, bits, "matquant")]
     if bits < 8:  # one above the greatest: 16 of 4 bits
         served.append(MatryoshkaLinear(packed.materialize(bits, "matquant", True)))
@@ -93,9 +93,12 @@ def test_integers_at_their_limits_do_not_saturate(isa, bits, tokens):
         want = x.double() @ layer.weight.double().t()
         with backends.forced_isa(isa):
             got = layer(x)
+        error = (got - want).abs()
         # sums of at most 255·127·4096 < 2^27 of a scale of 2/255, rounded to fp32 five times before they cancel: 0.25;
         # one pair that saturates is 250 away
-        assert bool(((got - want).abs() <= 0.25).all())
+        assert bool((error <= 0.25).all())
+        if bits == 8:  # nothing cancels: one rounding to fp32, one by α, one by the token's scale
+            assert bool((error <= 4 * 2.0**-24 * want.abs()).all())
 
 
 @pytest.mark.parametrize("isa", backends.supported_isas())

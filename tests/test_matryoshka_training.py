@@ -114,7 +114,8 @@ def test_training_brings_two_bits_nearer_and_leaves_the_model_alone(method, mode
     assert all(p.requires_grad for p in model.parameters())
     assert set(trained.codes) == set(matryoshka.targets(model))
     assert set(trained.gains) == {f"model.layers.{i}.pre_feedforward_layernorm" for i in range(2)}
-    assert error_of(model, 2, mode, trained) < 0.95 * error_of(model, 2, mode)
+    share = 0.95 if (method, mode) == ("omniquant", "matquant") else 0.9
+    assert error_of(model, 2, mode, trained) < share * error_of(model, 2, mode)
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 

@@ -17,6 +17,7 @@ namespace GSF_NAMESPACE {
 #include "cpu/screen_vec.h"
 //
 #include "cpu/matryoshka.h"
+#include "cpu/matryoshka_tokens.h"
 #include "cpu/screen.h"
 //
 #include "cpu/screen_lanes.h"

@@ -137,8 +137,15 @@ def _figures(model: nn.Module, ids: Tensor, flat: bool = False) -> dict[str, flo
 
 def full(model: nn.Module, ids: Tensor) -> dict[str, Any]:
     """The unquantised model's figures: loss, predicted tokens, and the type in which all of a run is computed."""
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return {"loss": mean_loss(model, ids), "tokens": int(ids.numel() - ids.shape[0]), "arithmetic": dtype}
+    return {
+        "loss": mean_loss(model, ids),
+        "tokens": int(ids.numel() - ids.shape[0]),
+        "arithmetic": _arithmetic(model),
+    }
+
+
+def _arithmetic(model: nn.Module) -> str:
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def compare(
@@ -153,6 +160,9 @@ def compare(
     """Measure the cases that `results` does not hold yet; all of one scope, group size and method."""
     if "full" not in results:
         results.put("full", full(model, ids))
+    begun = results.figures["full"].get("arithmetic", _arithmetic(model))  # files of before have none
+    if begun != _arithmetic(model):
+        raise ValueError(f"{results.path}: expected a table begun in {_arithmetic(model)}, got one in {begun}")
     todo = [case for case in cases if case.key() not in results]
     # a code trained for one width is served like any other
     alone_now = [c for c in todo if c.slicing == "alone"] if codes is None else []

@@ -43,6 +43,11 @@ CPP = [
     Mutation("a code above the top is not added", NESTED, "raw[k / 4 * 64 + lane * 4 + k % 4] += 1;", "raw[k / 4 * 64 + lane * 4 + k % 4] += 0;", KERNELS),
     Mutation("a slice is not rounded", NESTED, "c = min64(halve_up64(c), a.top);", "c = min64(mask64(shift_right64(c, 1), 127), a.top);", KERNELS),
     Mutation("small groups forget the middle of a cell", NESTED, "fma16(alpha, add16(set16(a.mid), to_float16(imul16(zero, -1))), zero16());", "fma16(alpha, to_float16(imul16(zero, -1)), zero16());", KERNELS),
+    # tiles of the screen for sixteen registers
+    Mutation("rows 2 and 3 read digits of rows 0 and 1", SCREEN, "screen_rows_of<0, 2>(q + 2 * kTileColumns, kTileColumns", "screen_rows_of<0, 2>(q, kTileColumns", SCREENED, "avx2"),
+    Mutation("half of the columns are left out", SCREEN, "for (int half = 0; half < 64; half += 32)", "for (int half = 0; half < 32; half += 32)", SCREENED, "avx2"),
+    Mutation("odd digits are lost", "csrc/cpu/screen_vec.h", "_mm256_madd_epi16(code.odd, digit.odd)))", "_mm256_madd_epi16(code.odd, code.odd)))", SCREENED, "avx2"),
+    Mutation("a pair's upper halves are left out", REFINE, "acc[i] = _mm256_add_epi32(lo, hi);", "acc[i] = lo;", SCREENED, "avx2"),
     # the certified screen: every term of the bound, every stage
     Mutation("no rounding of the deciding dot in the bound", BUILD, "double rounding = dot_kappa(d) * norm_x +", "double rounding =", SCREENED),
     Mutation("half of the error of the rows", BUILD, "round_up(error * kUp)", "round_up(0.5 * error * kUp)", SCREENED),
