@@ -71,8 +71,8 @@ $(VENV4)/stamp:
 	@touch $@
 
 test-transformers-4: env $(VENV4)/stamp ## the tests of attach under transformers 4.57
-	PYTHONPATH=. $(VENV4)/bin/python -m pytest tests/test_attach*.py tests/test_edits.py tests/test_observers.py \
-	    tests/test_attribution.py tests/test_training_architectures.py tests/test_watch.py
+	PYTHONPATH=. $(VENV4)/bin/python -m pytest tests/test_attach*.py tests/attach/test_edits.py tests/attach/test_observers.py \
+	    tests/attach/test_attribution.py tests/training/test_training_architectures.py tests/cli/test_watch.py
 
 bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes, BENCH_JSON the file
 	$(PY) -m pytest benchmarks -o 'python_files=bench_*.py' -o 'python_functions=bench_*' --benchmark-only \
@@ -116,7 +116,7 @@ mutations: env ## break the code on purpose, in a copy: the tests must notice ea
 
 gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, gated, broken on purpose
 	$(VENV)/bin/gemmascope-fast gpu-check --out gpu-check.json
-	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/test_cuda_host.py tests/test_cuda_host_matryoshka.py tests/test_triton_interpreter.py
+	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/backends/test_cuda_host.py tests/backends/test_cuda_host_matryoshka.py tests/backends/test_triton_interpreter.py
 
 # Takes 6 GB: torch's CUDA build, into an environment of its own.  No GPU is needed or looked for.
 $(VENV_CUDA)/torch.stamp:

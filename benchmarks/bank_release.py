@@ -19,7 +19,7 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast.attach import Activations
-from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.checkpoints import native
 
 D, LAYERS = 2304, 26

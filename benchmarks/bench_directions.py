@@ -18,9 +18,9 @@ import torch
 from bench_exact import SECONDS, real_case
 from torch import Tensor
 
-from gemmascope_fast.bench.machine import describe
-from gemmascope_fast.bench.timing import interleave, percentiles_ms
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.timing import interleave, percentiles_ms
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 FROM = 512  # tokens from here on are the sample; those before it are timed with the sample's directions too
 

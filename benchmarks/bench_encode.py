@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import IDS, RUNS, eager_encode, rotated
 
-from gemmascope_fast.testing import compare_support
+from gemmascope_fast.dev.testing import compare_support
 
 # name: (call, dtype of weights and activations)
 PEERS = {

@@ -39,10 +39,10 @@ from torch import Tensor, nn
 
 import gemmascope_fast as gsf
 from gemmascope_fast.attach import Activations, Clamp
-from gemmascope_fast.bench import peers
-from gemmascope_fast.bench.machine import describe
-from gemmascope_fast.bench.shapes import DECODED, LAYERS, fitted, gemma_2_2b
-from gemmascope_fast.testing import compare_support
+from gemmascope_fast.dev.bench import peers
+from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.shapes import DECODED, LAYERS, fitted, gemma_2_2b
+from gemmascope_fast.dev.testing import compare_support
 
 L0, D_SAE = 76, 16384
 PROMPT = "In the winter of 1911 two expeditions were racing across the Antarctic ice. Roald Amundsen travelled with"

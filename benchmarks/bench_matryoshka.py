@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gemmascope_fast import roof
-from gemmascope_fast.bench import peers
-from gemmascope_fast.bench.cases import copy_count
-from gemmascope_fast.bench.machine import describe
-from gemmascope_fast.bench.timing import interleave, paired, percentiles_ms
-from gemmascope_fast.matryoshka import MatryoshkaLinear, Packed, quantize
+from gemmascope_fast.dev import roof
+from gemmascope_fast.dev.bench import peers
+from gemmascope_fast.dev.bench.cases import copy_count
+from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.timing import interleave, paired, percentiles_ms
+from gemmascope_fast.quant.linear import MatryoshkaLinear
+from gemmascope_fast.quant.planes import Packed
+from gemmascope_fast.ops.codes import quantize
 
 OURS = (8, 4, 2)  # bits
 BASE = "bf16 F.linear"

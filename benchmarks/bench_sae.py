@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import IDS, RUNS, compiled_sae, eager_sae, rotated
 
-from gemmascope_fast.testing import compare_support
+from gemmascope_fast.dev.testing import compare_support
 
 PEERS = ("ours", "eager fp32", "eager bf16", "torch.compile fp32")
 

@@ -20,12 +20,12 @@ from bench_exact import SECONDS
 from torch import Tensor
 from torch.utils.cpp_extension import load_inline
 
-from gemmascope_fast import roof
-from gemmascope_fast.bench.machine import describe
-from gemmascope_fast.bench.timing import interleave, paired, percentiles_ms
+from gemmascope_fast.dev import roof
+from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.timing import interleave, paired, percentiles_ms
 from gemmascope_fast.ops.screen_rows import rows_of
-from gemmascope_fast.screen import Screen
-from gemmascope_fast.testing import make_activations, make_sae
+from gemmascope_fast.sae.screen import Screen
+from gemmascope_fast.dev.testing import make_activations, make_sae
 
 SOURCE = """
 #include <ATen/Parallel.h>

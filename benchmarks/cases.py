@@ -1,6 +1,6 @@
 """The one set of cases and peers for tests, `gemmascope-fast bench` and the pytest-benchmark files here.
 
-They live in the package (gemmascope_fast/bench/cases.py, peers.py), so that an installed one can be timed too; what is
+They live in the package (gemmascope_fast/dev/bench/cases.py, peers.py), so that an installed one can be timed too; what is
 added here is which of them `make bench` takes: GSF_BENCH_CASES=640x4096,2304x65536 names others.
 """
 
@@ -8,14 +8,8 @@ from __future__ import annotations
 
 import os
 
-from gemmascope_fast.bench.cases import CASES, FEW_TOKENS, Case, copies, rotated
-from gemmascope_fast.bench.peers import (
-    compiled_sae,
-    eager_decode,
-    eager_encode,
-    eager_sae,
-    embedding_bag_decode,
-)
+from gemmascope_fast.dev.bench.cases import CASES, FEW_TOKENS, Case, copies, rotated
+from gemmascope_fast.dev.bench.peers import compiled_sae, eager_decode, eager_encode, eager_sae, embedding_bag_decode
 
 __all__ = [
     "CASES",

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import gemmascope_fast as gsf
-from gemmascope_fast.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 import gemmascope_fast as gsf
-from gemmascope_fast.bench.machine import describe
-from gemmascope_fast.bench.timing import interleave, percentiles_ms
+from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.timing import interleave, percentiles_ms
 
 D_IN, D_SAE = 2304, 16384
 TOKENS = (1, 16, 256)

@@ -1,4 +1,4 @@
-"""Triton kernel of op `matryoshka_pack`: codes to bit planes (gemmascope_fast/matryoshka/planes.py has the layout)."""
+"""Triton kernel of op `matryoshka_pack`: codes to bit planes (gemmascope_fast/quant/planes.py has the layout)."""
 
 import triton
 import triton.language as tl

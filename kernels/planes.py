@@ -8,7 +8,7 @@ import triton.language as tl
 def plane_field(plane_ptr, block, unit, blocks, units, WIDTH: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr):
     """One plane's bits of BLOCKS x UNITS tiles: int32 [BLOCKS, UNITS, 8, 64], byte 4*lane + c of quad q.
 
-    plane_ptr: uint8 [blocks, units, 64 * WIDTH] (gemmascope_fast/matryoshka/planes.py).
+    plane_ptr: uint8 [blocks, units, 64 * WIDTH] (gemmascope_fast/quant/planes.py).
     """
     tile = (block.to(tl.int64)[:, None] * units + unit[None, :]) * (64 * WIDTH)
     there = (block < blocks)[:, None] & (unit < units)[None, :]

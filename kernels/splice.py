@@ -28,7 +28,7 @@ def latent_of(feature, begin, end, col_ptr, values_ptr):
 
 @triton.jit
 def delta_of(kind, amount, old):
-    """What an edit adds to a latent: SCALE 0, CLAMP 1, ADD 2, MIN_CLAMP 3 (gemmascope_fast/gpu/loop.py)."""
+    """What an edit adds to a latent: SCALE 0, CLAMP 1, ADD 2, MIN_CLAMP 3 (gemmascope_fast/backends/gpu/loop.py)."""
     delta = tl.where(kind == 0, old * amount - old, amount - old)
     delta = tl.where(kind == 2, amount, delta)
     # NaN is not below a least value, and infinity scaled by one stays

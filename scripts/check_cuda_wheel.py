@@ -7,7 +7,7 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import register
+from gemmascope_fast.backends.gpu import register
 
 
 def main() -> None:

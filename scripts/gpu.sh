@@ -25,7 +25,7 @@ optional() { # NAME TOOL COMMAND...: a step where the tool is there, a line in m
 }
 
 git rev-parse HEAD >"$out/commit.txt" 2>/dev/null || true
-step info "$py" -m gemmascope_fast.cli info --json
+step info "$py" -m gemmascope_fast.cli.main info --json
 optional nvidia-smi nvidia-smi nvidia-smi -q
 step tests "$py" -m pytest tests/device -p no:cacheprovider
 # the sanitizers slow a kernel a hundredfold: one small shape of each
@@ -36,8 +36,8 @@ done
 step benchmark "$py" benchmarks/gpu.py --json "$out/benchmark.json"
 optional ncu ncu ncu --set basic --target-processes all -o "$out/nsight" --force-overwrite \
   "$py" benchmarks/gpu.py --once
-if "$py" -m gemmascope_fast.cli profile --help >/dev/null 2>&1; then
-  step profile "$py" -m gemmascope_fast.cli profile
+if "$py" -m gemmascope_fast.cli.main profile --help >/dev/null 2>&1; then
+  step profile "$py" -m gemmascope_fast.cli.main profile
 else
   echo "profile: this version has no such command" >>"$out/missing.txt"
 fi

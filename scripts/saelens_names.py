@@ -1,4 +1,4 @@
-"""Write gemmascope_fast/data/saelens_names.json out of the SAELens wheel's pretrained_saes.yaml.
+"""Write gemmascope_fast/checkpoints/data/saelens_names.json out of the SAELens wheel's pretrained_saes.yaml.
 
     pip download --no-deps sae-lens -d DIR && python scripts/saelens_names.py DIR/sae_lens-*.whl
 

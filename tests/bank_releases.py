@@ -6,8 +6,8 @@ import attach_models as tiny
 import numpy as np
 
 from gemmascope_fast.bank import Bank
-from gemmascope_fast.loading import from_pretrained
-from gemmascope_fast.screen import most_bytes
+from gemmascope_fast.checkpoints.loading import from_pretrained
+from gemmascope_fast.sae.screen import most_bytes
 
 D, F = tiny.D, tiny.F
 ONE = 4 * (2 * D * F + 2 * F + D) + most_bytes(D, F)  # bytes of one SAE in fp32, with what it may pack

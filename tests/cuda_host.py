@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from gemmascope_fast.gpu.matryoshka import planes_of
-from gemmascope_fast.gpu.planes import middle, top_code
+from gemmascope_fast.backends.gpu.matryoshka import planes_of
+from gemmascope_fast.backends.gpu.planes import middle, top_code
 from gemmascope_fast.ops._planes import PREFIX, stored_bits
 
 ROOT = Path(__file__).resolve().parents[1]

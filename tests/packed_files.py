@@ -3,7 +3,7 @@
 import numpy as np
 from safetensors.torch import load_file
 
-from gemmascope_fast import packed
+from gemmascope_fast.checkpoints import packed
 
 
 def small_panels(monkeypatch):

@@ -15,7 +15,7 @@ GSF_REQUIRE_EXT=1 GSF_SANITIZE=address,undefined "$python" setup.py -q build_ext
 runtimes="$(c++ -print-file-name=libasan.so) $(c++ -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH="$copy" OMP_NUM_THREADS=1
-tests=${GSF_SANITIZE_TESTS:-tests/test_encode.py tests/test_decode.py tests/test_sampled_dot.py tests/test_transpose.py tests/test_sae.py tests/test_latents.py tests/test_screen*.py tests/test_packed*.py}
+tests=${GSF_SANITIZE_TESTS:-tests/ops/test_encode.py tests/ops/test_decode.py tests/ops/test_sampled_dot.py tests/ops/test_transpose.py tests/sae/test_sae.py tests/ops/test_latents.py tests/test_screen*.py tests/test_packed*.py}
 # -s: a report ends the process, and what pytest had captured of it would be lost
 # shellcheck disable=SC2086  # a list of files
 LD_PRELOAD="$runtimes" "$python" -m pytest -s -p no:cacheprovider -k "not compile" "$@" $tests

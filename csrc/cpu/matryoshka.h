@@ -1,4 +1,4 @@
-// y = A(x - mean) . W_r^T + bias for nested codes in bit planes (gemmascope_fast/matryoshka/planes.py).
+// y = A(x - mean) . W_r^T + bias for nested codes in bit planes (gemmascope_fast/quant/planes.py).
 //
 // A unit is 16 rows x 32 columns: 8 quads of 64 bytes once unpacked, each the operand of an 8-bit dot product
 // whose 16 lanes are 16 outputs, so that nothing is ever summed across lanes.

@@ -1,4 +1,4 @@
-// The planes of nested codes as they lie (gemmascope_fast/matryoshka/planes.py): shared by every body that
+// The planes of nested codes as they lie (gemmascope_fast/quant/planes.py): shared by every body that
 // reads them.
 #pragma once
 

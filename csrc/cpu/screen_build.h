@@ -179,7 +179,7 @@ static inline V16 given16(const uint8_t* codes, int64_t k, int64_t d, float zero
   return load16(padded);
 }
 
-// The first digit of a row: the 8-bit min-max code of gemmascope_fast/matryoshka/codes.py, per channel,
+// The first digit of a row: the 8-bit min-max code of gemmascope_fast/ops/codes.py, per channel,
 // unless one was given; its error is measured either way.
 static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w, double norm_mu) {
   V16 low = zero16(), high = low;

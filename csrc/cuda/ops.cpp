@@ -1,4 +1,4 @@
-// The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/gpu/register.py puts
+// The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/backends/gpu/register.py puts
 // under the package's own ops.  Tensors and checks live here, kernels in the .cu files.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -172,7 +172,7 @@ at::Tensor decode_cuda(const at::Tensor& crow, const at::Tensor& col, const at::
   return out;
 }
 
-// Two launches and no read: T <= 16 tokens, edits as gemmascope_fast/gpu/loop.py packs them.
+// Two launches and no read: T <= 16 tokens, edits as gemmascope_fast/backends/gpu/loop.py packs them.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> splice_cuda(
     const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
     const at::Tensor& W_dec, const at::Tensor& b_dec, const at::Tensor& features, const at::Tensor& kind,

@@ -14,7 +14,7 @@ namespace {
 
 using MaybeTensor = std::optional<at::Tensor>;
 
-constexpr int64_t kMaxTokens = 16;  // gemmascope_fast/gpu/matryoshka.py
+constexpr int64_t kMaxTokens = 16;  // gemmascope_fast/backends/gpu/matryoshka.py
 constexpr int64_t kMaxIn = 66000;   // 256 * 127 * 66,000 < 2^31
 
 // Contiguous and on 16 bytes, as the kernels' 128-bit loads want it.

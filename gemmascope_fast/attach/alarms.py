@@ -14,7 +14,7 @@ from torch import Tensor
 from gemmascope_fast.attach.calls import Call, Tokens
 from gemmascope_fast.attach.entries import Key
 from gemmascope_fast.errors import AttachError
-from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.ops.latents import SparseLatents
 
 
 @dataclass(frozen=True)

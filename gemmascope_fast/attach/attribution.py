@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemmascope_fast.attach.entries import Key, spread
 from gemmascope_fast.errors import AttachError
-from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.ops.latents import SparseLatents
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.run import Run

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
-from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.sae import JumpReLUSAE, JumpReLUSkipTranscoder
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder
 
 
 class _Carry(torch.autograd.Function):

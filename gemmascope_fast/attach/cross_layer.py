@@ -11,8 +11,8 @@ from torch import Tensor
 from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.plan import added
-from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.taps import Tap

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.edits import Ablate, Add, Clamp, FeatureEdit, MinClamp, Scale
-from gemmascope_fast.gpu.encode import FEW
-from gemmascope_fast.gpu.launch import interpreted
-from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.backends.gpu.encode import FEW
+from gemmascope_fast.backends.gpu.launch import interpreted
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.ops._library import in_dtype, requested
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.taps import Tap
@@ -55,7 +55,7 @@ class Fused:
         """Latents of rows [n, d], of what passes at the site as x; None where the steps must serve."""
         if not self._serves(sae, rows, call):
             return None
-        from gemmascope_fast.gpu import loop  # it needs the edits, and so this package
+        from gemmascope_fast.backends.gpu import loop  # it needs the edits, and so this package
 
         key = (rows.device, [(e.features, e.amount) for e in self.edits])
         if self.table is None or self.table[0] != key:

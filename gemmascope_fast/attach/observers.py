@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.attach.calls import Tokens
-from gemmascope_fast.latents import SparseLatents
+from gemmascope_fast.ops.latents import SparseLatents
 
 
 class Observer(Protocol):

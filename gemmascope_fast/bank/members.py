@@ -16,9 +16,9 @@ from gemmascope_fast.checkpoints import names
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.repository import checkpoints_among, id_of, repository_files
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.loading import build, config_of, find_checkpoint, take_screen
-from gemmascope_fast.sae import SAEConfig
-from gemmascope_fast.screen import most_bytes
+from gemmascope_fast.checkpoints.loading import build, config_of, find_checkpoint, take_screen
+from gemmascope_fast.sae.config import SAEConfig
+from gemmascope_fast.sae.screen import most_bytes
 
 Stamp = tuple[tuple[str, int, int, int], ...]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.checkpoints.arrays import Entry
+from gemmascope_fast.files.arrays import Entry
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.sites import Site
+from gemmascope_fast.sae.sites import Site
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 SINGLE = ("sae", "topk_sae", "transcoder", "skip_transcoder")

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from gemmascope_fast.checkpoints.arrays import open_npz
+from gemmascope_fast.files.arrays import open_npz
 from gemmascope_fast.checkpoints.base import Checkpoint
-from gemmascope_fast.checkpoints.write import Source, write_npz
+from gemmascope_fast.files.write import Source, write_npz
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.sites import Site
+from gemmascope_fast.sae.sites import Site
 
 FILE = "params.npz"
 _REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)")

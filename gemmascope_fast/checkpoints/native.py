@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemmascope_fast.checkpoints.arrays import open_safetensors
+from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site
-from gemmascope_fast.checkpoints.write import Source, write_safetensors
+from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.ops.screen_rows import Row, table_stride
-from gemmascope_fast.screen import Screen, weights_digest
+from gemmascope_fast.sae.screen import Screen, weights_digest
 
 if TYPE_CHECKING:
-    from gemmascope_fast.sae import JumpReLUSAE
+    from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 KEY = "gemmascope_fast"
 FILE = "sae.safetensors"

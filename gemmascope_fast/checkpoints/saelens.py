@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.checkpoints import transformer_lens
-from gemmascope_fast.checkpoints.arrays import Entry, open_safetensors
+from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of, read_json
-from gemmascope_fast.checkpoints.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.write import Source, write_json, write_safetensors
 from gemmascope_fast.errors import CheckpointError
 
 FILE = "sae_weights.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from gemmascope_fast.sites import Site
+from gemmascope_fast.sae.sites import Site
 
 # In Gemma 2 and 3, TransformerLens takes hook_mlp_out and hook_attn_out after the norms that follow MLP and
 # attention, and hook_normalized before the gain.  hook_mlp_in (Gemma Scope 2 in SAELens) is told by hf_hook_name.

@@ -14,8 +14,8 @@ from sae_bench.custom_saes.base_sae import BaseSAE
 from torch import Tensor, nn
 
 from gemmascope_fast.dropin import core as shared
-from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 
 class Accelerated(BaseSAE):

@@ -20,8 +20,8 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
 from gemmascope_fast.dropin import core as shared
-from gemmascope_fast.latents import SparseLatents
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 Latents = Tensor | SparseLatents
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sparsify import SparseCoder
 
-from gemmascope_fast.coders import TopKSAE
+from gemmascope_fast.sae.topk import TopKSAE
 from gemmascope_fast.dropin.core import converted
 
 

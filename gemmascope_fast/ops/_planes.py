@@ -1,4 +1,4 @@
-"""What the ops on bit planes share: the layout's numbers and its checks (gemmascope_fast/matryoshka/planes.py has the
+"""What the ops on bit planes share: the layout's numbers and its checks (gemmascope_fast/quant/planes.py has the
 layout itself)."""
 
 from __future__ import annotations

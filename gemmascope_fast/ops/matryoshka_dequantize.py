@@ -41,7 +41,7 @@ def matryoshka_dequantize_reference(
 
 def on_grid(code: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bits: int, rule: int) -> Tensor:
     """r-bit codes uint8 [n, in] with their rows' scale and zero point [n, groups] → weights fp32 [n, in]."""
-    from gemmascope_fast.matryoshka.codes import grid
+    from gemmascope_fast.ops.codes import grid
 
     alpha, zero = scale.float(), zero_point.float()
     if group_size:

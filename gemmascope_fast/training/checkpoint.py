@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files import replacing
+from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.training.trainer import Trainer
 
 KEY = "gemmascope_fast.training"

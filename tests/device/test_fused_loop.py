@@ -10,8 +10,8 @@ import gemmascope_fast as gsf
 from gemmascope_fast import Site
 from gemmascope_fast.attach import Add, Clamp, MinClamp
 from gemmascope_fast.attach.fused import Fused
-from gemmascope_fast.gpu import loop, register
-from gemmascope_fast.testing import same_bytes
+from gemmascope_fast.backends.gpu import loop, register
+from gemmascope_fast.dev.testing import same_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import attach_models as models

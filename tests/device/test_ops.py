@@ -6,11 +6,11 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import decode as gpu_decode
-from gemmascope_fast.gpu import encode as gpu_encode
-from gemmascope_fast.gpu import loop, register
+from gemmascope_fast.backends.gpu import decode as gpu_decode
+from gemmascope_fast.backends.gpu import encode as gpu_encode
+from gemmascope_fast.backends.gpu import loop, register
 from gemmascope_fast.ops.encode_tensor import tolerance
-from gemmascope_fast.testing import make_activations, make_sae, same_bytes
+from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
 
 BACKENDS = ["triton", *(["cuda"] if register.compiled("encode") else [])]
 SHAPES = [(1, 2304, 16384), (3, 640, 4097), (16, 2304, 4096), (130, 641, 4096), (1024, 640, 4096)]

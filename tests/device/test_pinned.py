@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemmascope_fast.testing import make_activations, make_sae, same_bytes
+from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
 
 
 def parts(latents):

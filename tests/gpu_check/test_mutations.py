@@ -154,8 +154,8 @@ def test_a_narrow_offset_is_noticed(file, before, after, sources):
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/test_cuda_host.py",
-        "tests/test_cuda_host_matryoshka.py",
+        "tests/backends/test_cuda_host.py",
+        "tests/backends/test_cuda_host_matryoshka.py",
         "-k",
         "beyond",
     ]

@@ -1,5 +1,5 @@
 """Tests in Triton's interpreter.  The switch must stand before triton is imported, so they run in a process of
-their own: tests/test_triton_interpreter.py starts it, `TRITON_INTERPRET=1 pytest tests/interpreter` does by hand."""
+their own: tests/backends/test_triton_interpreter.py starts it, `TRITON_INTERPRET=1 pytest tests/interpreter` does by hand."""
 
 import os
 import random

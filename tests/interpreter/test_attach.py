@@ -9,7 +9,7 @@ import torch
 import gemmascope_fast as gsf
 from gemmascope_fast import JumpReLUTranscoder, Site
 from gemmascope_fast.attach import Ablate, Add, Clamp, Direction, Mask, MinClamp, Scale
-from gemmascope_fast.gpu import loop, register
+from gemmascope_fast.backends.gpu import loop, register
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import attach_models as models

@@ -7,7 +7,7 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import decode, encode, launch, loop, matryoshka, planes, screen, tensor
+from gemmascope_fast.backends.gpu import decode, encode, launch, loop, matryoshka, planes, screen, tensor
 
 
 def test_triton_serves_when_asked_by_name(same_bytes):

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import decode as gpu
-from gemmascope_fast.gpu.encode import FixedLatents
+from gemmascope_fast.backends.gpu import decode as gpu
+from gemmascope_fast.backends.gpu.encode import FixedLatents
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # rows, d, d_sae, share of features that fire

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import tensor as gpu
+from gemmascope_fast.backends.gpu import tensor as gpu
 from gemmascope_fast.ops.encode_tensor import tolerance
 
 SHAPES = [(1, 33, 70), (5, 70, 31), (17, 20, 97)]

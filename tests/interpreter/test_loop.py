@@ -6,7 +6,7 @@ import torch
 from gemmascope_fast import ops
 from gemmascope_fast.attach import Ablate, Add, Clamp, Mask, MinClamp, Scale
 from gemmascope_fast.errors import BackendError
-from gemmascope_fast.gpu import loop
+from gemmascope_fast.backends.gpu import loop
 
 EDITS = [Ablate(0), Scale(3, 2.5), Clamp(5, 1.5), Add([7, 31], -0.75), MinClamp(9, 0.5), Clamp(39, 0.0)]
 

@@ -5,8 +5,9 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import planes as gpu
-from gemmascope_fast.matryoshka import Packed, quantize
+from gemmascope_fast.backends.gpu import planes as gpu
+from gemmascope_fast.quant.planes import Packed
+from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.ops._planes import EXTRA, MATQUANT, PREFIX, WIDTHS
 from gemmascope_fast.ops.matryoshka_slice import resliced
 

@@ -5,10 +5,10 @@ import torch
 
 from gemmascope_fast import ops
 from gemmascope_fast.errors import BackendError, StaleScreenError
-from gemmascope_fast.gpu import encode as gpu_encode
-from gemmascope_fast.gpu import screen as gpu
+from gemmascope_fast.backends.gpu import encode as gpu_encode
+from gemmascope_fast.backends.gpu import screen as gpu
 from gemmascope_fast.ops.encode import kappa
-from gemmascope_fast.testing import make_activations, make_sae
+from gemmascope_fast.dev.testing import make_activations, make_sae
 
 UP = 1 + 2.0**-20
 
@@ -121,7 +121,7 @@ def test_the_bound_holds_and_discards():
 
 def screened_words(x, W, b, theta, s):
     """What the screen alone leaves: the refinement is made to keep a copy of its input."""
-    from gemmascope_fast.gpu.encode import Weights
+    from gemmascope_fast.backends.gpu.encode import Weights
     from gemmascope_fast.kernels import screen as module
 
     seen = {}

@@ -6,7 +6,7 @@ import torch
 from test_screen import screen_of
 
 from gemmascope_fast import ops
-from gemmascope_fast.gpu import encode, screen, tensor
+from gemmascope_fast.backends.gpu import encode, screen, tensor
 
 T, F, D = 2**17 + 1, 2**17, 16
 

@@ -15,23 +15,23 @@ class Mutation(NamedTuple):
     needs: str = ""  # the instruction set that the line is for: elsewhere nothing could notice
 
 
-ENCODE, DECODE, DOTS = "tests/test_encode.py", "tests/test_decode.py", "tests/test_sampled_dot.py"
-SAE, LATENTS, TRANSPOSE = "tests/test_sae.py", "tests/test_latents.py", "tests/test_transpose.py"
-BAD = "tests/test_sae_bad_input.py"
-PREPARE, BACKENDS = "tests/test_prepare.py", "tests/test_backends.py"
+ENCODE, DECODE, DOTS = "tests/ops/test_encode.py", "tests/ops/test_decode.py", "tests/ops/test_sampled_dot.py"
+SAE, LATENTS, TRANSPOSE = "tests/sae/test_sae.py", "tests/ops/test_latents.py", "tests/ops/test_transpose.py"
+BAD = "tests/sae/test_sae_bad_input.py"
+PREPARE, BACKENDS = "tests/sae/test_prepare.py", "tests/backends/test_backends.py"
 
 SCREEN, REFINE, BUILD = "csrc/cpu/screen.h", "csrc/cpu/screen_refine.h", "csrc/cpu/screen_build.h"
 AMX, LANES = "csrc/cpu/screen_amx.h", "csrc/cpu/screen_lanes.h"
-SCREENED = "tests/test_screen.py tests/test_screen_bound.py tests/test_screen_rows.py tests/test_screen_prepare.py"
-SCALED = "tests/test_screen_scales.py"
+SCREENED = "tests/sae/test_screen.py tests/ops/test_screen_bound.py tests/ops/test_screen_rows.py tests/sae/test_screen_prepare.py"
+SCALED = "tests/sae/test_screen_scales.py"
 SCREENED_BY_AMX = f"{SCREENED} -k amx"
 
-UNIT, NESTED, KERNELS = "csrc/cpu/matryoshka_unit.h", "csrc/cpu/matryoshka.h", "tests/test_matryoshka_kernels.py"
+UNIT, NESTED, KERNELS = "csrc/cpu/matryoshka_unit.h", "csrc/cpu/matryoshka.h", "tests/ops/test_matryoshka_kernels.py"
 
-PACKED = "tests/test_packed.py tests/test_packed_damage.py tests/test_packed_memory.py"
-COMPARE = "tests/test_compare.py tests/test_compare_models.py tests/test_variants.py tests/test_conversation.py"
-CONCEPTS, DASHBOARD = "tests/test_concepts.py", "tests/test_dashboard.py"
-EXTRACTION, JOBS = "tests/test_extraction.py", "tests/test_jobs_bad_input.py"
+PACKED = "tests/checkpoints/test_packed.py tests/checkpoints/test_packed_damage.py tests/checkpoints/test_packed_memory.py"
+COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py tests/analysis/test_variants.py tests/analysis/test_conversation.py"
+CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
+EXTRACTION, JOBS = "tests/analysis/test_extraction.py", "tests/analysis/test_jobs_bad_input.py"
 
 CPP = [
     # nested codes: sums of 16 bits, slices, groups
@@ -60,8 +60,8 @@ CPP = [
     Mutation("the centre keeps its scale in b'", BUILD, "dmul16(mu, dwiden16(columns16(a.per_scale, k, a.d, 1.0f)))", "mu", SCALED),
     Mutation("the centre's norm is without scales", BUILD, "dmul16(dwiden16(mu), dwiden16(per))", "dwiden16(mu)", SCALED),
     Mutation("rows are not scaled", BUILD, "space[k] *= a.scale[k]", "space[k] *= 1.0f", SCALED),
-    Mutation("a given scale may be anything", BUILD, "  if (a.given && !(s >= kLeastGiven && s <= kMostGiven)) return refine_always(a, f);\n", "", "tests/test_screen_rows.py"),
-    Mutation("a given code is not read in the last columns", BUILD, "k + i < d ? static_cast<float>(codes[k + i]) : zero", "zero", "tests/test_screen_rows.py"),
+    Mutation("a given scale may be anything", BUILD, "  if (a.given && !(s >= kLeastGiven && s <= kMostGiven)) return refine_always(a, f);\n", "", "tests/ops/test_screen_rows.py"),
+    Mutation("a given code is not read in the last columns", BUILD, "k + i < d ? static_cast<float>(codes[k + i]) : zero", "zero", "tests/ops/test_screen_rows.py"),
     Mutation("scales may be any number", "csrc/cpu/screen_checks.h", "(bits & 0x7FFFFF) == 0 && ", "", SCALED),
     Mutation("scales may be below one", "csrc/cpu/screen_checks.h", "s[i] >= 1.0f", "s[i] >= 0.25f", SCALED),
     Mutation("scales may be above 2^20", "csrc/cpu/screen_checks.h", "s[i] <= kMostScale", "s[i] <= 8 * kMostScale", SCALED),
@@ -147,58 +147,58 @@ PYTHON = [
     Mutation("dW_dec without the gradient", "gemmascope_fast/ops/decode.py", "values[order], grad, None", "values, grad, None", DECODE),
     Mutation("dx counts twice", "gemmascope_fast/ops/encode.py", "decode(crow, col, grad, W_enc.t()", "decode(crow, col, 2 * grad, W_enc.t()", ENCODE),
     Mutation("db of the wrong order", "gemmascope_fast/ops/encode.py", "by_feature = grad[order]", "by_feature = grad", ENCODE),
-    Mutation("a threshold is not checked again", "gemmascope_fast/prepare.py", "            check_threshold(sae.threshold)\n", "", PREPARE),
-    Mutation("in-place edits are not watched", "gemmascope_fast/prepare.py", "None if t.is_inference() else t._version", "None", PREPARE),
-    Mutation("topk prefers the later of equals", "gemmascope_fast/latents.py", "by_value = torch.sort(self.values.detach(), descending=True, stable=True).indices", "by_value = torch.sort(self.values.detach().flip(0), descending=True, stable=True).indices.neg() + self.nnz - 1", LATENTS),
-    Mutation("slices keep their offset", "gemmascope_fast/latents.py", "crow - begin, self", "crow, self", LATENTS),
-    Mutation("cat keeps offsets", "gemmascope_fast/latents.py", "p.crow_indices[1:] + base", "p.crow_indices[1:]", LATENTS),
-    Mutation("dθ without θ", "gemmascope_fast/training/jumprelu.py", "dtheta = -(theta / ctx.bandwidth) * near * grad", "dtheta = -(1 / ctx.bandwidth) * near * grad", SAE),
-    Mutation("decoder rows are not announced", "gemmascope_fast/sae.py", "self._mapped.announce(self.W_dec, latents.col_indices)", "pass", PACKED),
-    Mutation("resident arrays are not checked", "gemmascope_fast/mapped.py", "        _compare(path, layout, about, name, tensor)\n", "", PACKED),
-    Mutation("the mapping counts as memory", "gemmascope_fast/mapped.py", "mmap.MAP_PRIVATE | _NORESERVE", "mmap.MAP_PRIVATE", PACKED),
-    Mutation("a copy maps the same pages", "gemmascope_fast/mapped.py", "twin = twin or self._again()", "twin = self", PACKED),
-    Mutation("edited rows are copied without their edits", "gemmascope_fast/mapped.py", "weight._version != 0", "False", PACKED),
-    Mutation("npz checksums are not compared", "gemmascope_fast/packed.py", "                checkpoint.arrays[name].verify()", "                pass", PACKED),
-    Mutation("columns are read in whole rows", "gemmascope_fast/checkpoints/arrays.py", "if self.at is None or (", "if True or (", PACKED),
-    Mutation("the lock of a finished file serves", "gemmascope_fast/packed.py", "if partial.exists() and os.path.samestat(", "if True or os.path.samestat(", PACKED),
-    Mutation("the bar forgets the panels that were done", "gemmascope_fast/packed.py", "            update(sum(", "            len(str(", PACKED),
-    Mutation("a truncated file goes unnoticed", "gemmascope_fast/mapped.py", "if size < self.was[0]:", "if False:", PACKED),
-    Mutation("a checkpoint written to goes unnoticed", "gemmascope_fast/mapped.py", "if (size, time) != self.was:", "if False:", PACKED),
-    Mutation("another checkpoint serves a decoder", "gemmascope_fast/mapped.py", "or source_of(checkpoint) != about[\"source\"]", "", PACKED),
-    Mutation("decoders are mapped at any byte", "gemmascope_fast/packed.py", " and entry.at % 4 == 0", "", PACKED),
-    Mutation("complex x passes", "gemmascope_fast/sae.py", "if not x.is_floating_point():", "if False:", BAD),
+    Mutation("a threshold is not checked again", "gemmascope_fast/sae/screen_cache.py", "            check_threshold(sae.threshold)\n", "", PREPARE),
+    Mutation("in-place edits are not watched", "gemmascope_fast/sae/screen_cache.py", "None if t.is_inference() else t._version", "None", PREPARE),
+    Mutation("topk prefers the later of equals", "gemmascope_fast/ops/latents.py", "by_value = torch.sort(self.values.detach(), descending=True, stable=True).indices", "by_value = torch.sort(self.values.detach().flip(0), descending=True, stable=True).indices.neg() + self.nnz - 1", LATENTS),
+    Mutation("slices keep their offset", "gemmascope_fast/ops/latents.py", "crow - begin, self", "crow, self", LATENTS),
+    Mutation("cat keeps offsets", "gemmascope_fast/ops/latents.py", "p.crow_indices[1:] + base", "p.crow_indices[1:]", LATENTS),
+    Mutation("dθ without θ", "gemmascope_fast/sae/straight_through.py", "dtheta = -(theta / ctx.bandwidth) * near * grad", "dtheta = -(1 / ctx.bandwidth) * near * grad", SAE),
+    Mutation("decoder rows are not announced", "gemmascope_fast/sae/jumprelu.py", "self._mapped.announce(self.W_dec, latents.col_indices)", "pass", PACKED),
+    Mutation("resident arrays are not checked", "gemmascope_fast/checkpoints/mapped.py", "        _compare(path, layout, about, name, tensor)\n", "", PACKED),
+    Mutation("the mapping counts as memory", "gemmascope_fast/checkpoints/mapped.py", "mmap.MAP_PRIVATE | _NORESERVE", "mmap.MAP_PRIVATE", PACKED),
+    Mutation("a copy maps the same pages", "gemmascope_fast/checkpoints/mapped.py", "twin = twin or self._again()", "twin = self", PACKED),
+    Mutation("edited rows are copied without their edits", "gemmascope_fast/checkpoints/mapped.py", "weight._version != 0", "False", PACKED),
+    Mutation("npz checksums are not compared", "gemmascope_fast/checkpoints/packed.py", "                checkpoint.arrays[name].verify()", "                pass", PACKED),
+    Mutation("columns are read in whole rows", "gemmascope_fast/files/arrays.py", "if self.at is None or (", "if True or (", PACKED),
+    Mutation("the lock of a finished file serves", "gemmascope_fast/checkpoints/packed.py", "if partial.exists() and os.path.samestat(", "if True or os.path.samestat(", PACKED),
+    Mutation("the bar forgets the panels that were done", "gemmascope_fast/checkpoints/packed.py", "            update(sum(", "            len(str(", PACKED),
+    Mutation("a truncated file goes unnoticed", "gemmascope_fast/checkpoints/mapped.py", "if size < self.was[0]:", "if False:", PACKED),
+    Mutation("a checkpoint written to goes unnoticed", "gemmascope_fast/checkpoints/mapped.py", "if (size, time) != self.was:", "if False:", PACKED),
+    Mutation("another checkpoint serves a decoder", "gemmascope_fast/checkpoints/mapped.py", "or source_of(checkpoint) != about[\"source\"]", "", PACKED),
+    Mutation("decoders are mapped at any byte", "gemmascope_fast/checkpoints/packed.py", " and entry.at % 4 == 0", "", PACKED),
+    Mutation("complex x passes", "gemmascope_fast/sae/jumprelu.py", "if not x.is_floating_point():", "if False:", BAD),
     Mutation("a list passes for a tensor", "gemmascope_fast/ops/_library.py", "if not isinstance(value, torch.Tensor):", "if False:", BAD),
-    Mutation("latents of another device pass", "gemmascope_fast/latents.py", "if latents.device != device:", "if False:", BAD),
+    Mutation("latents of another device pass", "gemmascope_fast/ops/latents.py", "if latents.device != device:", "if False:", BAD),
     # the jobs: extraction, dashboard, concepts, comparisons
-    Mutation("no correction for having tested many", "gemmascope_fast/compare/sets.py", 'found["q"] = false_discovery_control(found["p"]) if len(features) else found["p"]', 'found["q"] = found["p"]', COMPARE + " -k every_figure"),
-    Mutation("ranks of the other set", "gemmascope_fast/compare/sets.py", 'parts["auc"].append(result.statistic / (len(x) * len(y)))', 'parts["auc"].append(1 - result.statistic / (len(x) * len(y)))', COMPARE + " -k every_figure"),
-    Mutation("the effect's sign is turned", "gemmascope_fast/compare/sets.py", "np.divide(x.mean(0) - y.mean(0), np.sqrt(variance)", "np.divide(y.mean(0) - x.mean(0), np.sqrt(variance)", COMPARE + " -k every_figure"),
-    Mutation("pairs: rejected less chosen", "gemmascope_fast/compare/sets.py", "y = chosen[:, own].toarray() - rejected[:, own].toarray()", "y = rejected[:, own].toarray() - chosen[:, own].toarray()", COMPARE + " -k one_covariate"),
-    Mutation("covariates take nothing out", "gemmascope_fast/compare/sets.py", 'parts["after"].append(_ratio(beta[0], sd))', 'parts["after"].append(_ratio(y.mean(0), sd))', COMPARE + " -k one_covariate"),
-    Mutation("shuffles that are as extreme do not count", "gemmascope_fast/compare/sets.py", "(seen >= own * (1 - 1e-12))", "(seen > own * (1 + 1e-12))", COMPARE + " -k extreme"),
-    Mutation("partners fall into different folds", "gemmascope_fast/compare/sets.py", "if not paired else own[order]", "if True else own[order]", COMPARE + " -k partners"),
-    Mutation("silent tokens do not count in a mean", "gemmascope_fast/compare/pooled.py", "out /= max(latents.n_rows, 1)", "out /= np.bincount(at)", COMPARE + " -k pooling"),
-    Mutation("a token ends one character early", "gemmascope_fast/compare/models.py", "np.array([end for _, end in found]", "np.array([end - 1 for _, end in found]", COMPARE + " -k another_order"),
-    Mutation("a token that ends a span opens the next", "gemmascope_fast/compare/models.py", "np.searchsorted(ends, b).clip", 'np.searchsorted(ends, b, "right").clip', COMPARE + " -k spans_end"),
-    Mutation("votes are weighted by another column", "gemmascope_fast/compare/variants.py", "weights[len(self.kinds) :, None] * weights[self.kind][None]", "weights[: len(self.predicted), None] * weights[self.kind][None]", COMPARE + " -k shares"),
-    Mutation("confidence is measured on the groups of the fit", "gemmascope_fast/compare/variants.py", '"weighted": reliability(votes.shares(weights)[test], votes.gold[test])', '"weighted": reliability(votes.shares(weights)[train], votes.gold[train])', COMPARE + " -k not_fitted"),
-    Mutation("a label is read one token late", "gemmascope_fast/compare/variants.py", "begin = len(prompts[i]) - 1 - first", "begin = len(prompts[i]) - first", COMPARE + " -k likeliest"),
-    Mutation("a turn has the role of the one before", "gemmascope_fast/compare/conversation.py", "traces.append(Trace(turn, ", "traces.append(Trace(turns[len(traces) - 1], ", COMPARE + " -k cached_turns"),
-    Mutation("a turn's marks count as content", "gemmascope_fast/compare/conversation.py", "content[begin:end] = True", "content[:end] = True", COMPARE + " -k cached_turns"),
-    Mutation("the BOS counts among a text's tokens", "gemmascope_fast/extraction/texts.py", 'attach(model, coders, tokens="content", keep=False)', 'attach(model, coders, tokens="all", keep=False)', CONCEPTS + " -k plain_forwards"),
-    Mutation("the minimum of the concept's own texts", "gemmascope_fast/concepts/run.py", "spread = raw.max() - raw.min()", "spread = raw.max() - raw[: len(split.test_positive)].min()", CONCEPTS + " -k by_hand"),
-    Mutation("ranks of the negatives", "gemmascope_fast/concepts/methods.py", "(ranks[positive].sum(0)", "(ranks[~positive].sum(0)", CONCEPTS + " -k all_pairs"),
-    Mutation("hard negatives are not among the test", "gemmascope_fast/concepts/run.py", "near = np.concatenate([scores[:p], scores[len(scores) - h :]])", "near = np.concatenate([scores[:p], scores[p : p + h]])", CONCEPTS + " -k by_hand"),
-    Mutation("the difference of means is turned", "gemmascope_fast/concepts/methods.py", "w = positive.double().mean(0) - negative.double().mean(0)", "w = negative.double().mean(0) - positive.double().mean(0)", CONCEPTS + " -k formulas"),
-    Mutation("what is gained is what is lost", "gemmascope_fast/concepts/run.py", '"gain": changed[1] - changed[0]', '"gain": changed[0] - changed[1]', CONCEPTS + " -k steering"),
-    Mutation("of neighbours that fire all are shown", "gemmascope_fast/dashboard/collect.py", "| (np.diff(place[order]) != 0)", "| True", DASHBOARD + " -k strongest_places"),
-    Mutation("the index opens in the features' order", "gemmascope_fast/dashboard/pages.py", "sorted(rows, key=lambda row: (-row[1], row[0]))", "sorted(rows, key=lambda row: row[0])", DASHBOARD + " -k chromium"),
-    Mutation("the lens forgets the mean over tokens", "gemmascope_fast/dashboard/weights.py", "off = (rows @ mean)[:, None]", "off = 0 * (rows @ mean)[:, None]", DASHBOARD + " -k lens"),
-    Mutation("a resumed document begins one window late", "gemmascope_fast/extraction/windows.py", "if count >= skipped:", "if count > skipped or not resumed:", EXTRACTION + " -k every_end"),
-    Mutation("positions begin anew with each window", "gemmascope_fast/extraction/run.py", '"position": at + window.start', '"position": at', EXTRACTION + " -k plain_forwards"),
-    Mutation("a torn line of the journal stays", "gemmascope_fast/extraction/store.py", "if kept < len(whole):", "if False:", EXTRACTION + " -k interrupted"),
-    Mutation("a damaged shard is taken for whole", "gemmascope_fast/extraction/store.py", 'elif digest_of(path) != shard["sha256"][table]:', "elif False:", EXTRACTION + " -k damaged"),
-    Mutation("a text may outgrow the model's window", "gemmascope_fast/extraction/texts.py", "min(window, len(own)) > most", "min(window, len(own)) > 2 * most", JOBS + " -k longer"),
-    Mutation("a full disk costs the earlier file", "gemmascope_fast/command_line.py", "    with saying_where(path), replacing(path) as temporary:\n        temporary.write_text(text", "    with saying_where(path):\n        path.write_text(text", JOBS + " -k keeps_the_earlier"),
-    Mutation("outputs are not checked first", "gemmascope_fast/command_line.py", "if not path.parent.is_dir() or path.is_dir():", "if False:", JOBS + " -k told_first"),
+    Mutation("no correction for having tested many", "gemmascope_fast/analysis/compare/sets.py", 'found["q"] = false_discovery_control(found["p"]) if len(features) else found["p"]', 'found["q"] = found["p"]', COMPARE + " -k every_figure"),
+    Mutation("ranks of the other set", "gemmascope_fast/analysis/compare/sets.py", 'parts["auc"].append(result.statistic / (len(x) * len(y)))', 'parts["auc"].append(1 - result.statistic / (len(x) * len(y)))', COMPARE + " -k every_figure"),
+    Mutation("the effect's sign is turned", "gemmascope_fast/analysis/compare/sets.py", "np.divide(x.mean(0) - y.mean(0), np.sqrt(variance)", "np.divide(y.mean(0) - x.mean(0), np.sqrt(variance)", COMPARE + " -k every_figure"),
+    Mutation("pairs: rejected less chosen", "gemmascope_fast/analysis/compare/sets.py", "y = chosen[:, own].toarray() - rejected[:, own].toarray()", "y = rejected[:, own].toarray() - chosen[:, own].toarray()", COMPARE + " -k one_covariate"),
+    Mutation("covariates take nothing out", "gemmascope_fast/analysis/compare/sets.py", 'parts["after"].append(_ratio(beta[0], sd))', 'parts["after"].append(_ratio(y.mean(0), sd))', COMPARE + " -k one_covariate"),
+    Mutation("shuffles that are as extreme do not count", "gemmascope_fast/analysis/compare/sets.py", "(seen >= own * (1 - 1e-12))", "(seen > own * (1 + 1e-12))", COMPARE + " -k extreme"),
+    Mutation("partners fall into different folds", "gemmascope_fast/analysis/compare/sets.py", "if not paired else own[order]", "if True else own[order]", COMPARE + " -k partners"),
+    Mutation("silent tokens do not count in a mean", "gemmascope_fast/analysis/compare/pooled.py", "out /= max(latents.n_rows, 1)", "out /= np.bincount(at)", COMPARE + " -k pooling"),
+    Mutation("a token ends one character early", "gemmascope_fast/analysis/compare/models.py", "np.array([end for _, end in found]", "np.array([end - 1 for _, end in found]", COMPARE + " -k another_order"),
+    Mutation("a token that ends a span opens the next", "gemmascope_fast/analysis/compare/models.py", "np.searchsorted(ends, b).clip", 'np.searchsorted(ends, b, "right").clip', COMPARE + " -k spans_end"),
+    Mutation("votes are weighted by another column", "gemmascope_fast/analysis/compare/variants.py", "weights[len(self.kinds) :, None] * weights[self.kind][None]", "weights[: len(self.predicted), None] * weights[self.kind][None]", COMPARE + " -k shares"),
+    Mutation("confidence is measured on the groups of the fit", "gemmascope_fast/analysis/compare/variants.py", '"weighted": reliability(votes.shares(weights)[test], votes.gold[test])', '"weighted": reliability(votes.shares(weights)[train], votes.gold[train])', COMPARE + " -k not_fitted"),
+    Mutation("a label is read one token late", "gemmascope_fast/analysis/compare/variants.py", "begin = len(prompts[i]) - 1 - first", "begin = len(prompts[i]) - first", COMPARE + " -k likeliest"),
+    Mutation("a turn has the role of the one before", "gemmascope_fast/analysis/compare/conversation.py", "traces.append(Trace(turn, ", "traces.append(Trace(turns[len(traces) - 1], ", COMPARE + " -k cached_turns"),
+    Mutation("a turn's marks count as content", "gemmascope_fast/analysis/compare/conversation.py", "content[begin:end] = True", "content[:end] = True", COMPARE + " -k cached_turns"),
+    Mutation("the BOS counts among a text's tokens", "gemmascope_fast/analysis/extraction/texts.py", 'attach(model, coders, tokens="content", keep=False)', 'attach(model, coders, tokens="all", keep=False)', CONCEPTS + " -k plain_forwards"),
+    Mutation("the minimum of the concept's own texts", "gemmascope_fast/analysis/concepts/run.py", "spread = raw.max() - raw.min()", "spread = raw.max() - raw[: len(split.test_positive)].min()", CONCEPTS + " -k by_hand"),
+    Mutation("ranks of the negatives", "gemmascope_fast/analysis/concepts/methods.py", "(ranks[positive].sum(0)", "(ranks[~positive].sum(0)", CONCEPTS + " -k all_pairs"),
+    Mutation("hard negatives are not among the test", "gemmascope_fast/analysis/concepts/run.py", "near = np.concatenate([scores[:p], scores[len(scores) - h :]])", "near = np.concatenate([scores[:p], scores[p : p + h]])", CONCEPTS + " -k by_hand"),
+    Mutation("the difference of means is turned", "gemmascope_fast/analysis/concepts/methods.py", "w = positive.double().mean(0) - negative.double().mean(0)", "w = negative.double().mean(0) - positive.double().mean(0)", CONCEPTS + " -k formulas"),
+    Mutation("what is gained is what is lost", "gemmascope_fast/analysis/concepts/run.py", '"gain": changed[1] - changed[0]', '"gain": changed[0] - changed[1]', CONCEPTS + " -k steering"),
+    Mutation("of neighbours that fire all are shown", "gemmascope_fast/analysis/dashboard/collect.py", "| (np.diff(place[order]) != 0)", "| True", DASHBOARD + " -k strongest_places"),
+    Mutation("the index opens in the features' order", "gemmascope_fast/analysis/dashboard/pages.py", "sorted(rows, key=lambda row: (-row[1], row[0]))", "sorted(rows, key=lambda row: row[0])", DASHBOARD + " -k chromium"),
+    Mutation("the lens forgets the mean over tokens", "gemmascope_fast/analysis/dashboard/weights.py", "off = (rows @ mean)[:, None]", "off = 0 * (rows @ mean)[:, None]", DASHBOARD + " -k lens"),
+    Mutation("a resumed document begins one window late", "gemmascope_fast/analysis/extraction/windows.py", "if count >= skipped:", "if count > skipped or not resumed:", EXTRACTION + " -k every_end"),
+    Mutation("positions begin anew with each window", "gemmascope_fast/analysis/extraction/run.py", '"position": at + window.start', '"position": at', EXTRACTION + " -k plain_forwards"),
+    Mutation("a torn line of the journal stays", "gemmascope_fast/analysis/extraction/store.py", "if kept < len(whole):", "if False:", EXTRACTION + " -k interrupted"),
+    Mutation("a damaged shard is taken for whole", "gemmascope_fast/analysis/extraction/store.py", 'elif digest_of(path) != shard["sha256"][table]:', "elif False:", EXTRACTION + " -k damaged"),
+    Mutation("a text may outgrow the model's window", "gemmascope_fast/analysis/extraction/texts.py", "min(window, len(own)) > most", "min(window, len(own)) > 2 * most", JOBS + " -k longer"),
+    Mutation("a full disk costs the earlier file", "gemmascope_fast/cli/arguments.py", "    with saying_where(path), replacing(path) as temporary:\n        temporary.write_text(text", "    with saying_where(path):\n        path.write_text(text", JOBS + " -k keeps_the_earlier"),
+    Mutation("outputs are not checked first", "gemmascope_fast/cli/arguments.py", "if not path.parent.is_dir() or path.is_dir():", "if False:", JOBS + " -k told_first"),
 ]  # fmt: skip

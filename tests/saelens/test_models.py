@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import gemmascope_fast as gsf
 from gemmascope_fast.dropin import saelens
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 IDS = torch.tensor([[0, 3, 5, 7, 2, 9], [0, 4, 4, 8, 1, 6]])
 SITES = ["blocks.0.hook_resid_post", "blocks.1.hook_mlp_out", "blocks.0.attn.hook_z"]

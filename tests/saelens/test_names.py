@@ -9,8 +9,8 @@ from sae_lens.loading import pretrained_sae_loaders as loaders
 from safetensors.numpy import save_file
 
 from gemmascope_fast.checkpoints import names, transformer_lens
-from gemmascope_fast.loading import find_checkpoint
-from gemmascope_fast.sites import Site
+from gemmascope_fast.checkpoints.loading import find_checkpoint
+from gemmascope_fast.sae.sites import Site
 
 THEIRS = yaml.safe_load(files("sae_lens").joinpath("pretrained_saes.yaml").read_text("utf-8"))
 RELEASES = {name: release for name, release in THEIRS.items() if name.startswith("gemma-scope")}

@@ -9,7 +9,7 @@ from lens_saes import ALL, D_IN, D_SAE, SAES, LargestTensor, assert_as_exact, in
 from sae_lens import SAE, GatedSAE, GatedSAEConfig
 
 import gemmascope_fast as gsf
-from gemmascope_fast.sae import JumpReLUSAE
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 NORMS = ["none", "expected_average_only_in", "constant_norm_rescale", "layer_norm", "covariance_whitening"]
 POINTS = ["hook_sae_input", "hook_sae_acts_pre", "hook_sae_acts_post", "hook_sae_recons"]

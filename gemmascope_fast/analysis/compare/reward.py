@@ -1,0 +1,76 @@
+"""What moves a reward model: attribution of each answer's reward to the features that fire in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemmascope_fast.attach import attach
+from gemmascope_fast.attach.tokens import opening
+
+
+def load_reward_model(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) for --reward: a sequence classifier of one output, fp32 and eval."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if name == "demo":
+        raise ValueError("--reward: expected --model, a sequence classifier; the demo's model is none")
+    model = AutoModelForSequenceClassification.from_pretrained(name, dtype="float32").eval()
+    if model.config.num_labels != 1:
+        raise ValueError(f"--reward {name}: expected a model of one output, got {model.config.num_labels}")
+    return model.requires_grad_(False), AutoTokenizer.from_pretrained(name)
+
+
+def attributed(
+    model: Any, tokenizer: Any, sites: Mapping[Any, Any], texts: Iterable[str], *, window: int = 1023,
+    progress: Callable[[int], None] = lambda _n: None,
+) -> tuple[Any, np.ndarray]:  # fmt: skip
+    """(csr_array [texts, d_sae] of gradient · activation for the reward, summed over the tokens; rewards [texts]).
+
+    The SAE's error is held constant, as `run.attribution` does.  ValueError for a text longer than the window: its
+    reward would be another's.
+    """
+    from scipy.sparse import csr_array
+
+    ((key, sae),) = sites.items()
+    head = opening(tokenizer)
+    indices, values, counts, rewards = [], [], [0], []
+    for number, text in enumerate(texts, 1):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if not 0 < len(ids) <= window:
+            raise ValueError(f"text {number}: expected 1 to {window} tokens (--window), got {len(ids)}")
+        with torch.enable_grad(), attach(model, sites, mode="splice+error", tokens="content") as run:
+            reward = model(torch.tensor([[*head, *ids]])).logits[0, 0]
+            found = run.attribution(reward)[key]
+        features, at = np.unique(found.col_indices.numpy().astype(np.int64), return_inverse=True)
+        total = np.zeros(len(features))
+        np.add.at(total, at, found.values.double().numpy())
+        indices.append(features)
+        values.append(total)
+        counts.append(counts[-1] + len(features))
+        rewards.append(float(reward.detach()))
+        progress(1)
+    empty = np.empty(0)
+    data = (np.concatenate([empty, *values]), np.concatenate([empty, *indices]).astype(np.int64), np.array(counts))
+    return csr_array(data, shape=(len(rewards), sae.cfg.d_sae)), np.array(rewards)
+
+
+def ranked(chosen: Any, rejected: Any, rewards: tuple[np.ndarray, np.ndarray], k: int = 10) -> list[dict[str, Any]]:
+    """Per pair both rewards, and the k features whose shares of them differ most, the most first.
+
+    chosen, rejected: csr_array [pairs, d_sae] of `attributed`; rewards of each.
+    """
+    found = []
+    for pair, (own, other) in enumerate(zip(*rewards, strict=True)):
+        difference = (chosen[[pair]] - rejected[[pair]]).tocoo()
+        order = np.lexsort((difference.col, -np.abs(difference.data)))[:k]
+        features = [
+            {"feature": int(difference.col[i]), "difference": float(difference.data[i])}
+            for i in order
+            if difference.data[i]
+        ]
+        found.append({"pair": pair + 1, "chosen": float(own), "rejected": float(other), "features": features})
+    return found

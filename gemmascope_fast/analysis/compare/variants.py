@@ -1,0 +1,204 @@
+"""One text and its variants: how stable features and labels are, and how far the share of agreeing variants can be
+trusted."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemmascope_fast.analysis.extraction.sources import json_lines, string
+from gemmascope_fast.analysis.extraction.windows import padded
+from gemmascope_fast.attach.tokens import opening, room
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A text of a group of equal meaning.  kind: what was done to it; label: the group's true one, where known."""
+
+    group: str
+    text: str
+    kind: str
+    label: str | None
+
+
+def load_variants(path: str | Path) -> list[Variant]:
+    """JSON lines of group, text and, if any, kind and label.  ValueError naming the line where a record is wrong or
+    contradicts its group's label."""
+    found, labels = [], dict[str, str]()
+    for number, value in json_lines(Path(path)):
+        where = f"{path}, line {number}"
+        group, text = str(value.get("group", "")), string(value, "text", where)
+        if not group or not text.strip():
+            raise ValueError(f"{where}: expected a group and a text, got {value.get('group')!r}, {text!r:.40}")
+        label = None if value.get("label") is None else str(value["label"])
+        if label is not None and labels.setdefault(group, label) != label:
+            raise ValueError(f"{where}: group {group!r} has label {labels[group]!r} before, {label!r} here")
+        found.append(Variant(group, text, str(value.get("kind", "variant")), label))
+    if not found:
+        raise ValueError(f"{path}: expected at least one text")
+    return found
+
+
+def groups_of(variants: Sequence[Variant]) -> dict[str, list[int]]:
+    """Numbers of the variants of each group, in order of appearance."""
+    found: dict[str, list[int]] = {}
+    for i, variant in enumerate(variants):
+        found.setdefault(variant.group, []).append(i)
+    return found
+
+
+def stability(fired: Sequence[set[int]], groups: dict[str, list[int]]) -> dict[str, Any]:
+    """jaccard: mean over pairs of variants within a group of |both| / |either| (features that fired; 1 for two empty
+    ones), by group and over groups; across: the same over pairs of first variants of different groups."""
+
+    def likeness(a: set[int], b: set[int]) -> float:
+        return len(a & b) / len(a | b) if a | b else 1.0
+
+    by_group = {}
+    for name, own in groups.items():
+        pairs = [likeness(fired[i], fired[j]) for n, i in enumerate(own) for j in own[n + 1 :]]
+        by_group[name] = float(np.mean(pairs)) if pairs else float("nan")
+    first = [own[0] for own in groups.values()]
+    others = [likeness(fired[i], fired[j]) for n, i in enumerate(first) for j in first[n + 1 :]]
+    within = [v for v in by_group.values() if not np.isnan(v)]
+    return {
+        "jaccard": float(np.mean(within)) if within else float("nan"),
+        "across": float(np.mean(others)) if others else float("nan"),
+        "by_group": by_group,
+    }
+
+
+def label_scores(
+    model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], template: str,
+    progress: Callable[[int], None] = lambda _n: None, at_once: int = 8,
+) -> np.ndarray:  # fmt: skip
+    """fp64 [texts, labels]: log p(label's tokens | prompt).
+
+    template: the prompt, with {text}; a label follows it after a space.  ValueError where {text} is missing, or a
+    prompt with its label is longer than the model's window.
+    """
+    if "{text}" not in template:
+        raise ValueError(f"--prompt: expected a prompt with {{text}}, got {template!r}")
+    head = opening(tokenizer)
+    answers = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
+    prompts = [
+        [*head, *tokenizer(template.replace("{text}", t), add_special_tokens=False, verbose=False)["input_ids"]]
+        for t in texts
+    ]
+    most = room(model, tokenizer)
+    for number, prompt in enumerate(prompts, 1):
+        own = len(prompt) - len(head) + max(map(len, answers))
+        if most is not None and own > most:
+            raise ValueError(f"text {number}: expected at most {most} tokens with prompt and label, got {own}")
+    scores = np.empty((len(texts), len(labels)))
+    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(texts), at_once):
+        part = order[start : start + at_once]
+        # logits where a label is read alone: the output head is most of a small model's weights
+        first = len(prompts[part[0]]) - 1 if keeps else 0
+        for j, answer in enumerate(answers):
+            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0)
+            more = {"logits_to_keep": torch.arange(first, ids.shape[1])} if keeps else {}
+            with torch.inference_mode():
+                logits = model(ids, attention_mask=mask, use_cache=False, **more).logits
+            for row, i in zip(logits, part, strict=True):
+                begin = len(prompts[i]) - 1 - first
+                own_rows = row[begin : begin + len(answer)].float().log_softmax(-1)
+                scores[i, j] = float(own_rows[torch.arange(len(answer)), torch.tensor(answer)].sum())
+        progress(len(part))
+    return scores
+
+
+def classify(model: Any, tokenizer: Any, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
+    """int64 [texts]: which label the model finds likeliest; arguments of `label_scores`."""
+    return label_scores(model, tokenizer, texts, *args, **options).argmax(1)
+
+
+@dataclass
+class Votes:
+    """predicted int64 [models, variants]; kind int64 [variants], of `kinds`; group int64 [variants], of `names`; gold
+    int64 [groups], -1 where unknown."""
+
+    predicted: np.ndarray
+    kind: np.ndarray
+    group: np.ndarray
+    gold: np.ndarray
+    labels: int
+    kinds: list[str]
+    names: list[str]
+
+    @property
+    def size(self) -> int:
+        """Weights: one a kind, one a model."""
+        return len(self.kinds) + len(self.predicted)
+
+    def shares(self, weights: np.ndarray) -> np.ndarray:
+        """[groups, labels]: the weighted share of votes that each label gets.  weights [kinds + models], each at least
+        0; a vote weighs (its kind's) · (its model's)."""
+        each = weights[len(self.kinds) :, None] * weights[self.kind][None]
+        out = np.zeros((len(self.names), self.labels))
+        np.add.at(out, (np.broadcast_to(self.group, each.shape), self.predicted), each)
+        total = out.sum(1, keepdims=True)
+        return np.divide(out, total, out=np.full_like(out, 1 / self.labels), where=total > 0)
+
+
+def brier(shares: np.ndarray, gold: np.ndarray) -> float:
+    """Mean over groups of Σ over labels (share - 1[label is true])²."""
+    return float(((shares - np.eye(shares.shape[1])[gold]) ** 2).sum(1).mean())
+
+
+def reliability(shares: np.ndarray, gold: np.ndarray, bins: int = 10) -> dict[str, Any]:
+    """accuracy; brier; ece = Σ over bins of confidence (bin's share · |accuracy - mean confidence|); the bins that hold
+    anything: confidence, accuracy, count."""
+    confidence, right = shares.max(1), shares.argmax(1) == gold
+    at = np.minimum((confidence * bins).astype(int), bins - 1)
+    found = [
+        {"confidence": float(confidence[at == b].mean()), "accuracy": float(right[at == b].mean()), "count": int(n)}
+        for b in range(bins)
+        if (n := (at == b).sum())
+    ]
+    ece = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in found) / len(gold)
+    return {"accuracy": float(right.mean()), "brier": brier(shares, gold), "ece": float(ece), "bins": found}
+
+
+def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Weights in [0, 1] that give the least Brier score on the groups `train`, by differential evolution; equal weights
+    are among the first candidates, so that it is never worse than they are there."""
+    from scipy.optimize import differential_evolution
+
+    def loss(weights: np.ndarray) -> float:
+        return brier(votes.shares(weights)[train], votes.gold[train])
+
+    start = np.full(votes.size, 1.0)
+    result = differential_evolution(
+        loss, [(0.0, 1.0)] * votes.size, x0=start, seed=seed, maxiter=200, tol=1e-8, polish=False
+    )
+    return result.x
+
+
+def calibrate(votes: Votes, seed: int = 0) -> dict[str, Any]:
+    """Weights from half of the labelled groups; both weightings measured on the other half.
+
+    ValueError for fewer than four labelled groups.
+    """
+    known = np.nonzero(votes.gold >= 0)[0]
+    if len(known) < 4:
+        raise ValueError(f"expected at least four groups with a label, got {len(known)}")
+    order = np.random.default_rng(seed).permutation(known)
+    train, test = order[: len(order) // 2], order[len(order) // 2 :]
+    weights = fit_weights(votes, train, seed)
+    names = [*votes.kinds, *(f"model {m}" for m in range(len(votes.predicted)))]
+    return {
+        "train_groups": len(train),
+        "test_groups": len(test),
+        "weights": dict(zip(names, weights.tolist(), strict=True)),
+        "equal": reliability(votes.shares(np.ones(votes.size))[test], votes.gold[test]),
+        "weighted": reliability(votes.shares(weights)[test], votes.gold[test]),
+    }

@@ -1,0 +1,111 @@
+"""Four ways to a direction for a concept (AxBench, Wu et al. 2025, section 3): SAE, DiffMean, linear probe, ReFT-r1.
+
+Each gives a score per token and a unit vector to steer by.  Scores are of activations with the training tokens' mean
+taken off: it moves every score by a constant, which neither ranking nor min-max sees, and makes the largest length
+along the vector on the concept's texts a size to steer by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+
+
+@dataclass
+class Detector:
+    """score of a token h: (h - mean)·read + bias, or the latent `feature`; steering adds factor · max_act · write.
+
+    read, write, mean [d]; max_act: the largest latent, or length along write, on the concept's training texts.
+    """
+
+    method: str
+    read: Tensor
+    write: Tensor
+    mean: Tensor
+    bias: float = 0.0
+    feature: int | None = None
+    max_act: float = 0.0
+
+    def scores(self, h: Tensor, latents: SparseLatents | None = None) -> Tensor:
+        """fp32 [n] of tokens h [n, d]; latents of the same tokens where the detector is a feature."""
+        if self.feature is not None:
+            assert latents is not None
+            return latents.features([self.feature])[:, 0].float()
+        return (h - self.mean) @ self.read + self.bias
+
+
+def text_scores(
+    detector: Detector, rows: Sequence[Tensor], latents: Sequence[SparseLatents], chosen: Sequence[int]
+) -> np.ndarray:
+    """Maximum over the tokens of each chosen text, fp64."""
+    return np.array([float(detector.scores(rows[i], latents[i]).max()) for i in chosen])
+
+
+def largest(
+    detector: Detector, rows: Sequence[Tensor], latents: Sequence[SparseLatents], chosen: Sequence[int]
+) -> float:
+    """What steering multiplies: the largest latent or (h - mean)·write of the chosen texts' tokens.
+
+    Not the score: a probe's are log odds, single digits where activations are thousands long.
+    """
+    return float(text_scores(replace(detector, read=detector.write, bias=0.0), rows, latents, chosen).max())
+
+
+def diff_mean(positive: Tensor, negative: Tensor) -> Detector:
+    """w = mean(h⁺) - mean(h⁻) over tokens [n, d], to unit length."""
+    w = positive.double().mean(0) - negative.double().mean(0)
+    unit = (w / w.norm()).float()
+    return Detector("DiffMean", unit, unit, torch.cat([positive, negative]).double().mean(0).float())
+
+
+def linear_probe(positive: Tensor, negative: Tensor, c: float = 1e-2) -> Detector:
+    """Logistic regression on tokens, classes weighted alike, each dimension to unit variance first.
+
+    c: scikit-learn's inverse strength of the L2 penalty; tokens are few beside dimensions.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    x = torch.cat([positive, negative]).double()
+    labels = np.repeat([1, 0], [len(positive), len(negative)])
+    mean, scale = x.mean(0), x.std(0).clamp_min(1e-12)
+    model = LogisticRegression(C=c, class_weight="balanced", max_iter=2000)
+    model.fit(((x - mean) / scale).numpy(), labels)
+    w = torch.from_numpy(model.coef_[0]) / scale
+    return Detector("probe", w.float(), (w / w.norm()).float(), mean.float(), float(model.intercept_[0]))
+
+
+def sae_feature(sae: JumpReLUSAE, latents: Sequence[SparseLatents], labels: Sequence[int], mean: Tensor) -> Detector:
+    """The feature whose maximum over a text's tokens ranks the training texts best (ROC AUC; of equals the lower)."""
+    if len(set(labels)) != 2:
+        raise ValueError("labels: expected texts of both classes")
+    dense = torch.stack([_maximum(part) for part in latents]).double()
+    found = auc_columns(dense, torch.tensor(labels, dtype=torch.bool))
+    feature = int(found.argmax())
+    row = sae.W_dec.detach()[feature].float().cpu()
+    return Detector("SAE", row, row, mean, feature=feature)
+
+
+def _maximum(latents: SparseLatents) -> Tensor:
+    """[d_sae]: the largest value of each feature over the rows, 0 where it never fired."""
+    out = torch.zeros(latents.d_sae)
+    return out.scatter_reduce(0, latents.col_indices.long(), latents.values.float(), "amax")
+
+
+def auc_columns(scores: Tensor, positive: Tensor) -> Tensor:
+    """ROC AUC of every column of [texts, features], ties counting half; positive bool [texts].
+
+    AUC = (Σ ranks of positives - p(p+1)/2) / (p·n), ranks averaged over ties (Mann-Whitney).
+    """
+    from scipy.stats import rankdata
+
+    ranks = torch.from_numpy(rankdata(scores.numpy(), axis=0))
+    p = int(positive.sum())
+    n = len(positive) - p
+    return (ranks[positive].sum(0) - p * (p + 1) / 2) / (p * n)

@@ -1,0 +1,194 @@
+"""A whole evaluation: two passes over a text of any length, in bounded memory, resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gemmascope_fast.attach import attach
+from gemmascope_fast.attach.entries import entries
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.analysis.evaluation.losses import Losses
+from gemmascope_fast.analysis.evaluation.reconstruction import Reconstruction, check_kind
+from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.sites import Site
+from gemmascope_fast.training.activations import activations_at, windows
+
+PIECE = 1 << 20  # characters tokenised at once
+KEY = "gemmascope_fast.analysis.evaluation"
+
+
+def pieces(lines: Iterable[str], size: int = PIECE) -> Iterator[str]:
+    """Lines joined into pieces of about `size` characters; a longer line is cut."""
+    held: list[str] = []
+    length = 0
+    for line in lines:
+        for start in range(0, len(line), size):
+            part = line[start : start + size]
+            if length and length + len(part) > size:
+                yield "".join(held)
+                held, length = [], 0
+            held.append(part)
+            length += len(part)
+    if length:
+        yield "".join(held)
+
+
+def token_batches(tokenizer: Any, text: Callable[[], Iterable[str]], window: int) -> Iterator[Tensor]:
+    """Token ids int64 [B, S]: windows of `window` content tokens after a BOS, never across two pieces."""
+    for piece in pieces(text()):
+        yield from windows(tokenizer(piece, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id, window)
+
+
+def content_mask(tokenizer: Any, ids: Tensor) -> Tensor:
+    """bool [B, S]: False at BOS, EOS, PAD and the tokenizer's other special tokens."""
+    return ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
+
+
+def sites_of(sae: Any, layer: int | Site | None = None) -> tuple[Site, Site]:
+    """(where the SAE reads, where it writes: for a transcoder elsewhere), by its checkpoint or at another layer.
+
+    ValueError for a coder of several sites, or where neither names a site.
+    """
+    check_kind(sae)
+    if layer is None and sae.cfg.site is None:
+        raise ValueError("layer: expected a layer number, for the checkpoint names no site")
+    (entry,) = entries(sae if layer is None else {layer: sae})
+    return entry.site, entry.site_out
+
+
+class Evaluation:
+    """Reconstruction figures in a first pass, losses (which need the mean of all activations) in a second.
+
+    layer: None for the SAE's own site, a number for a site of the same kind there (the residual stream, where the SAE
+    names none), or a `Site`.  text() gives the text's lines anew each time it is called.  With a `state` file the run
+    is saved there after every `save_every` batches and goes on from it; `about` says what it is a run of.  loss_tokens:
+    the second pass, four whole forwards, ends with the batch in which it has counted that many (None: at the end of
+    the text).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        sae: JumpReLUSAE,
+        layer: int | Site | None,
+        text: Callable[[], Iterable[str]],
+        *,
+        window: int = 255,
+        state: Path | None = None,
+        about: dict[str, Any] | None = None,
+        save_every: int = 1,
+        loss_tokens: int | None = None,
+    ) -> None:
+        if window < 2:
+            raise ValueError(f"window: expected at least 2 tokens, got {window}")
+        if loss_tokens is not None and loss_tokens < 1:
+            raise ValueError(f"loss_tokens: expected a positive number, got {loss_tokens}")
+        self.sites = sites_of(sae, layer)
+        attach(model, {self.sites[0]: sae})  # a model without these sites, or of other widths, is refused here
+        self.model, self.tokenizer, self.sae, self.text = model, tokenizer, sae, text
+        self.window, self.path, self.save_every, self.loss_tokens = window, state, save_every, loss_tokens
+        self.about = (about or {}) | {"window": window, "sites": [site.hook_name for site in self.sites]}
+        self.reconstruction = Reconstruction(sae)
+        self.losses: Losses | None = None
+        self.done = {"reconstruction": 0, "losses": 0, "complete": False}
+        if state is not None and state.exists():
+            self._load(state)
+
+    def run(self, losses: bool = True, progress: Callable[[str, int], None] | None = None) -> dict[str, Any]:
+        """Both passes, or what is left of them; returns all figures.  progress(pass, tokens) is told of each batch."""
+        with torch.inference_mode():
+            if not self.done["complete"]:
+                self._first(progress)
+            figures = self.reconstruction.figures()
+            if losses:
+                self.losses = self.losses or self._new_losses()
+                self._second(progress)
+                figures |= self.losses.figures()
+        return figures
+
+    def frequencies(self) -> Tensor:
+        """Share of the tokens on which each feature fired, fp64 [d_sae]."""
+        return self.reconstruction.fired.double() / max(1, self.reconstruction.rows)
+
+    def _new_losses(self) -> Losses:
+        return Losses(self.sae, self.sites, self.reconstruction.mean())
+
+    def _batches(self, done: int) -> Iterator[Tensor]:
+        for i, ids in enumerate(token_batches(self.tokenizer, self.text, self.window)):
+            if i >= done:
+                yield ids
+
+    def _first(self, progress: Callable[[str, int], None] | None) -> None:
+        batches = self._batches(self.done["reconstruction"])
+        for seen in activations_at(self.model, list(dict.fromkeys(self.sites)), batches):
+            self.reconstruction.add(seen[0], seen[-1])
+            self._count("reconstruction", seen[0].shape[0], progress)
+        self.done["complete"] = True
+        self._save()
+
+    def _second(self, progress: Callable[[str, int], None] | None) -> None:
+        assert self.losses is not None
+        for ids in self._batches(self.done["losses"]):
+            if self.loss_tokens is not None and self.losses.tokens >= self.loss_tokens:
+                break
+            content = content_mask(self.tokenizer, ids)
+            self.losses.add(self.model, ids, content)
+            self._count("losses", int(content.sum()), progress)
+        self._save()
+
+    def _count(self, which: str, tokens: int, progress: Callable[[str, int], None] | None) -> None:
+        self.done[which] += 1
+        if progress is not None:
+            progress(which, tokens)
+        if self.done[which] % self.save_every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        if self.path is None:
+            return
+        tensors = self.reconstruction.state()
+        if self.losses is not None:
+            tensors["losses"] = self.losses.sums
+            tensors["loss_tokens"] = torch.tensor([self.losses.tokens])
+        with replacing(self.path) as temporary:
+            save_file(tensors, temporary, metadata={KEY: json.dumps({"done": self.done, "about": self.about})})
+
+    def _load(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                stored = json.loads((file.metadata() or {})[KEY])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: not an evaluation that can be resumed: {error}") from error
+        if stored["about"] != json.loads(json.dumps(self.about)):
+            raise ValueError(f"state: {path} is an evaluation of {stored['about']}, expected {self.about}")
+        self.done = stored["done"]
+        self.reconstruction.restore(tensors)
+        if "losses" in tensors:
+            self.losses = self._new_losses()
+            self.losses.sums, self.losses.tokens = tensors["losses"], int(tensors["loss_tokens"])
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    sae: JumpReLUSAE,
+    layer: int | Site | None,
+    text: str,
+    *,
+    losses: bool = True,
+    window: int = 255,
+) -> dict[str, Any]:
+    """Every figure of a text held in memory: those of `Reconstruction.figures` and, unless told not to, of
+    `Losses.figures`.  layer: as in `Evaluation`."""
+    return Evaluation(model, tokenizer, sae, layer, lambda: [text], window=window).run(losses)

@@ -1,0 +1,297 @@
+"""The folder that an extraction writes.
+
+manifest.json     what was extracted and how; `complete` once everything is there
+shards.jsonl      one line a finished shard, appended last: what it holds, its hashes, where the next one begins
+latents/NNNNNN.parquet    document int64, position int32, token_id int32, feature int32, value float32
+tokens/NNNNNN.parquet     document int64, position int32, token_id int32, read bool (False: special, no latents)
+documents/NNNNNN.parquet  document int64, source string, record int64: where the documents that begin here stand
+tokenizer/        the tokenizer, as transformers saves one
+
+Rows ascend by document, position and feature; a position counts the tokens of the whole document from 0.  A file
+appears under its name whole or not at all.  A shard without its line in shards.jsonl does not count and is written
+anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from gemmascope_fast.errors import require
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.analysis.extraction.windows import Cursor
+from gemmascope_fast.files.atomic import replacing, saying_where
+
+VERSION = 1
+TABLES = ("latents", "tokens", "documents")
+SAFE = "; finished shards are safe, and the same command goes on from them"
+Columns = dict[str, Any]
+
+
+class StoreError(GemmaScopeFastError):
+    """A folder of latents is damaged, of another extraction or not complete; the message names the file."""
+
+
+def schemas() -> dict[str, Any]:
+    """pyarrow's schema of each table."""
+    import pyarrow as pa
+
+    place = [("document", pa.int64()), ("position", pa.int32()), ("token_id", pa.int32())]
+    return {
+        "latents": pa.schema([*place, ("feature", pa.int32()), ("value", pa.float32())]),
+        "tokens": pa.schema([*place, ("read", pa.bool_())]),
+        "documents": pa.schema([("document", pa.int64()), ("source", pa.string()), ("record", pa.int64())]),
+    }
+
+
+class Store:
+    """Latents in a folder, for reading; `Writer` makes them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Raises StoreError where there are none."""
+        require("pyarrow", "analysis", "latents")
+        self.folder = Path(folder)
+        try:
+            self.manifest = json.loads((self.folder / "manifest.json").read_text("utf-8"))
+            self.settings = self.manifest["settings"]
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreError(f"{folder}: expected a folder that `extract` wrote: {error}") from error
+        self.shards = read_journal(self.folder / "shards.jsonl")
+
+    @property
+    def d_sae(self) -> int:
+        return int(self.settings["d_sae"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read, special ones left out."""
+        return sum(shard["read"] for shard in self.shards)
+
+    def path(self, table: str, shard: int) -> Path:
+        return self.folder / table / f"{shard:06d}.parquet"
+
+    def paths(self, table: str) -> list[Path]:
+        """The table's files in order."""
+        return [self.path(table, i) for i in range(len(self.shards))]
+
+    def read(self, table: str, shard: int, columns: list[str] | None = None) -> dict[str, np.ndarray]:
+        """One shard's columns as numpy arrays.  Raises StoreError where the file is damaged."""
+        import pyarrow.parquet as pq
+
+        path = self.path(table, shard)
+        try:
+            found = pq.read_table(path, columns=columns, memory_map=True)
+        except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise StoreError(f"{path}: expected a Parquet file of this extraction: {error}") from error
+        if found.num_rows != self.shards[shard]["rows"][table]:
+            raise StoreError(f"{path}: expected {self.shards[shard]['rows'][table]} rows, got {found.num_rows}")
+        return {name: found.column(name).to_numpy() for name in found.column_names}
+
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
+
+    def damaged(self, progress: Callable[[], None] = lambda: None) -> dict[int, str]:
+        """Shards of which a file is missing or another than was written, and what is wrong; every byte is read."""
+        found: dict[int, str] = {}
+        for i, shard in enumerate(self.shards):
+            for table in TABLES:
+                path = self.path(table, i)
+                if not path.is_file():
+                    found.setdefault(i, f"{path} is missing")
+                elif digest_of(path) != shard["sha256"][table]:
+                    found.setdefault(i, f"{path} is not what was written: its SHA-256 differs")
+            progress()
+        return found
+
+    def check(self) -> None:
+        """Raise StoreError unless every file is what was written, rows ascend, and the counts are those recorded."""
+        for i, wrong in self.damaged().items():
+            raise StoreError(f"shard {i}: {wrong}; `extract --repair` makes it anew")
+        last = (-1, -1)
+        for i, shard in enumerate(self.shards):
+            tokens, latents = self.read("tokens", i), self.read("latents", i)
+            last = _ascending(self.path("tokens", i), tokens, last)
+            _check_latents(self.path("latents", i), tokens, latents, self.d_sae)
+            if int(tokens["read"].sum()) != shard["read"]:
+                raise StoreError(f"{self.path('tokens', i)}: expected {shard['read']} tokens that were read")
+
+
+class Writer(Store):
+    """The one process that writes a folder.  A context manager: it holds a lock on the folder."""
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any], tokenizer: Any) -> None:
+        """Makes the folder, or goes on with it.  StoreError where it is another extraction's or another process's."""
+        require("pyarrow", "analysis", "extract")
+        self.folder = Path(folder)
+        settings = json.loads(json.dumps(settings | {"version": VERSION}))
+        known = self.folder / "manifest.json"
+        if not known.exists():
+            if self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
+                strange = [p for p in self.folder.iterdir() if p.name not in (".lock", "tokenizer", *TABLES)]
+                if strange or not (self.folder / ".lock").exists():
+                    raise StoreError(f"--out {folder}: expected an empty folder or one that `extract` wrote")
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise StoreError(f"--out {folder}: another process is writing there") from error
+        try:
+            self._begin(known, settings, tokenizer)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _begin(self, known: Path, settings: dict[str, Any], tokenizer: Any) -> None:
+        if known.exists():
+            super().__init__(self.folder)
+            differ = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))
+            if differ:
+                was = ", ".join(f"{k} {self.settings.get(k)!r:.80} (now {settings.get(k)!r:.80})" for k in differ)
+                raise StoreError(f"--out {self.folder}: it holds an extraction with other settings: {was}")
+        else:
+            for table in TABLES:
+                (self.folder / table).mkdir(exist_ok=True)
+            tokenizer.save_pretrained(self.folder / "tokenizer")
+            self.settings, self.shards = settings, []
+            self.manifest = {"settings": settings, "complete": False}
+            write_json(known, self.manifest)
+        truncate_torn_line(self.folder / "shards.jsonl")
+        for table in TABLES:
+            for stray in (self.folder / table).glob("*.tmp"):
+                stray.unlink()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.manifest["complete"])
+
+    def cursor(self, shard: int) -> Cursor:
+        """Where shard `shard` begins."""
+        return Cursor(*self.shards[shard - 1]["end"]) if shard else Cursor()
+
+    def write(self, index: int, tables: dict[str, Columns], end: Cursor, done: int) -> None:
+        """Shard `index`: the next one, or one that is there already, which must then come out as it was.
+
+        done: bytes of the sources read by then.
+
+        OSError where the disk is full: what was finished stays, and the same command goes on from there.
+        """
+        written = {table: self._write_table(table, index, tables[table]) for table in TABLES}
+        line = {
+            "shard": index,
+            "rows": {table: rows for table, (rows, _) in written.items()},
+            "sha256": {table: digest for table, (_, digest) in written.items()},
+            "read": int(np.sum(tables["tokens"]["read"])),
+            "end": list(end),
+            "done": done,
+        }
+        if index < len(self.shards):
+            if line["sha256"] != self.shards[index]["sha256"]:
+                raise StoreError(f"shard {index}: made anew, it differs from what was written before")
+            return
+        with saying_where(self.folder / "shards.jsonl", SAFE), open(self.folder / "shards.jsonl", "ab") as journal:
+            journal.write(json.dumps(line).encode() + b"\n")
+            _sync(journal)
+        self.shards.append(line)
+
+    def finish(self) -> None:
+        self.manifest["complete"] = True
+        write_json(self.folder / "manifest.json", self.manifest)
+
+    def _write_table(self, table: str, index: int, columns: Columns) -> tuple[int, str]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.path(table, index)
+        rows = pa.table(columns, schema=schemas()[table])
+        with saying_where(path, SAFE), replacing(path) as temporary:
+            pq.write_table(rows, temporary, compression="zstd", row_group_size=1 << 20)
+            digest = digest_of(temporary)
+        return rows.num_rows, digest
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The finished shards.  A last line that a kill cut short does not count; any other damage is a StoreError."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            shard = json.loads(line)
+            if shard["shard"] != number - 1:
+                raise ValueError(f"expected shard {number - 1}, got {shard['shard']}")
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{path}, line {number}: {error}") from error
+        found.append(shard)
+    return found
+
+
+def truncate_torn_line(path: Path) -> None:
+    """Take off what stands after the last line end: the next line must not be appended to half of one."""
+    if path.exists():
+        whole = path.read_bytes()
+        kept = whole.rfind(b"\n") + 1
+        if kept < len(whole):
+            os.truncate(path, kept)
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def shards_of(store: Store, columns: list[str]) -> Iterator[dict[str, np.ndarray]]:
+    """The latents' columns shard by shard."""
+    for i in range(len(store.shards)):
+        yield store.read("latents", i, columns)
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _ascending(path: Path, rows: dict[str, np.ndarray], last: tuple[int, int]) -> tuple[int, int]:
+    document, position = rows["document"], rows["position"].astype(np.int64)
+    if not len(document):
+        return last
+    steps = np.diff(document, prepend=last[0])
+    further = np.diff(position, prepend=last[1])
+    if not bool(np.all(((steps > 0) & (position == 0)) | ((steps == 0) & (further == 1)))):
+        raise StoreError(f"{path}: expected every token of every document once, in order")
+    return int(document[-1]), int(position[-1])
+
+
+def _check_latents(path: Path, tokens: dict[str, np.ndarray], latents: dict[str, np.ndarray], d_sae: int) -> None:
+    feature = latents["feature"]
+    if len(feature) and not (int(feature.min()) >= 0 and int(feature.max()) < d_sae):
+        raise StoreError(f"{path}: expected features in [0, {d_sae})")
+    key = latents["document"] * (1 << 32) + latents["position"]
+    known = (tokens["document"] * (1 << 32) + tokens["position"])[tokens["read"]]
+    if not bool(np.isin(key, known).all()):
+        raise StoreError(f"{path}: expected latents of tokens that were read")
+    steps = np.diff(key)
+    if bool(np.any((steps < 0) | ((steps == 0) & (np.diff(feature) <= 0)))):
+        raise StoreError(f"{path}: expected rows ascending by document, position and feature")

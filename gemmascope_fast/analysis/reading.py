@@ -1,0 +1,170 @@
+"""What an SAE makes of one text: latents and the figures by which one judges them, each from its formula."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast import backends
+from gemmascope_fast.attach import Activations, attach
+from gemmascope_fast.attach.entries import spread
+from gemmascope_fast.errors import AttachError
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.ops.encode import kappa
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+
+REPEATS = 5
+
+
+@dataclass
+class Reading:
+    """One text, read: S tokens, their pieces, the content mask (bool [S]), latents [S, d_sae], the figures."""
+
+    pieces: list[str]
+    content: list[bool]
+    latents: SparseLatents
+    figures: dict[str, Any]
+    cut: int = 0
+
+
+def read_text(
+    model: Any, tokenizer: Any, sae: JumpReLUSAE, layer: int, text: str, *, model_name: str, max_tokens: int = 1024
+) -> Reading:
+    """Run the text through the model and the SAE at the output of `layer`.
+
+    L0, FVU, dead fraction and support are over the content tokens (no BOS, EOS, PAD); cross-entropies are in
+    nats, the mean over the content tokens that have a token before them.  Raises ValueError for a text of fewer
+    than two content tokens, an unknown layer, or another kind of SAE.
+    """
+    if sae.kind != "sae":
+        raise ValueError(f"sae: expected an SAE that reads and writes one site, got a {sae.kind}")
+    if max_tokens < 3:
+        raise ValueError(f"max_tokens: expected at least 3, got {max_tokens}")
+    every = tokenizer(text, return_tensors="pt")["input_ids"]
+    ids = every[:, :max_tokens]
+    content = ~torch.isin(ids[0], torch.tensor(sorted(tokenizer.all_special_ids)))
+    if int(content.sum()) < 2:
+        raise ValueError(f"text: expected at least two tokens besides the special ones, got {int(content.sum())}")
+    with torch.inference_mode():
+        rows, ce_base = _base(model, layer, ids, content)
+        read = sae.encode_sparse(rows)
+        mean = rows.double().mean(0)
+        ce_spliced = _spliced(model, layer, ids, content, sae)
+        ce_ablated = _spliced(model, layer, ids, content, constant(mean))
+        error = (rows.double() - sae.decode(read).double()).square().sum()
+        fvu = error / (rows.double() - mean).square().sum()
+        equal, flips = check_support(sae, rows, read)
+        times = measure(lambda: model(ids), lambda: eager(sae, rows), lambda: sae(rows))
+    fired = torch.unique(read.col_indices).numel()
+    figures = {
+        "model": model_name,
+        "layer": layer,
+        "tokens": rows.shape[0],
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "l0": float(read.l0().double().mean()),
+        "fvu": float(fvu),
+        "ce_base": ce_base,
+        "ce_spliced": ce_spliced,
+        "ce_mean_ablated": ce_ablated,
+        "delta_loss": ce_spliced - ce_base,
+        "dead_fraction": 1 - fired / sae.d_sae,
+        "support_equal": equal,
+        "support_flips_vs_eager": flips,
+        "ms_per_token": {
+            "model": times[0] / ids.shape[1],
+            "sae_eager": times[1] / rows.shape[0],
+            "sae": times[2] / rows.shape[0],
+        },
+        "backend": _backend(sae.device),
+    }
+    pieces = [tokenizer.decode([int(i)]) for i in ids[0]]
+    return Reading(pieces, content.tolist(), spread(read, content), figures, every.shape[1] - ids.shape[1])
+
+
+def _base(model: Any, layer: int, ids: Tensor, content: Tensor) -> tuple[Tensor, float]:
+    """(activations of the content rows at the output of the layer, cross-entropy of the model as it is)."""
+    try:
+        run = attach(model, {(layer, "resid"): Activations()}, tokens=content)
+    except AttachError as error:
+        raise ValueError(f"layer: expected a layer of {type(model).__name__}, got {layer}: {error}") from error
+    with run:
+        loss = cross_entropy(model, ids, content)
+    return run.activations[layer, "resid"].float(), loss
+
+
+def _spliced(model: Any, layer: int, ids: Tensor, content: Tensor, sae: JumpReLUSAE) -> float:
+    """Cross-entropy with the content rows of the layer's output reconstructed; the others pass as they are."""
+    with attach(model, {(layer, "resid"): sae}, mode="splice", tokens=content):
+        return cross_entropy(model, ids, content)
+
+
+def constant(mean: Tensor) -> JumpReLUSAE:
+    """An SAE of which nothing ever fires, so that it reconstructs every row as `mean` [d]: splicing it ablates."""
+    d = mean.numel()
+    return JumpReLUSAE.from_weights(
+        W_enc=torch.zeros(d, 1),
+        W_dec=torch.zeros(1, d),
+        b_enc=torch.zeros(1),
+        b_dec=mean.float(),
+        threshold=torch.ones(1),
+    ).to(mean.device)
+
+
+def cross_entropy(model: Any, ids: Tensor, content: Tensor) -> float:
+    """Mean of -log p(token | before) in nats over content tokens from the second position on; ids [1, S]."""
+    logits = model(ids).logits[0, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
+    return float(losses[content[1:]].double().mean())
+
+
+def eager(sae: JumpReLUSAE, x: Tensor) -> Tensor:
+    """The dense fp32 SAE as one writes it in PyTorch: what ours is timed against."""
+    z = x @ sae.W_enc + sae.b_enc
+    return (torch.relu(z) * (z > sae.threshold)) @ sae.W_dec + sae.b_dec
+
+
+def check_support(sae: JumpReLUSAE, x: Tensor, latents: SparseLatents) -> tuple[bool, int]:
+    """(equal to fp64 wherever |z - θ| exceeds the dot's bound, pairs that differ from eager fp32).
+
+    The bound is κ(‖w‖‖x‖ + |b|), κ that of op `encode`'s sum (`ops.encode.kappa`).
+    """
+    W, b = sae.W_enc.double(), sae.b_enc.double()
+    tau = sae.threshold.double().clamp(min=0)
+    norms, equal, flips = W.norm(dim=0), True, 0
+    for start in range(0, x.shape[0], 64):
+        part = x[start : start + 64]
+        ours = latents[start : start + 64].to_dense() != 0
+        z = part.double() @ W + b
+        bound = kappa(sae.d_in) * (part.double().norm(dim=1, keepdim=True) * norms + b.abs())
+        sure = (z - tau).abs() > bound
+        equal &= bool((ours == (z > tau))[sure].all())
+        dense = part.float() @ sae.W_enc.float() + sae.b_enc.float()
+        flips += int((ours != (dense > sae.threshold.float().clamp(min=0))).sum())
+    return equal, flips
+
+
+def measure(*calls: Callable[[], Any]) -> list[float]:
+    """Median milliseconds of each call, taken in turn after a warm-up, so that all see the same machine."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    for _ in range(REPEATS):
+        for times, call in zip(taken, calls, strict=True):
+            begin = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return [sorted(times)[REPEATS // 2] for times in taken]
+
+
+def _backend(device: torch.device) -> str:
+    """The backend that serves `encode` here, with the instruction set where it is native."""
+    chosen = backends.requested() or next(
+        c.backend for c in backends.choices() if c.op == "encode" and c.device == device.type
+    )
+    return f"{chosen} ({backends.isa()})" if chosen == "native" else chosen

@@ -1,0 +1,31 @@
+"""The one jinja2 environment of all pages, and data for their scripts."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+
+@cache
+def environment() -> Any:
+    """Templates of gemmascope_fast/report/templates: escaped, and an undefined name is an error."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("gemmascope_fast.dev.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """The template's text."""
+    return environment().get_template(template).render(**values)
+
+
+def script_data(value: Any) -> str:
+    """JSON for a <script> element: "<" is escaped, for a text that contains </script> must not end the script."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")

@@ -1,0 +1,118 @@
+"""Launchers of decode and of the sampled dots that its backward needs; no float atomics anywhere.
+
+The gradient of decode with respect to W_dec is decode again, on the transposed pattern (see ops/decode.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.backends.gpu.encode import FLOATS, FixedLatents, widenable
+from gemmascope_fast.backends.gpu.launch import cdiv, check_devices, grid, kernels, on
+from gemmascope_fast.ops._csr import check_csr
+
+AHEAD = 4  # rows in flight: 4 x 4 bytes x 32 lanes a warp, times the warps of an SM, covers DRAM's latency
+MANY = 16  # the same for a row with as many entries left: 16 columns' loads a thread of 4 warps are 64 registers
+ORDERED_ROWS = 4096  # from here rows start by length: those of a gradient of W_dec differ by a factor of hundreds
+PAIRS = 16  # pairs of a sampled-dot program: [16, 16] lanes are 2 accumulators a thread of 4 warps
+SHARES = 4  # programs a row of sampled dots: rows hold about 80 pairs
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    BLOCK: int
+    warps: int
+
+
+# Few rows: narrow blocks, so that a token's row spreads over the device (2304 / 64 = 36 programs a token).
+# Many: wide ones, 4 columns a thread, so that a row is read in 128-bit loads.
+CONFIGS = (DecodeConfig(64, 1), DecodeConfig(512, 4))
+FEW_ROWS = 32
+
+
+def config_for(N: int) -> DecodeConfig:
+    return CONFIGS[0] if N <= FEW_ROWS else CONFIGS[1]
+
+
+def decode(
+    crow_indices: Tensor,
+    col_indices: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor | None = None,
+    row_scale: Tensor | None = None,
+) -> Tensor:
+    """Op `decode` (see ops/decode.py) in Triton: the same bytes as the native CPU kernel.
+
+    Checking the pattern reads it back once, as the native op does; `decode_fixed` does not.
+    """
+    check_devices(W_dec, crow_indices, col_indices, values, b_dec, row_scale)  # before anything is read back
+    check_csr(crow_indices, col_indices, W_dec.shape[0])
+    return _launch(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
+
+
+def decode_fixed(
+    latents: FixedLatents, W_dec: Tensor, b_dec: Tensor | None = None, row_scale: Tensor | None = None
+) -> Tensor:
+    """Decode without any host synchronisation; rows beyond the capacity come out as NaN."""
+    return _launch(latents.crow_indices, latents.col_indices, latents.values, W_dec, b_dec, row_scale)
+
+
+def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, row_scale: Tensor | None):
+    if W_dec.dtype not in (*FLOATS, torch.int8):
+        raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
+    if W_dec.dtype == torch.int8 and row_scale is None:
+        raise ValueError("row_scale: int8 rows need one")
+    F, d = W_dec.shape
+    for name, tensor, shape in (("values", values, col.shape), ("b_dec", b_dec, (d,)), ("row_scale", row_scale, (F,))):
+        if tensor is not None and tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(tensor.shape)}")
+    module = kernels("decode", W_dec, crow, col, values, b_dec, row_scale)
+    N = crow.numel() - 1
+    out = torch.empty(N, d, device=W_dec.device)
+    if out.numel() == 0:
+        return out
+    rows, config = W_dec.contiguous(), config_for(N)
+    scale = None if row_scale is None else row_scale.float().contiguous()
+    bias = None if b_dec is None else b_dec.float().contiguous()
+    # a grid whose longest rows start last waits for them alone
+    order = crow.diff().argsort(descending=True) if N >= ORDERED_ROWS else crow
+    with on(W_dec):
+        module.decode_kernel[grid(N * cdiv(d, config.BLOCK), "decode")](
+            crow.contiguous(), col.contiguous(), values.float().contiguous(), rows,
+            out if scale is None else scale, out if bias is None else bias, order, out, N, d,
+            col.numel(),
+            HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_ORDER=order is not crow,
+            BLOCK=config.BLOCK, AHEAD=AHEAD, MANY=MANY,
+            num_warps=config.warps, num_stages=2, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def sampled_dot(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
+    """Op `sampled_dot` (see ops/sampled_dot.py) in Triton: the same bytes as the native CPU kernel."""
+    check_devices(x, rows, bias, crow_indices, col_indices)
+    check_csr(crow_indices, col_indices, rows.shape[0])
+    if not x.is_floating_point() or rows.dtype not in FLOATS:
+        raise TypeError(f"x, rows: expected floating tensors, rows of at most 32 bits, got {x.dtype} and {rows.dtype}")
+    if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1] or crow_indices.numel() != x.shape[0] + 1:
+        raise ValueError(
+            f"x: expected [N, d] beside rows [F, d] and {crow_indices.numel()} offsets,"
+            f" got {tuple(x.shape)} and {tuple(rows.shape)}"
+        )
+    module = kernels("sampled_dot", x, rows, bias, crow_indices, col_indices)
+    N, F = x.shape[0], rows.shape[0]
+    out = torch.empty(col_indices.numel(), device=x.device)
+    if out.numel() == 0:
+        return out
+    with on(x):
+        module.sampled_dot_kernel[grid(N * SHARES, "sampled_dot")](
+            widenable(x), rows.contiguous(), out if bias is None else bias.float().contiguous(),
+            crow_indices.contiguous(), col_indices.contiguous(), out, N, F, x.shape[1], SHARES,
+            HAS_BIAS=bias is not None, PAIRS=PAIRS,
+            num_warps=4, num_stages=3, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out

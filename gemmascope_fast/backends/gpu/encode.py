@@ -1,0 +1,219 @@
+"""Launchers of exact encode: a GEMM in the fixed order of summation with a compacting epilogue, a scan, a gather.
+
+Two forms.  `encode` is the op: it reads one number back (how many latents there are) to give tensors of exactly
+that size.  `encode_fixed` reads nothing back and can be captured in a CUDA graph: its tensors have the capacity
+that was asked for, and the true count comes along on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.errors import BackendError, StaleScreenError
+from gemmascope_fast.backends.gpu.launch import cdiv, grid, kernels, on
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.ops.encode import check_encode
+
+SLOTS = 4  # values kept per word of 32 features: at L0 500 of 16,384 (a BOS token) 1 word in 300 holds more
+GATHER_WORDS = 16  # words of one gather program: [16, 32] lanes, two a thread of GATHER_WARPS warps
+GATHER_WARPS = 8
+FEW = 16  # tokens up to which the gather scans for itself and encode is bound by the weights' bandwidth
+CHUNK_BYTES = 16 << 20  # of bitmap; slots take four times as much
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One configuration of a kernel: tile and warps; at most four a kernel."""
+
+    BT: int
+    warps: int
+    stages: int
+
+
+# Tokens of a tile.  Up to 16 tokens every weight is read once; above, 16 x 32 pairs are 64 accumulators a thread.
+CONFIGS = (Config(1, 4, 4), Config(4, 4, 4), Config(16, 4, 3))
+
+
+def config_for(T: int) -> Config:
+    return next((c for c in CONFIGS if c.BT >= T), CONFIGS[-1])
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the encode kernel leaves: per token and word of 32 features."""
+
+    bitmap: Tensor  # int32 [T, words]
+    count: Tensor  # int32 [T, words]
+    slots: Tensor  # fp32 [T, words, SLOTS]
+    stale: Tensor | None = None  # int32 [1], not 0 where a screen's certificate failed
+    lift: bool = False  # tensor cores decided: a value that is computed again is kept above its threshold
+
+    @classmethod
+    def empty(cls, x: Tensor, F: int, stale: Tensor | None = None, lift: bool = False) -> Words:
+        bitmap = torch.empty(x.shape[0], cdiv(F, 32), dtype=torch.int32, device=x.device)
+        return cls(bitmap, torch.empty_like(bitmap), torch.empty(*bitmap.shape, SLOTS, device=x.device), stale, lift)
+
+    def read(self, number: Tensor) -> int:
+        """One int64 scalar from the device, the certificate along with it.  StaleScreenError where it failed."""
+        if self.stale is None:
+            return int(number)
+        found, stale = torch.cat((number.reshape(1), self.stale.long())).tolist()
+        check_certificate(stale)
+        return found
+
+
+def check_certificate(stale: int) -> None:
+    if stale:
+        raise StaleScreenError("W_enc: a pre-activation lies outside the screen's bound; build the screen anew")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The encoder as the kernels read it."""
+
+    rows: Tensor  # [F, d], fp32, bf16 or fp16, contiguous
+    bias: Tensor  # fp32 [F]
+    threshold: Tensor  # fp32 [F]
+
+    @classmethod
+    def of(cls, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Weights:
+        if W_enc.dtype not in FLOATS:
+            raise TypeError(f"W_enc: expected float32, bfloat16 or float16, got {W_enc.dtype}")
+        return cls(W_enc.t().contiguous(), b_enc.float().contiguous(), threshold.float().contiguous())
+
+
+def widenable(x: Tensor) -> Tensor:
+    """x as a kernel takes it: fp32, bf16 or fp16 (float64 is rounded to fp32), contiguous."""
+    return (x if x.dtype in FLOATS else x.float()).contiguous()
+
+
+def chunk_tokens(F: int) -> int:
+    """Tokens of one pass, so that the bitmap stays within CHUNK_BYTES and its index within 31 bits."""
+    return max(FEW, CHUNK_BYTES // (4 * max(1, cdiv(F, 32))))
+
+
+Fill = Callable[[Tensor, Weights], Words]
+
+
+def encode(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Op `encode` (see ops/encode.py) in Triton: the same bytes as the native CPU kernel."""
+    check_encode(x, W_enc, b_enc, threshold, bandwidth)
+    weights = Weights.of(W_enc, b_enc, threshold)
+    return compressed(widenable(x), weights, lambda part, w: fill_words(part, w, bandwidth))
+
+
+def compressed(x: Tensor, weights: Weights, fill: Fill) -> tuple[Tensor, Tensor, Tensor]:
+    """(crow, col, values) by chunks of tokens, of exactly the size that is needed: one read a chunk."""
+    F = weights.rows.shape[0]
+    if x.shape[0] == 0 or F == 0:
+        empty = SparseLatents.empty((x.shape[0], F), device=x.device)
+        return empty.crow_indices, empty.col_indices, empty.values
+    parts = []
+    for part in x.split(chunk_tokens(F)):
+        words = fill(part, weights)
+        total = words.count.flatten().cumsum(0)
+        nnz = words.read(total[-1])
+        parts.append(SparseLatents(*gather(part, weights, words, total, nnz), (part.shape[0], F)))
+    whole = parts[0] if len(parts) == 1 else SparseLatents.cat(parts)
+    return whole.crow_indices, whole.col_indices, whole.values
+
+
+def fill_words(x: Tensor, w: Weights, bandwidth: float | None) -> Words:
+    """The first launch: dots, threshold, bitmap, counts and slots.  x [T, d] → Words."""
+    module = kernels("encode", x, w.rows, w.bias, w.threshold)
+    (T, d), F = x.shape, w.rows.shape[0]
+    config, out = config_for(T), Words.empty(x, F)
+    words = out.bitmap.shape[1]
+    with on(x):
+        module.encode_kernel[grid(cdiv(T, config.BT) * words, "encode")](
+            x, w.rows, w.bias, w.threshold, out.bitmap, out.count, out.slots, T, F, d, words,
+            0.0 if bandwidth is None else bandwidth / 2,
+            HAS_BANDWIDTH=bandwidth is not None, SLOTS=SLOTS, BT=config.BT,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+    return out
+
+
+def gather(x: Tensor, w: Weights, words: Words, total: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The last launch: (crow int64 [T+1], col int32 [capacity], values fp32 [capacity]).
+
+    total: inclusive sums of the counts, int64 [T * words], or None: the kernel sums them itself.
+    """
+    module = kernels("compact", x, words.bitmap)  # rows may lie in pinned host memory
+    T, count = words.count.shape
+    crow = torch.empty(T + 1, dtype=torch.int64, device=x.device)
+    col = torch.empty(capacity, dtype=torch.int32, device=x.device)
+    value = torch.empty(capacity, device=x.device)
+    with on(x):
+        module.gather_kernel[grid(T * cdiv(count, GATHER_WORDS), "gather")](
+            x, w.rows, w.bias, w.threshold, words.bitmap, words.count, crow if total is None else total, words.slots,
+            crow, col, value, T, w.rows.shape[0], x.shape[1], count, capacity,
+            SCAN=total is None, LIFT=words.lift, SLOTS=SLOTS, WORDS=GATHER_WORDS,
+            num_warps=GATHER_WARPS, num_stages=2, enable_fp_fusion=False,
+        )  # fmt: skip
+    return crow, col, value
+
+
+@dataclass(frozen=True)
+class FixedLatents:
+    """Latents in tensors of a fixed capacity, for CUDA graphs: nothing about them is read back.
+
+    crow_indices int64 [N+1] holds the true offsets, also beyond the capacity; col_indices and values hold the
+    first `capacity` of them.  A decode of a row that does not fit gives NaN, `sparse()` raises: never silently short.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: Tensor
+    d_sae: int
+    stale: Tensor | None = None  # int32 [1] of a screened encode, not 0 where its certificate failed
+
+    @property
+    def capacity(self) -> int:
+        return self.col_indices.numel()
+
+    @property
+    def count(self) -> Tensor:
+        """The true number of latents, int64 scalar on the device."""
+        return self.crow_indices[-1]
+
+    @property
+    def overflow(self) -> Tensor:
+        """Whether some did not fit, bool scalar on the device."""
+        return self.count > self.capacity
+
+    def sparse(self) -> SparseLatents:
+        """As SparseLatents, with one read of the count; BackendError where it exceeds the capacity,
+        StaleScreenError where the screen that it came from does not fit the weights."""
+        count, stale = int(self.count), 0 if self.stale is None else int(self.stale)
+        check_certificate(stale)
+        if count > self.capacity:
+            raise BackendError(f"capacity: {count} latents do not fit {self.capacity}; encode again with more")
+        shape = (self.crow_indices.numel() - 1, self.d_sae)
+        return SparseLatents(self.crow_indices, self.col_indices[:count], self.values[:count], shape)
+
+
+def encode_fixed(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, capacity: int) -> FixedLatents:
+    """Exact encode without any host synchronisation: two launches up to 16 tokens, a scan more above."""
+    check_encode(x, W_enc, b_enc, threshold, None)
+    weights = Weights.of(W_enc, b_enc, threshold)
+    return fixed(widenable(x), weights, lambda part, w: fill_words(part, w, None), capacity)
+
+
+def fixed(x: Tensor, weights: Weights, fill: Fill, capacity: int) -> FixedLatents:
+    """Latents of one pass in tensors of the given capacity.  With a capacity of T * F nothing can overflow."""
+    T, F = x.shape[0], weights.rows.shape[0]
+    if capacity < 0:
+        raise ValueError(f"capacity: expected a count, got {capacity}")
+    if T == 0 or F == 0 or chunk_tokens(F) < T:
+        raise ValueError(f"x: expected from 1 to {chunk_tokens(F)} tokens for a fixed capacity, got {T}")
+    words = fill(x, weights)
+    total = None if T <= FEW else words.count.flatten().cumsum(0)
+    return FixedLatents(*gather(x, weights, words, total, capacity), F, words.stale)

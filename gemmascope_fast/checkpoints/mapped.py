@@ -1,0 +1,195 @@
+"""SAEs wider than memory: rows mapped from a packed file (packed.py), their 8-bit screen alone resident."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast import backends
+from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.checkpoints.loading import _CLASSES, progress_bar
+from gemmascope_fast.checkpoints.packed import ROWS, Layout, checksum, open_layout, source_of
+from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
+from gemmascope_fast.sae.screen import Screen
+from gemmascope_fast.sae.sites import Site
+
+if TYPE_CHECKING:
+    from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+
+# Python names it from 3.13 on; this is Linux's value wherever torch is built for it.
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
+
+
+def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
+    """The SAE of a packed file: rows and decoder mapped (the decoder where it lies), codes, bounds and vectors
+    resident.
+
+    Answers are those of the resident SAE, byte for byte.  What is read here is compared with its checksums; `verify`
+    compares the rows too.  Raises CheckpointError naming file and array for a damaged or truncated file; a file that
+    is truncated later raises at the next call.
+    """
+    layout, about = open_layout(path)
+    mapped = Mapped.of(path, layout, about)
+
+    def resident(name: str) -> Tensor:
+        dtype, shape, at = layout.arrays()[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        backends.advise_large_pages(tensor)
+        with open(path, "rb") as file:
+            file.seek(at)
+            if file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)) != tensor.nbytes:
+                raise CheckpointError(f"{path}: {name}: truncated")
+        _compare(path, layout, about, name, tensor)
+        return tensor
+
+    extra: dict[str, Any] = {"figures": checkpoint.figures} if checkpoint.figures else {}
+    metadata = SAEMetadata(checkpoint.model_name, checkpoint.extra.get("neuronpedia_id"), extra)
+    site, out = (None if n is None else Site.from_hook_name(n) for n in (about["hook_name"], about["hook_name_out"]))
+    cfg = SAEConfig(layout.d_in, layout.d_sae, layout.d_out, site, out, metadata)
+    vectors = {name: resident(name) for name in ("b_enc", "b_dec", "threshold")}
+    sae = _CLASSES[about["kind"]](W_enc=mapped.view(ROWS).t(), W_dec=mapped.view("W_dec"), cfg=cfg, **vectors)
+    sae.requires_grad_(False)
+    screen = Screen(*(resident(f"screen.{n}") for n in ("code", "code2", "table", "centre")))
+    sae._prepared.adopt(sae, screen)
+    sae._mapped = mapped
+    return sae
+
+
+def verify(path: str | Path, progress: bool | None = None) -> None:
+    """Read a whole packed file and compare it with its checksums, the mapped rows included, and W_dec where it lies.
+
+    progress: a bar on stderr, as in `from_pretrained`.  Raises CheckpointError naming file and array where they differ.
+    """
+    path = Path(path)
+    layout, about = open_layout(path)
+    mapped = Mapped.of(path, layout, about)
+    total = sum(mapped.view(name).nbytes for name in layout.checked())
+    with progress_bar(total, path.name, progress) as update:
+        for name in layout.checked():
+            _compare(path, layout, about, name, mapped.view(name), mapped)
+            update(mapped.view(name).nbytes)
+
+
+def _compare(
+    path: Path, layout: Layout, about: dict[str, Any], name: str, tensor: Tensor, mapped: Mapped | None = None
+) -> None:
+    for number, (index, want) in enumerate(zip(layout.pieces(name), about["checksums"][name], strict=True)):
+        if mapped is not None:
+            mapped.check()
+        if checksum(tensor[index]) != want:
+            raise CheckpointError(
+                f"{path}: {name}: damaged in panel {number}: its checksum differs; delete the file to have it written"
+                " again"
+            )
+
+
+class _Mapping:
+    """A file mapped to its end, and what it was, since reading past the end of a file that shrank would end the
+    process."""
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        self.path = path
+        # as long as the mapping; a descriptor goes on to the same file where another has got its name
+        self.file = open(path if descriptor is None else descriptor, "rb")  # noqa: SIM115
+        self.was = self._is()
+        # Private: an edit of the weights stays in this process.  Writable private memory counts against what the
+        # system lends in all, and a mapping wider than memory would be refused, but for NORESERVE.
+        flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        self.buffer = mmap.mmap(self.file.fileno(), self.was[0], flags=flags, prot=prot)
+        self._address = torch.frombuffer(self.buffer, dtype=torch.uint8, count=1).data_ptr()
+
+    def _is(self) -> tuple[int, int]:
+        stat = os.fstat(self.file.fileno())
+        return stat.st_size, stat.st_mtime_ns
+
+    def check(self) -> None:
+        """CheckpointError where the file is another than what was mapped."""
+        size, time = self._is()
+        if size < self.was[0]:
+            raise CheckpointError(f"{self.path}: truncated to {size} bytes of {self.was[0]}")
+        if (size, time) != self.was:
+            raise CheckpointError(f"{self.path}: written to since it was opened: open it again")
+
+    def view(self, dtype: torch.dtype, shape: tuple[int, ...], at: int) -> Tensor:
+        return torch.frombuffer(self.buffer, dtype=dtype, count=math.prod(shape), offset=at).reshape(shape)
+
+    def holds(self, tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and 0 <= tensor.data_ptr() - self._address < self.was[0]
+
+    def again(self) -> _Mapping:
+        """Another mapping of the same file, which must be what it was."""
+        self.check()
+        return _Mapping(self.path, os.dup(self.file.fileno()))
+
+
+class Mapped:
+    """The mapped arrays of an SAE: those of a packed file, and W_dec out of the checkpoint where it lies there."""
+
+    def __init__(self, layout: Layout, packed: _Mapping, checkpoint: _Mapping | None) -> None:
+        self.path, self.layout, self._packed, self._checkpoint = packed.path, layout, packed, checkpoint
+        self.mappings = [packed] if checkpoint is None else [packed, checkpoint]
+
+    @classmethod
+    def of(cls, path: Path, layout: Layout, about: dict[str, Any]) -> Mapped:
+        """Map the packed file, and the checkpoint beside it where W_dec lies there; CheckpointError where that is not
+        the one that was packed."""
+        if layout.decoder is None:
+            return cls(layout, _Mapping(path), None)
+        checkpoint = path.with_name(about["file"])
+        if not checkpoint.is_file() or source_of(checkpoint) != about["source"]:
+            raise CheckpointError(f"{path}: W_dec lies in {checkpoint}, which is not there or another by now")
+        there = _Mapping(checkpoint)
+        if layout.decoder < 0 or layout.decoder % 4 or layout.decoder + 4 * layout.d_sae * layout.d_out > there.was[0]:
+            raise CheckpointError(f"{path}: W_dec: byte {layout.decoder} of {checkpoint} does not fit its shape")
+        return cls(layout, _Mapping(path), there)
+
+    def check(self) -> None:
+        """CheckpointError where a file is another than what was mapped."""
+        for mapping in self.mappings:
+            mapping.check()
+
+    def view(self, name: str) -> Tensor:
+        """An array, without reading it."""
+        if name == "W_dec" and self._checkpoint is not None:
+            assert self.layout.decoder is not None
+            return self._checkpoint.view(torch.float32, (self.layout.d_sae, self.layout.d_out), self.layout.decoder)
+        return self._packed.view(*self.layout.arrays()[name])
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in a file."""
+        return any(mapping.holds(tensor) for mapping in self.mappings)
+
+    def announce(self, rows: Tensor, ids: Tensor) -> None:
+        """Have these rows of a matrix fetched, all at once, if it lies in the file."""
+        if self.holds(rows) and rows.is_contiguous():
+            backends.announce_rows(rows, ids)
+
+    def copy_rows(self, sae: JumpReLUSAE, memo: dict[int, Any]) -> None:
+        """Put into the memo of a deepcopy of `sae` the rows out of a second private mapping: no memory is taken, and an
+        edit of one SAE is not seen in the other.
+
+        Raises ValueError where rows were edited in place: what was edited is in this mapping alone.
+        """
+        twin = None
+        for name, array in (("W_enc", ROWS), ("W_dec", "W_dec")):
+            weight = getattr(sae, name)
+            if id(weight) in memo or not self.holds(weight):
+                continue
+            if not weight.is_inference() and weight._version != 0:
+                raise ValueError(f"{name}: expected the rows of {self.path}, got edited ones, which are not copied")
+            twin = twin or self._again()
+            rows = twin.view(array)
+            copied = nn.Parameter(rows.t() if name == "W_enc" else rows, requires_grad=weight.requires_grad)
+            memo[id(weight)] = copied
+        memo[id(self)] = twin
+
+    def _again(self) -> Mapped:
+        return Mapped(self.layout, self._packed.again(), self._checkpoint and self._checkpoint.again())

@@ -1,0 +1,349 @@
+"""The packed file of an SAE that is wider than memory: rows one after the other, and their 8-bit screen.
+
+A checkpoint holds W_enc as [d_in, d_sae], where one feature touches d_in pages.  The packed file is a safetensors file
+with the rows [d_sae, d_in], W_dec, the vectors, the screen, and checksums of them all.  It is written once, in bounded
+memory, panel by panel of features: under a name of its own until it is complete, and resumed where it was interrupted.
+
+W_dec has one feature after the other in the checkpoint already.  Where it can be used as it lies there (`in_place`) it
+is mapped there, and the packed file holds its checksums alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast import ops
+from gemmascope_fast.files.arrays import open_safetensors
+from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.checkpoints.loading import progress_bar
+from gemmascope_fast.ops.screen_rows import Row, table_stride
+from gemmascope_fast.sae.screen import MOST_INPUTS
+
+KEY = "gemmascope_fast_packed"
+VERSION = 4
+HEADER = 1 << 20  # bytes kept for the header, which is written last; also the alignment of the first rows
+# fp32 rows at a time; packing holds about three times as much.  Of a million features a panel has one in nine: then
+# each row of W_enc in the checkpoint gives 466 KB in one read.
+PANEL_BYTES = 1 << 30
+SPARE_BYTES = 64 << 20
+ROWS, TABLE, CODES = "W_enc.rows", "screen.table", ("screen.code", "screen.code2")
+PANELLED = (ROWS, "W_dec", *CODES, TABLE)
+
+Checksums = dict[str, list[int]]  # of each array, those of its pieces
+Update = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each array of a packed file lies, and the pieces of it that have a checksum each.
+
+    panel: features of a panel, a multiple of 64.  decoder: W_dec's first byte in the checkpoint; None where the packed
+    file holds it.
+    """
+
+    d_in: int
+    d_sae: int
+    d_out: int
+    panel: int
+    decoder: int | None = None
+
+    def arrays(self) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+        """Name → (dtype, shape, first byte)."""
+        d, F, out = self.d_in, self.d_sae, self.d_out
+        tiles = (-(-F // 4), -(-d // 64), 4, 64)
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            ROWS: (torch.float32, (F, d)),
+            "W_dec": (torch.float32, (F, out)),
+            "screen.code": (torch.uint8, tiles),
+            "screen.code2": (torch.uint8, tiles),
+            TABLE: (torch.float32, (len(Row), table_stride(F))),
+            "screen.centre": (torch.float32, (d,)),
+            "b_enc": (torch.float32, (F,)),
+            "threshold": (torch.float32, (F,)),
+            "b_dec": (torch.float32, (out,)),
+        }
+        placed, at = {}, HEADER
+        for name, (dtype, shape) in shapes.items():
+            if name == "W_dec" and self.decoder is not None:
+                continue
+            placed[name] = (dtype, shape, at)
+            at += math.prod(shape) * dtype.itemsize
+        return placed
+
+    def checked(self) -> list[str]:
+        """The arrays that have checksums: those of the file, and W_dec wherever it lies."""
+        return list(dict.fromkeys((*self.arrays(), "W_dec")))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        dtype, shape, at = self.arrays()["b_dec"]
+        return at + math.prod(shape) * dtype.itemsize
+
+    def panels(self) -> list[tuple[int, int]]:
+        """First feature and end of each panel."""
+        return [(start, min(self.d_sae, start + self.panel)) for start in range(0, self.d_sae, self.panel)]
+
+    def pieces(self, name: str) -> list[tuple[slice, ...]]:
+        """Index of each piece of an array: its part of each panel, or all of what is not written in panels."""
+        if name not in PANELLED:
+            return [(slice(None),)]
+        if name in CODES:
+            return [(slice(start // 4, -(-end // 4)),) for start, end in self.panels()]
+        if name == TABLE:  # the last panel has the columns past d_sae too
+            return [(slice(None), slice(s, None if e == self.d_sae else e)) for s, e in self.panels()]
+        return [(slice(start, end),) for start, end in self.panels()]
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes: against damage, not against intent; 4 GB/s, where sha256 gave 1.7."""
+    return zlib.crc32(_data(tensor))
+
+
+def open_layout(path: Path) -> tuple[Layout, dict[str, Any]]:
+    """The layout of a complete packed file and what its header says; CheckpointError where it is none or truncated."""
+    entries, metadata = open_safetensors(path)
+    try:
+        about = json.loads(metadata[KEY])
+        d_in, d_sae, d_out, panel = (int(about[name]) for name in ("d_in", "d_sae", "d_out", "panel"))
+        layout = Layout(d_in, d_sae, d_out, panel, None if about["decoder"] is None else int(about["decoder"]))
+        if Path(about["file"]).name != about["file"]:
+            raise ValueError(f"file: expected a name, got {about['file']!r:.80}")
+        sums = {name: len(about["checksums"][name]) for name in layout.checked()}
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: metadata {KEY!r}: not a packed file: {error!r}") from error
+    there = {name: (entry.dtype, entry.shape, entry.at) for name, entry in entries.items()}
+    if there != layout.arrays() or sums != {name: len(layout.pieces(name)) for name in layout.checked()}:
+        raise CheckpointError(f"{path}: metadata {KEY!r}: does not fit the arrays")
+    return layout, about
+
+
+def pack(checkpoint: Checkpoint, path: Path, centre: Tensor | None = None, progress: bool | None = False) -> Path:
+    """Write the packed file of a checkpoint of kind "sae", "transcoder" unless a complete one of it is there.
+
+    centre [d_in]: of the screen; default b_dec for an SAE.  progress: a bar on stderr, as in `from_pretrained`.  Holds
+    about three gigabytes whatever the width; of an uncompressed checkpoint each byte is read once, of npz twice (its
+    checksums), of a compressed one all once a panel, decompressed on the way.  Raises CheckpointError for another kind,
+    damaged arrays, or a disk with too little room.
+    """
+    if checkpoint.kind not in ("sae", "transcoder") or checkpoint.subtracts_b_dec or checkpoint.normalisation != "none":
+        raise CheckpointError(f"{checkpoint.path}: rows='mmap': expected a plain SAE or transcoder")
+    (d_in, d_sae), d_out = checkpoint.arrays["W_enc"].shape, checkpoint.arrays["W_dec"].shape[1]
+    if d_in > MOST_INPUTS:
+        raise CheckpointError(f"{checkpoint.path}: rows='mmap': expected d_in up to {MOST_INPUTS}, got {d_in}")
+    decoder = checkpoint.arrays["W_dec"].at if in_place(checkpoint, path) else None
+    layout = Layout(d_in, d_sae, d_out, max(64, PANEL_BYTES // (4 * d_in) // 64 * 64), decoder)
+    source = source_of(checkpoint.path)
+    if _is_of(path, source):
+        return path
+    vectors = {n: e.read(torch.device("cpu"), torch.float32) for n, e in checkpoint.arrays.items() if len(e.shape) == 1}
+    if "threshold" not in vectors:
+        vectors["threshold"] = torch.full((d_sae,), float(checkpoint.threshold_value or 0.0))
+    if centre is None:
+        centre = vectors["b_dec"] if checkpoint.kind == "sae" else torch.zeros(d_in)
+    vectors["screen.centre"] = centre
+    partial = path.with_name(f".{path.name}.partial")
+    with _locked(partial) as file, progress_bar(layout.size - HEADER, path.name, progress) as update:
+        if _is_of(path, source):  # another process was quicker
+            partial.unlink()
+            return path
+        _make_room(path, file, layout.size)
+        done = _progress(partial, source, layout)
+        if not done:
+            file.truncate(layout.size)
+            for name in ("W_enc", "W_dec"):
+                checkpoint.arrays[name].verify()
+        record = functools.partial(_record, partial, source, layout)
+        sums = _fill(checkpoint, file, layout, vectors, done, record, update)
+        for name, tensor in vectors.items():
+            _write(file, layout.arrays()[name][2], tensor, update)
+            sums[name] = [checksum(tensor)]
+        _write_header(file, layout, checkpoint, source, sums)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(partial, path)
+    _record_of(partial).unlink(missing_ok=True)
+    return path
+
+
+def in_place(checkpoint: Checkpoint, path: Path) -> bool:
+    """Whether W_dec can be mapped where it lies in the checkpoint: float32 as it is, not compressed, at a multiple of
+    four bytes (members of an npz begin anywhere), in a file beside the packed one.  Otherwise it is copied."""
+    entry = checkpoint.arrays["W_dec"]
+    plain = entry.dtype == torch.float32 and not entry.flip and entry.block is None
+    beside = entry.file == checkpoint.path and path.parent == checkpoint.path.parent
+    return plain and beside and entry.at is not None and entry.at % 4 == 0
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    file: IO[bytes],
+    layout: Layout,
+    vectors: dict[str, Tensor],
+    done: Checksums,
+    record: Callable[[Checksums], None],
+    update: Update,
+) -> Checksums:
+    """Write the panels that are not done; gives the checksums of all."""
+    sums = {name: list(done.get(name, [])) for name in PANELLED}
+    for number, (start, end) in enumerate(layout.panels()):
+        if number < len(sums[ROWS]):
+            update(sum(_piece_bytes(layout, name, number) for name in PANELLED if name in layout.arrays()))
+            continue
+        parts = _panel(checkpoint, start, end, vectors)
+        placed = layout.arrays()
+        for name, part in parts.items():
+            sums[name].append(checksum(part))
+            if name not in placed:
+                continue
+            _, shape, at = placed[name]
+            if name == TABLE:
+                stride = shape[1]
+                for row, values in enumerate(part):
+                    _write(file, at + 4 * (row * stride + start), values, update)
+            else:
+                _write(file, at + layout.pieces(name)[number][0].start * part[0].nbytes, part, update)
+        file.flush()
+        os.fsync(file.fileno())  # a panel counts as done only when it is on the disk
+        record(sums)
+    return sums
+
+
+def _panel(checkpoint: Checkpoint, start: int, end: int, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The features [start, end) of every array that is written in panels."""
+    W_enc, W_dec = checkpoint.arrays["W_enc"], checkpoint.arrays["W_dec"]
+    rows, decoder = torch.empty(end - start, W_enc.shape[0]), torch.empty(end - start, W_dec.shape[1])
+    W_enc.read_part_into(rows.t(), 0, start)
+    W_dec.read_part_into(decoder, start, 0)
+    b, theta = vectors["b_enc"][start:end], vectors["threshold"][start:end]
+    code, code2, table = ops.screen_rows(rows.t(), b, theta, vectors["screen.centre"], True)
+    table = table[:, : end - start]
+    if end == W_enc.shape[1]:  # and the columns past d_sae, which are discarded whatever the token
+        beyond = torch.zeros(len(Row), table_stride(end) - end)
+        beyond[Row.START] = -math.inf
+        table = torch.cat([table, beyond], 1)
+    return {ROWS: rows, "W_dec": decoder, "screen.code": code, "screen.code2": code2, TABLE: table}
+
+
+def _piece_bytes(layout: Layout, name: str, number: int) -> int:
+    dtype, shape, _ = layout.arrays()[name]
+    index = layout.pieces(name)[number]
+    sizes = [len(range(n)[part]) for n, part in zip(shape, index, strict=False)]
+    return math.prod((*sizes, *shape[len(index) :])) * dtype.itemsize
+
+
+# ---- the file -----------------------------------------------------------------------------------------
+
+
+def source_of(path: Path) -> str:
+    """What a packed file belongs to: the checkpoint's file, its size and time."""
+    stat = path.stat()
+    return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {VERSION}"
+
+
+def _is_of(path: Path, source: str) -> bool:
+    """Whether a complete packed file of this source is there; CheckpointError where the file is of another kind."""
+    if not path.exists():
+        return False
+    _entries, metadata = open_safetensors(path)
+    try:
+        return bool(json.loads(metadata[KEY])["source"] == source)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: metadata {KEY!r}: not a packed file: {error!r}") from error
+
+
+def _write_header(file: IO[bytes], layout: Layout, checkpoint: Checkpoint, source: str, sums: Checksums) -> None:
+    names = {torch.float32: "F32", torch.uint8: "U8"}
+    site, out = checkpoint.site, checkpoint.site_out or checkpoint.site
+    about = {
+        "source": source,
+        "kind": checkpoint.kind,
+        "d_in": layout.d_in,
+        "d_sae": layout.d_sae,
+        "d_out": layout.d_out,
+        "panel": layout.panel,
+        "decoder": layout.decoder,
+        "file": checkpoint.path.name,
+        "hook_name": site.hook_name if site else None,
+        "hook_name_out": out.hook_name if out else None,
+        "checksums": sums,
+    }
+    header: dict[str, Any] = {"__metadata__": {KEY: json.dumps(about)}}
+    for name, (dtype, shape, at) in layout.arrays().items():
+        begin = at - HEADER
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    if len(text) > HEADER - 8:
+        raise CheckpointError(f"{checkpoint.path}: rows='mmap': a header of {len(text)} bytes")
+    file.seek(0)
+    file.write(struct.pack("<Q", HEADER - 8) + text.ljust(HEADER - 8))
+
+
+def _data(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
+
+
+def _write(file: IO[bytes], at: int, tensor: Tensor, update: Update) -> None:
+    file.seek(at)
+    file.write(_data(tensor))
+    update(tensor.nbytes)
+
+
+def _make_room(path: Path, file: IO[bytes], size: int) -> None:
+    needed = size - min(size, 512 * os.fstat(file.fileno()).st_blocks)  # of an interrupted packing some is there
+    free = shutil.disk_usage(path.parent).free
+    if free < needed + SPARE_BYTES:
+        raise CheckpointError(f"{path}: rows='mmap': needs {needed + SPARE_BYTES} bytes, the disk has {free}")
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[IO[bytes]]:
+    """The partial file, open to one writer at a time."""
+    import fcntl
+
+    while True:
+        with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CheckpointError(f"{partial}: another process is packing this checkpoint") from error
+            # a writer that finished in between has given the file its last name: not this one to write to any more
+            if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+                yield file
+                return
+
+
+def _record_of(partial: Path) -> Path:
+    return partial.with_name(partial.name + ".json")
+
+
+def _progress(partial: Path, source: str, layout: Layout) -> Checksums:
+    """Checksums of the panels that an interrupted packing of the same source finished."""
+    try:
+        kept = json.loads(_record_of(partial).read_text())
+        return dict(kept["checksums"]) if kept["source"] == f"{source} {layout.panel}" else {}
+    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+        return {}
+
+
+def _record(partial: Path, source: str, layout: Layout, sums: Checksums) -> None:
+    with replacing(_record_of(partial)) as fresh:
+        fresh.write_text(json.dumps({"source": f"{source} {layout.panel}", "checksums": sums}))

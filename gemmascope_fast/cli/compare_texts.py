@@ -1,0 +1,228 @@
+"""`gemmascope-fast compare-texts`: which features differ between two sets of texts, or pairs of answers."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
+from gemmascope_fast.checkpoints.bundled import example
+from gemmascope_fast.errors import require
+from gemmascope_fast.files.results import save_figure, shown, write_json
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Features of two sets of texts with effect size, test and false discovery rate; or of preferred against"
+        " rejected answers, before and after length and format are taken out."
+    )
+    add_pair_arguments(parser)
+    parser.add_argument(
+        "--a",
+        nargs="+",
+        metavar="TEXT",
+        help="the first set, as `extract --text` takes it; 'demo:past' and 'demo:present' are bundled",
+    )
+    parser.add_argument("--b", nargs="+", metavar="TEXT", help="the second set")
+    parser.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="instead: JSON lines of chosen, rejected and, if any, prompt; 'demo' is bundled",
+    )
+    parser.add_argument(
+        "--reward", action="store_true", help="of pairs: --model is a reward model; what its features add to the reward"
+    )
+    parser.add_argument("--no-covariates", action="store_true", help="of pairs: leave length and format in")
+    parser.add_argument("--column", default="text", help="the text's key in JSON lines and Parquet (default: text)")
+    parser.add_argument("--split", default="line", help="documents of a .txt: file, paragraph or line (default: line)")
+    parser.add_argument("--pool", default="mean", help="of a text's tokens: mean, max or rate (default: mean)")
+    parser.add_argument("--test", default="rank", help="'rank' (Mann-Whitney) or 'permutation' (default: rank)")
+    parser.add_argument("--layers", action="store_true", help="also how separable the sets are at every layer")
+    parser.add_argument("--window", type=int, default=1023, help="tokens after each BOS (default: %(default)s)")
+    parser.add_argument("--top", type=int, default=15, help="rows of the table (default: %(default)s)")
+    add_output_arguments(parser)
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    require("scipy", "analysis", "compare-texts")
+    check_outputs(args)
+    if (args.pairs is None) == (args.a is None or args.b is None):
+        raise ValueError("expected --a TEXT and --b TEXT, or --pairs FILE")
+    if args.reward and (args.pairs is None or args.layers):
+        raise ValueError("--reward: expected --pairs, and no --layers")
+    from gemmascope_fast.cli.extract import sites_of
+
+    first, second, z = _texts(args)
+    from gemmascope_fast.analysis.compare.reward import load_reward_model
+    from gemmascope_fast.analysis.pair import load_model, load_sae
+
+    sae = load_sae(args.sae, args.sae_id)
+    sites_of(sae, args.layer)
+    key = args.layer if args.layer is not None else sae.cfg.site
+    model, tokenizer = load_reward_model(args.model) if args.reward else load_model(args.model)
+    rows, pairs = _compare(args, model, tokenizer, {key: sae}, first, second, z)
+    out: dict[str, Any] = {"texts": [len(first), len(second)], "features": _records(rows)}
+    _show(rows, args.top, f"{len(first)} texts against {len(second)}")
+    if pairs is not None:
+        out["pairs"] = pairs
+        _show_pairs(pairs[: args.top])
+    if args.layers:
+        out["layers"] = depth(model, tokenizer, {key: sae}, first, second, args.window, args.pairs is not None)
+        _show_layers(out["layers"])
+    if args.json is not None:
+        write_json(args.json, out)
+    if args.plot is not None:
+        _plot(rows, out.get("layers"), args.plot)
+    return 0
+
+
+def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray | None]:
+    """(first set, second set, differences of covariates for pairs)."""
+    from gemmascope_fast.analysis.compare.sets import covariates
+    from gemmascope_fast.analysis.extraction.sources import documents, json_lines, resolve, string
+
+    if args.pairs is None:
+        sets = []
+        for flag, names in (("--a", args.a), ("--b", args.b)):
+            found = ["".join(d.parts) for d in documents(resolve(names), args.column, args.split)]
+            found = [text for text in found if text.strip()]
+            if len(found) < 2:
+                raise ValueError(
+                    f"{flag}: expected at least two texts, got {len(found)}: an empty class compares to none"
+                )
+            sets.append(found)
+        return sets[0], sets[1], None
+    chosen, rejected, z = [], [], []
+    path = example(args.pairs, "preferences.jsonl")
+    for number, value in json_lines(path):
+        where = f"{path}, line {number}"
+        answers = [string(value, name, where) for name in ("chosen", "rejected")]
+        if not all(a.strip() for a in answers):
+            raise ValueError(f"{where}: expected two answers, got an empty one")
+        chosen.append(answers[0])
+        rejected.append(answers[1])
+        z.append(covariates(answers[0]) - covariates(answers[1]))
+    if len(chosen) < 3:
+        raise ValueError(f"--pairs {args.pairs}: expected at least three pairs, got {len(chosen)}")
+    return chosen, rejected, None if args.no_covariates else np.array(z)
+
+
+def _compare(args: Any, model: Any, tokenizer: Any, sites: Any, first: Any, second: Any, z: Any) -> tuple[dict, Any]:
+    """(rows a feature, with --reward what moves each pair)."""
+    from tqdm import tqdm
+
+    from gemmascope_fast.analysis.compare.pooled import pooled
+    from gemmascope_fast.analysis.compare.reward import attributed, ranked
+    from gemmascope_fast.analysis.compare.sets import compare_pairs, compare_sets
+
+    with tqdm(total=len(first) + len(second), desc="reading", unit="text") as bar:
+        options = {"window": args.window, "progress": bar.update}
+        if args.reward:
+            (a, of_a), (b, of_b) = (attributed(model, tokenizer, sites, texts, **options) for texts in (first, second))
+            return compare_pairs(a, b, z), ranked(a, b, (of_a, of_b))
+        a, b = (pooled(model, tokenizer, sites, texts, args.pool, **options)[0] for texts in (first, second))
+    return (compare_sets(a, b, test=args.test) if args.pairs is None else compare_pairs(a, b, z)), None
+
+
+def depth(
+    model: Any, tokenizer: Any, sites: Any, first: list[str], second: list[str], window: int = 1023,
+    paired: bool = False,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Separability of the two sets at the output of every layer, and on the latents where there is an SAE."""
+    from tqdm import tqdm
+
+    from gemmascope_fast.attach import Activations
+    from gemmascope_fast.attach.transformers.structure import Structure
+    from gemmascope_fast.analysis.compare.pooled import pool
+    from gemmascope_fast.analysis.compare.sets import separability
+    from gemmascope_fast.analysis.extraction.texts import read_texts
+
+    layers = range(len(Structure(model).stack()[1]))
+    keys: dict[Any, Any] = {(layer, "resid"): Activations() for layer in layers}
+    ((own, sae),) = sites.items()
+    labels = [True] * len(first) + [False] * len(second)
+    means: dict[Any, list[np.ndarray]] = {key: [] for key in (*keys, "latents")}
+    with tqdm(total=len(labels), desc="every layer", unit="text") as bar:
+        for _, rows in read_texts(model, tokenizer, keys, [*first, *second], window=window, progress=bar.update):
+            for key in keys:
+                means[key].append(rows[key].double().mean(0).numpy())
+        for _, rows in read_texts(model, tokenizer, {own: sae}, [*first, *second], window=window):
+            dense = np.zeros(sae.cfg.d_sae)
+            features, values = pool(rows[own], "mean")
+            dense[features] = values
+            means["latents"].append(dense)
+    name = getattr(own, "hook_name", f"layer {own}")
+    named = [*((layer, (layer, "resid")) for layer in layers), (f"latents, {name}", "latents")]
+    return [{"layer": n, "auc": separability(np.array(means[key]), labels, paired=paired)} for n, key in named]
+
+
+def _records(rows: dict) -> list[dict[str, Any]]:
+    names = list(rows)
+    return [dict(zip(names, each, strict=True)) for each in zip(*(rows[n].tolist() for n in names), strict=True)]
+
+
+def _show(rows: dict, top: int, title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(rows)
+    # a column is as wide as a terminal of 80 has room for: the JSON holds every digit
+    heads = (n.replace("_", " ").replace("difference", "differs by") for n in names)
+    table = Table(*heads, title=f"{title}: {len(rows['feature'])} features tested")
+    for record in _records({n: rows[n][:top] for n in names}):
+        digits = {n: 2 if n[0] in "pq" or n == "difference" else 3 for n in names}
+        table.add_row(*(str(v) if n == "feature" else f"{v:.{digits[n]}g}" for n, v in record.items()))
+    console = Console()
+    console.print(table)
+    for name in (n for n in names if n.startswith("q")):
+        console.print(f"features with {name.replace('_', ' ')} < 0.05: {int((rows[name] < 0.05).sum())}")
+
+
+def _show_pairs(pairs: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("pair", "chosen", "rejected", "adds to the difference, feature:by", title="Rewards")
+    for row in pairs:
+        # no space within: a narrow terminal breaks lines between features
+        by = "  ".join(f"{f['feature']}:{f['difference']:+.3g}" for f in row["features"][:4])
+        table.add_row(str(row["pair"]), f"{row['chosen']:.4g}", f"{row['rejected']:.4g}", by)
+    Console().print(table)
+
+
+def _show_layers(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "AUC of held-out texts", title="How separable the sets are")
+    for row in found:
+        table.add_row(str(row["layer"]), shown(row["auc"]))
+    Console().print(table)
+
+
+def _plot(rows: dict, layers: list[dict[str, Any]] | None, path: Path) -> None:
+    """Effect against significance; for pairs effect before against after; and AUC by layer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11 if layers else 6.5, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2 if layers else 1, squeeze=False)[0]
+    if "after" in rows:
+        axes[0].scatter(rows["before"], rows["after"], s=6, c=np.where(rows["q_after"] < 0.05, "C1", "#999"))
+        axes[0].axline((0, 0), slope=1, color="#888", linewidth=0.8)
+        axes[0].set(xlabel="effect before covariates", ylabel="effect after (orange: q < 0.05)")
+    else:
+        p = -np.log10(np.maximum(rows["p"], 1e-300))
+        axes[0].scatter(rows["d"], p, s=6, c=np.where(rows["q"] < 0.05, "C1", "#999"))
+        axes[0].set(xlabel="Cohen's d (right: stronger in a)", ylabel="-log10 p (orange: q < 0.05)")
+    if layers:
+        axes[1].plot([row["auc"] for row in layers[:-1]], "o-", label="activations")
+        axes[1].axhline(layers[-1]["auc"], color="C1", linestyle="--", label=layers[-1]["layer"])
+        axes[1].axhline(0.5, color="#888", linewidth=0.8)
+        axes[1].set(xlabel="layer", ylabel="AUC of held-out texts")
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
+        axes[1].legend()
+    save_figure(figure, path)

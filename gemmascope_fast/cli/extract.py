@@ -1,0 +1,201 @@
+"""`gemmascope-fast extract`: latents of any amount of text as Parquet shards; stopped, it goes on where it was."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
+from gemmascope_fast.errors import require
+from gemmascope_fast.files.results import shown, write_json
+
+
+def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Reads texts through the model and writes every latent as Parquet: document, position, token_id, feature,"
+        " value.  The same command again goes on where it was stopped."
+    )
+    add_pair_arguments(parser)
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=["pydoc"],
+        metavar="TEXT",
+        help="files (.txt, .jsonl, each also .gz; .parquet), folders of them, hf:DATASET[:CONFIG][@SPLIT], 'pydoc' or"
+        " 'stdlib' (default: pydoc)",
+    )
+    parser.add_argument("--column", default="text", help="the text's key in JSON lines and Parquet (default: text)")
+    parser.add_argument(
+        "--split", default="file", help="documents of a .txt: 'file', 'paragraph' or 'line' (default: %(default)s)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the shards are written there")
+    parser.add_argument(
+        "--window", type=int, default=1023, help="tokens after each BOS; longer texts are split (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=2048, help="tokens a forward, padded (default: %(default)s)")
+    parser.add_argument("--shard", type=int, default=32768, help="tokens a shard (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: workers on Ray Data")
+    parser.add_argument("--workers", type=int, default=2, help="of --engine ray (default: %(default)s)")
+    parser.add_argument("--repair", action="store_true", help="make damaged shards anew, and those alone")
+    parser.add_argument("--check", action="store_true", help="only hold what is in --out against its manifest")
+    add_output_arguments(parser)
+
+
+def run_extract(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from gemmascope_fast.analysis.pair import full_names
+    from gemmascope_fast.analysis.extraction.store import Store
+
+    require("pyarrow", "analysis", "extract")
+    check_outputs(args)
+    console = Console()
+    if args.check:
+        store = Store(args.out)
+        store.check()
+        figures: dict[str, Any] = {}
+    else:
+        store, figures = _extract(args)
+    figures = {"out": str(args.out), "complete": store.manifest["complete"], **_figures(store), **figures}
+    table = Table("figure", "value", title=f"{full_names(store.settings)[1]} at {store.settings['hook_name']}")
+    for key, value in figures.items():
+        table.add_row(key, shown(value))
+    console.print(table)
+    if args.json is not None:
+        write_json(args.json, figures | {"settings": store.settings})
+    if args.plot is not None:
+        from gemmascope_fast.cli.eval import plot_frequencies
+
+        title = f"{figures['tokens']} tokens, L0 {figures['l0']:.1f}"
+        plot_frequencies(firing(store).double() / max(store.tokens, 1), args.plot, title)
+    return 0
+
+
+def _figures(store: Any) -> dict[str, Any]:
+    rows = sum(shard["rows"]["latents"] for shard in store.shards)
+    sizes = sum(path.stat().st_size for table in ("latents", "tokens", "documents") for path in store.paths(table))
+    return {
+        "documents": sum(shard["rows"]["documents"] for shard in store.shards),
+        "tokens": store.tokens,
+        "latents": rows,
+        "l0": rows / max(store.tokens, 1),
+        "shards": len(store.shards),
+        "megabytes": sizes / 1e6,
+    }
+
+
+def firing(store: Any) -> Any:
+    """int64 [d_sae]: tokens on which each feature fired."""
+    import torch
+
+    total = torch.zeros(store.d_sae, dtype=torch.int64)
+    for i in range(len(store.shards)):
+        features = torch.from_numpy(store.read("latents", i, ["feature"])["feature"].astype("int64"))
+        total += torch.bincount(features, minlength=store.d_sae)
+    return total
+
+
+def sites_of(sae: Any, layer: int | None) -> Any:
+    """`saes` of attach: the SAE at its own site, or at the given layer."""
+    if layer is None and sae.cfg.site is None:
+        raise ValueError("--layer: expected a layer number, for the checkpoint names no site")
+    return sae if layer is None else {layer: sae}
+
+
+def make_extractor(
+    model: str, sae: str, sae_id: str | None, layer: int | None, window: int, batch: int, device: str
+) -> Any:
+    """The Extractor of a command line, here or on a worker."""
+    from gemmascope_fast.analysis.pair import load_model, load_sae
+    from gemmascope_fast.analysis.extraction.run import Extractor
+
+    coder = load_sae(sae, sae_id)
+    sites = sites_of(coder, layer)
+    loaded, tokenizer = load_model(model)
+    loaded.to(device)
+    coder.to(device)
+    return Extractor(loaded, tokenizer, sites, window, batch)
+
+
+def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    from functools import partial
+
+    from gemmascope_fast.attach.entries import entries
+    from gemmascope_fast.analysis.extraction.run import extract
+    from gemmascope_fast.analysis.extraction.sources import documents, resolve
+
+    sources = resolve(args.text)  # what can be wrong is found before the minutes are spent
+    if args.engine == "ray":
+        require("ray", "ray", "--engine ray")
+    _check_device(args.device)
+    make = partial(make_extractor, args.model, args.sae, args.sae_id, args.layer, args.window, args.batch, args.device)
+    extractor = make()
+    engine = None
+    if args.engine == "ray":
+        import torch
+
+        from gemmascope_fast.analysis.extraction.ray_engine import RayEngine
+
+        engine = RayEngine(make, args.workers, torch.get_num_threads())
+    (entry,) = entries(extractor.sites)
+    sae: Any = entry.coder
+    about = {
+        "model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": args.text, "column": args.column,
+        "split": args.split, "neuronpedia_id": sae.cfg.metadata.neuronpedia_id,
+    }  # fmt: skip
+    bar = Bar(sum(s.size or 0 for s in sources) if all(s.size is not None for s in sources) else None)
+    begin = time.perf_counter()
+    try:
+        store = extract(
+            extractor, lambda: documents(sources, args.column, args.split), args.out, about=about, shard=args.shard,
+            progress=bar, repair=args.repair, engine=engine,
+        )  # fmt: skip
+    finally:
+        bar.close()
+    seconds = time.perf_counter() - begin
+    share = {"model_share_of_time": extractor.model_seconds / seconds} if bar.tokens and engine is None else {}
+    return store, {"seconds": seconds, "tokens_this_time": bar.tokens, **bar.rate(seconds), **share}
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {name} was asked for, and there is no CUDA device in this process")
+
+
+class Bar:
+    """Progress in bytes of the sources, with tokens a second and, where the sources' size is known, the time left."""
+
+    def __init__(self, total: int | None) -> None:
+        self.total, self.tokens = total, 0
+        self._bar: Any = None
+        self._begin = time.perf_counter()
+
+    def __call__(self, tokens: int, done: float) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            # what was read before a resume took none of this run's time
+            self._bar = tqdm(total=self.total, initial=done, desc="reading", unit="B", unit_scale=True)
+            self._begin = time.perf_counter()
+        self.tokens += tokens
+        if self.tokens:
+            rate = self.tokens / (time.perf_counter() - self._begin)
+            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+        self._bar.update(max(0, done - self._bar.n))
+
+    def rate(self, seconds: float) -> dict[str, float]:
+        return {"tokens_per_second": self.tokens / seconds} if self.tokens else {}
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

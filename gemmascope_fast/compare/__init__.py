@@ -1,6 +1,0 @@
-"""Features compared: between sets of texts, models, variants of one text, turns of a conversation."""
-
-from gemmascope_fast.compare.models import matched_features
-from gemmascope_fast.compare.sets import compare_pairs, compare_sets
-
-__all__ = ["compare_pairs", "compare_sets", "matched_features"]

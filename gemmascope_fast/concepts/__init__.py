@@ -1,6 +1,0 @@
-"""AxBench's methods offline: which direction finds a concept in texts, and which one steers towards it."""
-
-from gemmascope_fast.concepts.data import Example, load_examples
-from gemmascope_fast.concepts.methods import Detector
-
-__all__ = ["Detector", "Example", "load_examples"]

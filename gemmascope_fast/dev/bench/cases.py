@@ -1,0 +1,125 @@
+"""The shapes that are timed: Gemma Scope's, with calibrated synthetic weights and activations.
+
+`make_sae` and `make_activations` (gemmascope_fast.dev.testing) give the spectrum, the mean and the massive dimension of
+a Gemma residual stream, and thresholds at which l0 features fire.  A timing for few tokens goes round enough copies of
+the weights to exceed four times the last-level cache, so that it reads memory and not cache; or as many as half of
+the memory holds, where a virtual machine of few cores sees the last cache of a whole processor (300 MiB).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.dev.bench.machine import total_memory
+from gemmascope_fast.dev.bench.peers import Dense
+from gemmascope_fast.dev.roof import last_level_cache
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.dev.testing import make_activations, make_sae
+
+FEW_TOKENS = 16
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape.  `tokens` are the numbers of tokens timed."""
+
+    name: str
+    d_in: int
+    d_sae: int
+    l0: float
+    tokens: tuple[int, ...] = (1, 16, 256)
+
+    @functools.cached_property
+    def sae(self) -> JumpReLUSAE:
+        return make_sae(0, self.d_in, self.d_sae, self.l0).requires_grad_(False)
+
+    def x(self, tokens: int) -> Tensor:
+        return make_activations(7, tokens, self.d_in)
+
+
+SMALL = Case("640x4096", 640, 4096, 73)
+GEMMA_SCOPE = Case("2304x16384", 2304, 16384, 76, (1, 4, 16, 64, 256, 1024))
+BROAD = Case("3584x16384", 3584, 16384, 76, (1, 16, 256))
+WIDE = Case("2304x65536", 2304, 65536, 80, (1, 16, 256))
+CASES = {c.name: c for c in (SMALL, GEMMA_SCOPE, BROAD, WIDE)}
+
+
+# What an encoder's weight takes in a copy of an SAE with those of its peers: encoder and decoder in fp32 and the screen
+# (10 bytes), the dense layout of the encoder (4), encoder and decoder in bf16 (4).
+SAE_COPY_BYTES = 18
+
+
+def copy_count(weight_bytes: int, tokens: int, held_bytes: int | None = None) -> int:
+    """How many copies of weights of that size exceed four times the last-level cache, or half of the memory holds
+    where that is fewer, a copy taking `held_bytes` (default: weight_bytes) of it; 1 for many tokens."""
+    if tokens > FEW_TOKENS:
+        return 1
+    wanted, held = -(-4 * last_level_cache() // weight_bytes), total_memory() // 2 // (held_bytes or weight_bytes)
+    return max(1, min(wanted, held))
+
+
+def sae_copies(weights: int, tokens: int, bytes_read: int = 1) -> int:
+    """`copy_count` of SAEs with so many encoder weights, of which each is read as so many bytes (1: the screen's)."""
+    return copy_count(bytes_read * weights, tokens, SAE_COPY_BYTES * weights)
+
+
+def cache_exceeded(weights: int) -> float:
+    """How many times the last-level cache the 8-bit encoder rows of those copies take: less than 4 where memory is
+    short."""
+    return sae_copies(weights, 1) * weights / last_level_cache()
+
+
+def copies(
+    sae: JumpReLUSAE,
+    count: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    bytes_read: int = 1,
+    prepare: bool = True,
+) -> list[JumpReLUSAE]:
+    """Equal SAEs in `dtype`; unless told how many, as many as `sae_copies` says of weights read as
+    so many bytes (default: their 8-bit encoder rows)."""
+    if count is None:
+        count = sae_copies(sae.W_enc.numel(), 1, bytes_read)
+    made = []
+    for _ in range(count):
+        copy = JumpReLUSAE(*(getattr(sae, n).detach().to(dtype, copy=True) for n in WEIGHTS)).requires_grad_(False)
+        made.append(copy.prepare() if prepare else copy)
+    return made
+
+
+def rotated(sae: JumpReLUSAE, tokens: int, dtype: torch.dtype = torch.float32) -> Callable[[], JumpReLUSAE]:
+    """Each call gives the next of several equal SAEs, in `dtype`.
+
+    Where tokens are few there are enough of them that even their 8-bit encoder rows exceed four times the last-level
+    cache, if memory allows (`cache_exceeded`).
+    """
+    return itertools.cycle(_copies(sae, sae_copies(sae.W_enc.numel(), tokens), dtype)).__next__
+
+
+def rotated_dense(sae: JumpReLUSAE, tokens: int) -> Callable[[], Dense]:
+    """As `rotated` in fp32, laid out for dense products; the decoders are shared with those copies."""
+    return itertools.cycle(_dense(sae, sae_copies(sae.W_enc.numel(), tokens))).__next__
+
+
+@functools.lru_cache(maxsize=1)
+def _dense(sae: JumpReLUSAE, count: int) -> list[Dense]:
+    return [Dense.of(copy) for copy in _copies(sae, count, torch.float32)]
+
+
+@functools.lru_cache(maxsize=2)  # the benches of one shape, in fp32 and bf16: making and packing them takes seconds
+def _copies(sae: JumpReLUSAE, count: int, dtype: torch.dtype) -> list[JumpReLUSAE]:
+    # 16-bit copies are for dense peers, which pack nothing
+    return copies(sae, count, dtype, prepare=dtype == torch.float32)
+
+
+def forget_copies() -> None:
+    """Let go of the copies that `rotated` and `rotated_dense` keep for the next bench of the same shape."""
+    _copies.cache_clear()
+    _dense.cache_clear()

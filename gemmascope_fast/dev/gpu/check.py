@@ -1,0 +1,77 @@
+"""`gemmascope-fast gpu-check`: everything that can be said about the GPU kernels without a GPU, as one JSON report.
+
+Each Triton kernel is compiled for each architecture, each CUDA source by nvcc where it is installed; registers,
+spills, shared memory and occupancy are read from the binaries and gated; bytes and operations give the time that
+the roof of a named device allows.  Those times are a model: nothing here ran on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gemmascope_fast._version import __version__
+
+
+def add_gpu_check_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="gpu-check.json", help="where the report goes (default: %(default)s)")
+    parser.add_argument("--arch", action="append", help="only this architecture (repeatable): sm_90, gfx942, …")
+
+
+def run_gpu_check(args: argparse.Namespace) -> int:
+    """Status 1 where a kernel fails its gate."""
+    report = collect(args.arch)
+    Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    failed = [row for row in report["kernels"] if row["faults"]]
+    for row in failed:
+        print(f"{row['kernel']} on {row['arch']}: {'; '.join(row['faults'])}", file=sys.stderr)
+    for row in report["kernels"]:
+        if row.get("few_warps"):
+            print(f"{row['kernel']} on {row['arch']}: occupancy {row['occupancy']:.1%}: {row['few_warps']}")
+    if report["nvcc"] != "found":
+        print(f"CUDA C++ was not compiled: {report['nvcc']}", file=sys.stderr)
+    print(f"{len(report['kernels'])} binaries, {len(failed)} outside the gates; {args.out} written")
+    return 1 if failed else 0
+
+
+def collect(archs: list[str] | None = None) -> dict[str, Any]:
+    """Keys: version, what, kernels (a row a kernel and architecture), loops (modelled time of whole calls)."""
+    from gemmascope_fast.dev.gpu import aot, nvcc
+    from gemmascope_fast.dev.gpu.devices import ARCHS, DEVICES, model_times
+    from gemmascope_fast.dev.gpu.model import loops
+    from gemmascope_fast.dev.gpu.specs import all_specs
+
+    wanted = list(ARCHS) if archs is None else archs
+    for name in wanted:
+        if name not in ARCHS:
+            raise ValueError(f"arch: expected one of {', '.join(ARCHS)}, got {name!r}")
+    rows = []
+    for spec in all_specs():
+        for arch in wanted:
+            binary = aot.compile_spec(spec, arch)
+            rows.append(
+                {
+                    "source": "triton",
+                    **asdict(binary),
+                    "bytes": spec.bytes,
+                    "operations": spec.ops,
+                    "operations_kind": spec.kind,
+                    "model_microseconds": model_times(arch, spec.bytes, spec.ops, spec.kind),
+                    "bandwidth_bound": spec.bandwidth_bound,
+                    "faults": binary.faults(spec.few_warps),
+                    "few_warps": spec.few_warps if binary.occupancy < aot.LEAST_OCCUPANCY else "",
+                }
+            )
+    rows += [row for row in nvcc.rows([a for a in wanted if a.startswith("sm_")])]
+    return {
+        "version": __version__,
+        "what": "compiled, not run: model_microseconds is the roof of the named device (model), no measurement",
+        "devices": [asdict(d) for d in DEVICES],
+        "kernels": rows,
+        "nvcc": nvcc.missing() or "found",
+        "loops": loops(),
+    }

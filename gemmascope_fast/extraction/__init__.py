@@ -1,7 +1,0 @@
-"""Latents of any amount of text, as Parquet shards that pyarrow, polars and DuckDB read."""
-
-from gemmascope_fast.extraction.run import Extractor, extract
-from gemmascope_fast.extraction.sources import Document, documents, resolve
-from gemmascope_fast.extraction.store import Store, StoreError
-
-__all__ = ["Document", "Extractor", "Store", "StoreError", "documents", "extract", "resolve"]

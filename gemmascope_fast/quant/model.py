@@ -1,0 +1,242 @@
+"""Nested codes in place of a model's linear layers: quantise, choose widths, save and load."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.quant import storage
+from gemmascope_fast.ops.codes import Codes, check_bits, quantize
+from gemmascope_fast.quant.linear import MatryoshkaLinear, MatryoshkaMatrix
+from gemmascope_fast.quant.trained import Trained, put
+from gemmascope_fast.quant.planes import Packed
+
+SCOPES = ("ffn", "all-linear")
+_FFN = {"mlp", "ffn", "feed_forward", "block_sparse_moe"}
+
+
+def targets(model: nn.Module, scope: str = "ffn", head: bool = False) -> dict[str, nn.Linear]:
+    """The linear layers a scope names, by module path: "ffn" those inside a feed-forward block, "all-linear" every one
+    but the output head, which `head` adds.  ValueError where there is none or some are quantised already.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
+    quantised = layers(model)
+    if quantised:
+        raise ValueError(f"model: already quantised ({next(iter(quantised))} and {len(quantised) - 1} more)")
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if callable(getter) else None
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        inside = module is not output and (scope == "all-linear" or bool(_FFN & set(name.split("."))))
+        if inside or (head and module is output):
+            found[name] = module
+    if not found:
+        raise ValueError(f"model: scope {scope!r} names no linear layer of {type(model).__name__}")
+    return found
+
+
+def quantize_(
+    model: nn.Module,
+    scope: str = "ffn",
+    *,
+    group_size: int | None = None,
+    bits: int = 8,
+    mode: str = "prefix",
+    extra_precision: bool = False,
+    head: bool = False,
+    activations: str = "int8",
+    means: Mapping[str, Tensor] | None = None,
+    codes: Mapping[str, Codes] | Trained | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> nn.Module:
+    """Replace the linear layers of `scope` by MatryoshkaLinear, in place; gives the model back.
+
+    codes: trained codes in place of untrained min–max ones (a run's result, whose norm gains go into the model, or
+    codes by module path); means: input means by module path, about
+    which int8 activations are taken.  The embedding table is left alone; the output head is quantised when `head` asks,
+    as a code of its own where its weights are tied.
+    """
+    check_bits(bits)
+    trained = codes if isinstance(codes, Trained) else Trained(dict(codes or {}))
+    found = targets(model, scope, head)
+    if codes is not None and not set(trained.codes) <= set(found):
+        raise ValueError(f"codes: {sorted(set(trained.codes) - set(found))[0]} is no linear layer of scope {scope!r}")
+    set_gains(model, trained.gains)
+    for name, linear in progress(list(found.items())):
+        # a head that was asked for beside trained layers is quantised as it is
+        code = trained.codes[name] if name in trained.codes else quantize(linear.weight, group_size)
+        mean = None if means is None else means.get(name)
+        bias = None if linear.bias is None else linear.bias.detach()
+        packed = Packed.of(code, mode).to(linear.weight.device)
+        put(model, name, MatryoshkaLinear(packed, bias, bits, mode, extra_precision, activations, mean))
+    return model
+
+
+def set_gains(model: nn.Module, gains: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give norms new weights that belong to trained codes; returns what they were."""
+    before = {}
+    for name, gain in gains.items():
+        norm = model.get_submodule(name)
+        weight: Tensor = norm.weight  # type: ignore[assignment]
+        before[name] = weight.data
+        weight.data = gain.to(weight.data)
+        norm.carries_codes = True  # type: ignore[assignment]
+    return before
+
+
+@contextmanager
+def gained(model: nn.Module, gains: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the norms have the weights that go with the codes."""
+    before = set_gains(model, gains)
+    try:
+        yield
+    finally:
+        for name, data in before.items():
+            norm = model.get_submodule(name)
+            norm.weight.data = data  # type: ignore[union-attr,assignment]
+            del norm.carries_codes
+
+
+@contextmanager
+def restored(model: nn.Module, before: Mapping[str, nn.Module]) -> Iterator[None]:
+    """After the block the model has these modules at their paths again."""
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            put(model, name, module)
+
+
+def layers(model: nn.Module) -> dict[str, MatryoshkaLinear]:
+    """The quantised linear layers by module path."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MatryoshkaLinear)}
+
+
+def matrices(model: nn.Module) -> dict[str, MatryoshkaMatrix]:
+    """Everything under `model` that has a width, by module path: linear layers, and the rows of a MatryoshkaSAE."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MatryoshkaMatrix)}
+
+
+def set_bits(
+    model: nn.Module,
+    bits: int | Mapping[str, int],
+    mode: str | None = None,
+    extra_precision: bool | None = None,
+) -> None:
+    """Serve the quantised layers of a model, or a MatryoshkaSAE, at another width; nothing is copied or rewritten.
+
+    bits: one width, or widths by pattern of module paths, later patterns over earlier ones.  A pattern is a path or the
+    beginning of one; "0-5" in it is any of these numbers, "*" any part of a component, a leading "…" or "..." any
+    beginning: {"model.layers.0-5": 8, "…mlp.down_proj": 2}.  ValueError for a width outside 1–8, a pattern that matches
+    no quantised layer or a model without any; nothing is changed then.
+    """
+    found = matrices(model)
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no quantised layer; call quantize_ first")
+    widths = resolve(found, {"…": bits} if isinstance(bits, int) else bits)
+    for name, width in widths.items():  # all are checked before one is changed
+        found[name].packed.read(width, mode or found[name].mode)
+    for name, width in widths.items():
+        found[name].set_bits(width, mode, extra_precision)
+
+
+def resolve(names: Iterable[str], patterns: Mapping[str, int]) -> dict[str, int]:
+    """Width by name, for the names that a pattern matches; ValueError for a pattern that matches none."""
+    names = list(names)
+    widths: dict[str, int] = {}
+    for pattern, bits in patterns.items():
+        check_bits(bits, f"bits[{pattern!r}]")
+        hits = [name for name in names if matches(pattern, name)]
+        if not hits:
+            raise ValueError(f"bits: pattern {pattern!r} matches none of {len(names)} layers, e.g. {names[0]!r}")
+        widths |= dict.fromkeys(hits, bits)
+    return widths
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a module path is the pattern's, or below it."""
+    anywhere = pattern.startswith(("…", "..."))
+    wanted = [part for part in pattern.removeprefix("...").removeprefix("…").split(".") if part]
+    parts = name.split(".")
+    starts = range(len(parts) - len(wanted) + 1) if anywhere else range(1)
+    return any(
+        len(parts) >= start + len(wanted) and all(_component(w, p) for w, p in zip(wanted, parts[start:], strict=False))
+        for start in starts
+    )
+
+
+def _component(wanted: str, part: str) -> bool:
+    span = re.fullmatch(r"(\d+)-(\d+)", wanted)
+    if span:
+        return part.isdigit() and int(span[1]) <= int(part) <= int(span[2])
+    return re.fullmatch(".*".join(re.escape(piece) for piece in wanted.split("*")), part) is not None
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of the quantised matrices at the widths set now: what one token reads of linear layers."""
+    return sum(matrix.nbytes() for matrix in matrices(model).values())
+
+
+def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, Any] | None = None) -> int:
+    """Write the quantised layers; gives the size in bytes.  `bits` below 8 keeps the first planes alone, or of codes in
+    mode "matquant" a flat copy of that slice."""
+    found = layers(model)
+    if not found:
+        raise ValueError(f"model: {type(model).__name__} has no quantised layer to save")
+    packed = {n: _narrowed(layer.packed, bits, layer.mode) for n, layer in found.items()}
+    beside = {
+        f"{name}.{part}": getattr(layer, part)
+        for name, layer in found.items()
+        for part in ("bias", "mean")
+        if getattr(layer, part) is not None
+    }
+    beside |= {f"{name}.gain": m.weight for name, m in model.named_modules() if getattr(m, "carries_codes", False)}  # type: ignore[misc]
+    return storage.save(path, packed, beside, dict(about or {}))
+
+
+def _narrowed(packed: Packed, bits: int, mode: str) -> Packed:
+    if bits >= packed.stored:  # what was narrowed before stays as it is
+        return packed
+    return packed.prefix(bits) if mode == "prefix" else packed.materialize(bits, mode)
+
+
+def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.Module:
+    """Put the codes of a file in place of the linear layers it names.
+
+    CheckpointError where the model has no such layer or another shape, ValueError where it is quantised already.
+    """
+    if layers(model):
+        raise ValueError(f"model: already quantised ({next(iter(layers(model)))})")
+    held, beside, _ = storage.load(path)
+    modules = dict(model.named_modules())
+    gains = {name.removesuffix(".gain"): tensor for name, tensor in beside.items() if name.endswith(".gain")}
+    for name, gain in gains.items():
+        if getattr(modules.get(name), "weight", gain.new_empty(0)).shape != gain.shape:
+            raise CheckpointError(f"{path}: {name}: the model has no norm of that name and size")
+    for name, packed in held.items():
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise CheckpointError(f"{path}: {name}: the model has no linear layer of that name")
+        if (linear.out_features, linear.in_features) != (packed.out_features, packed.in_features):
+            raise CheckpointError(
+                f"{path}: {name}: expected {linear.out_features} × {linear.in_features},"
+                f" got {packed.out_features} × {packed.in_features}"
+            )
+    set_gains(model, gains)
+    for name, packed in held.items():
+        linear = modules[name]
+        assert isinstance(linear, nn.Linear)
+        bias = beside.get(f"{name}.bias", None if linear.bias is None else linear.bias.detach())
+        layer = MatryoshkaLinear(packed.to(linear.weight.device), bias, mean=beside.get(f"{name}.mean"))
+        layer.activations = activations
+        put(model, name, layer.to(linear.weight.device))
+    return model

@@ -1,0 +1,82 @@
+"""Packed matrices in safetensors: tensors `<name>.plane0` …, `.scale`, `.zero_point`, `.overflow_crow`, `.overflow_col`
+and whatever stands beside them (bias, mean), with one JSON object of shapes under the metadata key "matryoshka"."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.files.write import write_safetensors
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.quant.planes import WIDTHS, Packed
+
+KEY = "matryoshka"
+VERSION = 1
+
+
+def save(path: str | Path, matrices: Mapping[str, Packed], beside: Mapping[str, Tensor], about: dict[str, Any]) -> int:
+    """Write atomically; gives the file's size in bytes.  `about` must be JSON."""
+    path = Path(path)
+    tensors = dict(beside)
+    layers = {}
+    for name, packed in matrices.items():
+        tensors |= {f"{name}.plane{i}": p for i, p in enumerate(packed.planes)}
+        tensors |= {f"{name}.scale": packed.scale, f"{name}.zero_point": packed.zero_point}
+        if packed.overflow is not None:
+            tensors |= {
+                f"{name}.overflow_crow": packed.overflow[0],
+                f"{name}.overflow_col": packed.overflow[1],
+            }
+        layers[name] = {
+            "shape": [packed.out_features, packed.in_features],
+            "group_size": packed.group_size,
+            "stored": packed.stored,
+            "mode": packed.mode,
+        }
+    header = json.dumps({"version": VERSION, "layers": layers, "about": about})
+    # wide types first keep each array aligned
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    write_safetensors(path, ordered, {KEY: header})
+    return path.stat().st_size
+
+
+def load(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, Any]]:
+    """(matrices, what stood beside them, about).  CheckpointError where codes, scales and shapes disagree."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {})[KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a readable file of matryoshka codes: {error}") from error
+    try:
+        if header["version"] != VERSION:
+            raise CheckpointError(f"{path}: version: expected {VERSION}, got {header['version']}")
+        matrices = {name: _matrix(tensors, name, layer) for name, layer in header["layers"].items()}
+        about = header["about"]
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise CheckpointError(f"{path}: codes, scales and shapes disagree: {error}") from error
+    return matrices, tensors, about
+
+
+def _matrix(tensors: dict[str, Tensor], name: str, layer: dict[str, Any]) -> Packed:
+    """Take one matrix's tensors out of `tensors`."""
+    rows, columns = layer["shape"]
+    stored = layer["stored"]
+    planes = tuple(tensors.pop(f"{name}.plane{i}") for i in range(len(WIDTHS[stored])))
+    crow, col = tensors.pop(f"{name}.overflow_crow", None), tensors.pop(f"{name}.overflow_col", None)
+    if (crow is None) != (col is None):
+        raise ValueError(f"{name}: half an overflow list")
+    scale = tensors.pop(f"{name}.scale")
+    if not bool(torch.isfinite(scale).all()):
+        raise ValueError(f"{name}.scale: expected finite values")
+    overflow = None if crow is None or col is None else (crow, col)
+    zero = tensors.pop(f"{name}.zero_point")
+    return Packed(planes, scale, zero, rows, columns, layer["group_size"], stored, layer["mode"], overflow)

@@ -1,0 +1,246 @@
+"""Coders of more than one site, and top-k SAEs: cross-layer transcoders, crosscoders, TopKSAE."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast import ops
+from gemmascope_fast.ops.latents import SparseLatents, check_latents
+from gemmascope_fast.ops._library import expect_tensor
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
+from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
+from gemmascope_fast.sae.sites import Site
+
+
+@dataclass
+class MultiSiteConfig:
+    """d_in and d_sae of one layer, the sites read and written in layer order (None where they are not known)."""
+
+    d_in: int
+    d_sae: int
+    n_layers: int
+    sites: tuple[Site | None, ...]
+    sites_out: tuple[Site | None, ...]
+    metadata: SAEMetadata = field(default_factory=SAEMetadata)
+
+
+class CrossLayerTranscoder(nn.Module):
+    """Latents of layer i read site i and write to the outputs of the layers i, i+1, …, n-1:
+
+    `f_i = jumprelu(x_i @ W_enc[i] + b_enc[i])`,
+    `x̂_l = Σ_{i ≤ l} f_i @ W_dec[i][:, l - i] + b_dec[l]  (+ x_l @ W_skip[l])`
+
+    `layers[i]` is a JumpReLUTranscoder whose W_dec is [d_sae, (n - i) · d], the outputs side by side, and whose
+    b_dec is layer i's bias followed by zeros; so one sparse decode serves all outputs.
+    """
+
+    kind = "cross_layer_transcoder"
+
+    def __init__(
+        self, layers: Sequence[JumpReLUSAE], W_skip: Sequence[Tensor] | None = None, cfg: MultiSiteConfig | None = None
+    ) -> None:
+        super().__init__()
+        n, d = len(layers), layers[0].d_in if layers else 0
+        for i, layer in enumerate(layers):
+            if (layer.cfg.d_in, layer.cfg.d_out) != (d, (n - i) * d):
+                raise ValueError(
+                    f"layers[{i}]: expected d_in {d} and d_out {(n - i) * d}, got {layer.cfg.d_in}, {layer.cfg.d_out}"
+                )
+        if not n:
+            raise ValueError("layers: expected at least one")
+        for i, skip in enumerate(W_skip or ()):
+            if skip.shape != (d, d):
+                raise ValueError(f"W_skip[{i}]: expected [{d}, {d}], got {tuple(skip.shape)}")
+        self.layers = nn.ModuleList(layers)
+        self.W_skip = nn.ParameterList(nn.Parameter(s.detach()) for s in W_skip) if W_skip else None
+        if W_skip and len(W_skip) != n:
+            raise ValueError(f"W_skip: expected one for each of {n} layers, got {len(W_skip)}")
+        sites = tuple(layer.cfg.site for layer in layers)
+        self.cfg = cfg or MultiSiteConfig(
+            d, layers[0].d_sae, n, sites, tuple(layer.cfg.site_out for layer in layers), layers[0].cfg.metadata
+        )
+
+    @classmethod
+    def from_weights(
+        cls,
+        *,
+        W_enc: Sequence[Tensor],
+        W_dec: Sequence[Tensor],
+        b_enc: Sequence[Tensor],
+        b_dec: Sequence[Tensor],
+        threshold: Sequence[Tensor],
+        W_skip: Sequence[Tensor] | None = None,
+    ) -> CrossLayerTranscoder:
+        """One of each a layer: `W_enc[i]` is [d, d_sae], `W_dec[i]` [d_sae, n, d] or [d_sae, n - i, d] (of the first,
+        the outputs from i on count), `b_enc[i]` and `threshold[i]` [d_sae], `b_dec[i]` [d], `W_skip[i]` [d, d]
+        (x @ A)."""
+        n, layers = len(W_enc), []
+        for i in range(n):
+            decoder, d = W_dec[i], W_enc[i].shape[0]
+            if decoder.dim() != 3 or decoder.shape[1] not in (n, n - i) or decoder.shape[2] != d:
+                raise ValueError(f"W_dec[{i}]: expected [d_sae, {n} or {n - i}, {d}], got {tuple(decoder.shape)}")
+            decoder = decoder[:, decoder.shape[1] - (n - i) :].reshape(decoder.shape[0], -1)
+            bias = torch.nn.functional.pad(b_dec[i], (0, decoder.shape[1] - d))
+            layers.append(JumpReLUTranscoder(W_enc[i], decoder, b_enc[i], bias, threshold[i]))
+        return cls(layers, W_skip)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._layer(0).dtype
+
+    def _layer(self, i: int) -> JumpReLUSAE:
+        return self.layers[i]  # type: ignore[return-value]
+
+    def encode_sparse(self, x: Tensor | Sequence[Tensor], screen: bool | None = None) -> list[SparseLatents]:
+        """x [n_layers, ..., d] (or one tensor a layer) → one SparseLatents [..., d_sae] a layer."""
+        self._check(x)
+        return [self._layer(i).encode_sparse(x[i], screen) for i in range(self.n_layers)]
+
+    def encode(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Dense latents [n_layers, ..., d_sae]."""
+        return torch.stack([latents.to_dense() for latents in self.encode_sparse(x)])
+
+    def decode(self, latents: Sequence[SparseLatents] | Tensor) -> Tensor:
+        """[n_layers, ..., d] in the coder's dtype: sums over source layers in fp32, in order, without the skip."""
+        if len(latents) != self.n_layers:
+            raise ValueError(f"latents: expected {self.n_layers} layers, got {len(latents)}")
+        total: Tensor | None = None
+        for i in range(self.n_layers):
+            layer, sparse = self._layer(i), latents[i]
+            check_latents(sparse, layer.d_sae, layer.device, f"latents[{i}]")
+            sparse = SparseLatents.from_dense(sparse) if isinstance(sparse, Tensor) else sparse
+            flat = ops.decode(
+                sparse.crow_indices, sparse.col_indices, sparse.values, layer.W_dec, layer.b_dec, None
+            ).reshape(*sparse.shape[:-1], self.n_layers - i, self.cfg.d_in)
+            part = flat.movedim(-2, 0)
+            total = part if total is None else torch.cat([total[:i], total[i:] + part])
+        assert total is not None
+        return total.to(self.dtype)
+
+    def skip(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """x_l @ W_skip[l] for each layer, zeros without a skip."""
+        self._check(x)
+        if self.W_skip is None:
+            return torch.stack([torch.zeros_like(x[i], dtype=self.dtype) for i in range(self.n_layers)])
+        return torch.stack([(x[i].float() @ skip.float()).to(self.dtype) for i, skip in enumerate(self.W_skip)])
+
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
+        """Reconstructed outputs [n_layers, ..., d] of the inputs x [n_layers, ..., d]."""
+        out = self.decode(self.encode_sparse(x))
+        return out if self.W_skip is None else out + self.skip(x)
+
+    def _check(self, x: Tensor | Sequence[Tensor]) -> None:
+        if len(x) != self.n_layers:
+            raise ValueError(f"x: expected one input for each of {self.n_layers} layers, got {len(x)}")
+        for i in range(self.n_layers):
+            expect_tensor(f"x[{i}]", x[i])
+
+
+class Crosscoder(JumpReLUSAE):
+    """One set of latents for n sites: z = Σ_l x_l @ W_enc[l] + b_enc, x̂_l = f @ W_dec[l] + b_dec[l].
+
+    Held as an SAE of the sites side by side: W_enc [n · d, d_sae], W_dec [d_sae, n · d], b_dec [n · d].
+    x and x̂ are [..., n, d], or [..., n · d].
+    """
+
+    kind = "crosscoder"
+
+    def __init__(self, *args: Any, sites: Sequence[Site | None] = (), n_layers: int | None = None, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.n_layers = n_layers or len(sites) or 1
+        if self.cfg.d_in % self.n_layers:
+            raise ValueError(f"W_enc: expected n · d rows for n = {self.n_layers} sites, got {self.cfg.d_in}")
+        self.sites = tuple(sites)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return super()._tokens(self._flat(x))
+
+    def _flat(self, x: Tensor) -> Tensor:
+        expect_tensor("x", x)
+        d = self.cfg.d_in // self.n_layers
+        return x.flatten(-2) if x.dim() > 1 and x.shape[-2:] == (self.n_layers, d) and d != self.cfg.d_in else x
+
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
+        return super().encode_sparse(self._flat(x), screen, bandwidth, precision)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x̂ in the shape of x."""
+        return super().forward(x).reshape(x.shape)
+
+
+class TopKSAE(JumpReLUSAE):
+    """The k greatest pre-activations of a token, where they are positive; ties go to the lower feature.
+
+    Rows are encoded in chunks: before the k are taken about half of all features are there.
+    """
+
+    kind = "topk_sae"
+    chunk = 256  # tokens; 256 · 16,384 candidate pairs of 8 bytes are 34 MB
+
+    def __init__(self, *args: Any, k: int, **more: Any) -> None:
+        super().__init__(*args, **more)
+        if not 0 < k <= self.cfg.d_sae:
+            raise ValueError(f"k: expected 1 to d_sae = {self.cfg.d_sae}, got {k}")
+        self.k = k
+
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
+        if bandwidth is not None:
+            raise ValueError("bandwidth: a top-k SAE has no threshold to train")
+        flat = self._tokens(x)
+        # at least one chunk, so that no tokens give no rows
+        encode = super().encode_sparse
+        exact = precision == "exact"
+        wide = (
+            self._positive(rows, screen) if exact else encode(rows, screen, None, precision)
+            for rows in flat.split(self.chunk)
+        )
+        return SparseLatents.cat([_greatest(part, self.k) for part in wide]).to(self.dtype).reshape(*x.shape[:-1])
+
+    def _positive(self, rows: Tensor, screen: bool | None) -> SparseLatents:
+        """What is above threshold, in float32: the k greatest are chosen before any of them is rounded."""
+        if torch.compiler.is_compiling() and not screen:
+            csr = ops.encode(rows, self.W_enc, self.b_enc, self.threshold, None)
+        else:
+            csr = self._prepared.encode(self, rows, screen)
+        crow, col, values = csr
+        return SparseLatents(crow, col, values, (rows.shape[0], self.cfg.d_sae))
+
+
+def _greatest(latents: SparseLatents, k: int) -> SparseLatents:
+    """The k greatest of each row, columns still ascending."""
+    rows, n = latents.row_indices(), latents.n_rows
+    by_value = torch.sort(latents.values.detach().float(), descending=True, stable=True).indices
+    order = by_value[torch.sort(rows[by_value], stable=True).indices]
+    rank = torch.arange(latents.nnz, device=latents.device) - latents.crow_indices[rows[order]]
+    keep = torch.sort(order[rank < k]).values
+    crow = torch.zeros(n + 1, dtype=torch.int64, device=latents.device)
+    crow[1:] = torch.bincount(rows[keep], minlength=n).cumsum(0)
+    return SparseLatents(crow, latents.col_indices[keep], latents.values[keep], latents.shape)
+
+
+def scaled_embedding_sae(sae: JumpReLUSAE, scale: float | None = None) -> JumpReLUSAE:
+    """An embedding SAE for embeddings that were multiplied by `scale` (Gemma: √d, the default).
+
+    W_enc / scale reads them, W_dec · scale and b_dec · scale write them: all three (SAELens leaves b_dec).
+    `attach` needs none of this: it gives an `embed` site the unscaled embeddings.
+    """
+    scale = sae.cfg.d_in**0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale: expected a positive number, got {scale}")
+    cfg = SAEConfig(sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.d_out, None, None, sae.cfg.metadata)
+    weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
+    weights |= {"W_enc": weights["W_enc"] / scale, "W_dec": weights["W_dec"] * scale, "b_dec": weights["b_dec"] * scale}
+    return JumpReLUSAE(**weights, cfg=cfg)

@@ -1,0 +1,374 @@
+"""Sparse autoencoders of the Gemma Scope family as modules: JumpReLU SAE, transcoder, skip transcoder."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast import ops
+from gemmascope_fast.ops.latents import SparseLatents, check_latents
+from gemmascope_fast.ops._library import expect_tensor, in_dtype
+from gemmascope_fast.sae.screen_cache import Prepared
+from gemmascope_fast.sae.screen import balancing_scales, decoder_spread, massive_dimensions
+from gemmascope_fast.sae.sites import Site
+
+if TYPE_CHECKING:
+    from gemmascope_fast.checkpoints.mapped import Mapped
+
+
+@dataclass
+class SAEMetadata:
+    """Where an SAE comes from; all of it optional."""
+
+    model_name: str | None = None
+    neuronpedia_id: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SAEConfig:
+    """Dimensions and site.  `d_out` is d_in for an SAE; `site_out` is where a transcoder writes."""
+
+    d_in: int
+    d_sae: int
+    d_out: int
+    site: Site | None = None
+    site_out: Site | None = None
+    metadata: SAEMetadata = field(default_factory=SAEMetadata)
+
+    @property
+    def hook_name(self) -> str | None:
+        return None if self.site is None else self.site.hook_name
+
+    @property
+    def hook_name_out(self) -> str | None:
+        site = self.site_out or self.site
+        return None if site is None else site.hook_name
+
+
+def as_rows(W_enc: Tensor) -> Tensor:
+    """The same [d_in, d_sae] values as the transposed view of contiguous [d_sae, d_in] storage."""
+    rows = W_enc.t()
+    return W_enc if rows.is_contiguous() else rows.contiguous().t()
+
+
+class JumpReLUSAE(nn.Module):
+    """x̂ = f @ W_dec + b_dec with f = relu(z) · (z > threshold), z = x @ W_enc + b_enc (Gemma Scope, section 1 of
+    the paper): exact, sparse from the moment the latents exist.
+
+    Parameters, Gemma Scope's names and shapes: W_enc [d_in, d_sae] (held as the transposed view of
+    [d_sae, d_in] storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
+    """
+
+    kind = "sae"
+    _mapped: Mapped | None = None  # the file that the rows are read from, where they are not resident
+    _pinned = False  # the encoder's rows are in pinned host memory, everything else on a device
+
+    def __init__(
+        self,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        cfg: SAEConfig | None = None,
+    ) -> None:
+        super().__init__()
+        _check_weights(W_enc, W_dec, b_enc, b_dec, threshold)
+        (d_in, d_sae), d_out = W_enc.shape, W_dec.shape[1]
+        self.cfg = cfg or SAEConfig(d_in, d_sae, d_out)
+        if (self.cfg.d_in, self.cfg.d_sae, self.cfg.d_out) != (d_in, d_sae, d_out):
+            raise ValueError(f"cfg: expected d_in {d_in}, d_sae {d_sae}, d_out {d_out}, got {self.cfg}")
+        self.W_enc = nn.Parameter(as_rows(W_enc.detach()))
+        self.W_dec = nn.Parameter(W_dec.detach())
+        self.b_enc = nn.Parameter(b_enc.detach())
+        self.b_dec = nn.Parameter(b_dec.detach())
+        self.threshold = nn.Parameter(threshold.detach())
+        self._prepared = Prepared()
+
+    @classmethod
+    def from_weights(
+        cls,
+        *,
+        W_enc: Tensor,
+        W_dec: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        threshold: Tensor,
+        cfg: SAEConfig | None = None,
+        **more: Any,
+    ) -> JumpReLUSAE:
+        """From tensors of Gemma Scope's names and shapes, all of one floating dtype and device.
+
+        Raises ValueError where shapes disagree or a threshold is not finite, TypeError for other dtypes.
+        """
+        return cls(W_enc, W_dec, b_enc, b_dec, threshold, cfg, **more)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str,
+        sae_id: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = torch.float32,
+        **options: Any,
+    ) -> JumpReLUSAE:
+        """As `gsf.SAE.from_pretrained`, and a TypeError naming the kind where the checkpoint is another."""
+        from gemmascope_fast.checkpoints.loading import from_pretrained
+
+        loaded = from_pretrained(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
+        if loaded.kind != cls.kind:
+            raise TypeError(
+                f"{repo_or_folder}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
+                f" ({type(loaded).__name__}); gsf.SAE.from_pretrained takes any"
+            )
+        return loaded
+
+    # ---- encode -------------------------------------------------------------------------------------
+
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
+        """x [..., d_in], any floating dtype (widened exactly; float64 is rounded to float32) → SparseLatents.
+
+        screen: True and False force the certified screen on or off, None takes what is fastest for the number
+        of tokens; the bytes are the same.  bandwidth ε: pairs with |z - threshold| < ε/2 are stored too, with
+        value 0 where they did not fire, and the threshold gets its straight-through gradient.
+        precision: "exact", or "tensor" for op `encode_tensor`: tensor cores on a GPU, with no promise of bytes,
+        within the tolerance that ops/encode_tensor.py derives; it takes neither screen nor bandwidth.
+        Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x and for lists and
+        arrays.
+        """
+        flat = self._tokens(x)
+        if self._mapped is not None:
+            self._mapped.check()
+        if precision != "exact":
+            return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
+        if torch.compiler.is_compiling() and not screen:
+            # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
+            csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
+        else:
+            csr = self._prepared.encode(self, flat, screen, bandwidth)
+        if bandwidth is not None:
+            from gemmascope_fast.sae.straight_through import with_gradients
+
+            csr = with_gradients(csr, self.threshold, bandwidth)
+        crow, col, values = csr
+        return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def _encode_tensor(
+        self, flat: Tensor, rows: tuple[int, ...], screen: bool | None, bandwidth: float | None, precision: str
+    ) -> SparseLatents:
+        if precision != "tensor":
+            raise ValueError(f"precision: expected 'exact' or 'tensor', got {precision!r}")
+        if screen or bandwidth is not None:
+            raise ValueError("precision: 'tensor' takes neither screen nor bandwidth")
+        if self._pinned:
+            raise ValueError("precision: 'tensor' reads every row, which those in host memory are not for")
+        crow, col, values = ops.encode_tensor(flat, self.W_enc, self.b_enc, self.threshold)
+        return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*rows, self.cfg.d_sae))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense latents [..., d_sae] in the SAE's dtype, as SAELens returns them."""
+        return self.encode_sparse(x).to_dense()
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        expect_tensor("x", x)
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"x: expected d_in = {self.cfg.d_in} in its last dimension, got {tuple(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"x: expected a tensor on {self.device}, like the SAE, got {x.device}")
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+    # ---- decode -------------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor | SparseLatents) -> Tensor:
+        """Reconstruction [..., d_out] in the SAE's dtype from dense [..., d_sae] or sparse latents.
+
+        Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
+        Raises ValueError for another d_sae or device, TypeError for what is neither a floating tensor nor
+        SparseLatents, IndexError where col_indices leave [0, d_sae).
+        """
+        check_latents(latents, self.cfg.d_sae, self.device)
+        if self._mapped is not None:
+            self._mapped.check()
+        if isinstance(latents, Tensor):
+            if latents.requires_grad and torch.is_grad_enabled():
+                dense = latents.float() @ self.W_dec.float() + self.b_dec.float()
+                return dense.to(self.W_dec.dtype)
+            latents = SparseLatents.from_dense(latents)
+        if self._mapped is not None and not torch.compiler.is_compiling():
+            self._mapped.announce(self.W_dec, latents.col_indices)
+        out = ops.decode(latents.crow_indices, latents.col_indices, latents.values, self.W_dec, self.b_dec, None)
+        return in_dtype(out, self.W_dec.dtype).reshape(*latents.shape[:-1], self.cfg.d_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of x [..., d_in]: [..., d_out] in the SAE's dtype."""
+        return self.reconstruct(self.encode_sparse(x), x)
+
+    def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
+        """`forward` of x [..., d_in] whose latents are there already: [..., d_out]."""
+        return self.decode(latents)
+
+    def prepare(self, force: bool = False, **options: Any) -> JumpReLUSAE:
+        """Pack now instead of at first use: lay out the rows and build the certified screen.
+
+        force: build anew even where nothing was seen to change; needed after edits that nobody can see
+        (`p.data.mul_()`, a numpy alias, inference tensors).
+        Options, kept for later rebuilds; answers depend on none of them: centre [d_in], a point near the mean of the
+        activations (default: b_dec where the SAE reconstructs its own input); sample [..., d_in], activations whose
+        mean is taken for it, and whose spread balances dimensions in place of what the decoder says; directions,
+        [k, d_in] or how many to find in the sample, along which activations vary most (default: the massive dimensions
+        that b_dec shows, 0: none): with several tokens they leave fewer features to a second look; second_digit
+        (default True), another byte a weight that spares nearly all rows that do not fire; codes, `matryoshka.Codes` of
+        W_encᵀ with a scale a row, e.g. trained ones, whose 8 bits decide in place of the screen's own.
+        """
+        self._prepared.refresh(self, force=force)
+        if options or self._prepared.stale():
+            self._prepared.build(self, **options)
+        return self
+
+    def pin_rows(self, device: str | torch.device = "cuda") -> JumpReLUSAE:
+        """Put the encoder's rows into pinned host memory and everything else on a CUDA device, in place.
+
+        Every encode takes the screen, whose codes are on the device, and reads over the bus only the rows of what they
+        could not rule out: the bytes are the same.  Parameters ask for no gradient from here on.  `.to` another device
+        makes the rows resident again.
+        Raises ValueError for another kind of device or mapped rows, BackendError where there is no CUDA device.
+        """
+        from gemmascope_fast.sae.pinned import pin_rows
+
+        pin_rows(self, torch.device(device))
+        return self
+
+    def screen_centre(self) -> Tensor | None:
+        """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
+        return self.b_dec.detach().float() if self.kind == "sae" else None
+
+    def screen_directions(self) -> Tensor | None:
+        """What the screen takes out of activations unless told: the massive dimensions, [k, d_in]."""
+        return massive_dimensions(self.b_dec.detach().float()) if self.kind == "sae" else None
+
+    def screen_scales(self) -> Tensor | None:
+        """How the screen balances dimensions unless a sample tells: by what the decoder writes into each."""
+        if self.kind != "sae" or not self.d_sae:
+            return None
+        return balancing_scales(self.W_enc.detach(), decoder_spread(self.W_dec.detach()), self.screen_directions())
+
+    def packed_bytes(self) -> int:
+        """Bytes held beside the parameters: the screen's codes and bounds."""
+        return self._prepared.nbytes
+
+    # ---- module plumbing ----------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> JumpReLUSAE:
+        """A copy of its own; mapped rows stay in their file (`Mapped.copy_rows`), and their screen is shared."""
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        if self._mapped is not None:
+            self._mapped.copy_rows(self, memo)
+        made.__setstate__(copy.deepcopy(self.__dict__, memo))
+        if made._mapped is not None:
+            self._prepared.share(self, made)
+        return made
+
+    def _apply(self, fn: Any, recurse: bool = True) -> JumpReLUSAE:
+        super()._apply(fn, recurse)
+        if self._mapped is not None and not any(self._mapped.holds(w) for w in (self.W_enc, self.W_dec)):
+            self._mapped = None  # cast or moved: resident from here on
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._mapped is not None:
+            raise TypeError(
+                f"{self._mapped.path}: an SAE of mapped rows is not pickled: its rows would be written in full; open"
+                ' its checkpoint with rows="mmap" where it is needed'
+            )
+        return self.__dict__
+
+    @property
+    def d_in(self) -> int:
+        return self.cfg.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.cfg.d_sae
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are wanted: pinned rows lie elsewhere."""
+        return self.b_enc.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_enc.dtype
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}, site={self.cfg.hook_name}, dtype={self.dtype}"
+
+
+class JumpReLUTranscoder(JumpReLUSAE):
+    """Reads one site, reconstructs another: x̂ is the output at `cfg.site_out`."""
+
+    kind = "transcoder"
+
+
+class JumpReLUSkipTranscoder(JumpReLUTranscoder):
+    """A transcoder with an affine skip: x̂ = f @ W_dec + b_dec + x @ W_skip, W_skip [d_in, d_out]."""
+
+    kind = "skip_transcoder"
+
+    def __init__(self, *args: Any, W_skip: Tensor, **more: Any) -> None:
+        super().__init__(*args, **more)
+        expect_tensor("W_skip", W_skip)
+        if W_skip.shape != (self.cfg.d_in, self.cfg.d_out):
+            raise ValueError(
+                f"W_skip: expected [d_in = {self.cfg.d_in}, d_out = {self.cfg.d_out}], got {tuple(W_skip.shape)}"
+            )
+        self.W_skip = nn.Parameter(W_skip.detach())
+
+    def skip(self, x: Tensor) -> Tensor:
+        """x @ W_skip in the SAE's dtype."""
+        return (x.float() @ self.W_skip.float()).to(self.W_dec.dtype)
+
+    def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
+        return self.decode(latents) + self.skip(x)
+
+
+def _check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> None:
+    named = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
+    for name, tensor in named.items():
+        expect_tensor(name, tensor)
+        want_dim = 2 if name.startswith("W") else 1
+        if tensor.dim() != want_dim:
+            raise ValueError(f"{name}: expected {want_dim} dimensions, got shape {tuple(tensor.shape)}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+        if tensor.dtype != W_enc.dtype or tensor.device != W_enc.device:
+            raise ValueError(
+                f"{name}: expected {W_enc.dtype} on {W_enc.device}, like W_enc, got {tensor.dtype} on {tensor.device}"
+            )
+    d_sae = W_enc.shape[1]
+    if W_dec.shape[0] != d_sae:
+        raise ValueError(f"W_dec: expected [d_sae = {d_sae}, d_out], got {tuple(W_dec.shape)}")
+    for name, size in (("b_enc", d_sae), ("threshold", d_sae), ("b_dec", W_dec.shape[1])):
+        if named[name].shape != (size,):
+            raise ValueError(f"{name}: expected [{size}], got {tuple(named[name].shape)}")
+    check_threshold(threshold)
+
+
+def check_threshold(threshold: Tensor) -> None:
+    """Raise ValueError where a threshold is not finite."""
+    if threshold.is_meta:
+        return
+    bad = (~torch.isfinite(threshold.detach())).nonzero()
+    if bad.numel():
+        raise ValueError(
+            f"threshold: expected finite values, got {threshold[bad[0, 0]].item()} at feature {int(bad[0, 0])}"
+        )

@@ -1,0 +1,185 @@
+"""What training differentiates: a linear layer whose weight is a slice of its nested code, and the recipe of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast.training.nested import straight_through
+from gemmascope_fast.ops.codes import (
+    Codes,
+    check_bits,
+    check_group_size,
+    check_mode,
+    group_range,
+    offset,
+    quantize,
+    quantize_alone,
+)
+
+METHODS = ("omniquant", "qat")
+ALONE = "alone"  # `mode` of a single-width baseline: a grid of its own that spans the range with 2^bits − 1 steps
+PUBLISHED = {8: 0.1, 4: 0.1, 2: 1.0}  # λ of Matryoshka Quantization
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What one training run does.
+
+    bits: the widths trained together, from wide to narrow; one alone with mode "alone" is a single-width baseline.
+    weights: λ by width, 1 where none is given.  distill: weight of each width's output as a second teacher of the next
+    narrower one (8 → 4 → 2).  equivalent: learn channel scales too, which leave the unquantised model as it is.  feed:
+    share of the teacher's activations in what the next block is fitted on.  The rates are Adam's, falling to zero.
+    """
+
+    method: str = "omniquant"
+    group_size: int | None = None
+    bits: tuple[int, ...] = (8, 4, 2)
+    mode: str = "prefix"
+    weights: dict[int, float] = field(default_factory=lambda: dict(PUBLISHED))
+    distill: float = 0.1
+    equivalent: bool = True
+    feed: float = 0.0
+    epochs: int = 2
+    batch: int = 4  # windows
+    clip_rate: float = 1e-2
+    scale_rate: float = 5e-3
+    weight_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        check_group_size(self.group_size)
+        if self.mode != ALONE:
+            check_mode(self.mode)
+        elif len(self.bits) != 1:
+            raise ValueError(f"bits: expected one width with mode {ALONE!r}, got {self.bits}")
+        if not self.bits or list(self.bits) != sorted(set(self.bits), reverse=True):
+            raise ValueError(f"bits: expected widths from wide to narrow, each once, got {self.bits}")
+        for bits in self.bits:
+            check_bits(bits)
+        if not 0 <= self.feed <= 1:
+            raise ValueError(f"feed: expected a share from 0 to 1, got {self.feed}")
+
+    def key(self, ids: Tensor, scope: str, *more: object) -> str:
+        """Names the run: what is trained, how and on which text."""
+        text = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
+        return hashlib.sha256(json.dumps([asdict(self), text, scope, *more], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's result: codes by path of the linear layer, and the norms' new weights (by path) that go with them."""
+
+    codes: dict[str, Codes]
+    gains: dict[str, Tensor] = field(default_factory=dict)
+
+
+class NestedWeight(nn.Module):
+    """A linear layer whose weight is the slice to `bits` of its own nested code, differentiable.
+
+    columns, rows: channel scales, the logarithms of which are learned elsewhere (`equivalent.Scales`): the code is that
+    of W · columns / rows, and the input is divided by `columns` where nothing before it does so.
+    """
+
+    columns: nn.Parameter | None
+    rows: nn.Parameter | None
+    divides_input = False
+
+    def __init__(self, linear: nn.Linear, recipe: Recipe) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().float().clone(), requires_grad=recipe.method == "qat")
+        self.bias = None if linear.bias is None else linear.bias.detach().float()
+        self.group_size, self.mode, self.bits = recipe.group_size, recipe.mode, recipe.bits[0]
+        self.register_parameter("columns", None)
+        self.register_parameter("rows", None)
+        low, _ = group_range(self.weight.detach(), self.group_size)
+        # as in OmniQuant: sigmoid(4) = 0.98 of the range to begin with
+        self.clip_low = nn.Parameter(torch.full_like(low, 4.0))
+        self.clip_high = nn.Parameter(torch.full_like(low, 4.0))
+
+    def scaled(self) -> Tensor:
+        weight: Tensor = self.weight
+        if self.columns is not None:
+            weight = weight * self.columns.exp()
+        if self.rows is not None:
+            weight = weight / self.rows.exp()[:, None]
+        return weight
+
+    def limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        # the weights' own gradient is that of their codes; a scale moves the range too
+        low, high = group_range(
+            weight.detach() if self.columns is None and self.rows is None else weight, self.group_size
+        )
+        return low * self.clip_low.sigmoid(), high * self.clip_high.sigmoid()
+
+    def sliced(self) -> Tensor:
+        weight = self.scaled()
+        low, high = self.limits(weight)
+        top = (1 << self.bits) - 1 if self.mode == ALONE else 255
+        alpha = ((high - low) / top).clamp(min=torch.finfo(torch.float16).tiny)
+        zero = (-low / alpha).clamp(0, top)
+        cut = None if self.bits == 8 or self.mode == ALONE else self._cut
+        return straight_through.sliced(weight, alpha, zero, self.group_size, top, cut)
+
+    def _cut(self, q: Tensor) -> Tensor:
+        step = 1 << (8 - self.bits)
+        if self.mode == "prefix":
+            return q.div_(step).floor_().mul_(step).add_(offset(self.bits, "prefix"))
+        return q.div_(step).add_(0.5).floor_().clamp_(max=(1 << self.bits) - 1).mul_(step)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.divides_input and self.columns is not None:
+            x = x / self.columns.exp().to(x.dtype)
+        bias = self.bias
+        if bias is not None and self.rows is not None:
+            bias = bias / self.rows.exp()
+        return nn.functional.linear(x, self.sliced(), bias)
+
+    @torch.no_grad()
+    def begin_at(self, codes: Codes) -> None:
+        """Start from codes that are there already: their weights, and a range that reaches their ends."""
+        self.weight.copy_(codes.dequantize())
+        low, high = group_range(self.weight, self.group_size)
+        ends = -codes.zero_point.float() * codes.scale.float(), (255 - codes.zero_point.float()) * codes.scale.float()
+        for clip, least, end in ((self.clip_low, low, ends[0]), (self.clip_high, high, ends[1])):
+            # a range that the weights do not fill cannot be wider than they are: 0.9999 of it
+            clip.copy_((end / torch.where(least == 0, torch.ones_like(least), least)).clamp(1e-4, 0.9999).logit())
+
+    @torch.no_grad()
+    def codes(self) -> Codes:
+        weight = self.scaled()
+        low, high = self.limits(weight)
+        if self.mode == ALONE:
+            return quantize_alone(weight, self.bits, self.group_size, low, high)
+        return quantize(weight, self.group_size, low=low, high=high)
+
+
+def put(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Set the submodule at a path."""
+    path, _, child = name.rpartition(".")
+    setattr(parent.get_submodule(path), child, module)
+
+
+@contextmanager
+def trainable(parent: nn.Module, nested: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within the block `parent` holds these modules at their paths, and no parameter but theirs has a gradient."""
+    before = {name: parent.get_submodule(name) for name in nested}
+    frozen = [p for p in parent.parameters() if p.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    for name, module in nested.items():
+        put(parent, name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            put(parent, name, module)
+        for parameter in frozen:
+            parameter.requires_grad_(True)

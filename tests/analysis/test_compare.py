@@ -1,0 +1,234 @@
+"""Sets of texts compared: figures recomputed by scipy, numpy or by hand; the command."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_model import LAYER, letters, make_sae
+from two_models import KEY, base, lines, save_two
+
+from gemmascope_fast import SparseLatents
+from gemmascope_fast.cli import main as cli
+from gemmascope_fast.analysis.compare.pooled import pool, pooled
+from gemmascope_fast.analysis.compare.sets import compare_pairs, compare_sets, covariates, separability
+from gemmascope_fast.analysis.pair import load_model
+
+stats = pytest.importorskip("scipy.stats")
+sparse = pytest.importorskip("scipy.sparse")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_two(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load_model(str(folder / "a"))
+
+
+def test_pooling_against_dense_rows(loaded):
+    texts = [letters(n, seed=n) for n in (3, 40, 17)]
+    sae = make_sae()
+    for how in ("mean", "max", "rate"):
+        got, tokens = pooled(*loaded, {KEY: sae}, texts, how, window=20)
+        assert tokens.tolist() == [3, 40, 17]
+        for row, text in zip(got.toarray(), texts, strict=True):
+            rows = []
+            ids = loaded[1](text, add_special_tokens=False)["input_ids"]
+            for at in range(0, len(ids), 20):
+                with torch.no_grad():
+                    hidden = loaded[0](torch.tensor([[1, *ids[at : at + 20]]]), output_hidden_states=True).hidden_states
+                rows.append(sae.encode(hidden[LAYER + 1][0, 1:]))
+            dense = torch.cat(rows).detach().double()
+            want = {"mean": dense.mean(0), "max": dense.amax(0), "rate": (dense != 0).double().mean(0)}[how]
+            # rounding of the model's sums; a latent at the threshold of 1 may differ: 1/20 of a mean, 1 of a maximum
+            assert np.mean(np.abs(row - want.numpy()) < 1e-4) > 0.98
+    with pytest.raises(ValueError, match="--pool"):
+        pool(SparseLatents.empty((1, 4)), "median")
+    with pytest.raises(ValueError, match="text 2: expected at least one token"):
+        pooled(*loaded, {KEY: sae}, ["a", ""], "mean")
+
+
+def test_every_figure_of_two_sets_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.poisson(0.7, (14, 40)) * rng.random((14, 40)), rng.poisson(0.7, (11, 40)) * rng.random((11, 40))
+    a[:, 3] += 2
+    a[:, 5] = b[:, 5] = 0
+    got = compare_sets(sparse.csr_array(a), sparse.csr_array(b))
+    assert got["feature"][0] == 3
+    assert 5 not in got["feature"]
+    p = []
+    for i, f in enumerate(got["feature"].tolist()):
+        x, y = a[:, f], b[:, f]
+        want = stats.mannwhitneyu(x, y, method="asymptotic")
+        assert got["p"][i] == pytest.approx(want.pvalue)
+        assert got["auc"][i] == pytest.approx(np.mean((x[:, None] > y) + 0.5 * (x[:, None] == y)))
+        sd = np.sqrt((13 * x.var(ddof=1) + 10 * y.var(ddof=1)) / 23)
+        assert got["d"][i] == pytest.approx((x.mean() - y.mean()) / sd)
+        p.append(want.pvalue)
+    # Benjamini and Hochberg: q_(i) = min over j >= i of p_(j) m / j
+    order = np.argsort(p)
+    ranked = np.array(p)[order] * len(p) / np.arange(1, len(p) + 1)
+    q = np.minimum.accumulate(ranked[::-1])[::-1].clip(max=1)
+    assert np.allclose(got["q"][order], q)
+    with pytest.raises(ValueError, match="at least two texts"):
+        compare_sets(sparse.csr_array(a[:1]), sparse.csr_array(b))
+    with pytest.raises(ValueError, match="--test"):
+        compare_sets(sparse.csr_array(a), sparse.csr_array(b), test="t")
+
+
+def test_permutation_agrees_with_every_permutation():
+    rng = np.random.default_rng(1)
+    both = rng.random((8, 3))
+    got = compare_sets(sparse.csr_array(both[:4]), sparse.csr_array(both[4:]), test="permutation", permutations=4000)
+    for i, f in enumerate(got["feature"]):
+        own = abs(both[:4, f].mean() - both[4:, f].mean())
+        splits = [np.isin(np.arange(8), s) for s in itertools.combinations(range(8), 4)]
+        exact = np.mean([abs(both[s, f].mean() - both[~s, f].mean()) >= own - 1e-12 for s in splits])
+        # five standard errors of a share of 4000 draws
+        assert abs(got["p"][i] - exact) < 5 * np.sqrt(exact * (1 - exact) / 4000) + 1 / 4001
+
+
+def test_shuffles_that_are_as_extreme_count():
+    a, b = np.array([[2.0, 1], [2, 1], [1, 1], [1, 1]]), np.array([[1.0, 0], [1, 0], [2, 0], [2, 0]])
+    got = compare_sets(sparse.csr_array(a), sparse.csr_array(b), test="permutation", permutations=500)
+    p = dict(zip(got["feature"].tolist(), got["p"].tolist(), strict=True))
+    assert p[0] == 1  # no difference of means is smaller than none
+    assert 1 / 501 < p[1] < 0.1  # 2 of 70 splits part the texts as these two sets do
+
+
+def test_pairs_with_one_covariate_agree_with_linear_regression():
+    rng = np.random.default_rng(2)
+    n = 60
+    z = rng.normal(1, 1, n)
+    noise = rng.normal(0, 0.1, (n, 3))
+    y = np.stack([2 * z, 1 + 0 * z, 0 * z], 1) + noise  # length alone; content alone; nothing
+    got = compare_pairs(sparse.csr_array(y + 5), sparse.csr_array(np.full((n, 3), 5.0)), z[:, None])
+    at = {f: i for i, f in enumerate(got["feature"].tolist())}
+    for f in range(3):
+        fit = stats.linregress(z, y[:, f])
+        sd = y[:, f].std(ddof=1)
+        assert got["before"][at[f]] == pytest.approx(y[:, f].mean() / sd)
+        assert got["p_before"][at[f]] == pytest.approx(stats.ttest_1samp(y[:, f], 0).pvalue, abs=1e-12)
+        assert got["after"][at[f]] == pytest.approx(fit.intercept / sd)
+        t = fit.intercept / fit.intercept_stderr
+        assert got["p_after"][at[f]] == pytest.approx(2 * stats.t.sf(abs(t), n - 2), abs=1e-12)
+    assert got["q_before"][at[0]] < 1e-6 < got["p_after"][at[0]]
+    assert got["q_after"][at[1]] < 1e-6
+    # a constant covariate and a repeated one take no part
+    more = compare_pairs(
+        sparse.csr_array(y + 5), sparse.csr_array(np.full((n, 3), 5.0)), np.stack([z, np.ones(n), 2 * z], 1)
+    )
+    assert np.allclose(more["after"], got["after"])
+    with pytest.raises(ValueError, match="pairs: expected at least"):
+        compare_pairs(sparse.csr_array(y[:2]), sparse.csr_array(y[:2]), z[:2, None])
+
+
+def test_covariates_count_what_they_say():
+    text = "Hello\n- one\n2. two\n**bold** `x`\n```\ncode\n```"
+    assert covariates(text).tolist() == [np.log1p(len(text)), 6, 2, 10, 1]
+
+
+def test_separability_is_of_held_out_texts():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(40, 200))
+    labels = np.arange(40) < 20
+    # more dimensions than texts: a direction fitted to all of them would separate noise
+    assert 0.2 < separability(x, labels) < 0.8
+    x[labels, 7] += 30
+    assert separability(x, labels) > 0.99
+    with pytest.raises(ValueError, match="at least two texts"):
+        separability(x[:3], [True, False, False][:3], folds=1)
+
+
+def test_partners_share_a_fold():
+    """Each pair has a direction of its own, much larger than what all pairs share: a partner in the training texts
+    gives that direction under the other label, and turns the order round."""
+    rng = np.random.default_rng(4)
+    own = 20 * rng.normal(size=(24, 400))
+    shift = 2 * rng.normal(size=400)
+    x, labels = np.concatenate([own + shift, own - shift]), np.arange(48) < 24
+    apart = separability(x, labels)
+    together = separability(x, labels, paired=True)
+    assert apart < 0.2
+    assert together > 0.9
+    with pytest.raises(ValueError, match="sets of one size"):
+        separability(x[:40], labels[:40], paired=True)
+
+
+def test_compare_by_command(folder, tmp_path, capsys):
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("\n".join(letters(20, seed=i, alphabet="abc") for i in range(8)))
+    b.write_text("\n".join(letters(20, seed=i, alphabet="xyz") for i in range(8)))
+    words = [*base(folder, "compare-texts"), "--a", str(a), "--b", str(b), "--layers"]
+    assert cli.main([*words, "--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "p.svg")]) == 0
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["features"][0]["q"] < 0.05
+    assert [row["layer"] for row in found["layers"]] == [0, 1, 2, "latents, model.layers.1.output"]
+    assert min(row["auc"] for row in found["layers"]) > 0.9
+    b.write_text("\n\n")
+    capsys.readouterr()
+    assert cli.main(words) == 1
+    assert "--b: expected at least two texts, got 0: an empty class" in capsys.readouterr().err
+    pairs = [{"chosen": letters(30, seed=i), "rejected": letters(10, seed=90 + i)} for i in range(12)]
+    data = lines(tmp_path / "pairs.jsonl", pairs)
+    assert cli.main([*base(folder, "compare-texts"), "--pairs", data, "--json", str(tmp_path / "g.json")]) == 0
+    assert {"before", "after", "q_after"} <= set(json.loads((tmp_path / "g.json").read_text())["features"][0])
+    data = lines(tmp_path / "pairs.jsonl", [*pairs, {"chosen": "a"}])
+    assert cli.main([*base(folder, "compare-texts"), "--pairs", data]) == 1
+    assert "pairs.jsonl, line 13: expected a string under 'rejected'" in capsys.readouterr().err
+    assert cli.main([*base(folder, "compare-texts"), "--a", str(a)]) == 1
+
+
+def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from gemmascope_fast.analysis.compare.reward import attributed, load_reward_model
+
+    config = transformers.AutoConfig.from_pretrained(folder / "a")
+    config.num_labels = 1
+    torch.manual_seed(0)
+    where = tmp_path / "reward"
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(where)
+    transformers.AutoTokenizer.from_pretrained(folder / "a").save_pretrained(where)
+    model, tokenizer = load_reward_model(str(where))
+    sae, texts = make_sae(), [letters(20, seed=i) for i in range(3)]
+    got, rewards = attributed(model, tokenizer, {KEY: sae}, texts)
+    for row, reward, text in zip(got.toarray(), rewards, texts, strict=True):
+        ids = torch.tensor([[1, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        kept = []
+
+        def hook(_m, _a, out):
+            x = out[0, 1:].detach()
+            z = x @ sae.W_enc
+            f = (z * (z > 1)).detach().requires_grad_()
+            kept.append(f)  # noqa: B023
+            new = x + f @ sae.W_dec - (f @ sae.W_dec).detach()
+            return torch.cat([out[:, :1], new[None]], 1)
+
+        handle = model.model.layers[LAYER].register_forward_hook(hook)
+        result = model(ids).logits[0, 0]
+        handle.remove()
+        (grad,) = torch.autograd.grad(result, kept[0])
+        want = (grad * kept[0]).detach().sum(0).double().numpy()
+        assert reward == pytest.approx(float(result), abs=1e-5)
+        assert np.allclose(row, want, atol=1e-4 * np.abs(want).max())
+    with pytest.raises(ValueError, match="text 1: expected 1 to 10 tokens"):
+        attributed(model, tokenizer, {KEY: sae}, texts, window=10)
+    pairs = [{"chosen": letters(30, seed=i), "rejected": letters(10, seed=90 + i)} for i in range(10)]
+    words = ["compare-texts", "--model", str(where), "--sae", str(folder / "sae.safetensors"), "--reward", "--pairs"]
+    out = tmp_path / "reward.json"
+    assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs), "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["pairs"]
+    assert [row["pair"] for row in found] == list(range(1, 11))
+    for row, pair in zip(found, pairs, strict=True):
+        rows, rewards = attributed(model, tokenizer, {KEY: sae}, [pair["chosen"], pair["rejected"]])
+        assert [row["chosen"], row["rejected"]] == pytest.approx(rewards.tolist(), abs=1e-6)
+        difference = rows.toarray()[0] - rows.toarray()[1]
+        shown = [f["difference"] for f in row["features"]]
+        assert shown == pytest.approx([difference[f["feature"]] for f in row["features"]], abs=1e-6)
+        assert np.abs(shown) == pytest.approx(np.sort(np.abs(difference))[::-1][: len(shown)], abs=1e-6)
+    assert cli.main([*words[:-2], "--pairs", str(tmp_path / "p.jsonl"), "--layers"]) == 0
+    assert cli.main([*words, str(tmp_path / "p.jsonl"), "--layers"]) == 1
