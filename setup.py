@@ -115,6 +115,8 @@ setup(
     # mapping below serves where a checkout could not make the link.
     packages=[*packages, "gemmascope_fast.kernels"],
     package_dir={"gemmascope_fast.kernels": "kernels"},
-    package_data={"gemmascope_fast": ["data/*", "data/**/*", "report/templates/*"]},
+    package_data={
+        "gemmascope_fast": ["py.typed", "*/data/*", "*/data/**/*", "*/templates/*", "*/*/templates/*"],
+    },
     **extension(),
 )

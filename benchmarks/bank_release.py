@@ -19,8 +19,8 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast.attach import Activations
-from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.checkpoints import native
+from gemmascope_fast.dev.bench.machine import describe
 
 D, LAYERS = 2304, 26
 

@@ -2,10 +2,10 @@
 
     python benchmarks/bench_exact.py [--cases 2304x16384,real] [--tokens 1,16,256] [--json exact.json]
 
-Cases: Gemma Scope's shapes with calibrated synthetic weights and activations (gemmascope_fast.dev.testing: the spectrum,
-the mean and the massive dimension of Gemma 3 270M's layer 12; L0 about 76 to 110), and `real`: the bundled SAE on
-Gemma 3 270M's own activations of a text.  For few tokens every implementation goes round enough copies of its weights
-to exceed four times the last-level cache.  Ratios are medians of paired rounds.
+Cases: Gemma Scope's shapes with calibrated synthetic weights and activations (gemmascope_fast.dev.testing: the
+spectrum, the mean and the massive dimension of Gemma 3 270M's layer 12; L0 about 76 to 110), and `real`: the bundled
+SAE on Gemma 3 270M's own activations of a text.  For few tokens every implementation goes round enough copies of its
+weights to exceed four times the last-level cache.  Ratios are medians of paired rounds.
 
 Beside each ratio to eager fp32 stands the greatest that an int8 pass could have in this run: eager's time over the
 time of reading the codes once, or of their integer products, whichever is longer, at the rates that the roof measures.
@@ -54,8 +54,8 @@ from gemmascope_fast.dev import roof
 from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.dev.bench.timing import interleave, paired, percentiles_ms
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.dev.testing import compare_support
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 SECONDS = 1.5  # a set of implementations is timed for about so long
 

@@ -25,9 +25,9 @@ from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.cases import copy_count
 from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.dev.bench.timing import interleave, paired, percentiles_ms
+from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
 
 OURS = (8, 4, 2)  # bits
 BASE = "bf16 F.linear"

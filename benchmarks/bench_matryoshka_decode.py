@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 import gemmascope_fast as gsf
+from gemmascope_fast.checkpoints.bundled import load_demo_model
 from gemmascope_fast.dev.bench.engine import Unavailable
 from gemmascope_fast.dev.bench.llama import LlamaCpp
 from gemmascope_fast.dev.bench.machine import describe
-from gemmascope_fast.checkpoints.bundled import load_demo_model
 from gemmascope_fast.quant.model import nbytes
 
 PROMPT = "The city of Bern lies on the river Aare and is known for its arcades, its fountains and"

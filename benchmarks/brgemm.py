@@ -23,9 +23,9 @@ from torch.utils.cpp_extension import load_inline
 from gemmascope_fast.dev import roof
 from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.dev.bench.timing import interleave, paired, percentiles_ms
+from gemmascope_fast.dev.testing import make_activations, make_sae
 from gemmascope_fast.ops.screen_rows import rows_of
 from gemmascope_fast.sae.screen import Screen
-from gemmascope_fast.dev.testing import make_activations, make_sae
 
 SOURCE = """
 #include <ATen/Parallel.h>

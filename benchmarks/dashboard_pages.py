@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.analysis.dashboard import Dashboard, collect
 from gemmascope_fast.analysis.dashboard.serve import server
 from gemmascope_fast.analysis.dashboard.weights import Lens
-from gemmascope_fast.checkpoints.bundled import load_demo_model
 from gemmascope_fast.analysis.extraction.store import Store, Writer
 from gemmascope_fast.analysis.extraction.windows import Cursor
 from gemmascope_fast.analysis.pieces import Pieces
+from gemmascope_fast.checkpoints.bundled import load_demo_model
+from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.training.text import pydoc_topics
 
 DOCUMENT, SHARD = 1000, 32768  # tokens

@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from gemmascope_fast.dev.bench.machine import describe
-from gemmascope_fast.checkpoints.bundled import load_demo
 from gemmascope_fast.analysis.extraction import Document, Extractor, documents, extract, resolve
 from gemmascope_fast.analysis.extraction.windows import batches, blocks, padded
 from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.checkpoints.bundled import load_demo
+from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.training.activations import first_layers
 
 

@@ -18,8 +18,8 @@ import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.backends.gpu import loop, register
 from gemmascope_fast.dev.gpu.devices import DEVICES
-from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
+from gemmascope_fast.quant.linear import MatryoshkaLinear
 
 D, F, L0 = 2304, 16_384, 80
 ROWS, COLUMNS, GROUP = 9216, 2304, 32  # a feed-forward matrix of Gemma 2 2B

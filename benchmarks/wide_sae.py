@@ -3,9 +3,9 @@
     python benchmarks/wide_sae.py --d-sae 1048576 --d-in 2304 --dtype float32 --folder wide [--compare] [--l0 60]
 
 Writes a synthetic checkpoint (params.safetensors, as Gemma Scope 2's) into the folder unless it is there, in panels of
-features, with thresholds calibrated to about --l0 latents a token of `gemmascope_fast.dev.testing.make_activations`; packs
-it; opens it with rows="mmap".  Every number of tokens is encoded and decoded once with none of the rows in the page
-cache, then in warm rounds.  --compare loads the resident SAE too, after the memory is read, and compares bytes.
+features, with thresholds calibrated to about --l0 latents a token of `gemmascope_fast.dev.testing.make_activations`;
+packs it; opens it with rows="mmap".  Every number of tokens is encoded and decoded once with none of the rows in the
+page cache, then in warm rounds.  --compare loads the resident SAE too, after the memory is read, and compares bytes.
 One JSON object on stdout; bytes and milliseconds.
 """
 
@@ -31,12 +31,12 @@ from torch import Tensor
 
 import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import packed
-from gemmascope_fast.dev.bench.machine import describe
-from gemmascope_fast.files.write import atomic, write_json
 from gemmascope_fast.checkpoints.loading import open_checkpoint
 from gemmascope_fast.checkpoints.packed import checksum
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.dev.testing import activations_mean, leaning_rows, make_activations, same_bytes, standard_cut
+from gemmascope_fast.files.write import atomic, write_json
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 PANEL = 16384  # features written at a time
 TOKENS = (1, 16, 64)

@@ -4,10 +4,8 @@ from gemmascope_fast._version import __version__
 from gemmascope_fast.attach import Ablate, Add, Clamp, Direction, Mask, MinClamp, Scale, attach
 from gemmascope_fast.backends import backend
 from gemmascope_fast.bank import Bank, BankedSAE
-from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
-from gemmascope_fast.sae.topk import TopKSAE
-from gemmascope_fast.sae.embedding import scaled_embedding_sae
 from gemmascope_fast.checkpoints.bundled import load_demo
+from gemmascope_fast.checkpoints.loading import SAE
 from gemmascope_fast.dropin import accelerate
 from gemmascope_fast.errors import (
     AttachError,
@@ -18,12 +16,14 @@ from gemmascope_fast.errors import (
     StaleScreenError,
 )
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.checkpoints.loading import SAE
 from gemmascope_fast.quant.model import quantize_, set_bits
 from gemmascope_fast.quant.sae import MatryoshkaSAE
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
+from gemmascope_fast.sae.embedding import scaled_embedding_sae
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
 from gemmascope_fast.sae.sites import Site
+from gemmascope_fast.sae.topk import TopKSAE
 
 __all__ = [
     "SAE",

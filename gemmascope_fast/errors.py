@@ -1,5 +1,7 @@
 """Exceptions of the package's own.  Everything else it raises is ValueError, TypeError or IndexError."""
 
+from importlib.util import find_spec
+
 
 class GemmaScopeFastError(Exception):
     """Base class."""
@@ -23,3 +25,9 @@ class BackendError(GemmaScopeFastError):
 
 class StaleScreenError(GemmaScopeFastError):
     """A refined pre-activation lies outside the screen's bound: weights changed behind the screen's back."""
+
+
+def require(module: str, extra: str, what: str) -> None:
+    """ValueError naming the extra where a module is not installed; asked before the minutes are spent."""
+    if find_spec(module) is None:
+        raise ValueError(f"{what}: expected {module}, which is not installed; pip install 'gemmascope-fast[{extra}]'")

@@ -2,7 +2,8 @@
 
 Three launches before the gather: `digits_kernel` quantises the tokens, `screen_kernel` is an int8 GEMM on tensor
 cores whose epilogue compares ẑ + B with the threshold and keeps one bit a pair, `refine_kernel` computes what is
-left in the one order of summation.  Integers are exact; the fp32 steps are bounded in gemmascope_fast/backends/gpu/screen.py.
+left in the one order of summation.  Integers are exact; the fp32 steps are bounded in
+gemmascope_fast/backends/gpu/screen.py.
 """
 
 import triton

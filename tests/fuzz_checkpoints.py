@@ -31,8 +31,8 @@ def load(folder: Path, kind: str) -> None:
     import torch
 
     from gemmascope_fast import SparseLatents
-    from gemmascope_fast.cli.checkpoints import listing
     from gemmascope_fast.checkpoints.loading import from_pretrained
+    from gemmascope_fast.cli.checkpoints import listing
 
     if kind == "latents":
         SparseLatents.load(folder / "latents.safetensors").to_dense()

@@ -6,8 +6,8 @@ import math
 import torch
 
 from gemmascope_fast import ops
-from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.dev.testing import same_bytes
+from gemmascope_fast.sae.screen import Screen
 
 SOME = (1, 17)  # tokens: one, and more than the 16 from which AMX multiplies
 FORMS = list(itertools.product((1, 2), (True, False)))  # digits of the activations, second digit of the rows

@@ -14,8 +14,8 @@ from gemmascope_fast import backends
 from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import spread
 from gemmascope_fast.errors import AttachError
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.ops.encode import kappa
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 REPEATS = 5
@@ -168,3 +168,21 @@ def _backend(device: torch.device) -> str:
         c.backend for c in backends.choices() if c.op == "encode" and c.device == device.type
     )
     return f"{chosen} ({backends.isa()})" if chosen == "native" else chosen
+
+
+LABELS = {
+    "tokens": "tokens read (BOS, EOS and PAD left out)",
+    "d_in": "d_in",
+    "d_sae": "d_sae",
+    "l0": "L0: features that fire per token",
+    "fvu": "FVU, against the mean of this text",
+    "ce_base": "cross-entropy, model alone (nats per token)",
+    "ce_spliced": "cross-entropy, SAE spliced in",
+    "ce_mean_ablated": "cross-entropy, layer output replaced by its mean",
+    "delta_loss": "delta LM loss (spliced - alone)",
+    "dead_fraction": "share of features silent on this text",
+    "support_equal": "support equals fp64 outside the error bound",
+    "support_flips_vs_eager": "pairs that differ from eager fp32",
+    "backend": "backend",
+}
+TIMES = {"model": "model", "sae_eager": "eager SAE", "sae": "this SAE"}

@@ -19,7 +19,7 @@ def render(reading: Reading) -> str:
         (f"time per token, {label}", f"{reading.figures['ms_per_token'][k]:.3f} ms") for k, label in TIMES.items()
     ]
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("gemmascope_fast.dev.report"), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("gemmascope_fast.analysis"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     # "<" is escaped: a text that contains </script> must not end the script
     data = json.dumps(page_data(reading), allow_nan=False).replace("<", "\\u003c")

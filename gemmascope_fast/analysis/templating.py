@@ -13,7 +13,7 @@ def environment() -> Any:
     import jinja2
 
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("gemmascope_fast.dev.report"),
+        loader=jinja2.PackageLoader("gemmascope_fast.analysis"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

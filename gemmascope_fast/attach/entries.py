@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.bank import Bank, BankedSAE
-from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
 from gemmascope_fast.sae.sites import Site
 
 Key = Any

@@ -11,6 +11,7 @@ It serves where it gives the bytes of the steps that it replaces, and steps asid
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.edits import Ablate, Add, Clamp, FeatureEdit, MinClamp, Scale
+from gemmascope_fast.backends.gpu import loop
 from gemmascope_fast.backends.gpu.encode import FEW
 from gemmascope_fast.backends.gpu.launch import interpreted
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.ops._library import in_dtype, requested
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 if TYPE_CHECKING:
@@ -30,6 +32,28 @@ if TYPE_CHECKING:
 PLAIN = (Scale, Ablate, Clamp, Add, MinClamp)
 MOST_ENTRIES = 1 << 22  # latents that the loop makes room for: 32 MiB, given back within the hook
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations: a sum with float64 ones is not fp32's
+
+
+def edit_table(edits: Iterable[FeatureEdit], d_sae: int, device: torch.device | str = "cpu") -> loop.EditTable:
+    """What the fused loop reads of Scale, Ablate, Clamp, Add and MinClamp; their selections are not kept.
+
+    Raises TypeError for other edits, ValueError where two name one feature, IndexError for one beyond d_sae.
+    """
+    return loop.EditTable.of(((f, *_entry(edit)) for edit in edits for f in edit.features), d_sae, device)
+
+
+def _entry(edit: FeatureEdit) -> tuple[int, float]:
+    if isinstance(edit, Scale):
+        return loop.SCALE, edit.factor
+    if isinstance(edit, Ablate):
+        return loop.CLAMP, 0.0  # not a product with 0: an infinite latent would become NaN
+    if isinstance(edit, Clamp):
+        return loop.CLAMP, edit.value
+    if isinstance(edit, Add):
+        return loop.ADD, edit.strength
+    if isinstance(edit, MinClamp):
+        return loop.MIN_CLAMP, edit.value
+    raise TypeError(f"edits: expected Scale, Ablate, Clamp, Add or MinClamp, got {type(edit).__name__}")
 
 
 class Fused:
@@ -55,11 +79,9 @@ class Fused:
         """Latents of rows [n, d], of what passes at the site as x; None where the steps must serve."""
         if not self._serves(sae, rows, call):
             return None
-        from gemmascope_fast.backends.gpu import loop  # it needs the edits, and so this package
-
         key = (rows.device, [(e.features, e.amount) for e in self.edits])
         if self.table is None or self.table[0] != key:
-            self.table = key, loop.EditTable.of(self.edits, sae.d_sae, rows.device)
+            self.table = key, edit_table(self.edits, sae.d_sae, rows.device)
         error = self.tap.run.mode == "splice+error"
         weights = sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec
         out, fixed = loop.splice(rows, *weights, self.table[1], error)

@@ -10,9 +10,9 @@ from torch import Tensor
 from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.edits import Direction, Edit, FeatureEdit, Mask, check_edits
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.ops._csr import from_mask
 from gemmascope_fast.ops._library import in_dtype
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 

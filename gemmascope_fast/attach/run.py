@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.attach.transformers import places
 from gemmascope_fast.attach.alarms import Alarm, Fired, stop
 from gemmascope_fast.attach.attribution import attribution, integrated_gradients
 from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
-from gemmascope_fast.attach.transformers.compiled import forget, is_compiled, opaque, unwrapped
 from gemmascope_fast.attach.edits import EditError, FeatureIndexError
 from gemmascope_fast.attach.entries import SAES, Activations, Entry, Key, assign, entries, find_key, spread
-from gemmascope_fast.attach.transformers.generation import listen
 from gemmascope_fast.attach.observers import Observer, select
 from gemmascope_fast.attach.selection import Selection, Selector
 from gemmascope_fast.attach.sequences import after_eos, rows_of
-from gemmascope_fast.attach.transformers.structure import Structure, submodules
 from gemmascope_fast.attach.taps import MODES, Tap, WriteTap, follow
+from gemmascope_fast.attach.transformers import places
+from gemmascope_fast.attach.transformers.compiled import forget, is_compiled, opaque, unwrapped
+from gemmascope_fast.attach.transformers.generation import listen
+from gemmascope_fast.attach.transformers.structure import Structure, submodules
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.latents import SparseLatents
 

@@ -19,10 +19,10 @@ from gemmascope_fast.attach.fused import Fused
 from gemmascope_fast.attach.plan import Plan
 from gemmascope_fast.attach.transformers.structure import Place, Structure
 from gemmascope_fast.bank import BankedSAE
-from gemmascope_fast.sae.multi_site import Crosscoder
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.multi_site import Crosscoder
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.run import Run

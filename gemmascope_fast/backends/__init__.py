@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from gemmascope_fast.errors import BackendError
 from gemmascope_fast.backends.gpu import register
+from gemmascope_fast.errors import BackendError
 from gemmascope_fast.ops._library import (  # noqa: F401 - asked here by what is above the ops
     OPS,
     REQUESTED,
@@ -66,6 +67,10 @@ def implementation(op: Op, name: str, args: Sequence[Any]) -> Callable[..., Any]
     if name != "native" and device.type == "cpu":
         return register.launcher(op.name, name)  # Triton's interpreter, without autograd
     return op.dispatched
+
+
+for _op in OPS.values():
+    _op.implementations |= {name: partial(implementation, _op, name) for name in NAMES}
 
 
 def unavailable(op: str, name: str, device: torch.device) -> str | None:

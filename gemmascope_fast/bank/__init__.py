@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from gemmascope_fast.bank.members import Member, find, matching
 from gemmascope_fast.bank.store import Lease, Stats, Store
+from gemmascope_fast.checkpoints.loading import held_dtype
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.checkpoints.loading import held_dtype
 from gemmascope_fast.sae.config import SAEConfig
 
 __all__ = ["Bank", "BankedSAE", "Lease"]

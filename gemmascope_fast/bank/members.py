@@ -14,9 +14,9 @@ import torch
 from gemmascope_fast.bank.packing import pack
 from gemmascope_fast.checkpoints import names
 from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.checkpoints.loading import build, config_of, find_checkpoint, take_screen
 from gemmascope_fast.checkpoints.repository import checkpoints_among, id_of, repository_files
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.checkpoints.loading import build, config_of, find_checkpoint, take_screen
 from gemmascope_fast.sae.config import SAEConfig
 from gemmascope_fast.sae.screen import most_bytes
 

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from gemmascope_fast.errors import BankError
-from gemmascope_fast.sae.screen_cache import Prepared
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import pays
+from gemmascope_fast.sae.screen_cache import Prepared
 
 
 class Bare(Prepared):

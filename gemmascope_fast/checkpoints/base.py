@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.files.arrays import Entry
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.arrays import Entry
 from gemmascope_fast.sae.sites import Site
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")

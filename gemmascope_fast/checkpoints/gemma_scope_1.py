@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from gemmascope_fast.files.arrays import open_npz
 from gemmascope_fast.checkpoints.base import Checkpoint
-from gemmascope_fast.files.write import Source, write_npz
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.arrays import open_npz
+from gemmascope_fast.files.write import Source, write_npz
 from gemmascope_fast.sae.sites import Site
 
 FILE = "params.npz"

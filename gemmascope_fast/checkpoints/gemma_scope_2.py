@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of, read_json
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.arrays import open_safetensors
+from gemmascope_fast.files.write import Source, write_json, write_safetensors
 from gemmascope_fast.sae.sites import Site
 
 FILE = "params.safetensors"

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, multi_layer, native, saelens
-from gemmascope_fast.files.arrays import BLOCK_BYTES, Block
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.repository import check_inside, locate
-from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder, MultiSiteConfig
-from gemmascope_fast.sae.topk import TopKSAE
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemmascope_fast.files.arrays import BLOCK_BYTES, Block
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder, MultiSiteConfig
 from gemmascope_fast.sae.sites import Site
+from gemmascope_fast.sae.topk import TopKSAE
 
 _READERS = {
     gemma_scope_1.FILE: gemma_scope_1.read,
@@ -54,11 +54,11 @@ def from_pretrained(
     kind, site, site_out: what the checkpoint cannot say itself (a params.npz whose path does not name its repository);
     a ValueError where it says otherwise.
     progress: a bar on stderr; None: for loads above 256 MB on a terminal.
-    rows: "memory", or "mmap": only the 8-bit screen is resident, and the fp32 rows that refine are read from a packed
-    file beside the checkpoint, written at first use (`gemmascope_fast.checkpoints.packed`), those that decode from the checkpoint
-    itself where it has them as they are used; on cpu, in float32.  Such an SAE is deep-copied without reading its rows,
-    and not pickled.  "pinned": the encoder's rows in pinned host memory, everything else on the CUDA device
-    (`JumpReLUSAE.pin_rows`); host memory holds the rows twice while they are copied.
+    rows: "memory"; "mmap": only the 8-bit screen is resident, and full-precision rows are read from a packed file
+    beside the checkpoint, written at first use (`checkpoints/packed.py`); on cpu, in float32.  Decoder rows
+    are read from the checkpoint itself where it stores them as they are used.  Such an SAE is deep-copied without
+    reading its rows, and cannot be pickled.  "pinned": the encoder's rows in pinned host memory, everything else on the
+    CUDA device (`JumpReLUSAE.pin_rows`); host memory holds the rows twice while they are copied.
 
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
     another dtype than float32, bfloat16 and float16.
@@ -114,6 +114,9 @@ def find_checkpoint(repo_or_folder: str | Path, sae_id: str | None = None, revis
         if named.scale is not None and checkpoint.normalisation == "expected_average_only_in":
             checkpoint = _scaled(checkpoint, named.scale)
     return checkpoint
+
+
+JumpReLUSAE._load = staticmethod(from_pretrained)
 
 
 class SAE:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gemmascope_fast import backends
 from gemmascope_fast.checkpoints.base import Checkpoint
-from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.checkpoints.loading import _CLASSES, progress_bar
 from gemmascope_fast.checkpoints.packed import ROWS, Layout, checksum, open_layout, source_of
+from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
 from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.sae.sites import Site

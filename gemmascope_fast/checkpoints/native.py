@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site
-from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.arrays import open_safetensors
+from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.sae.screen import Screen, weights_digest
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
-from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint
-from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.checkpoints.loading import progress_bar
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.arrays import open_safetensors
+from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.sae.screen import MOST_INPUTS
 

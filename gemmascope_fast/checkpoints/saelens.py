@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.checkpoints import transformer_lens
-from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of, read_json
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.arrays import Entry, open_safetensors
+from gemmascope_fast.files.write import Source, write_json, write_safetensors
 
 FILE = "sae_weights.safetensors"
 VERSION = "6.54.0"  # whose meaning of cfg.json is written

@@ -69,8 +69,8 @@ def listing(place: str, revision: str | None = None) -> list[dict[str, Any]]:
 
 
 def _local(path: Path, sae_id: str) -> dict[str, Any]:
-    from gemmascope_fast.errors import CheckpointError
     from gemmascope_fast.checkpoints.loading import open_checkpoint
+    from gemmascope_fast.errors import CheckpointError
 
     try:
         found = open_checkpoint(path)
@@ -123,10 +123,10 @@ def convert(
     import torch
 
     from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, native, saelens
-    from gemmascope_fast.checkpoints.repository import locate
-    from gemmascope_fast.files.write import Source, atomic_folder
-    from gemmascope_fast.errors import CheckpointError
     from gemmascope_fast.checkpoints.loading import build, open_checkpoint
+    from gemmascope_fast.checkpoints.repository import locate
+    from gemmascope_fast.errors import CheckpointError
+    from gemmascope_fast.files.write import Source, atomic_folder
 
     writers = {"native": native, "saelens": saelens, "gemma-scope-1": gemma_scope_1, "gemma-scope-2": gemma_scope_2}
     if to not in writers:

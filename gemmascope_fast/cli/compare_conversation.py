@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
 from gemmascope_fast.checkpoints.bundled import example
+from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
 from gemmascope_fast.files.results import write_json, write_text
 
 

@@ -34,9 +34,9 @@ def run_models(args: argparse.Namespace) -> int:
     from itertools import islice
 
     from gemmascope_fast.analysis.compare.models import changes, gather, matches
+    from gemmascope_fast.analysis.extraction.sources import documents, resolve
     from gemmascope_fast.analysis.pair import load_model, load_sae
     from gemmascope_fast.cli.extract import sites_of
-    from gemmascope_fast.analysis.extraction.sources import documents, resolve
 
     require("scipy", "analysis", "compare-models")
     check_outputs(args)

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
 from gemmascope_fast.checkpoints.bundled import example
+from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
 from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import save_figure, shown, write_json
 
@@ -135,11 +135,11 @@ def depth(
     """Separability of the two sets at the output of every layer, and on the latents where there is an SAE."""
     from tqdm import tqdm
 
-    from gemmascope_fast.attach import Activations
-    from gemmascope_fast.attach.transformers.structure import Structure
     from gemmascope_fast.analysis.compare.pooled import pool
     from gemmascope_fast.analysis.compare.sets import separability
     from gemmascope_fast.analysis.extraction.texts import read_texts
+    from gemmascope_fast.attach import Activations
+    from gemmascope_fast.attach.transformers.structure import Structure
 
     layers = range(len(Structure(model).stack()[1]))
     keys: dict[Any, Any] = {(layer, "resid"): Activations() for layer in layers}

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
 from gemmascope_fast.checkpoints.bundled import example
+from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
 from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import save_figure, shown, write_json
 

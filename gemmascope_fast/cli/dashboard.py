@@ -116,8 +116,8 @@ def _weights(args: argparse.Namespace, store: Any) -> tuple[Any, Any]:
     from tqdm import tqdm
 
     from gemmascope_fast.analysis.dashboard.weights import logit_lens, neighbours
-    from gemmascope_fast.analysis.pair import load_model, load_sae
     from gemmascope_fast.analysis.extraction.run import fingerprint
+    from gemmascope_fast.analysis.pair import load_model, load_sae
 
     name = args.sae or store.settings["sae"]
     sae = load_sae(name, args.sae_id or store.settings.get("sae_id"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_fast.analysis.pair import load_pair
-from gemmascope_fast.analysis.reading import Reading, read_text
+from gemmascope_fast.analysis.reading import LABELS, TIMES, Reading, read_text
 
 PASSAGE = (
     "In the winter of 1911 two expeditions were racing across the Antarctic ice. Roald Amundsen travelled with dogs"
@@ -81,21 +81,3 @@ def show(console: Any, reading: Reading, top: int) -> None:
     for key, label in TIMES.items():
         table.add_row(f"time per token, {label}", f"{reading.figures['ms_per_token'][key]:.3f} ms")
     console.print(table)
-
-
-LABELS = {
-    "tokens": "tokens read (BOS, EOS and PAD left out)",
-    "d_in": "d_in",
-    "d_sae": "d_sae",
-    "l0": "L0: features that fire per token",
-    "fvu": "FVU, against the mean of this text",
-    "ce_base": "cross-entropy, model alone (nats per token)",
-    "ce_spliced": "cross-entropy, SAE spliced in",
-    "ce_mean_ablated": "cross-entropy, layer output replaced by its mean",
-    "delta_loss": "delta LM loss (spliced - alone)",
-    "dead_fraction": "share of features silent on this text",
-    "support_equal": "support equals fp64 outside the error bound",
-    "support_flips_vs_eager": "pairs that differ from eager fp32",
-    "backend": "backend",
-}
-TIMES = {"model": "model", "sae_eager": "eager SAE", "sae": "this SAE"}

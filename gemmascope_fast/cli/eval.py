@@ -40,8 +40,8 @@ def run_eval(args: argparse.Namespace) -> int:
     text, label = _text(args)
     if args.plot is not None:
         _require_matplotlib()
-    from gemmascope_fast.analysis.pair import load_model, load_sae
     from gemmascope_fast.analysis.evaluation.run import Evaluation, sites_of
+    from gemmascope_fast.analysis.pair import load_model, load_sae
 
     sae = load_sae(args.sae, args.sae_id)
     reads, writes = sites_of(sae, args.layer)  # before the model, which takes longer

@@ -48,8 +48,8 @@ def run_extract(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from gemmascope_fast.analysis.pair import full_names
     from gemmascope_fast.analysis.extraction.store import Store
+    from gemmascope_fast.analysis.pair import full_names
 
     require("pyarrow", "analysis", "extract")
     check_outputs(args)
@@ -110,8 +110,8 @@ def make_extractor(
     model: str, sae: str, sae_id: str | None, layer: int | None, window: int, batch: int, device: str
 ) -> Any:
     """The Extractor of a command line, here or on a worker."""
-    from gemmascope_fast.analysis.pair import load_model, load_sae
     from gemmascope_fast.analysis.extraction.run import Extractor
+    from gemmascope_fast.analysis.pair import load_model, load_sae
 
     coder = load_sae(sae, sae_id)
     sites = sites_of(coder, layer)
@@ -124,9 +124,9 @@ def make_extractor(
 def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from functools import partial
 
-    from gemmascope_fast.attach.entries import entries
     from gemmascope_fast.analysis.extraction.run import extract
     from gemmascope_fast.analysis.extraction.sources import documents, resolve
+    from gemmascope_fast.attach.entries import entries
 
     sources = resolve(args.text)  # what can be wrong is found before the minutes are spent
     if args.engine == "ray":

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from gemmascope_fast import backends
-from gemmascope_fast._version import __version__
+from gemmascope_fast.backends.versions import versions
 from gemmascope_fast.training.arithmetic import products
 
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "huggingface_hub", "gguf")
@@ -21,17 +19,6 @@ PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "huggingf
 
 def add_info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-
-
-def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Version by name of this package, Python and `packages`; None where a package is not installed."""
-    found: dict[str, str | None] = {"gemmascope-fast": __version__, "python": platform.python_version()}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def collect() -> dict[str, Any]:

@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.analysis.pair import load_model
+    from gemmascope_fast.analysis.widths import measure
+    from gemmascope_fast.ops.codes import check_group_size
+    from gemmascope_fast.quant import model as models
     from gemmascope_fast.training import arithmetic
     from gemmascope_fast.training.nested import calibration
-    from gemmascope_fast.analysis.widths import measure
-    from gemmascope_fast.quant import model as models
-    from gemmascope_fast.ops.codes import check_group_size
 
     check_group_size(args.group_size)
     if args.out is None and args.table is None:
@@ -112,9 +112,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace, model: Any, training: Any, progress: Any) -> Any:
+    from gemmascope_fast.training.nested.blocks import train
     from gemmascope_fast.training.nested.endtoend import finetune
     from gemmascope_fast.training.nested.recipe import PUBLISHED, Recipe
-    from gemmascope_fast.training.nested.blocks import train
 
     bits = tuple(int(b) for b in args.train_bits.split(","))
     weights = dict(PUBLISHED)

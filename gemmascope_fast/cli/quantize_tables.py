@@ -36,10 +36,9 @@ def run_compare(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.analysis.pair import load_pair
+    from gemmascope_fast.analysis.widths import grid, measure, mixnmatch
     from gemmascope_fast.training import arithmetic
     from gemmascope_fast.training.nested import calibration
-    from gemmascope_fast.analysis.widths import measure, mixnmatch
-    from gemmascope_fast.analysis.widths import grid as grid
 
     wanted = args.only.split(",")
     if set(wanted) - set(PARTS):

@@ -184,9 +184,9 @@ def _finish(trainer: Any, args: argparse.Namespace, held: dict[str, Any], model:
 
     import torch
 
-    from gemmascope_fast.checkpoints.native import save
-    from gemmascope_fast.checkpoints.bundled import MODEL_NAME
     from gemmascope_fast.analysis.evaluation import Reconstruction
+    from gemmascope_fast.checkpoints.bundled import MODEL_NAME
+    from gemmascope_fast.checkpoints.native import save
     from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
     from gemmascope_fast.sae.sites import Site
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from gemmascope_fast.attach import Ablate, Add, Clamp, Edit, Tokens, attach
 from gemmascope_fast.analysis.pair import load_pair
+from gemmascope_fast.attach import Ablate, Add, Clamp, Edit, Tokens, attach
 from gemmascope_fast.ops.latents import SparseLatents
 
 HELP = (

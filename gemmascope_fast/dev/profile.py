@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemmascope_fast import backends
 from gemmascope_fast.cli.arguments import check_outputs
+from gemmascope_fast.dev.roof import Roof, measure
 from gemmascope_fast.files.results import write_json
 from gemmascope_fast.ops._library import OPS
-from gemmascope_fast.dev.roof import Roof, measure
 
 PREFIX = "gemmascope_fast::"
 
@@ -226,9 +226,9 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_profile(args: argparse.Namespace) -> int:
+    from gemmascope_fast.analysis.pair import load_model, load_pair
     from gemmascope_fast.attach import attach
     from gemmascope_fast.attach.transformers.structure import Structure
-    from gemmascope_fast.analysis.pair import load_model, load_pair
 
     check_outputs(args)
     if args.tokens < 1:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.ops.encode import kappa
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 # Share of the centred energy that the first n directions of Gemma 3 270M's layer-12 residual stream hold.

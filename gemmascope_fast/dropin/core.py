@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
-from gemmascope_fast.sae.topk import TopKSAE
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.checkpoints.loading import folded_b_dec
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
+from gemmascope_fast.sae.topk import TopKSAE
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A sparse decode reads each row anew for every token, a dense product reuses it from cache: measured at 2304 × 16,384

@@ -11,9 +11,9 @@ from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchT
 from dictionary_learning.trainers.top_k import AutoEncoderTopK
 from torch import Tensor
 
-from gemmascope_fast.sae.topk import TopKSAE
 from gemmascope_fast.dropin.core import converted
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.topk import TopKSAE
 
 KINDS = (AutoEncoder, AutoEncoderNew, JumpReluAutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE)
 

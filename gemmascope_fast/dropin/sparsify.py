@@ -6,8 +6,8 @@ from typing import Any
 
 from sparsify import SparseCoder
 
-from gemmascope_fast.sae.topk import TopKSAE
 from gemmascope_fast.dropin.core import converted
+from gemmascope_fast.sae.topk import TopKSAE
 
 
 def accelerate(target: Any, inplace: bool | None = None) -> TopKSAE:

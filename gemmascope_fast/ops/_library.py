@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +57,8 @@ class Op:
     cost: Callable[..., Cost]
     dispatched: torch._ops.OpOverload = field(init=False)
     tensors: tuple[tuple[int, str], ...] = field(init=False)  # the arguments that must be tensors
+    # backend name -> the callable for a call's arguments, or BackendError; filled in by gemmascope_fast.backends
+    implementations: dict[str, Callable[[Sequence[Any]], Callable[..., Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.dispatched = getattr(torch.ops.gemmascope_fast, self.name).default
@@ -67,13 +69,11 @@ class Op:
         wanted = requested()
         if wanted is None:
             return self.dispatched(*args)
-        from gemmascope_fast import backends
-
         # the dispatcher, which is passed by here, refuses these with words of its own
         for position, name in self.tensors:
             if position < len(args):
                 expect_tensor(name, args[position])
-        return backends.implementation(self, wanted, args)(*args)
+        return self.implementations[wanted](args)(*args)
 
     def step(self, *args: Any) -> Any:
         """As a call, where the op is a step of another's work: a backend asked for by name was asked for the whole.

@@ -277,8 +277,8 @@ class SparseLatents:
     @classmethod
     def load(cls, path: str | PathLike[str], device: str = "cpu") -> SparseLatents:
         """What `save` wrote, checked.  CheckpointError where the file is damaged or something else."""
-        from gemmascope_fast.files.arrays import open_safetensors
         from gemmascope_fast.errors import CheckpointError
+        from gemmascope_fast.files.arrays import open_safetensors
 
         entries, metadata = open_safetensors(Path(path))
         if set(entries) != {"crow_indices", "col_indices", "values"}:

@@ -1,4 +1,4 @@
-"""Matryoshka codes: one 8-bit code of a weight matrix, served at any width from 1 to 8 bits."""
+"""Nested codes served: matrices, linear layers, SAEs; arithmetic is in ops/codes.py, training in training/nested/."""
 
 from gemmascope_fast.ops.codes import Codes, grid, quantize, slice_codes
 from gemmascope_fast.quant.linear import MatryoshkaLinear

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.ops.codes import check_bits, check_mode, quantize
-from gemmascope_fast.quant.planes import Packed, in_huge_pages
 from gemmascope_fast.ops._planes import rule_of
+from gemmascope_fast.ops.codes import check_bits, check_mode, quantize
 from gemmascope_fast.ops.matryoshka_linear import matryoshka_linear
+from gemmascope_fast.quant.planes import Packed, in_huge_pages
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.quant import storage
 from gemmascope_fast.ops.codes import Codes, check_bits, quantize
+from gemmascope_fast.quant import storage
 from gemmascope_fast.quant.linear import MatryoshkaLinear, MatryoshkaMatrix
-from gemmascope_fast.quant.trained import Trained, put
 from gemmascope_fast.quant.planes import Packed
+from gemmascope_fast.quant.trained import Trained, put
 
 SCOPES = ("ffn", "all-linear")
 _FFN = {"mlp", "ffn", "feed_forward", "block_sparse_moe"}

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gemmascope_fast.ops.codes import Codes, check_bits, check_mode, group_count, slice_codes
 from gemmascope_fast.ops._planes import PREFIX, ROWS, UNIT, WIDTHS, add_overflow, rule_of, unblocked
+from gemmascope_fast.ops.codes import Codes, check_bits, check_mode, group_count, slice_codes
 from gemmascope_fast.ops.matryoshka_dequantize import dequantize, on_grid
 from gemmascope_fast.ops.matryoshka_pack import matryoshka_pack
 from gemmascope_fast.ops.matryoshka_slice import matryoshka_slice, resliced, unpack

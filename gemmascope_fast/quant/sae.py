@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from gemmascope_fast import ops
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.ops.latents import SparseLatents, check_latents
-from gemmascope_fast.quant import storage
+from gemmascope_fast.ops._csr import check_columns, from_mask, row_indices
 from gemmascope_fast.ops.codes import Codes, check_mode, quantize
+from gemmascope_fast.ops.latents import SparseLatents, check_latents
+from gemmascope_fast.ops.screen_rows import Row, rows_of
+from gemmascope_fast.quant import storage
 from gemmascope_fast.quant.linear import MatryoshkaLinear, MatryoshkaMatrix
 from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops._csr import check_columns, from_mask, row_indices
-from gemmascope_fast.ops.screen_rows import Row, rows_of
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.config import SAEConfig
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import Screen
 
 PRE_BYTES = 1 << 26  # dense pre-activations held at once

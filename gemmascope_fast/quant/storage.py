@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemmascope_fast.files.write import write_safetensors
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.write import write_safetensors
 from gemmascope_fast.quant.planes import WIDTHS, Packed
 
 KEY = "matryoshka"

@@ -3,57 +3,22 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
-from gemmascope_fast.ops.latents import SparseLatents, check_latents
 from gemmascope_fast.ops._library import expect_tensor, in_dtype
-from gemmascope_fast.sae.screen_cache import Prepared
+from gemmascope_fast.ops.latents import SparseLatents, check_latents
+from gemmascope_fast.sae.config import SAEConfig
 from gemmascope_fast.sae.screen import balancing_scales, decoder_spread, massive_dimensions
-from gemmascope_fast.sae.sites import Site
+from gemmascope_fast.sae.screen_cache import Prepared
+from gemmascope_fast.sae.weights import as_rows, check_weights
 
 if TYPE_CHECKING:
     from gemmascope_fast.checkpoints.mapped import Mapped
-
-
-@dataclass
-class SAEMetadata:
-    """Where an SAE comes from; all of it optional."""
-
-    model_name: str | None = None
-    neuronpedia_id: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class SAEConfig:
-    """Dimensions and site.  `d_out` is d_in for an SAE; `site_out` is where a transcoder writes."""
-
-    d_in: int
-    d_sae: int
-    d_out: int
-    site: Site | None = None
-    site_out: Site | None = None
-    metadata: SAEMetadata = field(default_factory=SAEMetadata)
-
-    @property
-    def hook_name(self) -> str | None:
-        return None if self.site is None else self.site.hook_name
-
-    @property
-    def hook_name_out(self) -> str | None:
-        site = self.site_out or self.site
-        return None if site is None else site.hook_name
-
-
-def as_rows(W_enc: Tensor) -> Tensor:
-    """The same [d_in, d_sae] values as the transposed view of contiguous [d_sae, d_in] storage."""
-    rows = W_enc.t()
-    return W_enc if rows.is_contiguous() else rows.contiguous().t()
 
 
 class JumpReLUSAE(nn.Module):
@@ -65,6 +30,7 @@ class JumpReLUSAE(nn.Module):
     """
 
     kind = "sae"
+    _load: ClassVar[Callable[..., Any]]  # `from_pretrained` of any kind, set by gemmascope_fast.checkpoints.loading
     _mapped: Mapped | None = None  # the file that the rows are read from, where they are not resident
     _pinned = False  # the encoder's rows are in pinned host memory, everything else on a device
 
@@ -78,7 +44,7 @@ class JumpReLUSAE(nn.Module):
         cfg: SAEConfig | None = None,
     ) -> None:
         super().__init__()
-        _check_weights(W_enc, W_dec, b_enc, b_dec, threshold)
+        check_weights(W_enc, W_dec, b_enc, b_dec, threshold)
         (d_in, d_sae), d_out = W_enc.shape, W_dec.shape[1]
         self.cfg = cfg or SAEConfig(d_in, d_sae, d_out)
         if (self.cfg.d_in, self.cfg.d_sae, self.cfg.d_out) != (d_in, d_sae, d_out):
@@ -118,9 +84,7 @@ class JumpReLUSAE(nn.Module):
         **options: Any,
     ) -> JumpReLUSAE:
         """As `gsf.SAE.from_pretrained`, and a TypeError naming the kind where the checkpoint is another."""
-        from gemmascope_fast.checkpoints.loading import from_pretrained
-
-        loaded = from_pretrained(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
+        loaded = cls._load(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
         if loaded.kind != cls.kind:
             raise TypeError(
                 f"{repo_or_folder}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
@@ -339,36 +303,3 @@ class JumpReLUSkipTranscoder(JumpReLUTranscoder):
 
     def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
         return self.decode(latents) + self.skip(x)
-
-
-def _check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> None:
-    named = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
-    for name, tensor in named.items():
-        expect_tensor(name, tensor)
-        want_dim = 2 if name.startswith("W") else 1
-        if tensor.dim() != want_dim:
-            raise ValueError(f"{name}: expected {want_dim} dimensions, got shape {tuple(tensor.shape)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
-        if tensor.dtype != W_enc.dtype or tensor.device != W_enc.device:
-            raise ValueError(
-                f"{name}: expected {W_enc.dtype} on {W_enc.device}, like W_enc, got {tensor.dtype} on {tensor.device}"
-            )
-    d_sae = W_enc.shape[1]
-    if W_dec.shape[0] != d_sae:
-        raise ValueError(f"W_dec: expected [d_sae = {d_sae}, d_out], got {tuple(W_dec.shape)}")
-    for name, size in (("b_enc", d_sae), ("threshold", d_sae), ("b_dec", W_dec.shape[1])):
-        if named[name].shape != (size,):
-            raise ValueError(f"{name}: expected [{size}], got {tuple(named[name].shape)}")
-    check_threshold(threshold)
-
-
-def check_threshold(threshold: Tensor) -> None:
-    """Raise ValueError where a threshold is not finite."""
-    if threshold.is_meta:
-        return
-    bad = (~torch.isfinite(threshold.detach())).nonzero()
-    if bad.numel():
-        raise ValueError(
-            f"threshold: expected finite values, got {threshold[bad[0, 0]].item()} at feature {int(bad[0, 0])}"
-        )

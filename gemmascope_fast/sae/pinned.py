@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.errors import BackendError
 from gemmascope_fast.backends.gpu.screen import in_host_memory
+from gemmascope_fast.errors import BackendError
 
 if TYPE_CHECKING:
     from gemmascope_fast.sae.jumprelu import JumpReLUSAE

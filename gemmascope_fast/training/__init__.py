@@ -1,1 +1,1 @@
-"""Training of JumpReLU SAEs."""
+"""Trainers of SAEs and of nested codes; what they produce is served by sae/ and quant/."""

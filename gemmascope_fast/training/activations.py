@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemmascope_fast.attach.tokens import ends
 from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.sae.sites import Site
-from gemmascope_fast.attach.tokens import ends
 
 WINDOW = 255  # content tokens after the BOS
 WINDOWS_AT_ONCE = 8

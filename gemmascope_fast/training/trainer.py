@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.config import SAEConfig
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.straight_through import JumpReLU, L0Step
 
 PARAMETERS = ("W_enc_rows", "W_dec", "b_enc", "b_dec", "threshold")

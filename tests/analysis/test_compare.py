@@ -10,10 +10,10 @@ from tiny_model import LAYER, letters, make_sae
 from two_models import KEY, base, lines, save_two
 
 from gemmascope_fast import SparseLatents
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.analysis.compare.pooled import pool, pooled
 from gemmascope_fast.analysis.compare.sets import compare_pairs, compare_sets, covariates, separability
 from gemmascope_fast.analysis.pair import load_model
+from gemmascope_fast.cli import main as cli
 
 stats = pytest.importorskip("scipy.stats")
 sparse = pytest.importorskip("scipy.sparse")

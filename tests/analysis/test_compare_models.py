@@ -9,7 +9,6 @@ from tiny_model import F, letters, make_sae
 from two_models import KEY, base, save_two
 
 from gemmascope_fast import JumpReLUSAE, SparseLatents
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.analysis.compare.models import (
     by_span,
     changes,
@@ -21,6 +20,7 @@ from gemmascope_fast.analysis.compare.models import (
     token_ends,
 )
 from gemmascope_fast.analysis.pair import load_model
+from gemmascope_fast.cli import main as cli
 
 sparse = pytest.importorskip("scipy.sparse")
 

@@ -7,13 +7,13 @@ import torch
 from tiny_model import LAYER, D, letters, make_sae, save_model
 
 from gemmascope_fast import Site
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.analysis.concepts.data import BUNDLED, Example, load_examples, split
 from gemmascope_fast.analysis.concepts.methods import Detector, auc_columns, diff_mean, linear_probe, text_scores
 from gemmascope_fast.analysis.concepts.reft import fit_reft
 from gemmascope_fast.analysis.concepts.run import Concepts
 from gemmascope_fast.analysis.pair import load_model
+from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.cli import main as cli
 
 pytest.importorskip("sklearn")
 

@@ -8,10 +8,10 @@ import torch
 from tiny_model import LAYER, letters, make_sae
 from two_models import KEY, base, lines, save_two
 
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.analysis.compare import conversation as talk
 from gemmascope_fast.analysis.compare.models import Side
 from gemmascope_fast.analysis.pair import load_model
+from gemmascope_fast.cli import main as cli
 
 
 @pytest.fixture(scope="module")

@@ -11,15 +11,15 @@ import torch
 from chromium import dumped, screenshot
 from tiny_model import letters, make_sae, save_model
 
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.analysis.dashboard import Dashboard, collect
 from gemmascope_fast.analysis.dashboard.collect import BINS, SEGMENT
 from gemmascope_fast.analysis.dashboard.serve import server
 from gemmascope_fast.analysis.dashboard.weights import logit_lens, neighbours
-from gemmascope_fast.analysis.pair import load_model
 from gemmascope_fast.analysis.extraction import Store
+from gemmascope_fast.analysis.pair import load_model
 from gemmascope_fast.analysis.pieces import Pieces
+from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.cli import main as cli
 
 pytest.importorskip("pyarrow")
 duckdb = pytest.importorskip("duckdb")

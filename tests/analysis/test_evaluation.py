@@ -8,12 +8,12 @@ import torch
 from tiny_model import BOS, LAYER, LETTERS, D, F, save_model
 
 from gemmascope_fast import JumpReLUSAE
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.analysis.evaluation import Evaluation, Reconstruction, evaluate
-from gemmascope_fast.cli import eval as eval_command
 from gemmascope_fast.analysis.evaluation.run import pieces
 from gemmascope_fast.checkpoints.loading import open_checkpoint
+from gemmascope_fast.cli import eval as eval_command
+from gemmascope_fast.cli import main as cli
+from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sae.sites import Site
 from gemmascope_fast.training import activations as training_activations
 from gemmascope_fast.training import text as texts

@@ -7,15 +7,15 @@ import pytest
 import torch
 from tiny_model import BOS, LAYER, LETTERS, D, letters, make_model, save_model
 
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.attach import attach
-from gemmascope_fast.checkpoints.native import save
-from gemmascope_fast.sae.multi_site import CrossLayerTranscoder
-from gemmascope_fast.errors import AttachError
 from gemmascope_fast.analysis.evaluation import Evaluation, Reconstruction, evaluate
 from gemmascope_fast.analysis.evaluation.run import sites_of
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemmascope_fast.attach import attach
+from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.cli import main as cli
+from gemmascope_fast.errors import AttachError
 from gemmascope_fast.sae.config import SAEConfig
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemmascope_fast.sae.multi_site import CrossLayerTranscoder
 from gemmascope_fast.sae.sites import Site
 
 HEAD_DIM = 24  # two heads: what o_proj reads is wider than the residual stream

@@ -15,10 +15,10 @@ import pytest
 import torch
 from tiny_model import BOS, LAYER, D, F, letters, make_sae, save_model
 
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.analysis.pair import load_model
 from gemmascope_fast.analysis.extraction import Document, Extractor, Store, StoreError, documents, extract, resolve
 from gemmascope_fast.analysis.extraction.windows import Cursor, batches, blocks
+from gemmascope_fast.analysis.pair import load_model
+from gemmascope_fast.cli import main as cli
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

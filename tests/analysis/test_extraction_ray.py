@@ -10,9 +10,9 @@ import pytest
 import torch
 from tiny_model import letters, make_sae, save_model
 
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.analysis.extraction import Store, documents, extract, resolve
+from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.cli import main as cli
 from gemmascope_fast.cli.extract import make_extractor
 
 ray = pytest.importorskip("ray")

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import pytest
 from tiny_model import letters, make_sae, save_model
 
+from gemmascope_fast.analysis.extraction import Store
+from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.files import atomic as files
-from gemmascope_fast.checkpoints.native import save
-from gemmascope_fast.analysis.extraction import Store
 
 for module in ("pyarrow", "scipy", "sklearn", "matplotlib"):
     pytest.importorskip(module)

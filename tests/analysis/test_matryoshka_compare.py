@@ -8,8 +8,7 @@ import torch
 from tiny_model import two_blocks
 
 from gemmascope_fast import quant as matryoshka
-from gemmascope_fast.analysis.widths import grid as grid
-from gemmascope_fast.analysis.widths import measure, mixnmatch
+from gemmascope_fast.analysis.widths import grid, measure, mixnmatch
 from gemmascope_fast.analysis.widths.mixnmatch import Point, Unit
 
 pytest.importorskip("transformers")
@@ -177,8 +176,8 @@ def test_mixing_measures_candidates_and_finds_the_frontier(tmp_path):
     ("option", "value"), [("--only", "sae,all"), ("--methods", "omniquant,gptq"), ("--methods", "")]
 )
 def test_unknown_parts_and_methods_are_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, option, value):
-    from gemmascope_fast.cli import main as cli
     from gemmascope_fast.checkpoints import bundled as demo_model
+    from gemmascope_fast.cli import main as cli
 
     monkeypatch.setattr(demo_model, "load_pair", None)
     assert cli.main(["compare", "--work", str(tmp_path / "work"), option, value]) == 1

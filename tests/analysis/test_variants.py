@@ -8,7 +8,6 @@ import torch
 from tiny_model import letters
 from two_models import base, lines, save_two
 
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.analysis.compare.variants import (
     Votes,
     brier,
@@ -22,6 +21,7 @@ from gemmascope_fast.analysis.compare.variants import (
     stability,
 )
 from gemmascope_fast.analysis.pair import load_model
+from gemmascope_fast.cli import main as cli
 
 
 @pytest.fixture(scope="module")

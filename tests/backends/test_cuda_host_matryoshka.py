@@ -9,10 +9,10 @@ from cuda_host import ORDERS, HostLibrary, MatryoshkaArgs, caught, pointer
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.backends.gpu import matryoshka, register
-from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
-from gemmascope_fast.ops._planes import EXTRA, MATQUANT, PREFIX
 from gemmascope_fast.dev.testing import same_bytes
+from gemmascope_fast.ops._planes import EXTRA, MATQUANT, PREFIX
+from gemmascope_fast.ops.codes import quantize
+from gemmascope_fast.quant.planes import Packed
 
 
 @pytest.fixture(scope="module")

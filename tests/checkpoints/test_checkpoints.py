@@ -9,9 +9,9 @@ import torch
 from safetensors.numpy import save_file
 
 import gemmascope_fast as gsf
-from gemmascope_fast.files import arrays
 from gemmascope_fast.checkpoints import native
 from gemmascope_fast.checkpoints.loading import from_pretrained
+from gemmascope_fast.files import arrays
 
 
 def weights(d_in=6, d_sae=10, d_out=6):

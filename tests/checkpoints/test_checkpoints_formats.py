@@ -12,10 +12,10 @@ from checkpoint_files import D, F, weights, write_gemma_scope_2
 from safetensors.numpy import load_file
 
 import gemmascope_fast as gsf
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.checkpoints import native
-from gemmascope_fast.cli.checkpoints import convert, listing
 from gemmascope_fast.checkpoints.loading import from_pretrained, open_checkpoint
+from gemmascope_fast.cli import main as cli
+from gemmascope_fast.cli.checkpoints import convert, listing
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import torch
 from checkpoint_files import D, F, dense, weights, write_saelens
 
 import gemmascope_fast as gsf
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.checkpoints import names, native, repository
-from gemmascope_fast.sae.topk import TopKSAE
 from gemmascope_fast.checkpoints.loading import from_pretrained
+from gemmascope_fast.cli import main as cli
+from gemmascope_fast.sae.topk import TopKSAE
 
 
 def test_saelens_relu_is_a_threshold_of_zero_and_b_dec_leaves_the_input(tmp_path):

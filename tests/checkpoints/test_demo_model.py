@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import gemmascope_fast as gsf
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.checkpoints import bundled as demo_model
 from gemmascope_fast.analysis.evaluation import Reconstruction
+from gemmascope_fast.checkpoints import bundled as demo_model
+from gemmascope_fast.cli import main as cli
 from gemmascope_fast.training.activations import activations, windows
 from gemmascope_fast.training.text import Text, pydoc_topics
 

@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 import gemmascope_fast as gsf
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.checkpoints import native, repository
-from gemmascope_fast.files.arrays import open_npz, open_safetensors
-from gemmascope_fast.cli.checkpoints import convert
 from gemmascope_fast.checkpoints.loading import from_pretrained
+from gemmascope_fast.cli import main as cli
+from gemmascope_fast.cli.checkpoints import convert
+from gemmascope_fast.files.arrays import open_npz, open_safetensors
 
 quick = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 
 import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import packed
-from gemmascope_fast.checkpoints.native import save
-from gemmascope_fast.files.write import write_npz, write_safetensors
 from gemmascope_fast.checkpoints.loading import open_checkpoint
 from gemmascope_fast.checkpoints.mapped import verify
-from gemmascope_fast.sae.screen import Screen
+from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
+from gemmascope_fast.files.write import write_npz, write_safetensors
+from gemmascope_fast.sae.screen import Screen
 
 
 @pytest.fixture

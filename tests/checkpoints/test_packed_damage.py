@@ -10,11 +10,11 @@ import torch
 from packed_files import compressed, flip, small_panels
 
 import gemmascope_fast as gsf
-from gemmascope_fast.checkpoints import packed
 from gemmascope_fast.bank.store import copied_to
-from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.checkpoints import packed
 from gemmascope_fast.checkpoints.loading import open_checkpoint
 from gemmascope_fast.checkpoints.mapped import verify
+from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
 
 

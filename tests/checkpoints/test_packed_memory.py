@@ -13,8 +13,8 @@ import pytest
 
 import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import packed
-from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.checkpoints.loading import open_checkpoint
+from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dev.testing import make_activations, make_sae
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gemmascope_fast import backends
-from gemmascope_fast.cli import main as cli, info
+from gemmascope_fast.cli import info
+from gemmascope_fast.cli import main as cli
 from gemmascope_fast.dev.bench import machine
 
 

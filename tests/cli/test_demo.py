@@ -10,10 +10,9 @@ from chromium import dumped
 from tiny_model import LAYER, D, F, make_model
 
 from gemmascope_fast import JumpReLUSAE, load_demo
-from gemmascope_fast.cli import main as cli
-from gemmascope_fast.analysis.reading import LABELS, TIMES
-from gemmascope_fast.analysis.reading import check_support, read_text
+from gemmascope_fast.analysis.reading import LABELS, TIMES, check_support, read_text
 from gemmascope_fast.analysis.reading_page import render
+from gemmascope_fast.cli import main as cli
 
 KEYS = [
     "model", "layer", "tokens", "d_in", "d_sae", "l0", "fvu", "ce_base", "ce_spliced", "ce_mean_ablated", "delta_loss",

@@ -8,8 +8,9 @@ from attach_models import F, gemma3, lively, sae
 from test_training_architectures import tokenizer
 
 import gemmascope_fast as gsf
-from gemmascope_fast.cli import main as cli, watch
 from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.cli import main as cli
+from gemmascope_fast.cli import watch
 
 LAYER, TEXT = 1, "abcabd"
 

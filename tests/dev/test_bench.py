@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.bank import Bank, BankedSAE
+from gemmascope_fast.cli import main as cli
 from gemmascope_fast.dev.bench import cases, command, compare, machine, peers, suite_bank, suite_ops, timing
 from gemmascope_fast.dev.bench import run as run_module
 from gemmascope_fast.dev.bench.cases import Case
@@ -20,10 +20,10 @@ from gemmascope_fast.dev.bench.rows import Ratio, Results, Row
 from gemmascope_fast.dev.bench.run import QUICK, few_copies, noise
 from gemmascope_fast.dev.bench.suite_modules import modules_suite
 from gemmascope_fast.dev.bench.suite_ops import ops_suite
-from gemmascope_fast.errors import GemmaScopeFastError
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.dev.roof import Roof
 from gemmascope_fast.dev.testing import make_activations, make_sae
+from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.ops.latents import SparseLatents
 
 COLUMNS = (
     "suite, op, impl, T, d_in, d_sae, l0, dtype, threads, median_ms, p20_ms, p80_ms, bytes, flops, roof_share,"

@@ -9,9 +9,9 @@ import torch
 
 from gemmascope_fast import Site, attach, ops
 from gemmascope_fast.cli import main as cli
-from gemmascope_fast.sae import screen_cache as prepare
 from gemmascope_fast.dev import profile
 from gemmascope_fast.dev.profile import profile_loop
+from gemmascope_fast.sae import screen_cache as prepare
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.dev.bench.exponents import exponents
 from gemmascope_fast.dev.bench.rows import Ratio, Results, Row
-from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.dev.report import plots, results_page
+from gemmascope_fast.errors import GemmaScopeFastError
 
 ROOT = Path(__file__).parents[2]
 STORED = ROOT / "benchmarks" / "results.json"

@@ -5,10 +5,10 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast.backends.gpu import register
+from gemmascope_fast.dev.testing import same_bytes
+from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
-from gemmascope_fast.dev.testing import same_bytes
 
 BACKENDS = ["triton", *(["cuda"] if register.compiled("matryoshka_linear") else [])]
 

@@ -6,11 +6,12 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
+from gemmascope_fast.attach.fused import edit_table
 from gemmascope_fast.backends.gpu import decode as gpu_decode
 from gemmascope_fast.backends.gpu import encode as gpu_encode
 from gemmascope_fast.backends.gpu import loop, register
-from gemmascope_fast.ops.encode_tensor import tolerance
 from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
+from gemmascope_fast.ops.encode_tensor import tolerance
 
 BACKENDS = ["triton", *(["cuda"] if register.compiled("encode") else [])]
 SHAPES = [(1, 2304, 16384), (3, 640, 4097), (16, 2304, 4096), (130, 641, 4096), (1024, 640, 4096)]
@@ -83,7 +84,7 @@ def test_the_fused_loop_in_a_cuda_graph(T, error):
 
     sae, x = case(T, 2304, 4096)
     weights = [sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec]
-    table = loop.EditTable.of([Clamp(5, 100.0), Add(9, 3.0)], 4096, "cuda")
+    table = edit_table([Clamp(5, 100.0), Add(9, 3.0)], 4096, "cuda")
     args = on_gpu(x, *weights)
     want, latents = loop.splice(*args, table, error)
     torch.cuda.synchronize()

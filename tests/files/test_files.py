@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gemmascope_fast.files.results import write_json
-from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.attach.tokens import ends, opening
+from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.files.results import write_json
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path):

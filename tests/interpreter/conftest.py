@@ -1,5 +1,7 @@
-"""Tests in Triton's interpreter.  The switch must stand before triton is imported, so they run in a process of
-their own: tests/backends/test_triton_interpreter.py starts it, `TRITON_INTERPRET=1 pytest tests/interpreter` does by hand."""
+"""Tests in Triton's interpreter, in a process of their own: the variable must be set before triton is imported.
+
+tests/backends/test_triton_interpreter.py starts it; by hand: `TRITON_INTERPRET=1 pytest tests/interpreter`.
+"""
 
 import os
 import random

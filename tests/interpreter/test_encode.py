@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gemmascope_fast import ops
-from gemmascope_fast.errors import BackendError
 from gemmascope_fast.backends.gpu import encode as gpu
+from gemmascope_fast.errors import BackendError
 
 # tokens, d_in, d_sae: one token, primes, words cut short, tiles of tokens cut short
 SHAPES = [(1, 1, 1), (1, 33, 70), (3, 16, 32), (5, 17, 31), (13, 40, 97), (17, 48, 64), (19, 31, 33)]

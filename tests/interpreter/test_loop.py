@@ -5,8 +5,9 @@ import torch
 
 from gemmascope_fast import ops
 from gemmascope_fast.attach import Ablate, Add, Clamp, Mask, MinClamp, Scale
-from gemmascope_fast.errors import BackendError
+from gemmascope_fast.attach.fused import edit_table
 from gemmascope_fast.backends.gpu import loop
+from gemmascope_fast.errors import BackendError
 
 EDITS = [Ablate(0), Scale(3, 2.5), Clamp(5, 1.5), Add([7, 31], -0.75), MinClamp(9, 0.5), Clamp(39, 0.0)]
 
@@ -45,7 +46,7 @@ def test_equals_the_parts(T, dtype, error, same_bytes):
     args = case(T, 70, 40, dtype)
     for edits in ([], EDITS):
         want, csr = composed(args, edits, error)
-        out, latents = loop.splice(*args, loop.EditTable.of(edits, 40), error)
+        out, latents = loop.splice(*args, edit_table(edits, 40), error)
         same_bytes(out, want)
         sparse = latents.sparse()
         same_bytes((sparse.crow_indices, sparse.col_indices, sparse.values), csr)
@@ -54,7 +55,7 @@ def test_equals_the_parts(T, dtype, error, same_bytes):
 def test_an_edit_that_changes_nothing_passes_bit_for_bit(same_bytes):
     args = case(2, 20, 40)
     args[0][:, ::3] = -0.0
-    out, _ = loop.splice(*args, loop.EditTable.of([Scale(3, 1.0), MinClamp(4, -1.0)], 40), True)
+    out, _ = loop.splice(*args, edit_table([Scale(3, 1.0), MinClamp(4, -1.0)], 40), True)
     same_bytes(out, args[0])
 
 
@@ -65,7 +66,7 @@ def test_infinite_and_nan_latents(error, same_bytes):
     args[0][1, 3], args[0][2, 3], args[0][3, 3], args[0][4, 3] = float("nan"), float("inf"), -float("inf"), 3e38
     for edits in ([MinClamp(9, 0.5)], [Scale([3, 4, 5, 6], 1.0)], [Ablate([0, 1, 2, 3])], EDITS):
         want, csr = composed(args, edits, error)
-        out, latents = loop.splice(*args, loop.EditTable.of(edits, 40), error)
+        out, latents = loop.splice(*args, edit_table(edits, 40), error)
         # which NaN a sum gives is up to the machine
         same_bytes(out.nan_to_num(nan=7.0), want.nan_to_num(nan=7.0))
         assert torch.equal(out.isnan(), want.isnan())
@@ -86,12 +87,12 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="from 1 to 16 tokens"):
         loop.splice(args[0].repeat(9, 1), *args[1:])
     with pytest.raises(ValueError, match="two of feature 3"):
-        loop.EditTable.of([Clamp(3, 1.0), Ablate(3)], 40)
+        edit_table([Clamp(3, 1.0), Ablate(3)], 40)
     with pytest.raises(TypeError, match="Mask"):
-        loop.EditTable.of([Mask([3])], 40)
+        edit_table([Mask([3])], 40)
     with pytest.raises(IndexError, match=r"\[0, 40\), got 40"):
-        loop.EditTable.of([Clamp(40, 1.0)], 40)
+        edit_table([Clamp(40, 1.0)], 40)
     with pytest.raises(ValueError, match="table for d_sae = 40"):
-        loop.splice(*args, loop.EditTable.of([], 41))
+        loop.splice(*args, edit_table([], 41))
     with pytest.raises(ValueError, match="W_dec, b_dec"):
         loop.splice(*args[:4], args[4][1:], args[5])

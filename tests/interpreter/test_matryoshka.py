@@ -6,9 +6,9 @@ import torch
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.backends.gpu import matryoshka as gpu
+from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
 
 
 def layer_args(rows, columns, tokens, bits, mode="prefix", extra=False, group_size=None, exact=False, flat=False):

@@ -6,10 +6,10 @@ import torch
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.backends.gpu import planes as gpu
-from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.ops._planes import EXTRA, MATQUANT, PREFIX, WIDTHS
+from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.ops.matryoshka_slice import resliced
+from gemmascope_fast.quant.planes import Packed
 
 ALL = torch.arange(256, dtype=torch.uint8)
 SHAPES = [(1, 1), (16, 32), (17, 33), (5, 257), (50, 70), (33, 600)]

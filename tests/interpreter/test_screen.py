@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from gemmascope_fast import ops
-from gemmascope_fast.errors import BackendError, StaleScreenError
 from gemmascope_fast.backends.gpu import encode as gpu_encode
 from gemmascope_fast.backends.gpu import screen as gpu
-from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.dev.testing import make_activations, make_sae
+from gemmascope_fast.errors import BackendError, StaleScreenError
+from gemmascope_fast.ops.encode import kappa
 
 UP = 1 + 2.0**-20
 

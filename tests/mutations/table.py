@@ -28,7 +28,9 @@ SCREENED_BY_AMX = f"{SCREENED} -k amx"
 
 UNIT, NESTED, KERNELS = "csrc/cpu/matryoshka_unit.h", "csrc/cpu/matryoshka.h", "tests/ops/test_matryoshka_kernels.py"
 
-PACKED = "tests/checkpoints/test_packed.py tests/checkpoints/test_packed_damage.py tests/checkpoints/test_packed_memory.py"
+PACKED = (
+    "tests/checkpoints/test_packed.py tests/checkpoints/test_packed_damage.py tests/checkpoints/test_packed_memory.py"
+)
 COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py tests/analysis/test_variants.py tests/analysis/test_conversation.py"
 CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
 EXTRACTION, JOBS = "tests/analysis/test_extraction.py", "tests/analysis/test_jobs_bad_input.py"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from gemmascope_fast import ops
-from gemmascope_fast.ops.encode_tensor import tolerance
 from gemmascope_fast.dev.testing import make_activations, make_sae
+from gemmascope_fast.ops.encode_tensor import tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

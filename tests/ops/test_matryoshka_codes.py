@@ -12,11 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.ops.codes import Codes, quantize, slice_codes
-from gemmascope_fast.quant.planes import Packed, bits_read
+from gemmascope_fast.ops.codes import Codes, grid, quantize, slice_codes
 from gemmascope_fast.quant import storage
-from gemmascope_fast.ops.codes import grid
-from gemmascope_fast.quant.planes import WIDTHS, pack, unpack
+from gemmascope_fast.quant.planes import WIDTHS, Packed, bits_read, pack, unpack
 
 ALL = torch.arange(256, dtype=torch.uint8)
 BITS = range(1, 9)

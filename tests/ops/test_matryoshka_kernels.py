@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from gemmascope_fast import backends
+from gemmascope_fast.ops import matryoshka_linear_reference
+from gemmascope_fast.ops.codes import quantize
+from gemmascope_fast.ops.matryoshka_linear import quantize_tokens
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
-from gemmascope_fast.ops import matryoshka_linear_reference
-from gemmascope_fast.ops.matryoshka_linear import quantize_tokens
 
 pytestmark = pytest.mark.skipif(backends.isa() is None, reason="the extension is not built")
 

@@ -8,10 +8,10 @@ from screen_problems import arrays, problem
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
+from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes, threads
 from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.ops.screen_rows import Row, rows_of, table_stride
 from gemmascope_fast.sae.screen import Screen
-from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes, threads
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import gemmascope_fast as gsf
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.checkpoints import bundled as demo_model
+from gemmascope_fast.cli import main as cli
 from gemmascope_fast.ops._library import OPS
 
 ROOT = Path(__file__).resolve().parents[2]

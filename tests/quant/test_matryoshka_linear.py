@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from gemmascope_fast import backends, quant as matryoshka
+from gemmascope_fast import backends
+from gemmascope_fast import quant as matryoshka
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.quant.linear import MatryoshkaLinear
-from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
-from gemmascope_fast.quant.model import matches
-from gemmascope_fast.quant.planes import HUGE, in_huge_pages
 from gemmascope_fast.ops import matryoshka_linear, matryoshka_linear_reference
+from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.ops.matryoshka_linear import quantize_tokens
+from gemmascope_fast.quant.linear import MatryoshkaLinear
+from gemmascope_fast.quant.model import matches
+from gemmascope_fast.quant.planes import HUGE, Packed, in_huge_pages
 
 SHAPES = [(16, 32), (50, 70), (1, 1), (33, 640), (130, 257)]
 

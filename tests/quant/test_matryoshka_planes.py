@@ -6,11 +6,11 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import backends, ops
+from gemmascope_fast.dev.testing import same_bytes
+from gemmascope_fast.ops._planes import EXTRA, MATQUANT, PREFIX
+from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.ops.codes import quantize
-from gemmascope_fast.ops._planes import EXTRA, MATQUANT, PREFIX
-from gemmascope_fast.dev.testing import same_bytes
 
 OPS = torch.ops.gemmascope_fast
 

@@ -7,13 +7,13 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
-from gemmascope_fast.checkpoints import native
-from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.quant.sae import MatryoshkaSAE
-from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.analysis.widths.measure_sae import Agreement, SAECase, cases, reconstruct
-from gemmascope_fast.ops.screen_rows import rows_of
+from gemmascope_fast.checkpoints import native
 from gemmascope_fast.dev.testing import make_activations, make_sae
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.ops.codes import quantize
+from gemmascope_fast.ops.screen_rows import rows_of
+from gemmascope_fast.quant.sae import MatryoshkaSAE
 
 D_IN, D_SAE, TOKENS = 48, 200, 37
 

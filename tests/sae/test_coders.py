@@ -9,9 +9,9 @@ from attach_models import gemma2, gemma3, ids
 from safetensors.numpy import save_file
 
 import gemmascope_fast as gsf
-from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
-from gemmascope_fast.sae.embedding import scaled_embedding_sae
 from gemmascope_fast.checkpoints.loading import from_pretrained
+from gemmascope_fast.sae.embedding import scaled_embedding_sae
+from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
 
 L, D, F = 3, 32, 24
 

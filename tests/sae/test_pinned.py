@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import gemmascope_fast as gsf
-from gemmascope_fast.sae import pinned
 from gemmascope_fast.checkpoints.native import save
-from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.dev.testing import make_activations, make_sae
+from gemmascope_fast.sae import pinned
+from gemmascope_fast.sae.screen import Screen
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 import gemmascope_fast as gsf
-from gemmascope_fast.sae.screen_cache import fingerprint
 from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
+from gemmascope_fast.sae.screen_cache import fingerprint
 
 D, F = 48, 200
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")

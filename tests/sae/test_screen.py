@@ -11,9 +11,9 @@ from screen_problems import FORMS, SOME, assert_same, problem, screened
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
+from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes, threads
 from gemmascope_fast.ops.screen_rows import Row, rows_of
 from gemmascope_fast.sae.screen import Screen
-from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes, threads
 
 SHAPES = [
     (0, 7, 5),

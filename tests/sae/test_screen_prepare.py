@@ -10,10 +10,10 @@ from screen_problems import problem, screened
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.checkpoints.native import save
+from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes, threads
 from gemmascope_fast.ops.codes import Codes, quantize
 from gemmascope_fast.ops.screen_rows import rows_of
 from gemmascope_fast.sae.screen import Screen, weights_digest
-from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes, threads
 
 
 def test_none_true_and_false_give_the_same_bytes():

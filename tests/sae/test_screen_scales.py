@@ -8,9 +8,9 @@ from screen_problems import problem, screened
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
+from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
 from gemmascope_fast.ops.screen_rows import screen_rows_reference
 from gemmascope_fast.sae.screen import Screen, balancing_scales, decoder_spread
-from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
 
 
 def powers(d, most=20, seed=0):

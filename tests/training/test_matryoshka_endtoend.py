@@ -6,9 +6,10 @@ from tiny_model import assert_same_training, two_blocks
 from torch import nn
 
 from gemmascope_fast import quant as matryoshka
-from gemmascope_fast.training import arithmetic
-from gemmascope_fast.training.nested import endtoend, blocks as training
 from gemmascope_fast.analysis.widths import measure
+from gemmascope_fast.training import arithmetic
+from gemmascope_fast.training.nested import blocks as training
+from gemmascope_fast.training.nested import endtoend
 from gemmascope_fast.training.nested.recipe import NestedWeight, Recipe
 
 pytest.importorskip("transformers")

@@ -8,11 +8,11 @@ from tiny_model import assert_same_training, two_blocks
 from torch import nn
 
 from gemmascope_fast import quant as matryoshka
-from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.training.nested import calibration, equivalent, straight_through, blocks as training
 from gemmascope_fast.analysis.widths import measure
-from gemmascope_fast.ops.codes import quantize
-from gemmascope_fast.ops.codes import spread
+from gemmascope_fast.ops.codes import quantize, spread
+from gemmascope_fast.quant.planes import Packed
+from gemmascope_fast.training.nested import blocks as training
+from gemmascope_fast.training.nested import calibration, equivalent, straight_through
 from gemmascope_fast.training.nested.recipe import NestedWeight, Recipe
 
 pytest.importorskip("transformers")
@@ -299,8 +299,8 @@ class Words:
 
 
 def run_command(monkeypatch, options):
-    from gemmascope_fast.cli import main as cli
     from gemmascope_fast.checkpoints import bundled as demo_model
+    from gemmascope_fast.cli import main as cli
 
     monkeypatch.setattr(demo_model, "load_model", lambda _name: (two_blocks(), Words()))
     monkeypatch.setattr(calibration, "WINDOW", 16)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemmascope_fast.cli.train import train_to_end
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.training.activations import Batches
 from gemmascope_fast.training.checkpoint import load_run, save_run
-from gemmascope_fast.cli.train import train_to_end
 from gemmascope_fast.training.trainer import PARAMETERS, Scaling, TrainConfig, Trainer, loss_terms
 
 HERE = str(Path(__file__).parents[1])

@@ -8,8 +8,8 @@ import torch
 from test_attach_architectures import MODELS, build
 
 import gemmascope_fast as gsf
-from gemmascope_fast.cli import main as cli
 from gemmascope_fast.analysis.pair import load_model
+from gemmascope_fast.cli import main as cli
 
 LAYER, LETTERS = 1, 26
 TEXT = "".join(chr(97 + (i * i + i // 7) % 23) for i in range(700))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.calls import CACHES
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.ops.latents import SparseLatents
 
 ROLES = {"assistant": "model"}  # Gemma's own name for it
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 
 from gemmascope_fast.analysis.extraction.sources import json_lines, string
+from gemmascope_fast.checkpoints.bundled import DATA
 
-BUNDLED = Path(__file__).parents[1] / "data" / "concepts.jsonl"
+BUNDLED = DATA / "concepts.jsonl"
 
 
 @dataclass(frozen=True)

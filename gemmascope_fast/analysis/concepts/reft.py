@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach.transformers import places
-from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.analysis.concepts.methods import Detector
 from gemmascope_fast.analysis.extraction.windows import padded
-from gemmascope_fast.sae.sites import Site
 from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.attach.transformers import places
+from gemmascope_fast.attach.transformers.structure import Structure
+from gemmascope_fast.sae.sites import Site
 
 
 class _Intervention:

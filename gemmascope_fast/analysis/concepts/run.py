@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach import Activations, Direction, attach
-from gemmascope_fast.attach.edits import Add, Edit
 from gemmascope_fast.analysis.concepts.data import Example, Split
 from gemmascope_fast.analysis.concepts.methods import (
     Detector,
@@ -23,9 +21,11 @@ from gemmascope_fast.analysis.concepts.methods import (
 from gemmascope_fast.analysis.concepts.reft import fit_reft
 from gemmascope_fast.analysis.extraction.texts import read_texts
 from gemmascope_fast.analysis.extraction.windows import padded
+from gemmascope_fast.attach import Activations, Direction, attach
+from gemmascope_fast.attach.edits import Add, Edit
+from gemmascope_fast.attach.tokens import opening, room
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
-from gemmascope_fast.attach.tokens import opening, room
 
 WINDOW = 1023  # tokens of a text after its BOS
 METHODS = ("SAE", "DiffMean", "probe", "ReFT-r1")

@@ -12,11 +12,11 @@ import torch
 
 from gemmascope_fast.analysis.dashboard.collect import BINS, Collected
 from gemmascope_fast.analysis.dashboard.weights import Lens
-from gemmascope_fast.analysis.pair import full_names
 from gemmascope_fast.analysis.extraction.store import Store
-from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.analysis.pair import full_names
 from gemmascope_fast.analysis.pieces import Pieces
 from gemmascope_fast.analysis.templating import render, script_data
+from gemmascope_fast.files.atomic import replacing, saying_where
 
 NEURONPEDIA = "https://www.neuronpedia.org"
 ROWS = 100  # of the index at once

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach import attach
 from gemmascope_fast.analysis.reading import constant
+from gemmascope_fast.attach import attach
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.sites import Site
 

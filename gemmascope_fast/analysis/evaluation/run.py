@@ -12,11 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from gemmascope_fast.analysis.evaluation.losses import Losses
+from gemmascope_fast.analysis.evaluation.reconstruction import Reconstruction, check_kind
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.analysis.evaluation.losses import Losses
-from gemmascope_fast.analysis.evaluation.reconstruction import Reconstruction, check_kind
 from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.sites import Site

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from gemmascope_fast.attach import attach
-from gemmascope_fast.attach.calls import Tokens
-from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.analysis.extraction.sources import Document
 from gemmascope_fast.analysis.extraction.store import Columns, Writer
 from gemmascope_fast.analysis.extraction.windows import Block, Cursor, Window, batches, blocks, padded
+from gemmascope_fast.attach import attach
+from gemmascope_fast.attach.calls import Tokens
+from gemmascope_fast.attach.entries import entries
+from gemmascope_fast.attach.tokens import opening, room
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
-from gemmascope_fast.attach.tokens import opening, room
 from gemmascope_fast.training.activations import first_layers
 
 WINDOW, BATCH, SHARD = 1024, 2048, 32768

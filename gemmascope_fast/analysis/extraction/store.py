@@ -24,11 +24,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from gemmascope_fast.errors import require
-from gemmascope_fast.files.results import write_json
-from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.analysis.extraction.windows import Cursor
+from gemmascope_fast.errors import GemmaScopeFastError, require
 from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.files.results import write_json
 
 VERSION = 1
 TABLES = ("latents", "tokens", "documents")

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmascope_fast.analysis.extraction.windows import batches, padded
 from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import site_of
 from gemmascope_fast.attach.observers import Observer
-from gemmascope_fast.attach.transformers.structure import Structure
-from gemmascope_fast.analysis.extraction.windows import batches, padded
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.transformers.structure import Structure
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.training.activations import first_layers
 
 Rows = dict[Any, Any]  # by key: Tensor [n, d] of an `Activations`, SparseLatents [n, d_sae] of an SAE

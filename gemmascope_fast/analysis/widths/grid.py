@@ -19,8 +19,8 @@ from gemmascope_fast.analysis.widths import measure, mixnmatch
 from gemmascope_fast.analysis.widths.measure import Case, Results
 from gemmascope_fast.analysis.widths.mixnmatch import WIDTHS
 from gemmascope_fast.quant.model import gained, quantize_, restored, set_bits, targets
-from gemmascope_fast.training.nested.recipe import ALONE, Recipe
 from gemmascope_fast.quant.trained import Trained
+from gemmascope_fast.training.nested.recipe import ALONE, Recipe
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class Comparison:
 
     def train(self, run: Run) -> Trained:
         """The run's codes, from its folder where they are complete."""
-        from gemmascope_fast.training.nested.endtoend import finetune
         from gemmascope_fast.training.nested.blocks import train
+        from gemmascope_fast.training.nested.endtoend import finetune
 
         recipe = Recipe(run.method, run.group_size, run.bits, run.mode, **self.recipe)
         folder = self.work / ("dithered" if run.dithered else "blocks")

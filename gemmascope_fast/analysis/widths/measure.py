@@ -17,8 +17,8 @@ from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.ops.codes import Codes, quantize_alone
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.quant.model import gained, layers, nbytes, quantize_, restored, set_bits, targets
-from gemmascope_fast.quant.trained import Trained, put
 from gemmascope_fast.quant.planes import Packed
+from gemmascope_fast.quant.trained import Trained, put
 
 LOGIT_ROWS = 16  # rows of 262,144 logits taken at once: in fp32 they stay under what the allocator maps anew each time
 

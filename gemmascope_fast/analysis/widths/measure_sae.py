@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.analysis.evaluation.reconstruction import Reconstruction
-from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.analysis.widths.measure import Results
+from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.quant.model import nbytes, set_bits
 from gemmascope_fast.quant.sae import MatryoshkaSAE
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
@@ -99,8 +99,8 @@ def reconstruct(sae: JumpReLUSAE, x: Tensor, theirs: JumpReLUSAE) -> dict[str, A
 @torch.no_grad()
 def spliced_loss(model: nn.Module, ids: Tensor, sae: JumpReLUSAE | None, layer: int, batch: int = 2) -> float:
     """Mean cross-entropy in nats over ids [n, window] with the SAE in the place of `layer`'s output (BOS passes)."""
-    from gemmascope_fast.attach import attach
     from gemmascope_fast.analysis.widths.measure import mean_loss
+    from gemmascope_fast.attach import attach
 
     if sae is None:
         return mean_loss(model, ids, batch)

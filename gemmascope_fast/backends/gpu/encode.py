@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemmascope_fast.errors import BackendError, StaleScreenError
 from gemmascope_fast.backends.gpu.launch import cdiv, grid, kernels, on
-from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.errors import BackendError, StaleScreenError
 from gemmascope_fast.ops.encode import check_encode
+from gemmascope_fast.ops.latents import SparseLatents
 
 SLOTS = 4  # values kept per word of 32 features: at L0 500 of 16,384 (a BOS token) 1 word in 300 holds more
 GATHER_WORDS = 16  # words of one gather program: [16, 32] lanes, two a thread of GATHER_WARPS warps

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach.edits import Ablate, Add, Clamp, FeatureEdit, MinClamp, Scale
-from gemmascope_fast.errors import BackendError
 from gemmascope_fast.backends.gpu import register
 from gemmascope_fast.backends.gpu.decode import AHEAD, CONFIGS, MANY
 from gemmascope_fast.backends.gpu.encode import FEW, FLOATS, FixedLatents, encode_fixed, widenable
 from gemmascope_fast.backends.gpu.launch import cdiv, grid, kernels, on
+from gemmascope_fast.errors import BackendError
+from gemmascope_fast.ops._library import requested
 from gemmascope_fast.ops.encode import check_encode
 
 SCALE, CLAMP, ADD, MIN_CLAMP = range(4)  # kernels/splice.py, csrc/cuda/splice.cu
@@ -35,18 +35,16 @@ class EditTable:
     d_sae: int  # features lie below it: nothing on the device checks
 
     @classmethod
-    def of(cls, edits: Iterable[FeatureEdit], d_sae: int, device: torch.device | str = "cpu") -> EditTable:
-        """From edits of `gemmascope_fast.attach`: Scale, Ablate, Clamp, Add, MinClamp; selections are not kept.
+    def of(cls, entries: Iterable[tuple[int, int, float]], d_sae: int, device: torch.device | str = "cpu") -> EditTable:
+        """From (feature, kind, amount) entries, kind one of SCALE, CLAMP, ADD and MIN_CLAMP.
 
-        Raises TypeError for other edits, ValueError where two name one feature, IndexError for one beyond d_sae.
+        Raises ValueError where two entries name one feature, IndexError for a feature beyond d_sae.
         """
         rows: dict[int, tuple[int, float]] = {}
-        for edit in edits:
-            entry = _entry(edit)
-            for f in edit.features:
-                if f in rows:
-                    raise ValueError(f"edits: expected one edit a feature, got two of feature {f}")
-                rows[f] = entry
+        for feature, kind, amount in entries:
+            if feature in rows:
+                raise ValueError(f"edits: expected one edit a feature, got two of feature {feature}")
+            rows[feature] = kind, amount
         features = sorted(rows)
         if features and features[-1] >= d_sae:
             raise IndexError(f"edits: expected features in [0, {d_sae}), got {features[-1]}")
@@ -56,20 +54,6 @@ class EditTable:
             torch.tensor([rows[f][1] for f in features], dtype=torch.float32, device=device),
             d_sae,
         )
-
-
-def _entry(edit: FeatureEdit) -> tuple[int, float]:
-    if isinstance(edit, Scale):
-        return SCALE, edit.factor
-    if isinstance(edit, Ablate):
-        return CLAMP, 0.0  # and not a product with 0, which an infinite latent makes NaN
-    if isinstance(edit, Clamp):
-        return CLAMP, edit.value
-    if isinstance(edit, Add):
-        return ADD, edit.strength
-    if isinstance(edit, MinClamp):
-        return MIN_CLAMP, edit.value
-    raise TypeError(f"edits: expected Scale, Ablate, Clamp, Add or MinClamp, got {type(edit).__name__}")
 
 
 def splice(
@@ -104,9 +88,7 @@ def splice(
 
 
 def _backend() -> str:
-    from gemmascope_fast import backends
-
-    wanted = backends.requested()
+    wanted = requested()
     if wanted == "cuda" and not register.compiled("splice"):
         raise BackendError(f"backend 'cuda' cannot serve splice: {register.missing('splice', 'cuda')}")
     return "cuda" if wanted != "triton" and register.compiled("splice") else "triton"

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemmascope_fast.errors import BackendError
 from gemmascope_fast.backends.gpu.launch import cdiv, grid, kernels, on
 from gemmascope_fast.backends.gpu.planes import five, middle, top_code, widths_of
+from gemmascope_fast.errors import BackendError
+from gemmascope_fast.ops._library import requested
 from gemmascope_fast.ops._planes import PREFIX, stored_bits
 from gemmascope_fast.ops.matryoshka_linear import check, matryoshka_linear_reference, quantize_tokens
 
@@ -84,9 +85,7 @@ def matryoshka_linear(
     and where Triton was asked for by name they are a BackendError.
     """
     if exact or overflow_crow is not None:
-        from gemmascope_fast import backends
-
-        if backends.requested() == "triton":
+        if requested() == "triton":
             what = "fp32 activations" if exact else "an overflow list"
             raise BackendError(f"backend 'triton' cannot serve matryoshka_linear with {what}")
         return matryoshka_linear_reference(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from gemmascope_fast.errors import BackendError
 from gemmascope_fast.backends.gpu.launch import interpreted
-from gemmascope_fast.ops._library import LIBRARY
+from gemmascope_fast.errors import BackendError
+from gemmascope_fast.ops._library import LIBRARY, requested
 
 # op -> the function of the same name in this module of gemmascope_fast.backends.gpu
 TRITON = {
@@ -119,9 +119,7 @@ def pick(op: str, wanted: str | None, args: tuple[Any, ...]) -> str:
 
 def _serve(op: str) -> Callable[..., Any]:
     def serve(*args: Any) -> Any:
-        from gemmascope_fast import backends
-
-        return launcher(op, pick(op, backends.requested(), args))(*args)
+        return launcher(op, pick(op, requested(), args))(*args)
 
     return serve
 

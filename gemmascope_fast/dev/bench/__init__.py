@@ -1,1 +1,1 @@
-"""Benchmarks whose figures can be made again: cases, peers, paired timings, comparison and regression guard."""
+"""Verified, paired timings against what people use today."""

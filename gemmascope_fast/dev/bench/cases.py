@@ -19,8 +19,8 @@ from torch import Tensor
 from gemmascope_fast.dev.bench.machine import total_memory
 from gemmascope_fast.dev.bench.peers import Dense
 from gemmascope_fast.dev.roof import last_level_cache
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.dev.testing import make_activations, make_sae
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 FEW_TOKENS = 16
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")

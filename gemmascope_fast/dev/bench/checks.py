@@ -7,10 +7,10 @@ from torch import Tensor
 
 from gemmascope_fast.dev.bench.engine import Verdict, WrongAnswer
 from gemmascope_fast.dev.bench.peers import eager_encode
-from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.ops.encode import kappa
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.dev.testing import dot_bound, pre_activations64
+from gemmascope_fast.ops.encode import kappa
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 CHECKED_TOKENS = 256  # fp64 products of more would take longer than the timings
 UNIT = {"fp32": 2.0**-24, "bf16": 2.0**-9}

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.cli.arguments import check_outputs
 from gemmascope_fast.dev.bench.cases import CASES
 from gemmascope_fast.dev.bench.compare import Stored, bench_names, compare, lost, store, stored_ratios
 from gemmascope_fast.dev.bench.machine import kind
 from gemmascope_fast.dev.bench.rows import Results, Row
 from gemmascope_fast.dev.bench.run import QUICK, SUITES, Options, run
-from gemmascope_fast.cli.arguments import check_outputs
 
 GUARD_THREADS = 2
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gemmascope_fast.dev.bench.engine import Unavailable
 from gemmascope_fast.checkpoints.bundled import MODEL_PACKAGE
+from gemmascope_fast.dev.bench.engine import Unavailable
 
 SCRIPT = """
 import json, sys, time

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from gemmascope_fast import backends
-from gemmascope_fast.dev import roof
 from gemmascope_fast.backends.versions import versions
+from gemmascope_fast.dev import roof
 
 PACKAGES = ("torch", "numpy", "scipy", "transformers", "triton", "sae-lens", "torchao", "eai-sparsify")
 

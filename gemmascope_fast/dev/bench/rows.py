@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.files.results import write_text
 from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.files.results import write_text
 
 FORMAT = 1
 BASELINE = "eager fp32"

@@ -15,9 +15,9 @@ from gemmascope_fast.dev.bench.cases import Case, copies
 from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Work
 from gemmascope_fast.dev.bench.machine import available_memory
 from gemmascope_fast.dev.bench.work import dense_sae_work, encode_work
+from gemmascope_fast.dev.testing import compare_support, make_sae
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import most_bytes
-from gemmascope_fast.dev.testing import compare_support, make_sae
 
 SIZES = tuple(2**p for p in range(14, 21))  # d_sae: 16k … 1m
 TOKENS = (1, 4, 16, 64, 256, 1024)

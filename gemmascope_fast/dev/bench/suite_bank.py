@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.bank import Bank
+from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.cases import Case, forget_copies, sae_copies
 from gemmascope_fast.dev.bench.checks import Truth
 from gemmascope_fast.dev.bench.engine import Bench, Candidate, Verdict, Work, WrongAnswer
 from gemmascope_fast.dev.bench.work import dense_sae_work, full_work, sae_work
-from gemmascope_fast.checkpoints.native import save
 
 LEAST = 2  # of fewer SAEs none would have to leave for another
 

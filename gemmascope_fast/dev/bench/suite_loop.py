@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.attach import Activations, attach
+from gemmascope_fast.checkpoints.bundled import load_demo, quiet_loading
 from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.cases import Case
 from gemmascope_fast.dev.bench.checks import Truth
 from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Verdict
 from gemmascope_fast.dev.bench.llama import LlamaCpp
 from gemmascope_fast.dev.bench.shapes import LAYERS, fitted, gemma_2_2b
-from gemmascope_fast.checkpoints.bundled import load_demo, quiet_loading
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 NEW_TOKENS, SHORT_TOKENS, PROMPT_TOKENS = 16, 16, 256

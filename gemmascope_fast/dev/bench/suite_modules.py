@@ -15,8 +15,8 @@ from gemmascope_fast.dev.bench.checks import Truth
 from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Work
 from gemmascope_fast.dev.bench.suite_bank import bank_bench
 from gemmascope_fast.dev.bench.work import dense_sae_work, encode_work, sae_work
-from gemmascope_fast.sae.jumprelu import JumpReLUTranscoder
 from gemmascope_fast.dev.testing import make_sae
+from gemmascope_fast.sae.jumprelu import JumpReLUTranscoder
 
 
 def modules_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Iterator[Plan]:

@@ -17,9 +17,9 @@ from gemmascope_fast.dev.bench.cases import FEW_TOKENS, Case, copy_count, rotate
 from gemmascope_fast.dev.bench.checks import Truth, close
 from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Work
 from gemmascope_fast.dev.bench.work import full_work, screened_work, uses_screen
-from gemmascope_fast.quant.linear import MatryoshkaLinear
-from gemmascope_fast.ops.codes import quantize, slice_codes
 from gemmascope_fast.dev.roof import last_level_cache
+from gemmascope_fast.ops.codes import quantize, slice_codes
+from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 Pool = Callable[[], JumpReLUSAE]

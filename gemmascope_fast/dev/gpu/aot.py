@@ -9,10 +9,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemmascope_fast.errors import BackendError
-from gemmascope_fast.dev.gpu.devices import ARCHS, occupancy
 from gemmascope_fast.backends.gpu.launch import interpreted
+from gemmascope_fast.dev.gpu.devices import ARCHS, occupancy
 from gemmascope_fast.dev.gpu.specs import KernelSpec
+from gemmascope_fast.errors import BackendError
 
 LEAST_OCCUPANCY = 0.25  # unless a kernel's spec says why not: fewer warps do not keep enough loads in flight
 

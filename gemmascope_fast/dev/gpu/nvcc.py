@@ -9,12 +9,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.errors import BackendError
 from gemmascope_fast.dev.gpu.aot import Binary
 from gemmascope_fast.dev.gpu.devices import ARCHS, model_times, occupancy
 from gemmascope_fast.dev.gpu.specs import L0, OUT, WORDS, D, F
+from gemmascope_fast.errors import BackendError
 
-SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 # No contraction: the order and the rounding of every sum is part of the contract.
 FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "--cubin")
 

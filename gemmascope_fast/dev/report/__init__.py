@@ -1,1 +1,1 @@
-"""Figures of one text and the page that shows them."""
+"""Pages, plots and tables from a benchmark's stored results."""

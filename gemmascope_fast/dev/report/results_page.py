@@ -11,8 +11,8 @@ from typing import Any
 from gemmascope_fast.dev.bench.compare import is_ours
 from gemmascope_fast.dev.bench.machine import kind
 from gemmascope_fast.dev.bench.rows import BASELINE, Results, Row
-from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.dev.report import plots
+from gemmascope_fast.errors import GemmaScopeFastError
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 NOT_MEASURED = "Not measured for this version yet: `make figures` measures this machine and writes the table here.\n"

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.files.atomic import replacing
-from gemmascope_fast.training import arithmetic
 from gemmascope_fast.ops.codes import Codes
-from gemmascope_fast.training.nested.equivalent import Scales, find
 from gemmascope_fast.quant.model import targets
-from gemmascope_fast.training.nested.recipe import ALONE, NestedWeight, Recipe, trainable
 from gemmascope_fast.quant.trained import Trained
+from gemmascope_fast.training import arithmetic
+from gemmascope_fast.training.nested.equivalent import Scales, find
+from gemmascope_fast.training.nested.recipe import ALONE, NestedWeight, Recipe, trainable
 
 
 class _Stop(Exception):

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.files.atomic import replacing
-from gemmascope_fast.training import arithmetic
 from gemmascope_fast.quant.model import gained, targets
-from gemmascope_fast.training.nested.recipe import NestedWeight, Recipe, trainable
 from gemmascope_fast.quant.trained import Trained
+from gemmascope_fast.training import arithmetic
 from gemmascope_fast.training.nested.blocks import batches, parameter_groups
+from gemmascope_fast.training.nested.recipe import NestedWeight, Recipe, trainable
 
 SAMPLED = 8192  # tokens that stand for those which the training text has not
 WARM = 0.1  # share of the steps in which the rates rise

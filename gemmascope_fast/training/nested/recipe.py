@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.training.nested import straight_through
 from gemmascope_fast.ops.codes import (
     Codes,
     check_bits,
@@ -22,6 +21,8 @@ from gemmascope_fast.ops.codes import (
     quantize,
     quantize_alone,
 )
+from gemmascope_fast.quant.trained import put
+from gemmascope_fast.training.nested import straight_through
 
 METHODS = ("omniquant", "qat")
 ALONE = "alone"  # `mode` of a single-width baseline: a grid of its own that spans the range with 2^bits − 1 steps
@@ -71,14 +72,6 @@ class Recipe:
         """Names the run: what is trained, how and on which text."""
         text = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
         return hashlib.sha256(json.dumps([asdict(self), text, scope, *more], sort_keys=True).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run's result: codes by path of the linear layer, and the norms' new weights (by path) that go with them."""
-
-    codes: dict[str, Codes]
-    gains: dict[str, Tensor] = field(default_factory=dict)
 
 
 class NestedWeight(nn.Module):
@@ -159,12 +152,6 @@ class NestedWeight(nn.Module):
         if self.mode == ALONE:
             return quantize_alone(weight, self.bits, self.group_size, low, high)
         return quantize(weight, self.group_size, low=low, high=high)
-
-
-def put(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the submodule at a path."""
-    path, _, child = name.rpartition(".")
-    setattr(parent.get_submodule(path), child, module)
 
 
 @contextmanager

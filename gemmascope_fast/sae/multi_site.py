@@ -1,4 +1,4 @@
-"""Coders of more than one site, and top-k SAEs: cross-layer transcoders, crosscoders, TopKSAE."""
+"""Coders of more than one site: cross-layer transcoders and crosscoders."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
-from gemmascope_fast.ops.latents import SparseLatents, check_latents
 from gemmascope_fast.ops._library import expect_tensor
+from gemmascope_fast.ops.latents import SparseLatents, check_latents
+from gemmascope_fast.sae.config import SAEMetadata
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
-from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
 from gemmascope_fast.sae.sites import Site
 
 
@@ -177,70 +177,3 @@ class Crosscoder(JumpReLUSAE):
     def forward(self, x: Tensor) -> Tensor:
         """x̂ in the shape of x."""
         return super().forward(x).reshape(x.shape)
-
-
-class TopKSAE(JumpReLUSAE):
-    """The k greatest pre-activations of a token, where they are positive; ties go to the lower feature.
-
-    Rows are encoded in chunks: before the k are taken about half of all features are there.
-    """
-
-    kind = "topk_sae"
-    chunk = 256  # tokens; 256 · 16,384 candidate pairs of 8 bytes are 34 MB
-
-    def __init__(self, *args: Any, k: int, **more: Any) -> None:
-        super().__init__(*args, **more)
-        if not 0 < k <= self.cfg.d_sae:
-            raise ValueError(f"k: expected 1 to d_sae = {self.cfg.d_sae}, got {k}")
-        self.k = k
-
-    def encode_sparse(
-        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
-    ) -> SparseLatents:
-        if bandwidth is not None:
-            raise ValueError("bandwidth: a top-k SAE has no threshold to train")
-        flat = self._tokens(x)
-        # at least one chunk, so that no tokens give no rows
-        encode = super().encode_sparse
-        exact = precision == "exact"
-        wide = (
-            self._positive(rows, screen) if exact else encode(rows, screen, None, precision)
-            for rows in flat.split(self.chunk)
-        )
-        return SparseLatents.cat([_greatest(part, self.k) for part in wide]).to(self.dtype).reshape(*x.shape[:-1])
-
-    def _positive(self, rows: Tensor, screen: bool | None) -> SparseLatents:
-        """What is above threshold, in float32: the k greatest are chosen before any of them is rounded."""
-        if torch.compiler.is_compiling() and not screen:
-            csr = ops.encode(rows, self.W_enc, self.b_enc, self.threshold, None)
-        else:
-            csr = self._prepared.encode(self, rows, screen)
-        crow, col, values = csr
-        return SparseLatents(crow, col, values, (rows.shape[0], self.cfg.d_sae))
-
-
-def _greatest(latents: SparseLatents, k: int) -> SparseLatents:
-    """The k greatest of each row, columns still ascending."""
-    rows, n = latents.row_indices(), latents.n_rows
-    by_value = torch.sort(latents.values.detach().float(), descending=True, stable=True).indices
-    order = by_value[torch.sort(rows[by_value], stable=True).indices]
-    rank = torch.arange(latents.nnz, device=latents.device) - latents.crow_indices[rows[order]]
-    keep = torch.sort(order[rank < k]).values
-    crow = torch.zeros(n + 1, dtype=torch.int64, device=latents.device)
-    crow[1:] = torch.bincount(rows[keep], minlength=n).cumsum(0)
-    return SparseLatents(crow, latents.col_indices[keep], latents.values[keep], latents.shape)
-
-
-def scaled_embedding_sae(sae: JumpReLUSAE, scale: float | None = None) -> JumpReLUSAE:
-    """An embedding SAE for embeddings that were multiplied by `scale` (Gemma: √d, the default).
-
-    W_enc / scale reads them, W_dec · scale and b_dec · scale write them: all three (SAELens leaves b_dec).
-    `attach` needs none of this: it gives an `embed` site the unscaled embeddings.
-    """
-    scale = sae.cfg.d_in**0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"scale: expected a positive number, got {scale}")
-    cfg = SAEConfig(sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.d_out, None, None, sae.cfg.metadata)
-    weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
-    weights |= {"W_enc": weights["W_enc"] / scale, "W_dec": weights["W_dec"] * scale, "b_dec": weights["b_dec"] * scale}
-    return JumpReLUSAE(**weights, cfg=cfg)

@@ -1,0 +1,58 @@
+"""The model and the SAE that a command's --model, --sae, --sae-id and --layer name; "demo" is the bundled pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gemmascope_fast.checkpoints.bundled import MODEL_NAME, SAE_FILE, load_demo_model, load_demo_sae
+from gemmascope_fast.checkpoints.loading import from_pretrained
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval.
+
+    The model is of the class that its checkpoint names (a language model, a reward model, an encoder), a causal
+    language model where it names none.
+    """
+    if name == "demo":
+        return load_demo_model()
+    import transformers
+
+    named = transformers.AutoConfig.from_pretrained(name).architectures or []
+    own = next((getattr(transformers, each) for each in named if hasattr(transformers, each)), None)
+    cls = own or transformers.AutoModelForCausalLM
+    return cls.from_pretrained(name, dtype="float32").eval(), transformers.AutoTokenizer.from_pretrained(name)
+
+
+def full_names(settings: dict[str, Any]) -> tuple[str, str]:
+    """(model, SAE) of an extraction's settings as titles show them: what "demo" stands for is spelled out."""
+    model, sae = str(settings.get("model", "a model")), str(settings.get("sae", "an SAE"))
+    return MODEL_NAME if model == "demo" else model, SAE_FILE.stem if sae == "demo" else sae
+
+
+def sae_place(name: str) -> str:
+    """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
+    return str(SAE_FILE) if name == "demo" else name
+
+
+def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
+    """The SAE for a command line's --sae: "demo", or a file, folder or repository; any kind."""
+    if name == "demo":
+        return load_demo_sae()
+    return from_pretrained(name, sae_id)
+
+
+def load_pair(
+    model: str = "demo", sae: str = "demo", sae_id: str | None = None, layer: int | None = None
+) -> tuple[Any, Any, JumpReLUSAE, int]:
+    """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own).
+
+    Raises ValueError where neither the arguments nor the checkpoint name a residual-stream layer.
+    """
+    loaded = load_sae(sae, sae_id)
+    if layer is None and loaded.cfg.site is not None and loaded.cfg.site.kind == "resid":
+        layer = loaded.cfg.site.layer
+    if layer is None:
+        raise ValueError("--layer: expected a layer number, for the checkpoint names no residual-stream layer")
+    return *load_model(model), loaded, layer

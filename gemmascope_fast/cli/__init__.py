@@ -1,0 +1,1 @@
+"""The command gemmascope-fast: arguments and printing, nothing else."""

@@ -1,0 +1,1 @@
+"""Training of nested codes, by blocks and end to end."""
