@@ -26,7 +26,7 @@ FROM = 512  # tokens from here on are the sample; those before it are timed with
 
 
 def encode(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, ...]:
-    screen = sae._prepared.screen
+    screen = sae.screen_cache.screen
     assert screen is not None
     return screen.call(x, sae.W_enc, sae.b_enc, sae.threshold)
 

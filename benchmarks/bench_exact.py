@@ -114,7 +114,7 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, chosen: se
     assert check is None or check.equal, check
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
     weights, xb = Rotated(sae, T), x.bfloat16()
-    screen = sae._prepared.screen
+    screen = sae.screen_cache.screen
     stats = screen.call(x, sae.W_enc, sae.b_enc, sae.threshold)[3].tolist()
     latents = sae.encode_sparse(x)
     row: dict[str, Any] = {"case": case, "T": T, "d_in": sae.d_in, "d_sae": F, "l0": latents.nnz / T}
@@ -166,7 +166,7 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, chosen: se
 def call_cost() -> float:
     """µs of an op call over its kernel: the call for one token of an SAE so small that the kernel is nothing."""
     sae = JumpReLUSAE(*(torch.zeros(s) for s in ((64, 16), (16, 64), (16,), (64,))), torch.ones(16))
-    screen = sae.requires_grad_(False).prepare()._prepared.screen
+    screen = sae.requires_grad_(False).prepare().screen_cache.screen
     args = (torch.randn(1, 64), sae.W_enc, sae.b_enc, sae.threshold)
     times = []
     for _ in range(3000):

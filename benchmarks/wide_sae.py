@@ -133,7 +133,7 @@ def watched(peaks: dict[str, int], name: str) -> Iterator[None]:
 
 def forget(sae: JumpReLUSAE) -> None:
     """Take the mapped files out of the page cache; an unedited mapping loses nothing."""
-    for mapping in sae._mapped.mappings:
+    for mapping in sae.rows.mappings:
         mapping.buffer.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(mapping.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -159,7 +159,7 @@ def measure(sae: JumpReLUSAE, x: Tensor, peaks: dict[str, int]) -> dict[str, Any
         cold_decode, out = timed(lambda: sae.decode(latents))
     encode = [timed(lambda: sae.encode_sparse(x))[0] for _ in range(WARM_ROUNDS)]
     decode = [timed(lambda: sae.decode(latents))[0] for _ in range(WARM_ROUNDS)]
-    weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae._prepared.screen
+    weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.screen_cache.screen
     stats = screen.call(x, *weights, mapped=True)[3].tolist()
     return {
         "tokens": tokens,

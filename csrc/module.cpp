@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,12 @@ PYBIND11_MODULE(_C, m) {
       py::call_guard<py::gil_scoped_release>(),
       "Tell the system of rows of a mapped file that are about to be read; ids: int64, ascending.  An "
       "advice.");
+  m.def(
+      "same_bytes",
+      [](uintptr_t a, uintptr_t b, size_t bytes) {
+        return std::memcmp(reinterpret_cast<const void*>(a), reinterpret_cast<const void*>(b), bytes) == 0;
+      },
+      "Whether two ranges of memory hold the same bytes.");
   m.def("supported_isas", [] {
     std::vector<std::string> names;
     for (int i = 0; i < gsf::kIsaCount; ++i) {

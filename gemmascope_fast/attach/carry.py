@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gemmascope_fast import ops
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder
+from gemmascope_fast.sae.base import Coder
+from gemmascope_fast.sae.jumprelu import JumpReLUSkipTranscoder
 
 
 class _Carry(torch.autograd.Function):
@@ -43,7 +44,7 @@ def _decoder_grad(own: Tensor, values: Tensor, crow: Tensor, col: Tensor, W_dec:
     return ops.decode(ccol, rows, values[order], own, None, None).to(W_dec.dtype)
 
 
-def carry(x: Tensor, sae: JumpReLUSAE, latents: SparseLatents, x_in: Tensor, chosen: Tensor | None) -> Tensor:
+def carry(x: Tensor, sae: Coder, latents: SparseLatents, x_in: Tensor, chosen: Tensor | None) -> Tensor:
     """x [N, d_out] whose gradient is that of the SAE's output with the error held constant.
 
     latents: of the n chosen rows (chosen: bool [N], None for all); x_in [n, d_in]: what they were encoded from.

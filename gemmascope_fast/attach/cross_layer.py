@@ -12,7 +12,7 @@ from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.plan import added
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.taps import Tap
@@ -81,7 +81,7 @@ def _change(tap: Tap, written: Written, latents: SparseLatents, call: Call, at: 
     if path is not None and path[0] == tap.entry.key:
         values = (path[1] - 1) * latents.values.detach()
         sae = tap.coder
-        assert isinstance(sae, JumpReLUSAE)
+        assert isinstance(sae, Coder)
         what = ops.decode(latents.crow_indices, latents.col_indices, values, sae.W_dec, None, None)
         written.changes.append((part.layer, None, what))
 
@@ -90,7 +90,7 @@ def _reconstruction(tap: Tap, written: Written, latents: SparseLatents, call: Ca
     """x̂ [n, d] of the tap's layer in the coder's dtype, without edits; moves `written` on to it."""
     part, sae = tap.entry.part, tap.coder
     assert part is not None
-    assert isinstance(sae, JumpReLUSAE)
+    assert isinstance(sae, Coder)
     whole, d = part.whole, part.whole.cfg.d_in
     own = ops.decode(latents.crow_indices, latents.col_indices, latents.values, sae.W_dec, sae.b_dec, None)
     written.total = own if written.total is None else written.total[:, d:] + own

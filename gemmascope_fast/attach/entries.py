@@ -14,7 +14,7 @@ from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.bank import Bank, BankedSAE
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
 from gemmascope_fast.sae.sites import Site
 
@@ -34,8 +34,8 @@ class Activations:
     parts: list[Tensor] = field(default_factory=list)
 
 
-Coder = JumpReLUSAE | BankedSAE | Activations | None  # None: nothing is read, only edits that need no SAE are there
-SAES = (JumpReLUSAE, BankedSAE)
+Attached = Coder | BankedSAE | Activations | None  # None: nothing is read, only edits that need no SAE are there
+SAES = (Coder, BankedSAE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Entry:
     """
 
     key: Key
-    coder: Coder
+    coder: Attached
     site: Site
     site_out: Site
     more: tuple[Site, ...] = ()

@@ -24,7 +24,9 @@ from gemmascope_fast.backends.gpu.encode import FEW
 from gemmascope_fast.backends.gpu.launch import interpreted
 from gemmascope_fast.ops._library import in_dtype, requested
 from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.rows import Rows
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.taps import Tap
@@ -75,7 +77,7 @@ class Fused:
             return None
         return cls(tap, edits)
 
-    def encode(self, sae: JumpReLUSAE, x: Tensor, rows: Tensor, call: Call) -> SparseLatents | None:
+    def encode(self, sae: Coder, x: Tensor, rows: Tensor, call: Call) -> SparseLatents | None:
         """Latents of rows [n, d], of what passes at the site as x; None where the steps must serve."""
         if not self._serves(sae, rows, call):
             return None
@@ -99,7 +101,7 @@ class Fused:
             return None
         return in_dtype(out if out.device == x.device else out.to(x.device), x.dtype)
 
-    def _serves(self, sae: JumpReLUSAE, rows: Tensor, call: Call) -> bool:
+    def _serves(self, sae: Coder, rows: Tensor, call: Call) -> bool:
         wanted = requested()
         there = wanted in (None, "triton", "cuda") if rows.is_cuda else wanted == "triton" and interpreted()
         n = rows.shape[0]
@@ -113,7 +115,6 @@ class Fused:
             and self.tap.run.path is None
             and type(sae) is JumpReLUSAE
             and sae.dtype == torch.float32
-            and sae._mapped is None
-            and not sae._pinned
+            and type(sae.rows) is Rows
             and all(edit.everywhere for edit in self.edits)
         )

@@ -13,7 +13,7 @@ from gemmascope_fast.attach.edits import Direction, Edit, FeatureEdit, Mask, che
 from gemmascope_fast.ops._csr import from_mask
 from gemmascope_fast.ops._library import in_dtype
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 
 
 class Plan:
@@ -40,7 +40,7 @@ class Plan:
     def apply(
         self,
         x: Tensor,
-        sae: JumpReLUSAE | None,
+        sae: Coder | None,
         latents: SparseLatents | None,
         call: Call,
         at: Tensor | None,
@@ -72,7 +72,7 @@ class Plan:
         return x
 
     def change(
-        self, sae: JumpReLUSAE, latents: SparseLatents, call: Call, at: Tensor | None
+        self, sae: Coder, latents: SparseLatents, call: Call, at: Tensor | None
     ) -> tuple[Tensor | None, Tensor] | None:
         """(rows, None for all of them; what the edits of latents add there, fp32 [rows, d_out]); None for nothing."""
         if not self.steps or not latents.n_rows:

@@ -21,7 +21,7 @@ from gemmascope_fast.attach.transformers.structure import Place, Structure
 from gemmascope_fast.bank import BankedSAE
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.multi_site import Crosscoder
 
 if TYPE_CHECKING:
@@ -64,16 +64,16 @@ class Tap:
         self.steps = [visitor.step for _, visitor in self.visits()]
         self.next: list[str] = []  # of a bank's SAE: those that the model reaches after it
 
-    def sae(self, call: Call) -> JumpReLUSAE:
+    def sae(self, call: Call) -> Coder:
         """The SAE; a bank's is held on its device until `done` or the call's end."""
         if not isinstance(self.coder, BankedSAE):
-            assert isinstance(self.coder, JumpReLUSAE)
+            assert isinstance(self.coder, Coder)
             return self.coder
         lease = call.leases.get(self)
         if lease is None:
             lease = call.leases[self] = self.coder.lease()
             self.coder.prefetch_next(self.next)
-        module: JumpReLUSAE = lease.module
+        module: Coder = lease.module
         return module
 
     def done(self, call: Call) -> None:
@@ -140,14 +140,14 @@ class ReadTap:
     def _join(self, rows: Tensor, call: Call) -> None:
         """Keep the rows until every site of a crosscoder has given its own, then encode them side by side."""
         sae = self.tap.coder
-        assert isinstance(sae, JumpReLUSAE)
+        assert isinstance(sae, Coder)
         held = call.scratch.setdefault(("held", self.tap), {})
         # copied: an in-place operation of the model may change what passed here
         held[self.number] = rows.to(sae.device, copy=True)
         if len(held) == len(self.tap.sources):
             self._encode(sae, torch.cat([held[number] for number in sorted(held)], -1), call)
 
-    def _encode(self, sae: JumpReLUSAE, rows: Tensor, call: Call, x: Tensor | None = None) -> None:
+    def _encode(self, sae: Coder, rows: Tensor, call: Call, x: Tensor | None = None) -> None:
         """x: what passes at the site, of which these are the rows, where nothing was done to it."""
         if rows.shape[-1] != sae.cfg.d_in:
             raise AttachError(
@@ -214,7 +214,7 @@ class WriteTap:
         return None if new is flat else new.reshape(x.shape)
 
     def _spliced(
-        self, flat: Tensor, sae: JumpReLUSAE, latents: SparseLatents, rows: Tensor, call: Call, at: Tensor | None
+        self, flat: Tensor, sae: Coder, latents: SparseLatents, rows: Tensor, call: Call, at: Tensor | None
     ) -> Tensor:
         tap = self.tap
         recon = sae.reconstruct(latents, rows)
@@ -224,7 +224,7 @@ class WriteTap:
         return recon if at is None else flat.index_copy(0, at.to(flat.device), recon)
 
     def _edited(
-        self, flat: Tensor, sae: JumpReLUSAE | None, latents: SparseLatents | None, call: Call, at: Tensor | None
+        self, flat: Tensor, sae: Coder | None, latents: SparseLatents | None, call: Call, at: Tensor | None
     ) -> Tensor:
         """flat with the edits added to the chosen rows; flat itself where nothing is added."""
         plan = self.tap.plan
@@ -253,7 +253,7 @@ def follow(taps: Sequence[Tap]) -> list[BankedSAE]:
     return coders[: max((coder.ahead for coder in coders), default=0)]
 
 
-def _scaled(x: Tensor, sae: JumpReLUSAE, latents: SparseLatents, at: Tensor | None, factor: float) -> Tensor:
+def _scaled(x: Tensor, sae: Coder, latents: SparseLatents, at: Tensor | None, factor: float) -> Tensor:
     """x with the chosen rows' latents at `factor` of what they are; the gradient stays that of x."""
     values = (factor - 1) * latents.values.detach()
     added = ops.decode(latents.crow_indices, latents.col_indices, values, sae.W_dec, None, None).to(x.device)

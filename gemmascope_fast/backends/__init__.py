@@ -140,6 +140,13 @@ def announce_rows(rows: torch.Tensor, ids: torch.Tensor) -> None:
         _C.announce_rows(rows.data_ptr(), rows.shape[1] * rows.element_size(), chosen.data_ptr(), chosen.numel())
 
 
+def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors of one dtype and shape hold the same bytes: a NaN equals itself, 0 is not -0."""
+    if _C is not None and a.device.type == b.device.type == "cpu":
+        return bool(_C.same_bytes(a.data_ptr(), b.data_ptr(), a.nbytes))
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 def supported_isas() -> list[str]:
     return [] if _C is None else _C.supported_isas()
 

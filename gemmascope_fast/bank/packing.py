@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from gemmascope_fast.errors import BankError
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import pays
-from gemmascope_fast.sae.screen_cache import Prepared
+from gemmascope_fast.sae.screen_cache import ScreenCache, Screened, ScreenOptions
 
 
-class Bare(Prepared):
-    """Packs nothing, whatever is asked: the bank counts no room for it.  An encode's bytes are the same."""
+class NoScreen(ScreenCache):
+    """Holds no screen, whatever is asked: the bank counts no room for one.  An encode's bytes are the same."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Bare, ())
-
-    def encode(
-        self, sae: JumpReLUSAE, x: Tensor, screen: bool | None, bandwidth: float | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None) -> Sequence[Tensor]:
         return super().encode(sae, x, False, bandwidth)
 
-    def build(self, sae: JumpReLUSAE, **options: Any) -> None:
+    def build(self, sae: Screened, options: ScreenOptions) -> None:
         raise BankError("prepare: this bank was made with screen=False and counts no bytes for what is packed")
 
 
 def unpack(module: nn.Module, bare: bool = False) -> None:
     """Let go of what is packed.  bare: and pack nothing from now on."""
     for part in _saes(module):
-        part._prepared = Bare() if bare else Prepared()
+        part.screen_cache = NoScreen() if bare else ScreenCache()
 
 
 def pack(module: nn.Module) -> None:
@@ -42,7 +37,7 @@ def pack(module: nn.Module) -> None:
 
 def packed(module: nn.Module) -> list[Tensor]:
     """Every tensor held beside the parameters."""
-    screens = [part._prepared.screen for part in _saes(module)]
+    screens = [part.screen_cache.screen for part in _saes(module)]
     return [t for screen in screens if screen is not None for t in vars(screen).values() if isinstance(t, Tensor)]
 
 

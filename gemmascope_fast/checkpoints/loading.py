@@ -92,7 +92,7 @@ def take_screen(made: Any, checkpoint: Checkpoint) -> None:
     if checkpoint.format == "native" and isinstance(made, JumpReLUSAE):
         screen = native.read_screen(made, checkpoint.path)
         if screen is not None:
-            made._prepared.adopt(made, screen)
+            made.screen_cache.adopt(made, screen)
 
 
 def held_dtype(dtype: str | torch.dtype) -> torch.dtype:

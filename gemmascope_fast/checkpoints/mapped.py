@@ -18,6 +18,7 @@ from gemmascope_fast.checkpoints.loading import _CLASSES, progress_bar
 from gemmascope_fast.checkpoints.packed import ROWS, Layout, checksum, open_layout, source_of
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
+from gemmascope_fast.sae.rows import Rows
 from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.sae.sites import Site
 
@@ -58,8 +59,8 @@ def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
     sae = _CLASSES[about["kind"]](W_enc=mapped.view(ROWS).t(), W_dec=mapped.view("W_dec"), cfg=cfg, **vectors)
     sae.requires_grad_(False)
     screen = Screen(*(resident(f"screen.{n}") for n in ("code", "code2", "table", "centre")))
-    sae._prepared.adopt(sae, screen)
-    sae._mapped = mapped
+    sae.rows = mapped
+    sae.screen_cache.adopt(sae, screen)
     return sae
 
 
@@ -130,8 +131,10 @@ class _Mapping:
         return _Mapping(self.path, os.dup(self.file.fileno()))
 
 
-class Mapped:
+class Mapped(Rows):
     """The mapped arrays of an SAE: those of a packed file, and W_dec out of the checkpoint where it lies there."""
+
+    in_memory = False
 
     def __init__(self, layout: Layout, packed: _Mapping, checkpoint: _Mapping | None) -> None:
         self.path, self.layout, self._packed, self._checkpoint = packed.path, layout, packed, checkpoint
@@ -167,12 +170,22 @@ class Mapped:
         """Whether a tensor lies in a file."""
         return any(mapping.holds(tensor) for mapping in self.mappings)
 
-    def announce(self, rows: Tensor, ids: Tensor) -> None:
+    def prefetch(self, weight: Tensor, ids: Tensor) -> None:
         """Have these rows of a matrix fetched, all at once, if it lies in the file."""
-        if self.holds(rows) and rows.is_contiguous():
-            backends.announce_rows(rows, ids)
+        if self.holds(weight) and weight.is_contiguous():
+            backends.announce_rows(weight, ids)
 
-    def copy_rows(self, sae: JumpReLUSAE, memo: dict[int, Any]) -> None:
+    def after_change(self, sae: Any) -> Rows:
+        # cast or moved, they are in memory
+        return self if any(self.holds(w) for w in (sae.W_enc, sae.W_dec)) else Rows()
+
+    def before_pickle(self) -> None:
+        raise TypeError(
+            f"{self.path}: an SAE of mapped rows is not pickled: its rows would be written in full; open its checkpoint"
+            ' with rows="mmap" where it is needed'
+        )
+
+    def before_copy(self, sae: Any, memo: dict[int, Any]) -> None:
         """Put into the memo of a deepcopy of `sae` the rows out of a second private mapping: no memory is taken, and an
         edit of one SAE is not seen in the other.
 

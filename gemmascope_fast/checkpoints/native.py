@@ -105,7 +105,7 @@ def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = 
     if screen:
         if matrix_dtype not in (None, sae.dtype):
             raise ValueError(f"screen: it is of the weights as held, {sae.dtype}; matrix_dtype asks for {matrix_dtype}")
-        made = sae.prepare()._prepared.screen
+        made = sae.prepare().screen_cache.screen
         assert made is not None
         arrays |= {f"screen.{name}": tensor for name, tensor in made.tensors().items()}
         about |= {"screen": weights_digest(sae.W_enc, sae.b_enc, sae.threshold), "screen_data": made.digest()}

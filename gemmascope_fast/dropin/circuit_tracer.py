@@ -21,7 +21,7 @@ from gemmascope_fast import ops
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemmascope_fast.sae.multi_site import CrossLayerTranscoder as OwnCrossLayerTranscoder
-from gemmascope_fast.sae.screen_cache import Fingerprint, fingerprint
+from gemmascope_fast.sae.weights import Fingerprint, fingerprint
 
 FIRST = slice(0, 1)  # circuit-tracer zeroes the first position unless told otherwise
 

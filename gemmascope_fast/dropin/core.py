@@ -78,7 +78,7 @@ def _empty(given: dict[str, Any], k: int | None, raw: bool) -> JumpReLUSAE:
 def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
     """Every z = x @ W_enc + b_enc, dense [..., d_sae] in the SAE's dtype, with the bytes that encoding gives."""
     # laid out anew where the weights are new; the screen is not for every pair
-    weights = core._prepared.refresh(core)
+    weights = core.screen_cache.refresh(core)
     flat = x.reshape(-1, core.cfg.d_in)
     # an infinite bandwidth stores every pair but those of z = -inf
     crow, col, values = ops.encode(flat, *weights, float("inf"))

@@ -1,4 +1,6 @@
-"""The ops under `torch.ops.gemmascope_fast`, one file each: schema, reference, fake, autograd, cost."""
+"""What each op means: schema, reference, fake, autograd, cost; SparseLatents; arithmetic of nested codes."""
+
+import importlib
 
 from gemmascope_fast.ops._library import OPS, Cost, Op
 from gemmascope_fast.ops.decode import decode, decode_reference
@@ -40,3 +42,6 @@ __all__ = [
     "screen_rows",
     "screen_rows_reference",
 ]
+
+# The kernels register themselves: whoever imports the ops gets the fastest implementation, never a silent reference.
+importlib.import_module("gemmascope_fast.backends")

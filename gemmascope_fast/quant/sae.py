@@ -6,10 +6,9 @@ import copy
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemmascope_fast import ops
 from gemmascope_fast.errors import CheckpointError
@@ -20,9 +19,11 @@ from gemmascope_fast.ops.screen_rows import Row, rows_of
 from gemmascope_fast.quant import storage
 from gemmascope_fast.quant.linear import MatryoshkaLinear, MatryoshkaMatrix
 from gemmascope_fast.quant.planes import Packed
-from gemmascope_fast.sae.config import SAEConfig
+from gemmascope_fast.sae.base import Coder
+from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import Screen
+from gemmascope_fast.sae.sites import Site
 
 PRE_BYTES = 1 << 26  # dense pre-activations held at once
 GATHERED = 1 << 14  # decoder rows dequantised at once
@@ -52,7 +53,7 @@ class MatryoshkaRows(MatryoshkaMatrix):
         return self.packed.rows(index, self.bits, self.mode)
 
 
-class MatryoshkaSAE(JumpReLUSAE):
+class MatryoshkaSAE(Coder):
     """The SAE f = relu(z) · (z > threshold), x̂ = f · W_dec + b_dec with W_enc and W_dec sliced to any width.
 
     encoder: codes of W_encᵀ [d_sae, d_in] and b_enc; decoder: codes of W_dec [d_sae, d_out]; one scale and zero point a
@@ -80,7 +81,7 @@ class MatryoshkaSAE(JumpReLUSAE):
         cfg: SAEConfig | None = None,
         scales: Tensor | None = None,
     ) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         d_sae, d_in, d_out = encoder.out_features, encoder.in_features, decoder.in_features
         if decoder.out_features != d_sae or encoder.bias is None:
             raise ValueError(f"decoder: expected {d_sae} rows and an encoder with a bias, got {decoder.out_features}")
@@ -112,14 +113,14 @@ class MatryoshkaSAE(JumpReLUSAE):
         balanced by `scales`), prepared now or stored with the SAE: a file that holds the screen holds this code.
         ValueError for a coder that is not a plain JumpReLU SAE, and for groups of the screen's code.
         """
-        if sae.kind != "sae" or isinstance(sae, MatryoshkaSAE):
+        if type(sae) is not JumpReLUSAE:
             raise ValueError(f"sae: expected a JumpReLU SAE, got a {type(sae).__name__} of kind {sae.kind!r}")
         check_mode(mode)
         scales = None
         if screen:
             if group_size is not None:
                 raise ValueError(f"group_size: the screen's code has one scale a row, got groups of {group_size}")
-            made = sae.prepare()._prepared.screen
+            made = sae.prepare().screen_cache.screen
             assert made is not None
             codes, scales = screen_codes(made, sae.W_enc.detach()), made.scales
         else:
@@ -148,10 +149,6 @@ class MatryoshkaSAE(JumpReLUSAE):
     def b_enc(self) -> Tensor:  # type: ignore[override]
         assert self.encoder.bias is not None
         return self.encoder.bias
-
-    @property
-    def device(self) -> torch.device:
-        return self.threshold.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -188,9 +185,9 @@ class MatryoshkaSAE(JumpReLUSAE):
 
         Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
         """
-        if isinstance(latents, Tensor) and latents.requires_grad and torch.is_grad_enabled():
-            return super().decode(latents)
         check_latents(latents, self.d_sae, self.device)
+        if isinstance(latents, Tensor) and latents.requires_grad and torch.is_grad_enabled():
+            return self._decode_dense(latents)
         if isinstance(latents, Tensor):
             latents = SparseLatents.from_dense(latents)
         # a token may hold more than GATHERED latents, and is then a part of its own
@@ -211,14 +208,6 @@ class MatryoshkaSAE(JumpReLUSAE):
         rows, col = torch.unique(latents.col_indices[start:end].long(), return_inverse=True)
         values = latents.values[start:end].float()
         return ops.decode(crow, col.to(torch.int32), values, self.decoder(rows), self.b_dec, None)
-
-    def prepare(self, force: bool = False, **options: Any) -> MatryoshkaSAE:
-        """Nothing to pack: the codes are what is read."""
-        return self
-
-    def packed_bytes(self) -> int:
-        """0: nothing is held beside the codes."""
-        return 0
 
     # ---- files ----------------------------------------------------------------------------------------
 
@@ -241,9 +230,6 @@ class MatryoshkaSAE(JumpReLUSAE):
     @classmethod
     def load(cls, path: str | Path) -> MatryoshkaSAE:
         """The inverse of `save`.  CheckpointError where the file holds something else or its arrays disagree."""
-        from gemmascope_fast.sae.config import SAEMetadata
-        from gemmascope_fast.sae.sites import Site
-
         held, beside, about = storage.load(path)
         if about.get("kind") != "matryoshka_sae":
             raise CheckpointError(f"{path}: expected a MatryoshkaSAE, got {about.get('kind')!r}")
@@ -270,6 +256,3 @@ class MatryoshkaSAE(JumpReLUSAE):
             if before is not None:
                 setattr(self, name, before.to(getattr(self, name).device))
         return self
-
-    def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, d_sae={self.d_sae}, site={self.cfg.hook_name}"

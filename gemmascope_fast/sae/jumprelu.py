@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +11,17 @@ from torch import Tensor, nn
 from gemmascope_fast import ops
 from gemmascope_fast.ops._library import expect_tensor, in_dtype
 from gemmascope_fast.ops.latents import SparseLatents, check_latents
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.config import SAEConfig
+from gemmascope_fast.sae.pinned import pin_rows
+from gemmascope_fast.sae.rows import Rows, as_rows
 from gemmascope_fast.sae.screen import balancing_scales, decoder_spread, massive_dimensions
-from gemmascope_fast.sae.screen_cache import Prepared
-from gemmascope_fast.sae.weights import as_rows, check_weights
-
-if TYPE_CHECKING:
-    from gemmascope_fast.checkpoints.mapped import Mapped
+from gemmascope_fast.sae.screen_cache import ScreenCache, ScreenOptions
+from gemmascope_fast.sae.straight_through import with_gradients
+from gemmascope_fast.sae.weights import EncoderWeights, check_weights
 
 
-class JumpReLUSAE(nn.Module):
+class JumpReLUSAE(Coder):
     """x̂ = f @ W_dec + b_dec with f = relu(z) · (z > threshold), z = x @ W_enc + b_enc (Gemma Scope, section 1 of
     the paper): exact, sparse from the moment the latents exist.
 
@@ -29,10 +29,8 @@ class JumpReLUSAE(nn.Module):
     [d_sae, d_in] storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
     """
 
-    kind = "sae"
-    _load: ClassVar[Callable[..., Any]]  # `from_pretrained` of any kind, set by gemmascope_fast.checkpoints.loading
-    _mapped: Mapped | None = None  # the file that the rows are read from, where they are not resident
-    _pinned = False  # the encoder's rows are in pinned host memory, everything else on a device
+    rows: Rows  # where the rows of W_enc and W_dec live
+    screen_cache: ScreenCache  # the screen, built at first use
 
     def __init__(
         self,
@@ -54,7 +52,8 @@ class JumpReLUSAE(nn.Module):
         self.b_enc = nn.Parameter(b_enc.detach())
         self.b_dec = nn.Parameter(b_dec.detach())
         self.threshold = nn.Parameter(threshold.detach())
-        self._prepared = Prepared()
+        self.rows = Rows()
+        self.screen_cache = ScreenCache()
 
     @classmethod
     def from_weights(
@@ -74,24 +73,6 @@ class JumpReLUSAE(nn.Module):
         """
         return cls(W_enc, W_dec, b_enc, b_dec, threshold, cfg, **more)
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        repo_or_folder: str,
-        sae_id: str | None = None,
-        device: str | torch.device = "cpu",
-        dtype: str | torch.dtype = torch.float32,
-        **options: Any,
-    ) -> JumpReLUSAE:
-        """As `gsf.SAE.from_pretrained`, and a TypeError naming the kind where the checkpoint is another."""
-        loaded = cls._load(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
-        if loaded.kind != cls.kind:
-            raise TypeError(
-                f"{repo_or_folder}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
-                f" ({type(loaded).__name__}); gsf.SAE.from_pretrained takes any"
-            )
-        return loaded
-
     # ---- encode -------------------------------------------------------------------------------------
 
     def encode_sparse(
@@ -108,18 +89,15 @@ class JumpReLUSAE(nn.Module):
         arrays.
         """
         flat = self._tokens(x)
-        if self._mapped is not None:
-            self._mapped.check()
+        self.rows.check()
         if precision != "exact":
             return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
         if torch.compiler.is_compiling() and not screen:
             # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
             csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
         else:
-            csr = self._prepared.encode(self, flat, screen, bandwidth)
+            csr = self.screen_cache.encode(self, flat, screen, bandwidth)
         if bandwidth is not None:
-            from gemmascope_fast.sae.straight_through import with_gradients
-
             csr = with_gradients(csr, self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
@@ -131,24 +109,10 @@ class JumpReLUSAE(nn.Module):
             raise ValueError(f"precision: expected 'exact' or 'tensor', got {precision!r}")
         if screen or bandwidth is not None:
             raise ValueError("precision: 'tensor' takes neither screen nor bandwidth")
-        if self._pinned:
+        if self.rows.only_through_screen:
             raise ValueError("precision: 'tensor' reads every row, which those in host memory are not for")
         crow, col, values = ops.encode_tensor(flat, self.W_enc, self.b_enc, self.threshold)
         return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*rows, self.cfg.d_sae))
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Dense latents [..., d_sae] in the SAE's dtype, as SAELens returns them."""
-        return self.encode_sparse(x).to_dense()
-
-    def _tokens(self, x: Tensor) -> Tensor:
-        expect_tensor("x", x)
-        if not x.is_floating_point():
-            raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
-        if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
-            raise ValueError(f"x: expected d_in = {self.cfg.d_in} in its last dimension, got {tuple(x.shape)}")
-        if x.device != self.device:
-            raise ValueError(f"x: expected a tensor on {self.device}, like the SAE, got {x.device}")
-        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     # ---- decode -------------------------------------------------------------------------------------
 
@@ -160,25 +124,15 @@ class JumpReLUSAE(nn.Module):
         SparseLatents, IndexError where col_indices leave [0, d_sae).
         """
         check_latents(latents, self.cfg.d_sae, self.device)
-        if self._mapped is not None:
-            self._mapped.check()
+        self.rows.check()
         if isinstance(latents, Tensor):
             if latents.requires_grad and torch.is_grad_enabled():
-                dense = latents.float() @ self.W_dec.float() + self.b_dec.float()
-                return dense.to(self.W_dec.dtype)
+                return self._decode_dense(latents)
             latents = SparseLatents.from_dense(latents)
-        if self._mapped is not None and not torch.compiler.is_compiling():
-            self._mapped.announce(self.W_dec, latents.col_indices)
+        if not torch.compiler.is_compiling():
+            self.rows.prefetch(self.W_dec, latents.col_indices)
         out = ops.decode(latents.crow_indices, latents.col_indices, latents.values, self.W_dec, self.b_dec, None)
         return in_dtype(out, self.W_dec.dtype).reshape(*latents.shape[:-1], self.cfg.d_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruction of x [..., d_in]: [..., d_out] in the SAE's dtype."""
-        return self.reconstruct(self.encode_sparse(x), x)
-
-    def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
-        """`forward` of x [..., d_in] whose latents are there already: [..., d_out]."""
-        return self.decode(latents)
 
     def prepare(self, force: bool = False, **options: Any) -> JumpReLUSAE:
         """Pack now instead of at first use: lay out the rows and build the certified screen.
@@ -193,9 +147,9 @@ class JumpReLUSAE(nn.Module):
         (default True), another byte a weight that spares nearly all rows that do not fire; codes, `matryoshka.Codes` of
         W_encᵀ with a scale a row, e.g. trained ones, whose 8 bits decide in place of the screen's own.
         """
-        self._prepared.refresh(self, force=force)
-        if options or self._prepared.stale():
-            self._prepared.build(self, **options)
+        self.screen_cache.refresh(self, force=force)
+        if options or self.screen_cache.stale():
+            self.screen_cache.build(self, ScreenOptions.of(self.d_in, **options))
         return self
 
     def pin_rows(self, device: str | torch.device = "cuda") -> JumpReLUSAE:
@@ -206,10 +160,12 @@ class JumpReLUSAE(nn.Module):
         makes the rows resident again.
         Raises ValueError for another kind of device or mapped rows, BackendError where there is no CUDA device.
         """
-        from gemmascope_fast.sae.pinned import pin_rows
-
         pin_rows(self, torch.device(device))
         return self
+
+    def encoder_weights(self) -> EncoderWeights:
+        """The parameters that an encode reads, as they are now."""
+        return EncoderWeights(self.W_enc, self.b_enc, self.threshold)
 
     def screen_centre(self) -> Tensor | None:
         """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
@@ -227,54 +183,29 @@ class JumpReLUSAE(nn.Module):
 
     def packed_bytes(self) -> int:
         """Bytes held beside the parameters: the screen's codes and bounds."""
-        return self._prepared.nbytes
+        return self.screen_cache.nbytes
 
     # ---- module plumbing ----------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JumpReLUSAE:
-        """A copy of its own; mapped rows stay in their file (`Mapped.copy_rows`), and their screen is shared."""
+        """A copy of its own; mapped rows stay in their file (`Rows.before_copy`), and their screen is shared."""
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
-        if self._mapped is not None:
-            self._mapped.copy_rows(self, memo)
+        self.rows.before_copy(self, memo)
         made.__setstate__(copy.deepcopy(self.__dict__, memo))
-        if made._mapped is not None:
-            self._prepared.share(self, made)
+        if not self.rows.in_memory:
+            # to build a screen reads every row
+            self.screen_cache.share(self, made)
         return made
 
     def _apply(self, fn: Any, recurse: bool = True) -> JumpReLUSAE:
         super()._apply(fn, recurse)
-        if self._mapped is not None and not any(self._mapped.holds(w) for w in (self.W_enc, self.W_dec)):
-            self._mapped = None  # cast or moved: resident from here on
+        self.rows = self.rows.after_change(self)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._mapped is not None:
-            raise TypeError(
-                f"{self._mapped.path}: an SAE of mapped rows is not pickled: its rows would be written in full; open"
-                ' its checkpoint with rows="mmap" where it is needed'
-            )
+        self.rows.before_pickle()
         return self.__dict__
-
-    @property
-    def d_in(self) -> int:
-        return self.cfg.d_in
-
-    @property
-    def d_sae(self) -> int:
-        return self.cfg.d_sae
-
-    @property
-    def device(self) -> torch.device:
-        """Where activations are wanted: pinned rows lie elsewhere."""
-        return self.b_enc.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.W_enc.dtype
-
-    def extra_repr(self) -> str:
-        return f"d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}, site={self.cfg.hook_name}, dtype={self.dtype}"
 
 
 class JumpReLUTranscoder(JumpReLUSAE):

@@ -3,16 +3,27 @@ lie (docs/guides/gpu.md)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.backends.gpu.screen import in_host_memory
 from gemmascope_fast.errors import BackendError
+from gemmascope_fast.sae.rows import Rows
 
-if TYPE_CHECKING:
-    from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+
+class Pinned(Rows):
+    """The encoder's rows in pinned host memory, everything else on a device."""
+
+    only_through_screen = True
+
+    def lay_out(self, W_enc: Tensor) -> Tensor:
+        return as_pinned(W_enc)
+
+    def after_change(self, sae: Any) -> Rows:
+        # moved to where everything else is, they are resident
+        return self if sae.W_enc.device != sae.b_enc.device else Rows()
 
 
 def check_device(device: torch.device) -> None:
@@ -39,19 +50,19 @@ def serves(W_enc: Tensor) -> bool:
     return W_enc.t().is_contiguous() and in_host_memory(W_enc)
 
 
-def pin_rows(sae: JumpReLUSAE, device: torch.device) -> None:
+def pin_rows(sae: Any, device: torch.device) -> None:
     """`JumpReLUSAE.pin_rows`."""
     check_device(device)
-    if sae._mapped is not None:
-        raise ValueError(f'{sae._mapped.path}: mapped rows are not pinned: load the checkpoint with rows="pinned"')
-    sae._prepared.refresh(sae)
-    screen = None if sae._prepared.stale() else sae._prepared.screen
+    if not sae.rows.in_memory:
+        raise ValueError('mapped rows are not pinned: load the checkpoint with rows="pinned"')
+    sae.screen_cache.refresh(sae)
+    screen = None if sae.screen_cache.stale() else sae.screen_cache.screen
     rows = nn.Parameter(as_pinned(sae.W_enc.detach()), requires_grad=False)
     sae.W_enc = nn.Parameter(rows.new_empty(0), requires_grad=False)  # what moves must not take them along
     try:
         sae.to(device)
     finally:
-        sae.W_enc, sae._pinned = rows, True
+        sae.W_enc, sae.rows = rows, Pinned()
     sae.requires_grad_(False)
     if screen is not None:  # of these very weights
-        sae._prepared.adopt(sae, screen)
+        sae.screen_cache.adopt(sae, screen)

@@ -1,105 +1,65 @@
-"""What an SAE packs at first use, kept until its weights are seen to change."""
+"""The screen of one SAE: built at first use, and again after its weights change."""
 
 from __future__ import annotations
 
+import os
 import threading
-from typing import TYPE_CHECKING, Any
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from gemmascope_fast import backends, ops
 from gemmascope_fast.ops._library import expect_tensor
+from gemmascope_fast.ops.codes import Codes
+from gemmascope_fast.sae.rows import Rows
 from gemmascope_fast.sae.screen import Screen, balancing_scales, pays, principal_directions
-
-if TYPE_CHECKING:
-    from gemmascope_fast.ops.codes import Codes
-    from gemmascope_fast.sae.jumprelu import JumpReLUSAE
-
-Fingerprint = tuple[Any, ...]
-Weights = tuple[Tensor, Tensor, Tensor]  # W_enc, b_enc, threshold
+from gemmascope_fast.sae.weights import EncoderWeights, WeightWatch, check_encoder
 
 
-def fingerprint(*tensors: Tensor) -> Fingerprint:
-    """What can be seen of an edit without reading the data: identity, storage, dtype, device, strides and the
-    version counter (inference tensors have none)."""
-    return tuple(
-        (id(t), t.data_ptr(), t.dtype, t.device, t.stride(), None if t.is_inference() else t._version) for t in tensors
-    )
+class Screened(Protocol):
+    """What the cache needs of an SAE."""
 
+    rows: Rows
 
-class Prepared:
-    """The packed state of one SAE, behind a lock: its screen, and the weights it was seen with."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self._seen: Fingerprint | None = None
-        self._alive: tuple[StorageWeakRef, ...] = ()  # the storages last seen: an address may be given out again
-        self._screen: Screen | None = None
-        self._sight = 0  # counts the changes seen: new weights may lie at the old ones' address
-        self._screen_of = -1  # the sight that the screen was built from
-        self._centre: Tensor | None = None  # given by the user; None: the module's own choice
-        self._directions: Tensor | int | None = None  # None: the module's own choice; 0: none
-        self._spread: Tensor | None = None  # of the user's sample
-        self._second_digit = True
-        self._codes: Codes | None = None  # the user's, for the first digit
-        self._edited = -1  # the sight of weights other than the screen's, as last met
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # a copy packs its own weights anew; locks do not travel
-        return (Prepared, ())
+    W_dec: Any
+    b_enc: Any
 
     @property
-    def screen(self) -> Screen | None:
-        """The screen that is there now."""
-        return self._screen
-
+    def d_in(self) -> int: ...
     @property
-    def nbytes(self) -> int:
-        """Bytes of what is packed beside the weights."""
-        screen = self._screen
-        return 0 if screen is None else screen.nbytes
+    def d_sae(self) -> int: ...
+    def encoder_weights(self) -> EncoderWeights: ...
+    def screen_centre(self) -> Tensor | None: ...
+    def screen_directions(self) -> Tensor | None: ...
+    def screen_scales(self) -> Tensor | None: ...
 
-    def refresh(self, sae: JumpReLUSAE, force: bool = False) -> Weights:
-        """The encoder's weights, checked and laid out anew where they were seen to change."""
-        weights = (sae.W_enc, sae.b_enc, sae.threshold)
-        if not force and self._seen == fingerprint(*weights) and not any(s.expired() for s in self._alive):
-            return weights
-        from gemmascope_fast.sae.weights import as_rows, check_threshold
 
-        with self._lock:
-            check_threshold(sae.threshold)
-            # loaded by assignment, `.data =` with Gemma Scope's own layout, a copy or cast of pinned rows, which is not
-            # pinned: laid out once, not at each call
-            with torch.no_grad():
-                sae._pinned = sae._pinned and sae.W_enc.device != sae.device  # moved to the device, they are resident
-                if sae._pinned:
-                    from gemmascope_fast.sae.pinned import as_pinned, serves
+@dataclass(frozen=True)
+class ScreenOptions:
+    """What `JumpReLUSAE.prepare` was given; kept for later rebuilds.  None: the SAE's own choice."""
 
-                    if not serves(sae.W_enc):
-                        sae.W_enc.data = as_pinned(sae.W_enc.data)
-                elif not sae.W_enc.t().is_contiguous():
-                    sae.W_enc.data = as_rows(sae.W_enc.data)
-            weights = (sae.W_enc, sae.b_enc, sae.threshold)
-            self._seen = fingerprint(*weights)
-            self._alive = tuple(StorageWeakRef(t.untyped_storage()) for t in weights)
-            self._sight += 1
-            if force:
-                self._screen, self._screen_of = None, -1
-            return weights
+    centre: Tensor | None = None
+    directions: Tensor | int | None = None  # 0: none
+    spread: Tensor | None = None  # standard deviations of the user's sample
+    second_digit: bool = True
+    codes: Codes | None = None
 
-    def build(
-        self,
-        sae: JumpReLUSAE,
+    @classmethod
+    def of(
+        cls,
+        d_in: int,
         *,
         sample: Tensor | None = None,
         centre: Tensor | None = None,
         directions: int | Tensor | None = None,
         second_digit: bool = True,
         codes: Codes | None = None,
-    ) -> None:
-        """Build the screen with these options, which later rebuilds keep (`JumpReLUSAE.prepare` says what they are)."""
+    ) -> ScreenOptions:
+        """Check the arguments of `prepare` and read what the sample says."""
         if sample is not None and centre is not None:
             raise ValueError("sample, centre: expected at most one of them")
         for name, given in (("sample", sample), ("centre", centre)):
@@ -111,97 +71,176 @@ class Prepared:
             raise ValueError(f"directions: {directions} of them can only be found in a sample; got none")
         spread = None
         if sample is not None:
-            if sample.shape[-1:] != (sae.d_in,) or not sample.is_floating_point():
+            if sample.shape[-1:] != (d_in,) or not sample.is_floating_point():
                 raise ValueError(
-                    f"sample: expected floating activations [..., d_in = {sae.d_in}], got {tuple(sample.shape)}"
+                    f"sample: expected floating activations [..., d_in = {d_in}], got {tuple(sample.shape)}"
                 )
-            sample = sample.detach().reshape(-1, sae.d_in)
+            sample = sample.detach().reshape(-1, d_in)
             centre = sample.double().mean(0).float()
             spread = sample.double().std(0, correction=0).float()
             if isinstance(directions, int) and directions:
                 directions = principal_directions(sample, directions)
-        with self._lock:
-            self._centre, self._spread, self._directions, self._second_digit = centre, spread, directions, second_digit
-            self._codes = codes
-            self._screen, self._screen_of = None, -1
-            self._screened(sae)
+        return cls(centre, directions, spread, second_digit, codes)
 
-    def adopt(self, sae: JumpReLUSAE, screen: Screen) -> None:
+
+class ScreenCache:
+    """The screen of one SAE and the weights that it is of, behind a lock."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._watch = WeightWatch()
+        self._options = ScreenOptions()
+        self._screen: Screen | None = None
+        self._built_at = -1  # `watch.changes` when the screen was built
+        self._met_at = -1  # `watch.changes` when an encode last met weights that the screen is not of
+        _CACHES.add(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy builds its own screen; locks do not travel
+        return (type(self), ())
+
+    @property
+    def screen(self) -> Screen | None:
+        """The screen that is held now."""
+        return self._screen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the screen, on whatever device it is."""
+        screen = self._screen
+        return 0 if screen is None else screen.nbytes
+
+    def stale(self) -> bool:
+        """Whether there is no screen of the weights last seen."""
+        return self._screen is None or self._built_at != self._watch.changes
+
+    def refresh(self, sae: Screened, force: bool = False) -> EncoderWeights:
+        """The encoder's weights as they are now, checked and laid out again where they were seen to change.
+
+        force: take them as changed, and drop the screen.
+        """
+        weights = sae.encoder_weights()
+        if not force and not self._watch.changed(weights):
+            return weights
+        with self._lock, torch.no_grad():
+            check_encoder(weights, sae.d_in, sae.d_sae)
+            sae.rows = sae.rows.after_change(sae)
+            held = weights.W_enc.data
+            laid_out = sae.rows.lay_out(held)
+            if laid_out is not held:
+                weights.W_enc.data = laid_out  # once after a change, not at each call
+            self._watch.note(weights)
+            if force:
+                self._screen, self._built_at = None, -1
+            return weights
+
+    def build(self, sae: Screened, options: ScreenOptions) -> None:
+        """Build the screen with these options, and keep them for later rebuilds."""
+        with self._lock:
+            self._options = options
+            self._screen, self._built_at = None, -1
+            self._current(sae, self.refresh(sae))
+
+    def adopt(self, sae: Screened, screen: Screen) -> None:
         """Take a screen that was stored with these very weights."""
-        self.refresh(sae)
+        weights = self.refresh(sae)
         with self._lock:
-            self._centre = screen.centre
-            self._directions = 0 if screen.directions is None else screen.directions
-            self._second_digit = screen.code2 is not None
-            self._screen, self._screen_of = screen, self._sight
+            directions = 0 if screen.directions is None else screen.directions
+            self._options = ScreenOptions(screen.centre, directions, None, screen.code2 is not None)
+            self._hold(screen, weights)
 
-    def share(self, sae: JumpReLUSAE, twin: JumpReLUSAE) -> None:
+    def share(self, sae: Screened, twin: Any) -> None:
         """Give an SAE of the same weights the screen that `sae` has, if it has one of them."""
         self.refresh(sae)
         if self._screen is not None and not self.stale():
-            twin._prepared.adopt(twin, self._screen)
+            twin.screen_cache.adopt(twin, self._screen)
 
-    def _screened(self, sae: JumpReLUSAE) -> Screen:
-        """The screen of the weights last seen, built where it is of others."""
-        screen = self._screen
-        if screen is not None and self._screen_of == self._sight:
-            return screen
-        with self._lock:
-            if self.stale() or self._screen is None:
-                centre = sae.screen_centre() if self._centre is None else self._centre
-                directions = sae.screen_directions() if self._directions is None else self._directions
-                self._screen = Screen.build(
-                    sae.W_enc,
-                    sae.b_enc,
-                    sae.threshold,
-                    centre=centre,
-                    second_digit=self._second_digit,
-                    directions=None if isinstance(directions, int) else directions,
-                    scales=self._scales(sae),
-                    codes=self._codes,
-                )
-                self._screen_of = self._sight
-                if sae._mapped is None:  # large pages would be read from the disk in full
-                    for rows in (sae.W_enc, sae.W_dec):
-                        backends.advise_large_pages(rows)
-            return self._screen
+    def encode(self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None) -> Sequence[Tensor]:
+        """(crow_indices, col_indices, values fp32) of x [N, d_in] with the weights of now.
 
-    def _scales(self, sae: JumpReLUSAE) -> Tensor | None:
-        """What balances dimensions in the screen: the user's sample where one was given; nothing where a code was."""
-        if self._codes is not None:
-            return None  # it is of the rows as they are
-        if self._spread is None:
-            return sae.screen_scales()
-        return balancing_scales(sae.W_enc, self._spread, sae.screen_directions())
-
-    def encode(
-        self, sae: JumpReLUSAE, x: Tensor, screen: bool | None, bandwidth: float | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(crow_indices, col_indices, values fp32) with the weights of now, by the fastest route that `screen`
-        allows."""
+        screen: as in `JumpReLUSAE.encode_sparse`.
+        """
         weights = self.refresh(sae)
-        if sae._pinned:
+        if sae.rows.only_through_screen:
             if screen is False:
                 raise ValueError("screen: expected None or True, for rows in host memory are read through the screen")
             if x.requires_grad and torch.is_grad_enabled():
                 raise ValueError("x: expected no gradient through rows in host memory; torch.no_grad(), or .to(device)")
             screen = True
         # with a bandwidth weights are being trained: a screen would be built for one use
-        if screen or (screen is None and bandwidth is None and self._pays(x, weights[0])):
-            mapped = sae._mapped is not None and sae._mapped.holds(weights[0])
-            return self._screened(sae).encode(x, *weights, bandwidth=bandwidth, mapped=mapped)
-        return ops.encode(x, *weights, bandwidth)
+        if screen is False or (screen is None and (bandwidth is not None or not pays(x, weights.W_enc))):
+            return ops.encode(x, *weights, bandwidth)
+        if self._watch.vectors_changed(weights):
+            weights = self._vectors_edited(sae)
+        if screen is None and not self._worth_building():
+            return ops.encode(x, *weights, bandwidth)
+        current = self._current(sae, weights)
+        return current.encode(x, *weights, bandwidth=bandwidth, mapped=sae.rows.holds(weights.W_enc))
 
-    def _pays(self, x: Tensor, W_enc: Tensor) -> bool:
-        """Whether the screen is the faster route (`screen.pays`), a build at each call not among its costs."""
-        if not pays(x, W_enc):
-            return False
+    def _vectors_edited(self, sae: Screened) -> EncoderWeights:
+        """b_enc or threshold were edited in a way that bumps no version: weights to check again."""
+        weights = sae.encoder_weights()
+        with self._lock:
+            check_encoder(weights, sae.d_in, sae.d_sae)
+            self._watch.note(weights)
+        return weights
+
+    def _worth_building(self) -> bool:
+        """Whether the screen is there, or to be built now.
+
+        Weights that were edited after a screen was built may be edited again, as in training: build at the second
+        encode that meets the same weights.
+        """
         if self._screen is None or not self.stale():
             return True
-        # weights edited since the screen was built may be edited again (training): build at the second sight
-        again, self._edited = self._edited == self._sight, self._sight
+        again, self._met_at = self._met_at == self._watch.changes, self._watch.changes
         return again
 
-    def stale(self) -> bool:
-        """Whether there is no screen of the weights last seen."""
-        return self._screen is None or self._screen_of != self._sight
+    def _current(self, sae: Screened, weights: EncoderWeights) -> Screen:
+        """The screen of these weights, built where it is not there."""
+        screen = self._screen
+        if screen is not None and not self.stale():
+            return screen
+        with self._lock:
+            if self._screen is None or self.stale():
+                self._hold(self._built(sae, weights), weights)
+                if sae.rows.in_memory:
+                    for rows in (weights.W_enc, sae.W_dec):
+                        backends.advise_large_pages(rows)
+            assert self._screen is not None
+            return self._screen
+
+    def _hold(self, screen: Screen, weights: EncoderWeights) -> None:
+        self._watch.keep_vectors(weights)
+        self._screen, self._built_at = screen, self._watch.changes
+
+    def _built(self, sae: Screened, weights: EncoderWeights) -> Screen:
+        options = self._options
+        centre = sae.screen_centre() if options.centre is None else options.centre
+        directions = sae.screen_directions() if options.directions is None else options.directions
+        if options.codes is not None:
+            scales = None  # the codes are of the rows as they are
+        elif options.spread is None:
+            scales = sae.screen_scales()
+        else:
+            scales = balancing_scales(weights.W_enc, options.spread, sae.screen_directions())
+        return Screen.build(
+            *weights,
+            centre=centre,
+            second_digit=options.second_digit,
+            directions=None if isinstance(directions, int) else directions,
+            scales=scales,
+            codes=options.codes,
+        )
+
+
+_CACHES: weakref.WeakSet[ScreenCache] = weakref.WeakSet()
+
+
+def _new_locks() -> None:
+    """A forked child has none of its parent's threads: a lock that one of them held would never be released."""
+    for cache in list(_CACHES):
+        cache._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_locks)

@@ -34,10 +34,10 @@ class TopKSAE(JumpReLUSAE):
             raise ValueError("bandwidth: a top-k SAE has no threshold to train")
         flat = self._tokens(x)
         # at least one chunk, so that no tokens give no rows
-        encode = super().encode_sparse
+        encode = JumpReLUSAE.encode_sparse
         exact = precision == "exact"
         wide = (
-            self._positive(rows, screen) if exact else encode(rows, screen, None, precision)
+            self._positive(rows, screen) if exact else encode(self, rows, screen, None, precision)
             for rows in flat.split(self.chunk)
         )
         return SparseLatents.cat([_greatest(part, self.k) for part in wide]).to(self.dtype).reshape(*x.shape[:-1])
@@ -47,7 +47,7 @@ class TopKSAE(JumpReLUSAE):
         if torch.compiler.is_compiling() and not screen:
             csr = ops.encode(rows, self.W_enc, self.b_enc, self.threshold, None)
         else:
-            csr = self._prepared.encode(self, rows, screen)
+            csr = self.screen_cache.encode(self, rows, screen)
         crow, col, values = csr
         return SparseLatents(crow, col, values, (rows.shape[0], self.cfg.d_sae))
 

@@ -1,20 +1,81 @@
-"""What the weights of an SAE must be, and how the encoder's rows are laid out."""
+"""The weights of an SAE: what they must be, and how changes of them are noticed."""
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from gemmascope_fast.backends import same_bytes
 from gemmascope_fast.ops._library import expect_tensor
 
 
-def as_rows(W_enc: Tensor) -> Tensor:
-    """The same [d_in, d_sae] values as the transposed view of contiguous [d_sae, d_in] storage."""
-    rows = W_enc.t()
-    return W_enc if rows.is_contiguous() else rows.contiguous().t()
+class EncoderWeights(NamedTuple):
+    """W_enc [d_in, d_sae], b_enc [d_sae] and threshold [d_sae]: what an encode reads."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    threshold: Tensor
+
+
+Fingerprint = tuple[Any, ...]
+
+
+def fingerprint(*tensors: Tensor) -> Fingerprint:
+    """What can be seen of an edit without reading the data; of each tensor its identity first."""
+    return tuple(
+        (id(t), t.data_ptr(), t.dtype, t.device, t.shape, t.stride(), None if t.is_inference() else t._version)
+        for t in tensors
+    )
+
+
+class WeightWatch:
+    """Notices that encoder weights were changed.
+
+    Without reading data it sees: another tensor, storage, dtype, device, shape or strides, and every edit that bumps
+    PyTorch's version counter.  Edits that bump none (`p.data.mul_()`, numpy aliases, fused optimizers, inference
+    tensors) are found in b_enc and threshold, which are compared with copies (`vectors_changed`), and cannot be found
+    in W_enc.
+    """
+
+    def __init__(self) -> None:
+        self.changes = 0  # how often a change was seen; new weights may lie at the old ones' address
+        self._seen: Fingerprint | None = None
+        self._storages: tuple[StorageWeakRef, ...] = ()  # an address may be given out again
+        self._vectors: tuple[Tensor, Tensor] | None = None
+
+    def changed(self, weights: EncoderWeights) -> bool:
+        """Whether these are not the weights last noted, as far as can be told without reading them."""
+        return self._seen != fingerprint(*weights) or any(s.expired() for s in self._storages)
+
+    def note(self, weights: EncoderWeights) -> None:
+        """These are the weights from now on."""
+        self._seen = fingerprint(*weights)
+        self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in weights)
+        self._vectors = None
+        self.changes += 1
+
+    def keep_vectors(self, weights: EncoderWeights) -> None:
+        """Copy b_enc and threshold, for `vectors_changed`."""
+        self._vectors = weights.b_enc.detach().clone(), weights.threshold.detach().clone()
+
+    def vectors_changed(self, weights: EncoderWeights) -> bool:
+        """Whether b_enc or threshold differ in a byte from the copies; False where none were kept.
+
+        On CPU it takes 4 µs at 4,096 features and 9 µs at 16,384, under 1 % of one token's encode there.
+        """
+        if self._vectors is None:
+            return False
+        return not all(
+            same_bytes(now, then) for now, then in zip((weights.b_enc, weights.threshold), self._vectors, strict=True)
+        )
 
 
 def check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, threshold: Tensor) -> None:
+    """Raise ValueError or TypeError where weights are not floating tensors of one dtype and device whose shapes agree,
+    or a threshold is not finite."""
     named = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
     for name, tensor in named.items():
         expect_tensor(name, tensor)
@@ -34,6 +95,14 @@ def check_weights(W_enc: Tensor, W_dec: Tensor, b_enc: Tensor, b_dec: Tensor, th
         if named[name].shape != (size,):
             raise ValueError(f"{name}: expected [{size}], got {tuple(named[name].shape)}")
     check_threshold(threshold)
+
+
+def check_encoder(weights: EncoderWeights, d_in: int, d_sae: int) -> None:
+    """Raise ValueError where the encoder's weights no longer have the SAE's shapes, or a threshold is not finite."""
+    for name, tensor, shape in zip(weights._fields, weights, ((d_in, d_sae), (d_sae,), (d_sae,)), strict=True):
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {tuple(tensor.shape)}: it was replaced")
+    check_threshold(weights.threshold)
 
 
 def check_threshold(threshold: Tensor) -> None:

@@ -133,7 +133,7 @@ def test_two_tiers_of_one_memory(tmp_path):
         bank[name](x)
     assert tiers() == ([1, 2], [0])
     with bank.use(names[0]) as sae:  # comes back, nothing is read, and changes places
-        first, packed = sae.W_enc.data_ptr(), sae._prepared
+        first, packed = sae.W_enc.data_ptr(), sae.screen_cache
     del sae
     assert tiers() == ([2, 0], [1])
     assert bank.stats.loads == 3
@@ -142,7 +142,7 @@ def test_two_tiers_of_one_memory(tmp_path):
     assert tiers() == ([3, 4], [2, 0])
     with bank.use(names[0]) as sae:
         assert sae.W_enc.data_ptr() == first
-        assert sae._prepared is not packed  # what was packed did not go to the host tier
+        assert sae.screen_cache is not packed  # what was packed did not go to the host tier
     del sae
     bank[names[1]](x)  # had left for good
     assert bank.stats.loads == 6

@@ -34,7 +34,7 @@ def test_answers_are_those_of_the_resident_sae(folder, monkeypatch):
     small_panels(monkeypatch)
     resident, x = gsf.SAE.from_pretrained(folder), make_activations(2, 9, 200)
     mapped = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
-    assert mapped._mapped is not None
+    assert not mapped.rows.in_memory
     for T in (0, 1, 9):
         latents = mapped.encode_sparse(x[:T])
         assert latents == resident.encode_sparse(x[:T], screen=False)
@@ -49,9 +49,9 @@ def test_the_screen_is_the_one_that_is_built_in_memory(folder, monkeypatch):
     resident = gsf.SAE.from_pretrained(folder)
     mapped = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
     built = Screen.build(resident.W_enc, resident.b_enc, resident.threshold, centre=resident.b_dec)
-    assert mapped._prepared.screen.tensors().keys() == built.tensors().keys()
+    assert mapped.screen_cache.screen.tensors().keys() == built.tensors().keys()
     for name, tensor in built.tensors().items():
-        assert torch.equal(mapped._prepared.screen.tensors()[name], tensor), name
+        assert torch.equal(mapped.screen_cache.screen.tensors()[name], tensor), name
 
 
 def test_the_file_is_a_safetensors_file_with_one_row_after_the_other(folder):
@@ -193,7 +193,7 @@ def test_the_decoder_is_mapped_where_it_lies(folder, monkeypatch, how):
     assert file.stat().st_size < packed.HEADER + (2 if there else 3) * 4 * 902 * 200
     assert same_bytes(sae.W_enc.detach().contiguous(), whole["W_enc"])
     assert same_bytes(sae.W_dec.detach(), whole["W_dec"])
-    assert sae._mapped.holds(sae.W_dec)
+    assert sae.rows.holds(sae.W_dec)
     assert same_bytes(sae(x), gsf.SAE.from_pretrained(folder / "sae.safetensors")(x))
     verify(file)
 

@@ -76,11 +76,11 @@ def test_a_header_that_does_not_fit(folder):
 def test_a_deepcopy_is_mapped_too_and_of_its_own(folder):
     sae, x = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap"), make_activations(2, 9, 200)
     twin, latents = copy.deepcopy(sae), sae.encode_sparse(x)
-    assert twin._mapped.holds(twin.W_enc)
-    assert twin._mapped.holds(twin.W_dec)
-    assert not sae._mapped.holds(twin.W_enc)
-    assert twin._prepared.screen is sae._prepared.screen
-    assert not twin._prepared.stale()
+    assert twin.rows.holds(twin.W_enc)
+    assert twin.rows.holds(twin.W_dec)
+    assert not sae.rows.holds(twin.W_enc)
+    assert twin.screen_cache.screen is sae.screen_cache.screen
+    assert not twin.screen_cache.stale()
     assert twin.encode_sparse(x) == latents
     assert same_bytes(twin(x), sae(x))
     with torch.no_grad():
@@ -103,13 +103,13 @@ def test_a_deepcopy_goes_on_when_the_file_is_replaced(folder):
 def test_a_copy_for_another_device_is_resident(folder):
     sae, x = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap"), make_activations(2, 9, 200)
     moved = copied_to(sae, torch.device("cpu"))
-    assert moved._mapped is None
+    assert moved.rows.in_memory
     assert same_bytes(moved(x), sae(x))
 
 
 def test_a_cast_makes_it_resident(folder):
     sae, x = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap"), make_activations(2, 9, 200)
-    assert sae.to("cpu")._mapped is not None
+    assert not sae.to("cpu").rows.in_memory
     cast = sae.to(torch.bfloat16)
     os.truncate(folder / "sae.safetensors.packed", 0)
     assert cast.encode_sparse(x) == pickle.loads(pickle.dumps(cast)).encode_sparse(x, screen=False)

@@ -27,7 +27,7 @@ def folder(tmp_path):
 def test_the_mapping_is_not_counted_as_memory(folder):
     """Without NORESERVE ("nr") a private writable mapping wider than memory is refused."""
     sae = gsf.SAE.from_pretrained(folder / "sae.safetensors", rows="mmap")
-    after = Path("/proc/self/smaps").read_text().split(str(sae._mapped.path))[1]
+    after = Path("/proc/self/smaps").read_text().split(str(sae.rows.path))[1]
     flags = next(line for line in after.splitlines() if line.startswith("VmFlags:")).split()
     assert "nr" in flags
     assert "ac" not in flags

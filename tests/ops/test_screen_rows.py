@@ -154,7 +154,7 @@ def test_mapped_rows_give_the_same_bytes(isa, T):
     for l0 in (20, 600):
         sae, x = make_sae(3, 203, 901, l0).requires_grad_(False), make_activations(4, T, 203)
         x[T // 2, 7] = math.nan
-        weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare()._prepared.screen
+        weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare().screen_cache.screen
         *csr, stats = ops.encode_screened(x, *weights, *arrays(screen), 0, 0.1, screen.directions, True)
         assert same_bytes(csr, ops.encode(x, *weights, 0.1))
         assert stats[2:].tolist() == [0, 1]
@@ -166,7 +166,7 @@ def test_of_mapped_rows_the_second_digit_is_always_read():
     sae.b_enc += 1000 - (x[:1] @ sae.W_enc + sae.b_enc)[0]
     sae.threshold.fill_(1005.0)  # nearer than the bound of one digit, farther than that of two
     sae.threshold[:512] = 995.0
-    weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare()._prepared.screen
+    weights, screen = (sae.W_enc, sae.b_enc, sae.threshold), sae.prepare().screen_cache.screen
     with threads(1):
         stats = [
             ops.encode_screened(x, *weights, *arrays(screen), digits, None, screen.directions, mapped)[3].tolist()[:2]

@@ -169,7 +169,7 @@ def test_the_screens_code_is_served_at_every_width(sae, x, tmp_path, monkeypatch
     scales = coded.scales
     assert bool((scales > 1).any())
     assert torch.equal(scales.log2(), scales.log2().round())
-    screen = stored._prepared.screen
+    screen = stored.screen_cache.screen
     codes = coded.encoder.packed.codes()
     has = torch.arange(D_SAE) != 7
     assert torch.equal(codes.q[has], rows_of(screen.code)[:D_SAE, :D_IN][has])

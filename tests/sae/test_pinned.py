@@ -10,6 +10,7 @@ import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dev.testing import make_activations, make_sae
 from gemmascope_fast.sae import pinned
+from gemmascope_fast.sae.rows import Rows
 from gemmascope_fast.sae.screen import Screen
 
 
@@ -46,7 +47,7 @@ def encoded(monkeypatch):
 def test_the_screen_decides_and_the_rows_stay(lent, encoded):
     sae = make_sae(0, 40, 67, 5)
     want = sae.W_enc.detach().clone()
-    screen = sae.prepare()._prepared.screen
+    screen = sae.prepare().screen_cache.screen
     assert sae.pin_rows("meta") is sae
     assert {n: p.device.type for n, p in sae.named_parameters()} == {
         "W_enc": "cpu", "W_dec": "meta", "b_enc": "meta", "b_dec": "meta", "threshold": "meta"
@@ -68,20 +69,20 @@ def test_copies_and_casts_are_pinned_again(lent, encoded):
     sae = make_sae(0, 40, 67, 5).prepare().pin_rows("meta")
     twin = copy.deepcopy(sae)
     assert twin.W_enc.data_ptr() not in lent
-    weights = twin._prepared.refresh(twin)
+    weights = twin.screen_cache.refresh(twin)
     assert weights[0].data_ptr() in lent
     assert weights[0].data_ptr() != sae.W_enc.data_ptr()
     assert torch.equal(weights[0], sae.W_enc)
     half = copy.deepcopy(sae).to(torch.bfloat16)
-    assert half._prepared.refresh(half)[0].data_ptr() in lent
+    assert half.screen_cache.refresh(half)[0].data_ptr() in lent
     assert half.W_enc.dtype == torch.bfloat16
     assert half.W_enc.t().is_contiguous()
 
 
 def test_moved_to_the_device_they_are_resident(lent):
     sae = make_sae(0, 40, 67, 5).prepare().pin_rows("meta").to("meta")
-    assert sae._prepared.refresh(sae)[0].device.type == "meta"
-    assert not sae._pinned
+    assert sae.screen_cache.refresh(sae)[0].device.type == "meta"
+    assert type(sae.rows) is Rows
 
 
 def test_what_host_rows_cannot_do(lent, encoded):

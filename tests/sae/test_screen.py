@@ -79,7 +79,7 @@ def test_directions_leave_fewer_candidates():
     left = []
     for k in (0, 4):
         sae.prepare(sample=x, directions=k)
-        screen = sae._prepared.screen
+        screen = sae.screen_cache.screen
         csr, stats = screened(x[:64], sae.W_enc, sae.b_enc, sae.threshold, screen, digits=1)
         assert same_bytes(csr, ops.encode(x[:64], sae.W_enc, sae.b_enc, sae.threshold, None))
         left.append(stats["survivors"] - len(csr[1]))

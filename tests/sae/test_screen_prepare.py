@@ -107,15 +107,15 @@ def test_what_nobody_can_see_is_caught_by_the_bound():
 def test_prepare_keeps_its_options():
     sae, x = make_sae(1, 200, 300, 20), make_activations(2, 40, 200)
     sae.prepare(sample=x, directions=3)
-    centre, directions = sae._prepared.screen.centre, sae._prepared.screen.directions
+    centre, directions = sae.screen_cache.screen.centre, sae.screen_cache.screen.directions
     torch.testing.assert_close(directions @ directions.t(), torch.eye(3), rtol=0, atol=1e-6)
     torch.testing.assert_close(centre, x.double().mean(0).float())
     edit_in_place(sae)
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
-    assert torch.equal(sae._prepared.screen.centre, centre)
-    assert torch.equal(sae._prepared.screen.directions, directions)
+    assert torch.equal(sae.screen_cache.screen.centre, centre)
+    assert torch.equal(sae.screen_cache.screen.directions, directions)
     sae.prepare(second_digit=False)
-    assert sae._prepared.screen.code2 is None
+    assert sae.screen_cache.screen.code2 is None
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
     for wrong, match in (
         ({"sample": x, "centre": x[0]}, "sample, centre: expected at most one"),
@@ -134,30 +134,30 @@ def test_a_trained_code_decides_in_place_of_the_screens_own():
     g = torch.Generator().manual_seed(3)
     moved = (own.q.int() + torch.randint(-20, 21, own.q.shape, generator=g)).clamp(0, 255).to(torch.uint8)
     sae.prepare(codes=Codes(moved, own.scale, own.zero_point))
-    screen = sae._prepared.screen
+    screen = sae.screen_cache.screen
     assert torch.equal(rows_of(screen.code)[:900, :200], moved)
     assert screen.scales is None
     assert sae.encode_sparse(x, screen=True) == want
     edit_in_place(sae)  # the code is kept, its error is measured anew
     again = sae.encode_sparse(x, screen=True)
-    assert torch.equal(rows_of(sae._prepared.screen.code)[:900, :200], moved)
+    assert torch.equal(rows_of(sae.screen_cache.screen.code)[:900, :200], moved)
     assert again == sae.encode_sparse(x, screen=False)
 
 
 def test_massive_dimensions_are_taken_out_unless_told():
     sae, x = make_sae(1, 640, 300, 20), make_activations(2, 40, 640)
-    assert torch.equal(sae.prepare()._prepared.screen.directions.abs(), torch.eye(640)[163:164])
+    assert torch.equal(sae.prepare().screen_cache.screen.directions.abs(), torch.eye(640)[163:164])
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
     edit_in_place(sae)
     sae.encode_sparse(x, screen=True)
-    assert sae._prepared.screen.directions is not None
-    assert sae.prepare(directions=0)._prepared.screen.directions is None
+    assert sae.screen_cache.screen.directions is not None
+    assert sae.prepare(directions=0).screen_cache.screen.directions is None
     edit_in_place(sae)
     sae.encode_sparse(x, screen=True)
-    assert sae._prepared.screen.directions is None
+    assert sae.screen_cache.screen.directions is None
     with torch.no_grad():
         sae.b_dec[163] = 0.0
-    assert sae.prepare(directions=None)._prepared.screen.directions is None
+    assert sae.prepare(directions=None).screen_cache.screen.directions is None
 
 
 @pytest.mark.parametrize("second", [True, False])
@@ -169,15 +169,15 @@ def test_a_stored_screen_is_taken_and_not_built(tmp_path, monkeypatch, second, k
     monkeypatch.setattr(Screen, "build", None)  # a build would fail
     loaded = gsf.SAE.from_pretrained(tmp_path)
     assert loaded.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
-    for name, tensor in sae._prepared.screen.tensors().items():
-        assert torch.equal(loaded._prepared.screen.tensors()[name], tensor)
+    for name, tensor in sae.screen_cache.screen.tensors().items():
+        assert torch.equal(loaded.screen_cache.screen.tensors()[name], tensor)
 
 
 def test_a_stored_screen_follows_a_cast_by_being_built_anew(tmp_path):
     sae, x = make_sae(1, 200, 302, 20), make_activations(2, 40, 200)
     save(sae, tmp_path / "sae.safetensors", screen=True)
     loaded = gsf.SAE.from_pretrained(tmp_path, dtype="bfloat16")
-    assert loaded._prepared.screen is None
+    assert loaded.screen_cache.screen is None
     assert loaded.encode_sparse(x, screen=True) == loaded.encode_sparse(x, screen=False)
     with pytest.raises(ValueError, match="screen"):
         save(sae, tmp_path / "other.safetensors", torch.bfloat16, screen=True)

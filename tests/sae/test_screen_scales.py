@@ -106,16 +106,16 @@ def test_a_module_balances_by_its_decoder_or_by_a_sample():
     sae.W_dec.mul_(torch.linspace(0.01, 3, 64))
     sae.prepare()
     want = balancing_scales(sae.W_enc, decoder_spread(sae.W_dec), sae.screen_directions())
-    assert torch.equal(sae._prepared.screen.scales, want)
+    assert torch.equal(sae.screen_cache.screen.scales, want)
     assert want.unique().numel() > 3
     x = make_activations(4, 300, 64) * torch.linspace(0.01, 3, 64)
     sae.prepare(sample=x)
-    held = sae._prepared.screen.scales
+    held = sae.screen_cache.screen.scales
     assert torch.equal(held, balancing_scales(sae.W_enc, x.std(0, correction=0), sae.screen_directions()))
     assert not torch.equal(held, want)
     sae.W_enc.mul_(2)  # a rebuild keeps the sample
     sae.encode_sparse(x[:2], screen=True)
-    assert torch.equal(sae._prepared.screen.scales, held)
+    assert torch.equal(sae.screen_cache.screen.scales, held)
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     assert gsf.JumpReLUTranscoder.from_weights(**weights).screen_scales() is None  # its decoder writes elsewhere
 

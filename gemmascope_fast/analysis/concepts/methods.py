@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 
 
 @dataclass
@@ -81,7 +81,7 @@ def linear_probe(positive: Tensor, negative: Tensor, c: float = 1e-2) -> Detecto
     return Detector("probe", w.float(), (w / w.norm()).float(), mean.float(), float(model.intercept_[0]))
 
 
-def sae_feature(sae: JumpReLUSAE, latents: Sequence[SparseLatents], labels: Sequence[int], mean: Tensor) -> Detector:
+def sae_feature(sae: Coder, latents: Sequence[SparseLatents], labels: Sequence[int], mean: Tensor) -> Detector:
     """The feature whose maximum over a text's tokens ranks the training texts best (ROC AUC; of equals the lower)."""
     if len(set(labels)) != 2:
         raise ValueError("labels: expected texts of both classes")

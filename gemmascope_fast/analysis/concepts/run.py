@@ -25,7 +25,7 @@ from gemmascope_fast.attach import Activations, Direction, attach
 from gemmascope_fast.attach.edits import Add, Edit
 from gemmascope_fast.attach.tokens import opening, room
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 
 WINDOW = 1023  # tokens of a text after its BOS
 METHODS = ("SAE", "DiffMean", "probe", "ReFT-r1")
@@ -36,7 +36,7 @@ class Concepts:
     """Examples read once: activations and latents of every text, in memory (of small labelled sets)."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, sae: JumpReLUSAE, layer: int, examples: Sequence[Example],
+        self, model: Any, tokenizer: Any, sae: Coder, layer: int, examples: Sequence[Example],
         progress: Callable[[int], None] = lambda _n: None,
     ) -> None:  # fmt: skip
         """Raises ValueError for a text without content tokens, or longer than the model's window."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gemmascope_fast.analysis.reading import constant
 from gemmascope_fast.attach import attach
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.sites import Site
 
 KINDS = ("base", "spliced", "mean_ablated", "zero_ablated")
@@ -21,7 +21,7 @@ class Losses:
     Every change is made at content tokens alone (no BOS, EOS, PAD); the others pass as they are.
     """
 
-    def __init__(self, sae: JumpReLUSAE, sites: tuple[Site, Site], mean: Tensor) -> None:
+    def __init__(self, sae: Coder, sites: tuple[Site, Site], mean: Tensor) -> None:
         """sites: where the SAE reads and where it writes.  mean [d_out]: what mean ablation puts at the latter."""
         mean = mean.to(sae.device)
         reads, writes = sites

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 
 KINDS = ("sae", "topk_sae", "transcoder", "skip_transcoder")
 
@@ -26,7 +26,7 @@ class Reconstruction:
     variation, and the variance is a difference of sums.
     """
 
-    def __init__(self, sae: JumpReLUSAE) -> None:
+    def __init__(self, sae: Coder) -> None:
         check_kind(sae)
         self.sae = sae
         self.rows = 0

@@ -18,7 +18,7 @@ from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.atomic import replacing
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.sites import Site
 from gemmascope_fast.training.activations import activations_at, windows
 
@@ -79,7 +79,7 @@ class Evaluation:
         self,
         model: Any,
         tokenizer: Any,
-        sae: JumpReLUSAE,
+        sae: Coder,
         layer: int | Site | None,
         text: Callable[[], Iterable[str]],
         *,
@@ -182,7 +182,7 @@ class Evaluation:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    sae: JumpReLUSAE,
+    sae: Coder,
     layer: int | Site | None,
     text: str,
     *,

@@ -22,7 +22,7 @@ from gemmascope_fast.attach.calls import Tokens
 from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.attach.tokens import opening, room
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.training.activations import first_layers
 
 WINDOW, BATCH, SHARD = 1024, 2048, 32768
@@ -173,7 +173,7 @@ def extract(
         raise ValueError(f"--shard: expected a number of tokens, got {shard}")
     (entry,) = entries(extractor.sites)
     sae = entry.coder
-    assert isinstance(sae, JumpReLUSAE)
+    assert isinstance(sae, Coder)
     settings = about | {
         "hook_name": entry.site.hook_name, "d_sae": sae.cfg.d_sae, "window": extractor.window,
         "batch": extractor.batch, "shard": shard, "dtype": str(next(extractor.model.parameters()).dtype),

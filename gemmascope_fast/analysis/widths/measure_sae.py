@@ -14,6 +14,7 @@ from gemmascope_fast.analysis.widths.measure import Results
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.quant.model import nbytes, set_bits
 from gemmascope_fast.quant.sae import MatryoshkaSAE
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 AT_ONCE = 1024  # tokens
@@ -87,7 +88,7 @@ def _pairs(latents: SparseLatents) -> Tensor:
 
 
 @torch.no_grad()
-def reconstruct(sae: JumpReLUSAE, x: Tensor, theirs: JumpReLUSAE) -> dict[str, Any]:
+def reconstruct(sae: Coder, x: Tensor, theirs: Coder) -> dict[str, Any]:
     """L0, FVU, explained variance, cosine of `sae` on activations x [n, d_in], and its support against `theirs`."""
     sums, agreement = Reconstruction(sae), Agreement()
     for part in x.split(AT_ONCE):
@@ -97,7 +98,7 @@ def reconstruct(sae: JumpReLUSAE, x: Tensor, theirs: JumpReLUSAE) -> dict[str, A
 
 
 @torch.no_grad()
-def spliced_loss(model: nn.Module, ids: Tensor, sae: JumpReLUSAE | None, layer: int, batch: int = 2) -> float:
+def spliced_loss(model: nn.Module, ids: Tensor, sae: Coder | None, layer: int, batch: int = 2) -> float:
     """Mean cross-entropy in nats over ids [n, window] with the SAE in the place of `layer`'s output (BOS passes)."""
     from gemmascope_fast.analysis.widths.measure import mean_loss
     from gemmascope_fast.attach import attach

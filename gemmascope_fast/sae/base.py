@@ -1,0 +1,119 @@
+"""What every coder of one site offers, however its weights are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast.ops._library import expect_tensor
+from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.config import SAEConfig
+
+T = TypeVar("T", bound="Coder")
+
+
+class Coder(nn.Module):
+    """An encoder of activations [..., d_in] to sparse latents [..., d_sae], and a decoder of those to [..., d_out].
+
+    Subclasses give `encode_sparse` and `decode`, and have W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc and
+    threshold [d_sae], and b_dec [d_out].
+    """
+
+    kind = "sae"
+    cfg: SAEConfig
+    W_enc: Any
+    W_dec: Any
+    b_enc: Any
+    b_dec: Any
+    threshold: Any
+    _load: ClassVar[Callable[..., Any]]  # `from_pretrained` of any kind, set by gemmascope_fast.checkpoints.loading
+
+    @classmethod
+    def from_pretrained(
+        cls: type[T],
+        repo_or_folder: str,
+        sae_id: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = torch.float32,
+        **options: Any,
+    ) -> T:
+        """As `gsf.SAE.from_pretrained`, and a TypeError naming the kind where the checkpoint is another."""
+        loaded = cls._load(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
+        if loaded.kind != cls.kind:
+            raise TypeError(
+                f"{repo_or_folder}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
+                f" ({type(loaded).__name__}); gsf.SAE.from_pretrained takes any"
+            )
+        return loaded  # type: ignore[no-any-return]
+
+    def encode_sparse(
+        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+    ) -> SparseLatents:
+        """x [..., d_in] → SparseLatents [..., d_sae]."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor | SparseLatents) -> Tensor:
+        """Dense [..., d_sae] or sparse latents → reconstruction [..., d_out]."""
+        raise NotImplementedError
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Dense latents [..., d_sae] in the SAE's dtype, as SAELens returns them."""
+        return self.encode_sparse(x).to_dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruction of x [..., d_in]: [..., d_out] in the SAE's dtype."""
+        return self.reconstruct(self.encode_sparse(x), x)
+
+    def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
+        """`forward` of x [..., d_in] whose latents are there already: [..., d_out]."""
+        return self.decode(latents)
+
+    def prepare(self: T, force: bool = False, **options: Any) -> T:
+        """Build now what encoding would build at its first use; nothing where there is nothing to build."""
+        return self
+
+    def packed_bytes(self) -> int:
+        """Bytes held beside the parameters."""
+        return 0
+
+    @property
+    def d_in(self) -> int:
+        return self.cfg.d_in
+
+    @property
+    def d_sae(self) -> int:
+        return self.cfg.d_sae
+
+    @property
+    def device(self) -> torch.device:
+        """Where activations are wanted."""
+        device: torch.device = self.b_dec.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of what `encode` and `decode` return."""
+        dtype: torch.dtype = self.W_enc.dtype
+        return dtype
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}, site={self.cfg.hook_name}, dtype={self.dtype}"
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """x as [N, d_in], checked."""
+        expect_tensor("x", x)
+        if not x.is_floating_point():
+            raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
+        if x.dim() == 0 or x.shape[-1] != self.cfg.d_in:
+            raise ValueError(f"x: expected d_in = {self.cfg.d_in} in its last dimension, got {tuple(x.shape)}")
+        if x.device != self.device:
+            raise ValueError(f"x: expected a tensor on {self.device}, like the SAE, got {x.device}")
+        return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+    def _decode_dense(self, latents: Tensor) -> Tensor:
+        """A dense product, for latents that need a gradient: zeros have gradients too."""
+        dense = latents.float() @ self.W_dec.float() + self.b_dec.float()
+        return dense.to(self.W_dec.dtype)
