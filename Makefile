@@ -89,14 +89,14 @@ $(VENV_PEERS)/peers.stamp: pyproject.toml $(SOURCES)
 	@touch $@
 
 bench-peers: $(VENV_PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsify, torchao, scipy and, where it builds, llama.cpp
-	@echo "$(VENV_PEERS)/bin/gemmascope-fast bench --json $(BENCH_JSON)"
+	@echo "$(VENV_PEERS)/bin/gemmascope-fast dev bench --json $(BENCH_JSON)"
 
 figures: env ## time this machine, store the run, write the README's table and draw its pictures
-	$(VENV)/bin/gemmascope-fast bench --suite modules ops --op encode decode SAE --case 2304x16384 \
+	$(VENV)/bin/gemmascope-fast dev bench --suite modules ops --op encode decode SAE --case 2304x16384 \
 	    --tokens 1 16 256 1024 --json benchmarks/results.json
-	$(VENV)/bin/gemmascope-fast report benchmarks/results.json --readme README.md --html report.html --png docs/images
+	$(VENV)/bin/gemmascope-fast dev report benchmarks/results.json --readme README.md --html report.html --png docs/images
 
-GUARD := bench --quick --op encode decode SAE linear "forward and backward"
+GUARD := dev bench --quick --op encode decode SAE linear "forward and backward"
 guard: env ## hold the quick suite's ratios against the stored ones
 	$(VENV)/bin/gemmascope-fast $(GUARD) --guard benchmarks/ratios.json
 
@@ -115,7 +115,7 @@ mutations: env ## break the code on purpose, in a copy: the tests must notice ea
 	$(PY) tests/mutations/run.py
 
 gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, gated, broken on purpose
-	$(VENV)/bin/gemmascope-fast gpu-check --out gpu-check.json
+	$(VENV)/bin/gemmascope-fast dev gpu-check --out gpu-check.json
 	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/backends/test_cuda_host.py tests/backends/test_cuda_host_matryoshka.py tests/backends/test_triton_interpreter.py
 
 # Takes 6 GB: torch's CUDA build, into an environment of its own.  No GPU is needed or looked for.

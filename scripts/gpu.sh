@@ -36,8 +36,8 @@ done
 step benchmark "$py" benchmarks/gpu.py --json "$out/benchmark.json"
 optional ncu ncu ncu --set basic --target-processes all -o "$out/nsight" --force-overwrite \
   "$py" benchmarks/gpu.py --once
-if "$py" -m gemmascope_fast.cli.main profile --help >/dev/null 2>&1; then
-  step profile "$py" -m gemmascope_fast.cli.main profile
+if "$py" -m gemmascope_fast.cli.main dev profile --help >/dev/null 2>&1; then
+  step profile "$py" -m gemmascope_fast.cli.main dev profile
 else
   echo "profile: this version has no such command" >>"$out/missing.txt"
 fi

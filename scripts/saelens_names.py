@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-OUT = Path(__file__).parents[1] / "gemmascope_fast" / "data" / "saelens_names.json"
+OUT = Path(__file__).parents[1] / "gemmascope_fast" / "checkpoints" / "data" / "saelens_names.json"
 # SAELens's loaders whose files this package reads; None is SAELens's own format
 FORMATS = {
     "gemma_2": "gemma-scope-1",

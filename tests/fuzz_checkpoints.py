@@ -32,7 +32,7 @@ def load(folder: Path, kind: str) -> None:
 
     from gemmascope_fast import SparseLatents
     from gemmascope_fast.checkpoints.loading import from_pretrained
-    from gemmascope_fast.cli.checkpoints import listing
+    from gemmascope_fast.cli.ls import listing
 
     if kind == "latents":
         SparseLatents.load(folder / "latents.safetensors").to_dense()

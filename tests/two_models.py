@@ -23,4 +23,4 @@ def lines(path, records):
 
 
 def base(folder, command):
-    return [command, "--model", str(folder / "a"), "--sae", str(folder / "sae.safetensors")]
+    return [*command.split(), "--model", str(folder / "a"), "--sae", str(folder / "sae.safetensors")]

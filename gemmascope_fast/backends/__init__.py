@@ -142,6 +142,8 @@ def announce_rows(rows: torch.Tensor, ids: torch.Tensor) -> None:
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two contiguous tensors of one dtype and shape hold the same bytes: a NaN equals itself, 0 is not -0."""
+    if a.is_meta or b.is_meta:
+        return a.is_meta and b.is_meta
     if _C is not None and a.device.type == b.device.type == "cpu":
         return bool(_C.same_bytes(a.data_ptr(), b.data_ptr(), a.nbytes))
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))

@@ -202,7 +202,7 @@ class Mapped(Rows):
             rows = twin.view(array)
             copied = nn.Parameter(rows.t() if name == "W_enc" else rows, requires_grad=weight.requires_grad)
             memo[id(weight)] = copied
-        memo[id(self)] = twin
+        memo[id(self)] = twin or Rows()  # the memo holds rows of its own: a copy in memory
 
     def _again(self) -> Mapped:
         return Mapped(self.layout, self._packed.again(), self._checkpoint and self._checkpoint.again())

@@ -26,7 +26,9 @@ class Named:
 @cache
 def releases() -> dict[str, dict[str, Any]]:
     """Release name → repo, model, format, prefix, ids, paths, neuronpedia, scale (the last four by id)."""
-    return json.loads(files("gemmascope_fast").joinpath("data/saelens_names.json").read_text("utf-8"))["releases"]
+    return json.loads(files("gemmascope_fast.checkpoints").joinpath("data/saelens_names.json").read_text("utf-8"))[
+        "releases"
+    ]
 
 
 def ids(release: str) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gemmascope_fast.errors import require
 
+PLACE = "a file, a folder, a Hugging Face repository, or a SAELens release; 'demo' is the bundled SAE"
 PLOTS = (".png", ".svg", ".pdf")
 
 

@@ -1,4 +1,4 @@
-"""`gemmascope-fast conversation`: features per turn and role of a transcript, as a table and a page."""
+"""`gemmascope-fast compare conversation`: features per turn and role of a transcript, as a table and a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_argumen
 from gemmascope_fast.files.results import write_json, write_text
 
 
-def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads a conversation turn by turn, tool results included, with one KV cache, and shows what fires where."
     )
@@ -24,7 +24,7 @@ def add_conversation_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser, plot=False)
 
 
-def run_conversation(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.analysis.compare.conversation import by_role, load_transcript, read_conversation

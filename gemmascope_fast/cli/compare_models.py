@@ -1,4 +1,4 @@
-"""`gemmascope-fast compare-models`: features gained, lost and moved between two models on the same text."""
+"""`gemmascope-fast compare models`: features gained, lost and moved between two models on the same text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import save_figure, shown, write_json
 
 
-def add_models_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads the same texts with two models.  With one SAE: which features are kept, moved, lost, gained.  With one"
         " each: which features fire alike.  Tokens are aligned by the characters they cover."
@@ -30,7 +30,7 @@ def add_models_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
-def run_models(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from itertools import islice
 
     from gemmascope_fast.analysis.compare.models import changes, gather, matches

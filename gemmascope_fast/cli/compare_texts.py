@@ -1,4 +1,4 @@
-"""`gemmascope-fast compare-texts`: which features differ between two sets of texts, or pairs of answers."""
+"""`gemmascope-fast compare texts`: which features differ between two sets of texts, or pairs of answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import save_figure, shown, write_json
 
 
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Features of two sets of texts with effect size, test and false discovery rate; or of preferred against"
         " rejected answers, before and after length and format are taken out."
@@ -47,7 +47,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
-def run_compare(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     require("scipy", "analysis", "compare-texts")
     check_outputs(args)
     if (args.pairs is None) == (args.a is None or args.b is None):

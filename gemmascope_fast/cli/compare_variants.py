@@ -1,4 +1,4 @@
-"""`gemmascope-fast variants`: how stable features and the model's label are over variants of one text."""
+"""`gemmascope-fast compare variants`: how stable features and the model's label are over variants of one text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import save_figure, shown, write_json
 
 
-def add_variants_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Groups of texts that mean the same: how alike the features that fire, how often the model's label agrees, and"
         " how well that share of agreement predicts that it is right."
@@ -32,7 +32,7 @@ def add_variants_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
-def run_variants(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.compare.variants import calibrate, groups_of, load_variants, stability
     from gemmascope_fast.analysis.pair import load_model, load_pair
 

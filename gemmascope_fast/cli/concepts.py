@@ -12,7 +12,7 @@ from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import save_figure, write_json
 
 
-def add_concepts_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "AxBench's methods offline.  Half of each concept's texts train, the other half test: ROC AUC of the maximum"
         " over tokens, also against hard negatives alone (label 0); then steering by factors."
@@ -29,7 +29,7 @@ def add_concepts_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
-def run_concepts(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.analysis.concepts.data import BUNDLED, load_examples, split

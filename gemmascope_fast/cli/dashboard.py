@@ -11,7 +11,7 @@ from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import write_json
 
 
-def add_dashboard_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Static pages of the features in a folder that `extract` wrote, or a server of the same pages."
     parser.add_argument("--latents", type=Path, required=True, metavar="FOLDER", help="what `extract` wrote")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the pages there")
@@ -26,7 +26,7 @@ def add_dashboard_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the features' figures there")
 
 
-def run_dashboard(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.dashboard.pages import write
 
     require("pyarrow", "analysis", "dashboard")

@@ -13,7 +13,7 @@ from typing import Any
 from gemmascope_fast.files.results import save_figure
 
 
-def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
     parser.add_argument("--sae", default="demo", help="an SAE's repository, folder or file; 'demo' is the bundled one")
     parser.add_argument("--sae-id", help="the SAE within its repository")
@@ -33,7 +33,7 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="firing frequencies as .png, .svg or .pdf")
 
 
-def run_eval(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 

@@ -12,7 +12,7 @@ from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import shown, write_json
 
 
-def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads texts through the model and writes every latent as Parquet: document, position, token_id, feature,"
         " value.  The same command again goes on where it was stopped."
@@ -44,7 +44,7 @@ def add_extract_arguments(parser: argparse.ArgumentParser) -> None:
     add_output_arguments(parser)
 
 
-def run_extract(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 

@@ -17,7 +17,7 @@ from gemmascope_fast.training.arithmetic import products
 PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "huggingface_hub", "gguf")
 
 
-def add_info_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -41,7 +41,7 @@ def collect() -> dict[str, Any]:
     }
 
 
-def run_info(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     found = collect()
     if args.json:
         print(json.dumps(found, indent=2))

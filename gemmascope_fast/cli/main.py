@@ -1,4 +1,4 @@
-"""The command `gemmascope-fast`.  Each sub-command is two functions of one module, imported when it is asked for."""
+"""The command `gemmascope-fast`.  Each command is a module, imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gemmascope_fast._version import __version__
 from gemmascope_fast.errors import GemmaScopeFastError
@@ -14,189 +15,115 @@ from gemmascope_fast.errors import GemmaScopeFastError
 
 @dataclass(frozen=True)
 class Command:
-    """One sub-command: `add` gets its parser, `run` the parsed arguments and returns the exit status (None: 0)."""
+    """`name` is one word or two.  The module's `add_arguments(parser)` declares its arguments; `run(args)` returns the
+    exit status (None: 0)."""
 
     name: str
     help: str
     module: str
-    add: str
-    run: str
 
 
+_CLI, _DEV = "gemmascope_fast.cli", "gemmascope_fast.dev"
 COMMANDS = (
-    Command(
-        "demo",
-        "a model reads a text, an SAE reads the model",
-        "gemmascope_fast.cli.demo",
-        "add_demo_arguments",
-        "run_demo",
-    ),
-    Command(
-        "train",
-        "train a JumpReLU SAE on a model's activations",
-        "gemmascope_fast.cli.train",
-        "add_train_arguments",
-        "run_train",
-    ),
-    Command(
-        "eval",
-        "L0, FVU, losses and firing frequencies of an SAE on a text",
-        "gemmascope_fast.cli.eval",
-        "add_eval_arguments",
-        "run_eval",
-    ),
-    Command(
-        "extract",
-        "latents of any amount of text as Parquet shards",
-        "gemmascope_fast.cli.extract",
-        "add_extract_arguments",
-        "run_extract",
-    ),
-    Command(
-        "dashboard",
-        "pages about every feature, from extracted latents",
-        "gemmascope_fast.cli.dashboard",
-        "add_dashboard_arguments",
-        "run_dashboard",
-    ),
-    Command(
-        "watch",
-        "a model writes token by token, an SAE shows its features; hold some and see the text change",
-        "gemmascope_fast.cli.watch",
-        "add_watch_arguments",
-        "run_watch",
-    ),
-    Command(
-        "concepts",
-        "find and steer concepts by SAE, DiffMean, probe and ReFT-r1, as AxBench does",
-        "gemmascope_fast.cli.concepts",
-        "add_concepts_arguments",
-        "run_concepts",
-    ),
-    Command(
-        "compare-texts",
-        "which features differ between two sets of texts",
-        "gemmascope_fast.cli.compare_texts",
-        "add_compare_arguments",
-        "run_compare",
-    ),
-    Command(
-        "compare-models",
-        "features gained, lost and moved between two models",
-        "gemmascope_fast.cli.compare_models",
-        "add_models_arguments",
-        "run_models",
-    ),
-    Command(
-        "variants",
-        "how stable features and labels are over variants of a text",
-        "gemmascope_fast.cli.compare_variants",
-        "add_variants_arguments",
-        "run_variants",
-    ),
-    Command(
-        "conversation",
-        "features per turn and role of a conversation",
-        "gemmascope_fast.cli.compare_conversation",
-        "add_conversation_arguments",
-        "run_conversation",
-    ),
-    Command(
-        "gpu-check",
-        "compile the GPU kernels without a GPU, gate what they use, model what they could reach",
-        "gemmascope_fast.dev.gpu.check",
-        "add_gpu_check_arguments",
-        "run_gpu_check",
-    ),
-    Command(
-        "ls",
-        "the checkpoints in a folder, a Hugging Face repository or a SAELens release",
-        "gemmascope_fast.cli.checkpoints",
-        "add_ls_arguments",
-        "run_ls",
-    ),
-    Command(
-        "convert",
-        "a checkpoint in another format",
-        "gemmascope_fast.cli.checkpoints",
-        "add_convert_arguments",
-        "run_convert",
-    ),
-    Command(
-        "info",
-        "versions, instruction sets, which implementation serves which op, and why",
-        "gemmascope_fast.cli.info",
-        "add_info_arguments",
-        "run_info",
-    ),
-    Command(
-        "bench",
-        "verified, paired timings against what people use today",
-        "gemmascope_fast.dev.bench.command",
-        "add_bench_arguments",
-        "run_bench",
-    ),
-    Command(
-        "report",
-        "a page, plots and the README's table from a benchmark's JSON",
-        "gemmascope_fast.dev.report.results_page",
-        "add_report_arguments",
-        "run_report",
-    ),
-    Command(
-        "profile",
-        "where the time of a model's loop with an SAE goes",
-        "gemmascope_fast.dev.profile",
-        "add_profile_arguments",
-        "run_profile",
-    ),
-    Command(
-        "roof",
-        "measured read bandwidth, fp32 and int8 peaks of this machine",
-        "gemmascope_fast.dev.roof",
-        "add_roof_arguments",
-        "run_roof",
-    ),
-    Command(
-        "quantize",
-        "nested low-bit codes of a model's linear layers, and what each width costs",
-        "gemmascope_fast.cli.quantize",
-        "add_arguments",
-        "run",
-    ),
-    Command(
-        "compare",
-        "tables of widths and methods for a model's layers and for an SAE; resumable",
-        "gemmascope_fast.cli.quantize_tables",
-        "add_compare_arguments",
-        "run_compare",
-    ),
+    Command("demo", "a model reads a text, an SAE reads the model", f"{_CLI}.demo"),
+    Command("info", "versions, and which implementation serves which op and why", f"{_CLI}.info"),
+    Command("watch", "a model writes token by token and you see and change its features", f"{_CLI}.watch"),
+    Command("ls", "list the checkpoints in a folder, a Hugging Face repository or a SAELens release", f"{_CLI}.ls"),
+    Command("convert", "write a checkpoint in another format", f"{_CLI}.convert"),
+    Command("train", "train an SAE on a model's activations", f"{_CLI}.train"),
+    Command("eval", "L0, FVU, losses and firing frequencies of an SAE on a text", f"{_CLI}.eval"),
+    Command("extract", "write the latents of any amount of text as Parquet", f"{_CLI}.extract"),
+    Command("dashboard", "make pages about every feature from extracted latents", f"{_CLI}.dashboard"),
+    Command("concepts", "find and steer concepts by SAE, DiffMean, probe and ReFT-r1", f"{_CLI}.concepts"),
+    Command("compare texts", "which features differ between two sets of texts", f"{_CLI}.compare_texts"),
+    Command("compare models", "which features two models gain, lose and share", f"{_CLI}.compare_models"),
+    Command("compare variants", "how stable features and labels are over rewordings", f"{_CLI}.compare_variants"),
+    Command("compare conversation", "features per turn and role of a conversation", f"{_CLI}.compare_conversation"),
+    Command("quantize", "write a model's linear layers as nested low-bit codes", f"{_CLI}.quantize"),
+    Command("quantize tables", "measure widths and training methods for a model and an SAE", f"{_CLI}.quantize_tables"),
+    Command("dev bench", "time every op against what people use today", f"{_DEV}.bench.command"),
+    Command("dev report", "a page, plots and a table from a benchmark's JSON", f"{_DEV}.report.results_page"),
+    Command("dev roof", "measure this machine's memory bandwidth and peak rates", f"{_DEV}.roof"),
+    Command("dev profile", "where the time of a model with an SAE goes", f"{_DEV}.profile"),
+    Command("dev gpu-check", "compile the GPU kernels without a GPU and check what they use", f"{_DEV}.gpu.check"),
 )
+GROUPS = {
+    "compare": "what differs between texts, models, variants of a text, turns of a conversation",
+    "dev": "for those who build this package",
+}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every sub-command's arguments."""
+def named(words: Sequence[str]) -> Command | None:
+    """The command that these words begin with."""
+    by_name = {command.name: command for command in COMMANDS}
+    return by_name.get(" ".join(words[:2])) or by_name.get(words[0] if words else "")
+
+
+def parser_of(command: Command) -> argparse.ArgumentParser:
+    """The parser of one command; imports its module."""
+    module: Any = importlib.import_module(command.module)
     parser = argparse.ArgumentParser(
-        prog="gemmascope-fast", description="Exact, sparse and fast JumpReLU SAEs of the Gemma Scope family."
+        prog=f"gemmascope-fast {command.name}", description=command.help[0].upper() + command.help[1:] + "."
     )
-    parser.add_argument("--version", action="version", version=f"gemmascope-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for command in COMMANDS:
-        sub = commands.add_parser(command.name, help=command.help, description=command.help)
-        module = importlib.import_module(command.module)
-        getattr(module, command.add)(sub)
-        sub.set_defaults(run=getattr(module, command.run))
+    module.add_arguments(parser)
+    parser.set_defaults(run=module.run)
     return parser
 
 
+def usage(group: str | None = None) -> str:
+    """All commands, or those of a group, a line each."""
+    shown = [c for c in COMMANDS if group is None or c.name.split()[0] == group]
+    width = max(len(c.name) for c in shown)
+    lines = [f"  {c.name.ljust(width)}  {c.help}" for c in shown]
+    head = "Exact, sparse and fast SAEs of the Gemma Scope family." if group is None else GROUPS[group] + "."
+    prog = "gemmascope-fast" + (f" {group}" if group else "")
+    return "\n".join(
+        [
+            f"usage: {prog} COMMAND [options]",
+            "",
+            head[0].upper() + head[1:],
+            "",
+            *lines,
+            "",
+            f"`{prog} COMMAND --help` describes a command.",
+        ]
+    )
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line, with `run` and `command`.  SystemExit where it names no command, as argparse."""
+    words = list(argv)
+    command = named(words)
+    if command is not None:
+        args = parser_of(command).parse_args(words[len(command.name.split()) :])
+        args.command = command.name
+        return args
+    if words[:1] == ["--version"]:
+        print(f"gemmascope-fast {__version__}")
+        raise SystemExit(0)
+    group = words[0] if words and words[0] in GROUPS else None
+    rest = words[1:] if group else words
+    if rest[:1] in (["--help"], ["-h"]):
+        print(usage(group))
+        raise SystemExit(0)
+    print(usage(group), file=sys.stderr)
+    got = f"no such command: {' '.join(words[:2])!r}" if rest else "expected a command"
+    print(f"\ngemmascope-fast: {got}", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 1 where the input was wrong (one line on stderr says what), 2 for wrong usage."""
-    args = build_parser().parse_args(argv)
+    """Exit status: 0 done, 1 where the input was wrong (one line on stderr says what), 2 for wrong usage, 130 for
+    Ctrl-C."""
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args) or 0)
     except (GemmaScopeFastError, ValueError, OSError) as error:
         print(f"gemmascope-fast {args.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"gemmascope-fast {args.command}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

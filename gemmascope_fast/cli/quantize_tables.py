@@ -1,4 +1,4 @@
-"""`gemmascope-fast compare`: tables of widths and methods, of a model's layers and of an SAE, in one resumable run."""
+"""`gemmascope-fast quantize tables`: tables of widths and methods, for a model's layers and an SAE; resumable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemmascope_fast.cli.quantize import METHODS
 PARTS = ("sae", "grid", "mix")
 
 
-def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="figures, codes and tables; goes on")
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
     parser.add_argument("--sae", default="demo", help="the SAE of the second table; 'demo' is the bundled one")
@@ -30,7 +30,7 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="Mix'n'Match's frontier as .png, .svg or .pdf")
 
 
-def run_compare(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markdown import Markdown
     from tqdm import tqdm

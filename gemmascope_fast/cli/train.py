@@ -20,7 +20,7 @@ DEFAULTS = {
 }
 
 
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
     parser.add_argument(
         "--model-dtype",
@@ -73,7 +73,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from OUT.run, where a run was cut off")
 
 
-def run_train(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
 

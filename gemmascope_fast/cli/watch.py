@@ -26,7 +26,7 @@ HELP = (
 ROWS = 8  # tokens whose features stay in sight
 
 
-def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", help="go on from this text and leave (default: ask for lines until /quit)")
     for name, what in (("clamp", "VALUE"), ("add", "STRENGTH")):
         parser.add_argument(f"--{name}", action="append", default=[], metavar=f"FEATURE={what}")
@@ -41,7 +41,7 @@ def add_watch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
 
 
-def run_watch(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     for name, least in (("max_tokens", 1), ("top", 1)):

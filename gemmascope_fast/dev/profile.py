@@ -1,4 +1,4 @@
-"""`gemmascope-fast profile`: where the time of a real loop goes, by torch.profiler with every op of ours named."""
+"""`gemmascope-fast dev profile`: where the time of a real loop goes, by torch.profiler with every op of ours named."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _peak_memory() -> int | None:
 # ---- the command ------------------------------------------------------------------------------------
 
 
-def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
     parser.add_argument("--sae", default="demo", help="an SAE's file, folder or repository; 'none' for the model alone")
     parser.add_argument("--sae-id", help="which SAE of a repository")
@@ -225,7 +225,7 @@ def add_profile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
 
 
-def run_profile(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.pair import load_model, load_pair
     from gemmascope_fast.attach import attach
     from gemmascope_fast.attach.transformers.structure import Structure

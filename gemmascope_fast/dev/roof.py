@@ -92,7 +92,7 @@ def last_level_cache() -> int:
     return max(sizes, default=DEFAULT_CACHE_BYTES)
 
 
-def add_roof_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, nargs="+", metavar="N", help="numbers of threads, one row each (default: torch's)"
     )
@@ -100,7 +100,7 @@ def add_roof_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
 
 
-def run_roof(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     isas = backends.supported_isas() if args.isa == "all" else [args.isa or backends.isa()]
     roofs = []
     for isa in isas:

@@ -193,8 +193,8 @@ class JumpReLUSAE(Coder):
         memo[id(self)] = made
         self.rows.before_copy(self, memo)
         made.__setstate__(copy.deepcopy(self.__dict__, memo))
-        if not self.rows.in_memory:
-            # to build a screen reads every row
+        if not made.rows.in_memory:
+            # building a screen would read every row
             self.screen_cache.share(self, made)
         return made
 

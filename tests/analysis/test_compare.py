@@ -163,7 +163,7 @@ def test_compare_by_command(folder, tmp_path, capsys):
     a, b = tmp_path / "a.txt", tmp_path / "b.txt"
     a.write_text("\n".join(letters(20, seed=i, alphabet="abc") for i in range(8)))
     b.write_text("\n".join(letters(20, seed=i, alphabet="xyz") for i in range(8)))
-    words = [*base(folder, "compare-texts"), "--a", str(a), "--b", str(b), "--layers"]
+    words = [*base(folder, "compare texts"), "--a", str(a), "--b", str(b), "--layers"]
     assert cli.main([*words, "--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "p.svg")]) == 0
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["features"][0]["q"] < 0.05
@@ -175,12 +175,12 @@ def test_compare_by_command(folder, tmp_path, capsys):
     assert "--b: expected at least two texts, got 0: an empty class" in capsys.readouterr().err
     pairs = [{"chosen": letters(30, seed=i), "rejected": letters(10, seed=90 + i)} for i in range(12)]
     data = lines(tmp_path / "pairs.jsonl", pairs)
-    assert cli.main([*base(folder, "compare-texts"), "--pairs", data, "--json", str(tmp_path / "g.json")]) == 0
+    assert cli.main([*base(folder, "compare texts"), "--pairs", data, "--json", str(tmp_path / "g.json")]) == 0
     assert {"before", "after", "q_after"} <= set(json.loads((tmp_path / "g.json").read_text())["features"][0])
     data = lines(tmp_path / "pairs.jsonl", [*pairs, {"chosen": "a"}])
-    assert cli.main([*base(folder, "compare-texts"), "--pairs", data]) == 1
+    assert cli.main([*base(folder, "compare texts"), "--pairs", data]) == 1
     assert "pairs.jsonl, line 13: expected a string under 'rejected'" in capsys.readouterr().err
-    assert cli.main([*base(folder, "compare-texts"), "--a", str(a)]) == 1
+    assert cli.main([*base(folder, "compare texts"), "--a", str(a)]) == 1
 
 
 def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
@@ -218,7 +218,7 @@ def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
     with pytest.raises(ValueError, match="text 1: expected 1 to 10 tokens"):
         attributed(model, tokenizer, {KEY: sae}, texts, window=10)
     pairs = [{"chosen": letters(30, seed=i), "rejected": letters(10, seed=90 + i)} for i in range(10)]
-    words = ["compare-texts", "--model", str(where), "--sae", str(folder / "sae.safetensors"), "--reward", "--pairs"]
+    words = ["compare", "texts", "--model", str(where), "--sae", str(folder / "sae.safetensors"), "--reward", "--pairs"]
     out = tmp_path / "reward.json"
     assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs), "--json", str(out)]) == 0
     found = json.loads(out.read_text())["pairs"]

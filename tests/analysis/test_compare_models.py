@@ -110,7 +110,7 @@ def test_the_same_features_in_another_order_are_matched(loaded):
 def test_compare_models_by_command(folder, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("\n\n".join(letters(50, seed=i) for i in range(6)))
-    words = [*base(folder, "compare-models"), "--model-b", str(folder / "b"), "--text", str(text)]
+    words = [*base(folder, "compare models"), "--model-b", str(folder / "b"), "--text", str(text)]
     assert cli.main([*words, "--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "p.svg")]) == 0
     found = json.loads((tmp_path / "f.json").read_text())
     assert sum(found["counts"].values()) == len(found["features"]) > 0

@@ -64,7 +64,7 @@ def test_cached_turns_are_those_of_one_forward(loaded):
 def test_conversation_by_command(folder, tmp_path, capsys):
     path = tmp_path / "talk.json"
     path.write_text(json.dumps([*map(vars, TURNS), {"role": "user", "content": "</script>"}]))
-    words = [*base(folder, "conversation"), "--transcript", str(path), "--html", str(tmp_path / "t.html")]
+    words = [*base(folder, "compare conversation"), "--transcript", str(path), "--html", str(tmp_path / "t.html")]
     assert cli.main([*words, "--json", str(tmp_path / "f.json")]) == 0
     found = json.loads((tmp_path / "f.json").read_text())
     assert [t["role"] for t in found["turns"]] == ["user", "assistant", "tool", "assistant", "user"]

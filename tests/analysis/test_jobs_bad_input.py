@@ -58,11 +58,20 @@ def words(root, command, data=None, tmp=None):
             "SAE",
             "--factors",
         ],
-        "sets": ["compare-texts", *model, "--a", text, "--b", str(root / "texts.jsonl")],
-        "pairs": ["compare-texts", *model, "--no-covariates", "--pairs", str(data or root / "pairs.jsonl")],
-        "models": ["compare-models", *model, "--model-b", str(root / "b"), "--text", text],
-        "variants": ["variants", *model, "--labels", "a", "b", "--data", str(data or root / "variants.jsonl")],
-        "conversation": ["conversation", *model, "--transcript", str(data or root / "talk.jsonl")],
+        "sets": ["compare", "texts", *model, "--a", text, "--b", str(root / "texts.jsonl")],
+        "pairs": ["compare", "texts", *model, "--no-covariates", "--pairs", str(data or root / "pairs.jsonl")],
+        "models": ["compare", "models", *model, "--model-b", str(root / "b"), "--text", text],
+        "variants": [
+            "compare",
+            "variants",
+            *model,
+            "--labels",
+            "a",
+            "b",
+            "--data",
+            str(data or root / "variants.jsonl"),
+        ],
+        "conversation": ["compare", "conversation", *model, "--transcript", str(data or root / "talk.jsonl")],
     }[command]
 
 

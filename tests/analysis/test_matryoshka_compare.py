@@ -176,10 +176,10 @@ def test_mixing_measures_candidates_and_finds_the_frontier(tmp_path):
     ("option", "value"), [("--only", "sae,all"), ("--methods", "omniquant,gptq"), ("--methods", "")]
 )
 def test_unknown_parts_and_methods_are_refused_before_a_model_is_loaded(tmp_path, capsys, monkeypatch, option, value):
-    from gemmascope_fast.checkpoints import bundled as demo_model
+    from gemmascope_fast.analysis import pair
     from gemmascope_fast.cli import main as cli
 
-    monkeypatch.setattr(demo_model, "load_pair", None)
-    assert cli.main(["compare", "--work", str(tmp_path / "work"), option, value]) == 1
+    monkeypatch.setattr(pair, "load_pair", None)
+    assert cli.main(["quantize", "tables", "--work", str(tmp_path / "work"), option, value]) == 1
     assert f"{option}: expected some of" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()

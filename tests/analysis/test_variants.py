@@ -126,7 +126,7 @@ def test_variants_by_command(folder, tmp_path, capsys):
         for k in range(2)
     ]
     data = lines(tmp_path / "v.jsonl", records)
-    words = [*base(folder, "variants"), "--data", data, "--labels", "a", "b", "--also", str(folder / "b")]
+    words = [*base(folder, "compare variants"), "--data", data, "--labels", "a", "b", "--also", str(folder / "b")]
     assert cli.main([*words, "--json", str(tmp_path / "f.json"), "--plot", str(tmp_path / "p.svg")]) == 0
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["features"]["jaccard"] > found["features"]["across"]
@@ -137,5 +137,7 @@ def test_variants_by_command(folder, tmp_path, capsys):
         ({"text": "x"}, "line 17: expected a group"),
     ]:
         capsys.readouterr()
-        assert cli.main([*base(folder, "variants"), "--data", lines(tmp_path / "w.jsonl", [*records, bad])]) == 1
+        assert (
+            cli.main([*base(folder, "compare variants"), "--data", lines(tmp_path / "w.jsonl", [*records, bad])]) == 1
+        )
         assert message in capsys.readouterr().err

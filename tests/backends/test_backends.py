@@ -101,7 +101,8 @@ WITHOUT_EXTENSION = """
 import sys
 sys.modules["gemmascope_fast._C"] = None  # importing it raises ImportError
 import torch, gemmascope_fast as gsf
-from gemmascope_fast import backends, cli
+from gemmascope_fast import backends
+from gemmascope_fast.cli import main as cli
 from gemmascope_fast.dev.testing import make_activations, make_sae, support_equal
 sae, x = make_sae(0, 40, 150, 12), make_activations(1, 9, 40)
 y = x.clone().requires_grad_()

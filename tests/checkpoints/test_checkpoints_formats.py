@@ -15,7 +15,8 @@ import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import native
 from gemmascope_fast.checkpoints.loading import from_pretrained, open_checkpoint
 from gemmascope_fast.cli import main as cli
-from gemmascope_fast.cli.checkpoints import convert, listing
+from gemmascope_fast.cli.convert import convert
+from gemmascope_fast.cli.ls import listing
 
 
 @pytest.mark.parametrize(

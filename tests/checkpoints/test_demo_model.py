@@ -99,7 +99,7 @@ def test_the_cards_command_is_one():
     """And it is that of the run whose settings are in the file."""
     card = (demo_model.SAE_FILE.parent / "README.md").read_text("utf-8").replace("\\\n", " ")
     (line,) = re.findall(r"^gemmascope-fast (train .+)$", card, re.MULTILINE)
-    args = cli.build_parser().parse_args(shlex.split(line))
+    args = cli.parse(shlex.split(line))
     assert (args.model, args.layer) == ("demo", 12)
     assert args.out.name == demo_model.SAE_FILE.name
     made = gsf.SAE.from_pretrained(demo_model.SAE_FILE).cfg.metadata.extra["figures"]["settings"]

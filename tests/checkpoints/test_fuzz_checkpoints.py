@@ -22,7 +22,7 @@ import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import native, repository
 from gemmascope_fast.checkpoints.loading import from_pretrained
 from gemmascope_fast.cli import main as cli
-from gemmascope_fast.cli.checkpoints import convert
+from gemmascope_fast.cli.convert import convert
 from gemmascope_fast.files.arrays import open_npz, open_safetensors
 
 quick = settings(

@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 def arguments(folder, *more):
     words = ["watch", "--model", str(folder / "model"), "--sae", str(folder / "own.safetensors"), "--max-tokens", "6"]
-    return cli.build_parser().parse_args([*words, *more])
+    return cli.parse([*words, *more])
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def test_copies_of_one_shape_are_let_go_before_the_next(monkeypatch):
 
     monkeypatch.setattr(run_module, "plans", lambda options: [plan(32, True), plan(32, True), plan(64, False)])
     cases.forget_copies()
-    run_module.run(QUICK, say=lambda name: None)
+    run_module.run_suites(QUICK, say=lambda name: None)
     assert held == [0, 1, 0]
 
 
@@ -233,7 +233,7 @@ def test_results_survive_the_file_and_other_files_are_refused(tmp_path):
     assert Results.load(tmp_path / "r.json") == results
     for text in ("{}", "[1]", "not json", json.dumps({"format": 99})):
         (tmp_path / "bad.json").write_text(text)
-        with pytest.raises(GemmaScopeFastError, match=r"expected the JSON of gemmascope-fast bench"):
+        with pytest.raises(GemmaScopeFastError, match=r"expected the JSON of gemmascope-fast dev bench"):
             Results.load(tmp_path / "bad.json")
 
 
@@ -251,9 +251,9 @@ def test_compare_by_command_fails_where_ours_got_slower_and_names_another_machin
     for medians, isa, status in (((4, 4), "avx512", 0), ((8, 4), "avx512", 0), ((4, 2), "avx2", 1)):
         ratios = {k: Ratio(m, m - 0.1, m + 0.1) for k, m in zip(keys, medians, strict=True)}
         found = Results({"isa": isa}, [], ratios)
-        monkeypatch.setattr(command, "run", lambda *_, found=found, **__: found)
+        monkeypatch.setattr(command, "run_suites", lambda *_, found=found, **__: found)
         monkeypatch.setattr(command, "_show", lambda results: None)
-        assert cli.main(["bench", "--compare", str(tmp_path / "old.json")]) == status
+        assert cli.main(["dev", "bench", "--compare", str(tmp_path / "old.json")]) == status
         said = capsys.readouterr().out
         assert ("SLOWER" in said) == bool(status)
         assert ("different machines, avx512 and avx2" in said) == (isa == "avx2")
@@ -269,7 +269,7 @@ def guard_run(monkeypatch, ratios, isa="avx512"):
         medians = ratios[len(asked) - 1]
         return Results({"isa": isa}, rows, {r.key: Ratio(m, m, m) for r, m in zip(rows, medians, strict=True)})
 
-    monkeypatch.setattr(command, "run", run)
+    monkeypatch.setattr(command, "run_suites", run)
     monkeypatch.setattr(command, "_show", lambda results: None)
     return asked
 
@@ -287,7 +287,7 @@ def test_guard_fails_where_a_ratio_falls_by_a_third_twice(monkeypatch, tmp_path,
     stored = tmp_path / "ratios.json"
     stored.write_text(json.dumps({"avx512": {row(T=1).key: 4.0, row(T=2).key: 3.0}}))
     asked = guard_run(monkeypatch, ratios)
-    assert cli.main(["bench", "--quick", "--guard", str(stored)]) == status
+    assert cli.main(["dev", "bench", "--quick", "--guard", str(stored)]) == status
     assert asked == [None, frozenset({"ops/encode/T=1/64x256"})][: len(ratios)]
     assert ("REGRESSION" in capsys.readouterr().out) == bool(status)
 
@@ -296,7 +296,7 @@ def test_guard_needs_every_stored_ratio(monkeypatch, tmp_path, capsys):
     stored = tmp_path / "ratios.json"
     stored.write_text(json.dumps({"avx512": {"ops/encode/ours/T=99/1x1/fp32/2": 4.0}}))
     guard_run(monkeypatch, [(4.0, 3.0)])
-    assert cli.main(["bench", "--guard", str(stored)]) == 1
+    assert cli.main(["dev", "bench", "--guard", str(stored)]) == 1
     assert "were not measured" in capsys.readouterr().err
 
 
@@ -304,7 +304,7 @@ def test_guard_says_where_nothing_is_stored(monkeypatch, tmp_path, capsys):
     stored = tmp_path / "ratios.json"
     stored.write_text(json.dumps({"avx512": {row(T=1).key: 4.0}}))
     guard_run(monkeypatch, [(1.0, 1.0)], isa="avx2")
-    assert cli.main(["bench", "--guard", str(stored)]) == 0
+    assert cli.main(["dev", "bench", "--guard", str(stored)]) == 0
     assert "none for avx2: nothing was held" in capsys.readouterr().out
 
 
@@ -315,7 +315,7 @@ def test_guard_holds_a_machine_against_its_own_kind(monkeypatch, tmp_path, capsy
     stored = tmp_path / "ratios.json"
     stored.write_text(json.dumps({machine.kind({"isa": "avx512", "core": "A 1 2"}): {row(T=1).key: 4.0}}))
     guard_run(monkeypatch, [(1.0, 1.0)])
-    assert cli.main(["bench", "--guard", str(stored)]) == 0
+    assert cli.main(["dev", "bench", "--guard", str(stored)]) == 0
     assert "nothing was held" in capsys.readouterr().out
 
 
@@ -340,10 +340,10 @@ def test_noise_is_said():
 def test_quick_is_small_and_unknown_names_are_refused(capsys):
     assert QUICK.cases == ("640x4096",)
     with pytest.raises(SystemExit) as refused:
-        cli.main(["bench", "--suite", "nothing"])
+        cli.main(["dev", "bench", "--suite", "nothing"])
     assert refused.value.code == 2
     assert "--suite" in capsys.readouterr().err
-    assert cli.main(["bench", "--device", "cuda"]) == 1
+    assert cli.main(["dev", "bench", "--device", "cuda"]) == 1
     assert "--device cuda" in capsys.readouterr().err
 
 
@@ -358,5 +358,5 @@ def test_quick_is_small_and_unknown_names_are_refused(capsys):
 )
 def test_what_cannot_be_timed_is_said_before_anything_is(monkeypatch, capsys, given, message):
     monkeypatch.setattr("gemmascope_fast.dev.bench.run.measured_roof", None)
-    assert cli.main(["bench", *given]) == 1
+    assert cli.main(["dev", "bench", *given]) == 1
     assert message in capsys.readouterr().err

@@ -99,7 +99,7 @@ def test_whole_calls_by_the_model():
 def test_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(nvcc, "rows", lambda archs: [])
     out = tmp_path / "gpu-check.json"
-    assert cli.main(["gpu-check", "--arch", "sm_86", "--out", str(out)]) == 0
+    assert cli.main(["dev", "gpu-check", "--arch", "sm_86", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert len(report["kernels"]) == len(SPECS)
     assert "model" in report["what"]
@@ -134,7 +134,7 @@ def test_the_gate_of_nvcc_sees_a_spill(tmp_path, monkeypatch):
 def test_a_kernel_outside_the_gates_is_status_one(tmp_path, monkeypatch, capsys):
     row = {"kernel": "k", "arch": "sm_86", "faults": ["spills (8)"]}
     monkeypatch.setattr(check, "collect", lambda archs: {"kernels": [row], "nvcc": "nvcc is not installed"})
-    assert cli.main(["gpu-check", "--out", str(tmp_path / "out.json")]) == 1
+    assert cli.main(["dev", "gpu-check", "--out", str(tmp_path / "out.json")]) == 1
     said = capsys.readouterr().err
     assert "k on sm_86: spills (8)" in said
     assert "CUDA C++ was not compiled: nvcc is not installed" in said

@@ -102,7 +102,7 @@ def stop():
 
 
 def test_unknown_model_is_one_line(capsys):
-    assert cli.main(["profile", "--model", "/nonexistent", "--sae", "/nonexistent"]) == 1
+    assert cli.main(["dev", "profile", "--model", "/nonexistent", "--sae", "/nonexistent"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -116,5 +116,5 @@ def test_unknown_model_is_one_line(capsys):
 )
 def test_bad_input_is_said_before_a_model_is_loaded(monkeypatch, capsys, given, message):
     monkeypatch.setattr("gemmascope_fast.analysis.pair.load_pair", None)
-    assert cli.main(["profile", *given]) == 1
+    assert cli.main(["dev", "profile", *given]) == 1
     assert message in capsys.readouterr().err

@@ -46,7 +46,15 @@ def made_up():
 def test_page_is_whole_by_itself_and_escapes(tmp_path):
     results = made_up()
     results.save(tmp_path / "r.json")
-    command = ["report", str(tmp_path / "r.json"), "--html", str(tmp_path / "r.html"), "--png", str(tmp_path / "png")]
+    command = [
+        "dev",
+        "report",
+        str(tmp_path / "r.json"),
+        "--html",
+        str(tmp_path / "r.html"),
+        "--png",
+        str(tmp_path / "png"),
+    ]
     assert cli.main(command) == 0
     page = (tmp_path / "r.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)  # nothing comes from elsewhere
@@ -143,7 +151,7 @@ def test_the_readmes_pictures_are_of_the_stored_run():
 
 
 def test_the_guides_pictures_are_of_the_stored_scaling_run():
-    """`gemmascope-fast report benchmarks/measured/scaling.json --png docs/images` draws them anew."""
+    """`gemmascope-fast dev report benchmarks/measured/scaling.json --png docs/images` draws them anew."""
     source = plots.digest(Results.load(ROOT / "benchmarks" / "measured" / "scaling.json")).encode()
     text = (ROOT / "docs" / "guides" / "wide.md").read_text(encoding="utf-8")
     shown = re.findall(r"\]\(\.\./images/([\w-]+\.png)\)", text)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import gemmascope_fast as gsf
-from gemmascope_fast.checkpoints import bundled as demo_model
+from gemmascope_fast.analysis import pair
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.ops._library import OPS
 
@@ -57,7 +57,7 @@ def test_python_blocks_run_in_their_order(page, readers_folder, monkeypatch, req
         model, tokenizer, *rest = request.getfixturevalue("demo")
         kept = [(m, n, c) for m in model.modules() for n, c in m.named_children()]
         monkeypatch.setattr(gsf, "load_demo", lambda: (model, tokenizer, *rest))
-        monkeypatch.setattr(demo_model, "load_demo_model", lambda: (model, tokenizer))
+        monkeypatch.setattr(pair, "load_demo_model", lambda: (model, tokenizer))
         request.addfinalizer(lambda: [setattr(m, n, c) for m, n, c in kept])
     if any("Store(" in block for block in found):
         pytest.importorskip("pyarrow")
@@ -72,12 +72,11 @@ def test_python_blocks_run_in_their_order(page, readers_folder, monkeypatch, req
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(DOCS).as_posix())
 def test_commands_parse_and_links_lead_somewhere(page):
-    parser = cli.build_parser()
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["gemmascope-fast"]:
-                parser.parse_args(words[1:])
+                cli.parse(words[1:])
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target

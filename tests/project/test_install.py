@@ -16,7 +16,7 @@ PROBE = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
 import gemmascope_fast
-from gemmascope_fast import cli
+from gemmascope_fast.cli import main as cli
 print(gemmascope_fast.__file__)
 sys.exit(cli.main(["info", *sys.argv[1:]]))
 """
@@ -57,7 +57,13 @@ def test_without_a_compiler_it_installs_and_says_what_it_lacks(source, tmp_path,
     assert done.returncode == 0, done.stderr
     assert f"gemmascope-fast: {said}" in done.stdout + done.stderr
     assert not list(target.rglob("*.so"))
-    for part in ("kernels/encode.py", "report/templates", "data"):
+    for part in (
+        "kernels/encode.py",
+        "dev/report/templates",
+        "analysis/templates",
+        "checkpoints/data/examples",
+        "py.typed",
+    ):
         assert (target / "gemmascope_fast" / part).exists(), part
     assert not (target / "kernels").exists(), "a module of this name is another package's"
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import gemmascope_fast as gsf
 from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
-from gemmascope_fast.sae.screen_cache import fingerprint
+from gemmascope_fast.sae.weights import fingerprint
 
 D, F = 48, 200
 NAMES = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")

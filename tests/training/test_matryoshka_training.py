@@ -299,10 +299,10 @@ class Words:
 
 
 def run_command(monkeypatch, options):
-    from gemmascope_fast.checkpoints import bundled as demo_model
+    from gemmascope_fast.analysis import pair
     from gemmascope_fast.cli import main as cli
 
-    monkeypatch.setattr(demo_model, "load_model", lambda _name: (two_blocks(), Words()))
+    monkeypatch.setattr(pair, "load_model", lambda _name: (two_blocks(), Words()))
     monkeypatch.setattr(calibration, "WINDOW", 16)
     return cli.main(["quantize", "--windows", "4", "--train-windows", "4", *options])
 

@@ -1,4 +1,4 @@
-"""`gemmascope-fast bench`."""
+"""`gemmascope-fast dev bench`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gemmascope_fast.dev.bench.cases import CASES
 from gemmascope_fast.dev.bench.compare import Stored, bench_names, compare, lost, store, stored_ratios
 from gemmascope_fast.dev.bench.machine import kind
 from gemmascope_fast.dev.bench.rows import Results, Row
-from gemmascope_fast.dev.bench.run import QUICK, SUITES, Options, run
+from gemmascope_fast.dev.bench.run import QUICK, SUITES, Options, run_suites
 
 GUARD_THREADS = 2
 
 
-def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--suite", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--case", nargs="+", choices=sorted(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="T", help="numbers of tokens (default: each case's)")
@@ -33,14 +33,14 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write-guard", type=Path, metavar="RATIOS", help="store this run's ratios for --guard")
 
 
-def run_bench(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     if args.device == "cuda":
         raise ValueError("--device cuda: `make gpu` times the GPU kernels; these suites are for the CPU")
     check_outputs(args)
     options = _options(args)
     old = Results.load(args.compare) if args.compare else None
     stored = stored_ratios(args.guard) if args.guard else None
-    results = run(options, save=args.json)
+    results = run_suites(options, save=args.json)
     _show(results)
     if args.write_guard:
         store(args.write_guard, kind(results.machine), results)
@@ -94,7 +94,7 @@ def _guarded(every: Stored, results: Results, options: Options) -> int:
     if fallen:
         names = bench_names(fallen, results)
         print(f"measuring again: {', '.join(sorted(names))}")
-        again = run(options, only=names)
+        again = run_suites(options, only=names)
         fallen = lost({key: stored[key] for key in fallen}, again)
     for key, (before, now) in fallen.items():
         print(f"REGRESSION: {key}: {before:.2f} times eager fp32 stored, {now:.2f} now, twice")

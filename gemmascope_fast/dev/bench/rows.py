@@ -81,9 +81,9 @@ class Results:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise GemmaScopeFastError(f"{path}: expected the JSON of gemmascope-fast bench, got {error}") from error
+            raise GemmaScopeFastError(f"{path}: expected the JSON of gemmascope-fast dev bench, got {error}") from error
         if not isinstance(found, dict) or found.pop("format", None) != FORMAT:
-            raise GemmaScopeFastError(f"{path}: expected the JSON of gemmascope-fast bench, format {FORMAT}")
+            raise GemmaScopeFastError(f"{path}: expected the JSON of gemmascope-fast dev bench, format {FORMAT}")
         unknown = set(found) - {f.name for f in fields(cls)}
         if unknown:
             raise GemmaScopeFastError(f"{path}: unknown entries {sorted(unknown)}")

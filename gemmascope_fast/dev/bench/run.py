@@ -77,7 +77,7 @@ def _suite(name: str) -> Callable[[Sequence[Case], Sequence[int] | None], Iterat
     return scaling_suite
 
 
-def run(
+def run_suites(
     options: Options, say: Callable[[str], Any] = print, only: frozenset[str] | None = None, save: Path | None = None
 ) -> Results:
     """Every bench verified, then timed; `only`: names of benches to keep; `save`: written after each bench."""

@@ -1,4 +1,4 @@
-"""`gemmascope-fast gpu-check`: everything that can be said about the GPU kernels without a GPU, as one JSON report.
+"""`gemmascope-fast dev gpu-check`: everything that can be said about the GPU kernels without a GPU, as one JSON report.
 
 Each Triton kernel is compiled for each architecture, each CUDA source by nvcc where it is installed; registers,
 spills, shared memory and occupancy are read from the binaries and gated; bytes and operations give the time that
@@ -17,12 +17,12 @@ from typing import Any
 from gemmascope_fast._version import __version__
 
 
-def add_gpu_check_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="gpu-check.json", help="where the report goes (default: %(default)s)")
     parser.add_argument("--arch", action="append", help="only this architecture (repeatable): sm_90, gfx942, …")
 
 
-def run_gpu_check(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Status 1 where a kernel fails its gate."""
     report = collect(args.arch)
     Path(args.out).write_text(json.dumps(report, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""`gemmascope-fast report`: one self-contained page, PNG plots and the README's table from a benchmark's JSON."""
+"""`gemmascope-fast dev report`: one self-contained page, PNG plots and the README's table from a benchmark's JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOT_MEASURED = "Not measured for this version yet: `make figures` measures this 
 README_OPS = (("encode", "encode"), ("decode", "decode"), ("SAE", "whole SAE"))
 
 
-def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "json",
         type=Path,
@@ -33,7 +33,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the table between the marks in this file")
 
 
-def run_report(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     runs = [Results.load(path) for path in args.json or [Path("bench.json")]]
     results = together(runs)
     quality = None if args.quality is None else plots.load_quality(args.quality)

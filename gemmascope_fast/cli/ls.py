@@ -1,4 +1,4 @@
-"""`gemmascope-fast ls` and `gemmascope-fast convert`."""
+"""`gemmascope-fast ls`: the checkpoints in a place."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-PLACE = "a file, a folder, a Hugging Face repository, or a SAELens release; 'demo' is the bundled SAE"
+from gemmascope_fast.cli.arguments import PLACE
 
 
-def add_ls_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("place", help=PLACE)
     parser.add_argument("--revision", help="of the repository")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def run_ls(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """One line a checkpoint: its path (what sae_id takes), and, of local ones, what they hold."""
     from gemmascope_fast.analysis.pair import sae_place
 
@@ -88,58 +88,3 @@ def _local(path: Path, sae_id: str) -> dict[str, Any]:
         "dtype": str(arrays["W_enc"].dtype).removeprefix("torch."),
         "MB": round(found.nbytes / 1e6, 1),
     }
-
-
-def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help=PLACE)
-    parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--sae-id", help="the checkpoint in it")
-    parser.add_argument("--revision", help="of the repository")
-    parser.add_argument("--to", required=True, choices=("native", "saelens", "gemma-scope-1", "gemma-scope-2"))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
-
-
-def run_convert(args: argparse.Namespace) -> int:
-    from gemmascope_fast.analysis.pair import sae_place
-
-    written = convert(sae_place(args.source), args.target, args.to, args.sae_id, args.dtype, args.revision)
-    print(f"{args.target}: {', '.join(written)}")
-    return 0
-
-
-def convert(
-    source: str | Path,
-    target: str | Path,
-    to: str,
-    sae_id: str | None = None,
-    dtype: str | None = None,
-    revision: str | None = None,
-) -> list[str]:
-    """Write the checkpoint of one place as a folder in another format; gives the names of the files written.
-
-    Arrays go from file to file in blocks, unless a bias has to be folded in first.  Raises CheckpointError where
-    the other format has no place for what is there.
-    """
-    import torch
-
-    from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, native, saelens
-    from gemmascope_fast.checkpoints.loading import build, open_checkpoint
-    from gemmascope_fast.checkpoints.repository import locate
-    from gemmascope_fast.errors import CheckpointError
-    from gemmascope_fast.files.write import Source, atomic_folder
-
-    writers = {"native": native, "saelens": saelens, "gemma-scope-1": gemma_scope_1, "gemma-scope-2": gemma_scope_2}
-    if to not in writers:
-        raise ValueError(f"to: expected one of {', '.join(writers)}, got {to!r}")
-    found = open_checkpoint(locate(source, sae_id, revision).path)
-    if found.layers:
-        raise CheckpointError(f"{found.path}: converting a {found.kind} is not supported")
-    arrays: dict[str, Source] = dict(found.arrays)
-    if found.subtracts_b_dec or found.normalisation != "none" or "threshold" not in arrays:
-        sae = build(found, torch.device("cpu"), torch.float32)
-        arrays = {name: value.detach() for name, value in sae.named_parameters()}
-    wanted = getattr(torch, dtype) if dtype else None
-    with atomic_folder(Path(target)) as folder:
-        writers[to].write(found, arrays, folder, wanted)  # type: ignore[attr-defined]
-        written = sorted(p.name for p in folder.iterdir())
-    return written
