@@ -142,9 +142,10 @@ sanitize: env ## the native kernels under AddressSanitizer and UndefinedBehavior
 fuzz: env ## 10,000 damaged files of every checkpoint format: each loads or is refused (about 10 minutes)
 	$(PY) tests/fuzz_checkpoints.py
 
-lint: env ## ruff and clang-format, reading only
+lint: env ## ruff, import-linter and clang-format, reading only
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 format: env ## ruff and clang-format, writing
