@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from gemmascope_fast.attach.origin import check_site
 from gemmascope_fast.checkpoints.bundled import MODEL_NAME, SAE_FILE, load_demo_model, load_demo_sae
 from gemmascope_fast.checkpoints.loading import from_pretrained
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.sites import Site
 
 
 def load_model(name: str) -> tuple[Any, Any]:
@@ -44,13 +46,23 @@ def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
 
 
 def load_pair(
-    model: str = "demo", sae: str = "demo", sae_id: str | None = None, layer: int | None = None
+    model: str = "demo",
+    sae: str = "demo",
+    sae_id: str | None = None,
+    layer: int | None = None,
+    anywhere: bool = False,
 ) -> tuple[Any, Any, JumpReLUSAE, int]:
     """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own).
 
-    Raises ValueError where neither the arguments nor the checkpoint name a residual-stream layer.
+    anywhere: `layer` need not be the SAE's own; it becomes its own.  Raises ValueError where neither the arguments nor
+    the checkpoint name a residual-stream layer, AttachError where they name different ones.
     """
     loaded = load_sae(sae, sae_id)
+    if layer is not None and loaded.cfg.site is not None:
+        if anywhere:
+            loaded.cfg.site = Site("resid", layer)
+        else:
+            check_site(layer, Site("resid", layer), loaded.cfg.site, None)
     if layer is None and loaded.cfg.site is not None and loaded.cfg.site.kind == "resid":
         layer = loaded.cfg.site.layer
     if layer is None:

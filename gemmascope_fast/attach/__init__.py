@@ -47,12 +47,13 @@ def attach(
     tokens: Selection = "all",
     error_grad: bool = False,
     keep: bool = True,
+    anywhere: bool = False,
 ) -> Run:
     """SAEs in a transformers model while the returned run's `with` block lasts.
 
     saes: an SAE, a list, a Bank (of which this model's SAEs are taken), or a dict keyed by layer, (layer, kind), Site
-    or module path (`….output` or `….input`; a bare path means its output).  Without a key the checkpoint's own site
-    counts.  In place of an SAE an `Activations` keeps what passes.  A cross-layer transcoder has one set of latents a
+    or module path (`….output` or `….input` of that very module; a bare path means its output).  Without a key the
+    checkpoint's own site counts; docs/sites.md says what each kind is.  In place of an SAE an `Activations` keeps what passes.  A cross-layer transcoder has one set of latents a
     layer, keyed by where that layer reads, and splices every output; a crosscoder has one, keyed by the tuple of its
     sites, and is only observed.
     mode: "observe" changes nothing; "splice" puts the reconstruction in the activation's place; "splice+error" adds
@@ -65,10 +66,12 @@ def attach(
     the call's `Tokens`) to bool [B, S].  What is left out keeps an empty row and passes unchanged.
 
     keep: False keeps no latents, for long runs that observers watch (`run.watch`, `run.on_fire`).
+    anywhere: True allows a key that names another site than the SAE's checkpoint does.
 
-    Raises AttachError for a site that is not in the model, an SAE of another width, two splices at one site; ValueError
-    or TypeError for arguments that mean nothing.  All of that before anything runs.
+    Raises AttachError for a site that is not in the model, or not the one that the SAE's checkpoint names, an SAE of
+    another width, two splices at one site; ValueError or TypeError for arguments that mean nothing.  All of that
+    before anything runs.  Warns where the SAE was trained on a model of another name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    return Run(model, saes, mode=mode, edits=edits, tokens=tokens, error_grad=error_grad, keep=keep)
+    return Run(model, saes, mode=mode, edits=edits, tokens=tokens, error_grad=error_grad, keep=keep, anywhere=anywhere)

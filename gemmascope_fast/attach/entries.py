@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemmascope_fast.attach.edits import Edit
+from gemmascope_fast.attach.origin import check_model, check_site
+from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.bank import Bank, BankedSAE
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
-from gemmascope_fast.sae.sites import Site
+from gemmascope_fast.sae.sites import PREFIX, Site
 
 Key = Any
 
@@ -59,29 +61,55 @@ class Entry:
     site_out: Site
     more: tuple[Site, ...] = ()
     part: Part | None = None
+    aliases: frozenset[Site] = frozenset()  # what else its sites are called in the model
 
     @property
     def sites(self) -> tuple[Site, ...]:
-        return self.site, self.site_out, *self.more
+        return self.site, self.site_out, *self.more, *self.aliases
 
 
-def entries(saes: Any, model: nn.Module | None = None) -> list[Entry]:
-    """From an SAE, a list, a dict, or a bank (its SAEs of this model, all of them without one).  AttachError where a
-    site is missing or a key is given twice."""
+def entries(saes: Any, structure: Structure | None = None, anywhere: bool = False) -> list[Entry]:
+    """From an SAE, a list, a dict, or a bank (its SAEs of this model, all of them without one).
+
+    AttachError where a site is missing, a key is given twice, or a key names another site than the checkpoint does
+    (allowed with `anywhere`).  A model that an SAE was not trained on is a warning.
+    """
     if isinstance(saes, Bank):
-        return _banked(saes if model is None else saes.for_model(model))
-    found: list[Entry] = []
+        found = _banked(saes if structure is None else saes.for_model(structure.model))
+        return _in_model(found, structure)
+    found = []
     for key, coder in _pairs(saes):
         if isinstance(coder, (Crosscoder, CrossLayerTranscoder)):
             found += _several(key, coder)
         else:
-            found.append(_entry(key, coder))
+            found.append(_entry(key, coder, structure, anywhere))
     seen: dict[Any, int] = {}
     for entry in found:
         seen[entry.key] = seen.get(entry.key, 0) + 1
     twice = [key for key, times in seen.items() if times > 1]
     if twice:
         raise AttachError(f"saes: {len(twice)} sites have several SAEs ({twice[0]}): give a dict with a key for each")
+    return _in_model(found, structure)
+
+
+def _in_model(found: list[Entry], structure: Structure | None) -> list[Entry]:
+    """The entries, with the other names that their sites have in the model."""
+    if structure is None:
+        return found
+    trained_on = []
+    for entry in found:
+        if isinstance(entry.coder, SAES):
+            whole = entry.coder if entry.part is None else entry.part.whole
+            trained_on.append(whole.cfg.metadata.model_name)
+        names: set[Site] = set()
+        for site in dict.fromkeys(entry.sites):
+            try:
+                names |= structure.aliases(site)
+            except AttachError:
+                continue  # the tap says what is wrong with it
+        entry.aliases = frozenset(names)
+    for name in dict.fromkeys(trained_on):
+        check_model(name, structure.model)
     return found
 
 
@@ -131,7 +159,7 @@ def _several(key: Key, coder: Crosscoder | CrossLayerTranscoder) -> list[Entry]:
     ]
 
 
-def _entry(key: Key, coder: Any) -> Entry:
+def _entry(key: Key, coder: Any, structure: Structure | None = None, anywhere: bool = False) -> Entry:
     if not _is_coder(coder):
         raise TypeError(f"saes: expected SAEs, got {type(coder).__name__} under {key!r}")
     cfg = getattr(coder, "cfg", None)
@@ -142,35 +170,43 @@ def _entry(key: Key, coder: Any) -> Entry:
         site, key = own, own
     else:
         site = site_of(key, own)
-    if isinstance(coder, Activations) or "transcoder" not in coder.kind:
+    if isinstance(coder, Activations):
+        return Entry(key, coder, site, site)
+    if "transcoder" not in coder.kind:
+        if own is not None and not anywhere:
+            check_site(key, site, own, structure)
         return Entry(key, coder, site, site)
     if own_out is None or own is None:
         raise AttachError(
             f"saes: the transcoder under {key!r} names no sites to read and write: set cfg.site, site_out"
         )
-    if site.layer is None:
-        return Entry(key, coder, site, own_out)
-    if site.kind not in (own.kind, own_out.kind, "resid"):
+    if site.kind != "path" and site.kind not in (own.kind, own_out.kind, "resid"):
         raise AttachError(f"saes: key {key!r}: the transcoder reads {own.hook_name} and writes {own_out.hook_name}")
-    return Entry(key, coder, Site(own.kind, site.layer), Site(own_out.kind, site.layer))
+    layer = site.at_layer
+    reads = site if site.kind == "path" else own if layer is None else own.at(layer)
+    if not anywhere:
+        check_site(key, reads, own, structure)
+    return Entry(key, coder, reads, own_out if layer is None else own_out.at(layer))
 
 
 def site_of(key: Key, own: Site | None = None) -> Site:
-    """The site that a key names; a bare layer means the SAE's own kind there, the residual stream without one."""
+    """The site that a key names.  A bare layer means the SAE's own kind there, the residual stream without one; text
+    is the path of a module, and means that module."""
     if isinstance(key, Site):
         return key
     if isinstance(key, bool):
         raise AttachError(f"saes: expected a key that names a site, got {key!r}")
     if isinstance(key, int):
-        kind = own.kind if own is not None and own.layer is not None else "resid"
-        return Site(kind, key)
+        if key < 0:
+            raise AttachError(f"saes: expected a layer as key, got {key}")
+        return Site("resid", key) if own is None else own.at(key)
     if isinstance(key, tuple) and len(key) == 2 and isinstance(key[0], int) and isinstance(key[1], str):
         try:
             return Site(key[1], key[0])
         except ValueError as error:
             raise AttachError(f"saes: key {key!r}: {error}") from error
     if isinstance(key, str):
-        return Site.from_hook_name(key)
+        return Site("path", path=key.removeprefix(PREFIX))
     raise AttachError(f"saes: expected a layer, (layer, kind), a Site or a module path as key, got {key!r}")
 
 

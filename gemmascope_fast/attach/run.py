@@ -49,20 +49,21 @@ class Run:
         tokens: Selection = "all",
         error_grad: bool = False,
         keep: bool = True,
+        anywhere: bool = False,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         self._compiled = is_compiled(model)
         model = unwrapped(model)
         self.model, self.mode, self.error_grad = model, mode, error_grad
-        assigned = assign(edits, entries(saes, model))
+        structure = Structure(model)
+        assigned = assign(edits, entries(saes, structure, anywhere))
         if mode == "observe" and any(given for _, given in assigned):
             raise EditError("edits: mode 'observe' changes nothing; expected 'splice' or 'splice+error' with edits")
         self.entries = [entry for entry, _ in assigned]
         if not self.entries:
             raise AttachError("saes: expected at least one SAE, got none")
         self.select = Selector(tokens, model)
-        structure = Structure(model)
         self._taps = [Tap(self, entry, given, structure) for entry, given in assigned]
         self._check_writers()
         self._first = follow(self._taps)

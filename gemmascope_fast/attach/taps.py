@@ -17,6 +17,7 @@ from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.attach.entries import SAES, Activations, Entry
 from gemmascope_fast.attach.fused import Fused
 from gemmascope_fast.attach.plan import Plan
+from gemmascope_fast.attach.transformers.blocks import epsilon
 from gemmascope_fast.attach.transformers.structure import Place, Structure
 from gemmascope_fast.bank import BankedSAE
 from gemmascope_fast.errors import AttachError
@@ -59,6 +60,11 @@ class Tap:
             self.coder.check_fits()
         if self.splices and self.writes.form == "no_gain":
             raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read, not replaced")
+        if self.splices and entry.part is not None and self.writes.form:
+            raise AttachError(
+                f"mode: {entry.key!r}: a cross-layer transcoder cannot write at {self.writes.name}, whose output the"
+                f" block multiplies by {self.writes.scale:g} before it adds it; expected 'observe'"
+            )
         self.plan = Plan(edits, d_sae, d_out) if edits else None
         self.fused = Fused.of(self)
         self.steps = [visitor.step for _, visitor in self.visits()]
@@ -104,6 +110,10 @@ class Tap:
             raise AttachError(
                 f"{place.name}: expected {call.batch} x {call.length} rows, one per token, got shape {tuple(x.shape)}"
             )
+        if x.dim() == 3 and x.shape[0] not in (1, call.n_rows) and x.shape[:2] != (call.batch, call.length):
+            raise AttachError(
+                f"{place.name}: expected rows ordered as [{call.batch}, {call.length}], got shape {tuple(x.shape)}"
+            )
         return x.reshape(call.n_rows, x.shape[-1])
 
 
@@ -132,6 +142,10 @@ class ReadTap:
             elif len(tap.sources) > 1:
                 self._join(rows, call)
             elif tap.coder is not None:
+                if tap.splices and tap.writes is not tap.reads:
+                    # copied: a skip connection reads them again at the write, and autograd in its backward, when an
+                    # in-place operation of the model may have changed what passed here (Mixtral's jitter)
+                    rows = rows.clone()
                 self._encode(tap.sae(call), rows, call, x)
                 if not tap.splices:
                     tap.done(call)
@@ -207,10 +221,11 @@ class WriteTap:
             if tap.run.mode == "splice":
                 new = self._spliced(flat, sae, latents, rows, call, at)
             else:
-                new = flat if tap.run.error_grad else carry(flat, sae, latents, rows, call.chosen)
+                unit = _unit(tap.writes)
+                new = flat if tap.run.error_grad else carry(flat, sae, latents, rows, call.chosen, unit)
                 new = self._edited(new, sae, latents, call, at)
                 if tap.run.path is not None and tap.run.path[0] == tap.entry.key:
-                    new = _scaled(new, sae, latents, at, tap.run.path[1])
+                    new = _scaled(new, sae, latents, at, tap.run.path[1], unit)
         return None if new is flat else new.reshape(x.shape)
 
     def _spliced(
@@ -230,8 +245,8 @@ class WriteTap:
         plan = self.tap.plan
         if plan is None:
             return flat
-        form = self.tap.writes.form
-        scale = _unformed(torch.ones((), device=flat.device), self.tap.writes) if form else None
+        unit = _unit(self.tap.writes)
+        scale = None if unit is None else torch.as_tensor(unit, device=flat.device).to(torch.float32)
         if at is None:
             return plan.apply(flat, sae, latents, call, at, scale)
         rows = flat[at.to(flat.device)]
@@ -253,10 +268,13 @@ def follow(taps: Sequence[Tap]) -> list[BankedSAE]:
     return coders[: max((coder.ahead for coder in coders), default=0)]
 
 
-def _scaled(x: Tensor, sae: Coder, latents: SparseLatents, at: Tensor | None, factor: float) -> Tensor:
+def _scaled(
+    x: Tensor, sae: Coder, latents: SparseLatents, at: Tensor | None, factor: float, unit: Tensor | float | None
+) -> Tensor:
     """x with the chosen rows' latents at `factor` of what they are; the gradient stays that of x."""
     values = (factor - 1) * latents.values.detach()
     added = ops.decode(latents.crow_indices, latents.col_indices, values, sae.W_dec, None, None).to(x.device)
+    added = added if unit is None else added * unit
     return (x + added).to(x.dtype) if at is None else x.index_add(0, at.to(x.device), added.to(x.dtype))
 
 
@@ -264,9 +282,10 @@ def _formed(x: Tensor, place: Place, inputs: tuple[Any, ...]) -> Tensor:
     """What the SAE reads, from what passes at the place."""
     if place.form == "no_gain":
         norm = place.module
-        eps = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
-        if eps is None:
-            raise AttachError(f"{place.name}: no epsilon found in {type(norm).__name__}")
+        if isinstance(norm, torch.nn.LayerNorm):
+            return torch.nn.functional.layer_norm(x.float(), norm.normalized_shape, eps=norm.eps)
+        eps = epsilon(norm)
+        assert eps is not None
         wide = x.float()
         return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if place.form == "unscaled":
@@ -274,13 +293,20 @@ def _formed(x: Tensor, place: Place, inputs: tuple[Any, ...]) -> Tensor:
             raise AttachError(f"{place.name}: the embedding's weights are offloaded; keep it on a device")
         # looked up again: dividing by the scale would not give the table's own values back
         return torch.nn.functional.embedding(inputs[0], place.module.weight)  # type: ignore[arg-type]
-    return x
+    return x * place.scale if place.form == "scaled" else x
+
+
+def _unit(place: Place) -> Tensor | float | None:
+    """What the SAE's own units are multiplied by at a place; None for 1."""
+    if place.form == "unscaled":
+        return place.module.embed_scale  # type: ignore[return-value]
+    return 1 / place.scale if place.form == "scaled" else None
 
 
 def _unformed(recon: Tensor, place: Place) -> Tensor:
     if place.form == "unscaled":
         return recon * place.module.embed_scale.to(recon.dtype)  # type: ignore[operator,union-attr]
-    return recon
+    return recon / place.scale if place.form == "scaled" else recon
 
 
 def _keep(activations: Activations, rows: Tensor, call: Call) -> None:

@@ -12,12 +12,18 @@ PLOTS = (".png", ".svg", ".pdf")
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser, *, sae: bool = True) -> None:
-    """--model, and with `sae` --sae, --sae-id and --layer: what `demo_model.load_pair` takes."""
+    """--model, and with `sae` --sae, --sae-id, --layer and --anywhere: what `demo_model.load_pair` takes."""
     parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
     if sae:
         parser.add_argument("--sae", default="demo", help="an SAE's repository, folder or file; 'demo': bundled")
         parser.add_argument("--sae-id", help="the SAE within its repository")
         parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
+        add_anywhere_argument(parser)
+
+
+def add_anywhere_argument(parser: argparse.ArgumentParser) -> None:
+    """--anywhere, beside --layer."""
+    parser.add_argument("--anywhere", action="store_true", help="allow a --layer that is not the SAE's own")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, *, plot: bool = True) -> None:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     path = example(args.transcript, "talk.json")
     turns = load_transcript(path)
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
+    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
     with tqdm(total=len(turns), desc="reading", unit="turn") as bar:
         traces = read_conversation(model, tokenizer, {(layer, "resid"): sae}, turns, bar.update)
     roles = by_role(traces)

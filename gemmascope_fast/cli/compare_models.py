@@ -48,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--text: expected at least one text, got none in {', '.join(args.text)}")
     sae = load_sae(args.sae, args.sae_id)
     sae_b = load_sae(args.sae_b, args.sae_b_id) if args.sae_b else sae
+    if sae_b is sae and args.anywhere:
+        sae_b = load_sae(args.sae, args.sae_id)  # one SAE has one site: each side gets its own
     layer_b = args.layer if args.layer_b is None and args.sae_b is None else args.layer_b
     sides: list[Any] = []
     for name, own, layer in ((args.model, sae, args.layer), (args.model_b, sae_b, layer_b)):
-        sites_of(own, layer)
+        sites_of(own, layer, args.anywhere)
         sides.append((*load_model(name), {own.cfg.site if layer is None else layer: own}))
     with _bar(2 * len(texts)) as bar:
         a, b = gather(sides[0], sides[1], texts, window=args.window, progress=bar.update)

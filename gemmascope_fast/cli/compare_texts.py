@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.pair import load_model, load_sae
 
     sae = load_sae(args.sae, args.sae_id)
-    sites_of(sae, args.layer)
+    sites_of(sae, args.layer, args.anywhere)
     key = args.layer if args.layer is not None else sae.cfg.site
     model, tokenizer = load_reward_model(args.model) if args.reward else load_model(args.model)
     rows, pairs = _compare(args, model, tokenizer, {key: sae}, first, second, z)

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     variants = load_variants(example(args.data, "variants.jsonl"))
     groups = groups_of(variants)
     _check_labels(args, variants)
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
+    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
     out: dict[str, Any] = {"groups": len(groups), "texts": len(variants)}
     out["features"] = stability(_fired(model, tokenizer, {(layer, "resid"): sae}, variants), groups)
     if args.labels:

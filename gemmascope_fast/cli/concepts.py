@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--reft-steps: expected at least 1, got {args.reft_steps}")
     examples = load_examples(args.data or BUNDLED)
     splits = split(examples, args.seed)
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
+    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
     with tqdm(total=len(examples), desc="reading", unit="text") as bar:
         made = Concepts(model, tokenizer, sae, layer, examples, bar.update)
     rows: list[dict[str, Any]] = []

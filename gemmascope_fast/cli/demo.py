@@ -9,6 +9,7 @@ from typing import Any
 
 from gemmascope_fast.analysis.pair import load_pair
 from gemmascope_fast.analysis.reading import LABELS, TIMES, Reading, read_text
+from gemmascope_fast.cli.arguments import add_anywhere_argument
 
 PASSAGE = (
     "In the winter of 1911 two expeditions were racing across the Antarctic ice. Roald Amundsen travelled with dogs"
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sae", default="demo", help="an SAE's repository or folder; 'demo' is the bundled one")
     parser.add_argument("--sae-id", help="the SAE within its repository")
     parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
+    add_anywhere_argument(parser)
     parser.add_argument("--max-tokens", type=int, default=1024, help="the text is cut there, and it says so")
     parser.add_argument("--top", type=int, default=4, help="features shown per token (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("loading the model and the SAE", total=None)
-        model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
+        model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
         progress.update(task, description="reading, splicing, checking in fp64, timing")
         name = "Gemma 3 270M" if args.model == "demo" else args.model
         reading = read_text(model, tokenizer, sae, layer, text, model_name=name, max_tokens=args.max_tokens)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.cli.arguments import add_anywhere_argument
 from gemmascope_fast.files.results import save_figure
 
 
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sae", default="demo", help="an SAE's repository, folder or file; 'demo' is the bundled one")
     parser.add_argument("--sae-id", help="the SAE within its repository")
     parser.add_argument("--layer", type=int, help="the layer to put the SAE in (default: the SAE's own)")
+    add_anywhere_argument(parser)
     parser.add_argument("--text", default="pydoc", help="a UTF-8 file, 'pydoc' or 'stdlib' (default: %(default)s)")
     parser.add_argument("--held-out", action="store_true", help="read its last tenth only, which `train` never sees")
     parser.add_argument("--window", type=int, default=255, help="tokens after each BOS (default: %(default)s)")
@@ -42,8 +44,11 @@ def run(args: argparse.Namespace) -> int:
         _require_matplotlib()
     from gemmascope_fast.analysis.evaluation.run import Evaluation, sites_of
     from gemmascope_fast.analysis.pair import load_model, load_sae
+    from gemmascope_fast.attach.origin import move
 
     sae = load_sae(args.sae, args.sae_id)
+    if args.anywhere:
+        move(sae.cfg, args.layer)
     reads, writes = sites_of(sae, args.layer)  # before the model, which takes longer
     model, tokenizer = load_model(args.model)
 

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.attach.entries import entries
+from gemmascope_fast.attach.origin import move
 from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
 from gemmascope_fast.errors import require
 from gemmascope_fast.files.results import shown, write_json
@@ -99,22 +101,36 @@ def firing(store: Any) -> Any:
     return total
 
 
-def sites_of(sae: Any, layer: int | None) -> Any:
-    """`saes` of attach: the SAE at its own site, or at the given layer."""
+def sites_of(sae: Any, layer: int | None, anywhere: bool = False) -> Any:
+    """`saes` of attach: the SAE at its own site, or at the given layer, which `anywhere` makes its own.
+
+    ValueError where neither names a site, AttachError where they name different ones.
+    """
+    if anywhere:
+        move(sae.cfg, layer)
     if layer is None and sae.cfg.site is None:
         raise ValueError("--layer: expected a layer number, for the checkpoint names no site")
-    return sae if layer is None else {layer: sae}
+    sites = sae if layer is None else {layer: sae}
+    entries(sites)
+    return sites
 
 
 def make_extractor(
-    model: str, sae: str, sae_id: str | None, layer: int | None, window: int, batch: int, device: str
+    model: str,
+    sae: str,
+    sae_id: str | None,
+    layer: int | None,
+    window: int,
+    batch: int,
+    device: str,
+    anywhere: bool = False,
 ) -> Any:
     """The Extractor of a command line, here or on a worker."""
     from gemmascope_fast.analysis.extraction.run import Extractor
     from gemmascope_fast.analysis.pair import load_model, load_sae
 
     coder = load_sae(sae, sae_id)
-    sites = sites_of(coder, layer)
+    sites = sites_of(coder, layer, anywhere)
     loaded, tokenizer = load_model(model)
     loaded.to(device)
     coder.to(device)
@@ -132,7 +148,10 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     if args.engine == "ray":
         require("ray", "ray", "--engine ray")
     _check_device(args.device)
-    make = partial(make_extractor, args.model, args.sae, args.sae_id, args.layer, args.window, args.batch, args.device)
+    make = partial(
+        make_extractor, args.model, args.sae, args.sae_id, args.layer, args.window, args.batch, args.device,
+        args.anywhere,
+    )  # fmt: skip
     extractor = make()
     engine = None
     if args.engine == "ray":

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.cli.arguments import add_anywhere_argument
 from gemmascope_fast.cli.quantize import METHODS
 
 PARTS = ("sae", "grid", "mix")
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sae", default="demo", help="the SAE of the second table; 'demo' is the bundled one")
     parser.add_argument("--sae-id", help="the SAE within its repository")
     parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
+    add_anywhere_argument(parser)
     parser.add_argument("--text-file", type=Path, metavar="FILE", help="text to train on (first) and measure on (last)")
     parser.add_argument("--windows", type=int, default=40, help="held-out windows of 255 tokens (default: %(default)s)")
     parser.add_argument("--train-windows", type=int, default=80, help="training windows (default: %(default)s)")
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.quick:
         args.windows, args.train_windows = min(args.windows, 12), min(args.train_windows, 20)
         args.epochs, args.steps = min(args.epochs, 2), min(args.steps, 5)
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
+    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
     text = args.text_file.read_text("utf-8") if args.text_file else None
     ids = calibration.python_topics(tokenizer) if text is None else calibration.windows(tokenizer, text)
     if ids.shape[0] < args.windows + args.train_windows:

@@ -17,6 +17,7 @@ import torch
 
 from gemmascope_fast.analysis.pair import load_pair
 from gemmascope_fast.attach import Ablate, Add, Clamp, Edit, Tokens, attach
+from gemmascope_fast.cli.arguments import add_anywhere_argument
 from gemmascope_fast.ops.latents import SparseLatents
 
 HELP = (
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sae", default="demo", help="an SAE's repository or folder; 'demo' is the bundled one")
     parser.add_argument("--sae-id", help="the SAE within its repository")
     parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
+    add_anywhere_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
     console = Console()
     with console.status("loading the model and the SAE"):
-        session = Session(*load_pair(args.model, args.sae, args.sae_id, args.layer), args)
+        session = Session(*load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere), args)
     for kind, given in (("clamp", args.clamp), ("add", args.add)):
         for each in given:
             session.hold(kind, *each.partition("=")[::2])

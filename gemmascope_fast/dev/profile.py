@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemmascope_fast import backends
-from gemmascope_fast.cli.arguments import check_outputs
+from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
 from gemmascope_fast.dev.roof import Roof, measure
 from gemmascope_fast.files.results import write_json
 from gemmascope_fast.ops._library import OPS
@@ -218,6 +218,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sae", default="demo", help="an SAE's file, folder or repository; 'none' for the model alone")
     parser.add_argument("--sae-id", help="which SAE of a repository")
     parser.add_argument("--layer", type=int, help="default: the SAE's own")
+    add_anywhere_argument(parser)
     parser.add_argument("--mode", choices=("observe", "splice", "splice+error"), default="observe")
     parser.add_argument("--tokens", type=int, default=16, help="tokens generated (default: %(default)s)")
     parser.add_argument("--prompt", default="The history of the sea is also a history of trade.")
@@ -237,7 +238,7 @@ def run(args: argparse.Namespace) -> int:
         model, tokenizer = load_model(args.model)
         attached: Callable[[], Any] = nullcontext
     else:
-        model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer)
+        model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
         sae.requires_grad_(False).prepare()
         attached = lambda: attach(model, {layer: sae}, mode=args.mode)  # noqa: E731
     prompt = tokenizer(args.prompt, return_tensors="pt")

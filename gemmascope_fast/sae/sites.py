@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-# What each kind is in transformers' Gemma:
-#   resid           output of model.layers[L]
-#   mlp             output of post_feedforward_layernorm (what the MLP adds to the residual stream)
-#   attn            input of self_attn.o_proj: the heads, concatenated
-#   mlp_in          output of pre_feedforward_layernorm, gain included (Gemma Scope 2 transcoders)
+# What each kind is, and where transformers' Gemma 2 and 3 have it:
+#   resid           the residual stream after a block: output of model.layers[L]
+#   mlp             what the MLP adds to the residual stream: output of post_feedforward_layernorm
+#   attn            the attention heads, concatenated: input of self_attn.o_proj
+#   mlp_in          what the MLP reads: output of pre_feedforward_layernorm, gain included (Gemma Scope 2 transcoders)
 #   mlp_in_no_gain  the same norm without its gain (Gemma Scope 1 transcoders)
-#   attn_out        output of post_attention_layernorm
+#   attn_out        what attention adds to the residual stream: output of post_attention_layernorm
 #   embed           the token embeddings, unscaled
+# docs/sites.md has a table of the architectures.
 KINDS = ("resid", "mlp", "attn", "mlp_in", "mlp_in_no_gain", "attn_out", "embed")
+PREFIX = "path:"  # before a module's path in `hook_name`, where the path alone would name a kind
+
+_LAYER = re.compile(r"((?:^|\.)(?:layers?|h|blocks?)\.)([0-9]{1,6})(\.|$)")  # in a module's path
 
 
 @dataclass(frozen=True, order=True)
@@ -37,7 +41,9 @@ class Site:
     def hook_name(self) -> str:
         """Its name in transformers' terms, as Gemma Scope 2's config.json writes them."""
         if self.kind == "path":
-            return str(self.path)
+            path = str(self.path)
+            # a path that Gemma's name of a site is as well stays a path when it is read back
+            return path if self._named(path).kind in ("path", "resid") else PREFIX + path
         if self.kind == "embed":
             return "model.embed_tokens.output"
         tail = {
@@ -50,9 +56,29 @@ class Site:
         }[self.kind]
         return f"model.layers.{self.layer}.{tail}"
 
+    @property
+    def at_layer(self) -> int | None:
+        """The layer, for a module path the number in it; None where there is none."""
+        if self.kind != "path":
+            return self.layer
+        found = _LAYER.search(str(self.path))
+        return None if found is None else int(found[2])
+
+    def at(self, layer: int) -> Site:
+        """The site of the same kind in another layer; of a site without a layer the residual stream there."""
+        if self.at_layer is None:
+            return Site("resid", layer)
+        if self.kind != "path":
+            return Site(self.kind, layer)
+        return Site("path", path=_LAYER.sub(rf"\g<1>{layer}\g<3>", str(self.path), count=1))
+
     @classmethod
     def from_hook_name(cls, name: str) -> Site:
         """The inverse of `hook_name`; a name of no known kind becomes a site of kind "path"."""
+        return cls("path", path=name[len(PREFIX) :]) if name.startswith(PREFIX) else cls._named(name)
+
+    @classmethod
+    def _named(cls, name: str) -> Site:
         parts = name.split(".")
         if name == "model.embed_tokens.output":
             return cls("embed")

@@ -157,9 +157,13 @@ def test_a_layer_means_the_saes_own_kind_of_site_there(pair):
     model, tokenizer = pair
     away, here = make("transcoder", "mlp_in", "mlp", layer=0), make("transcoder", "mlp_in", "mlp")
     assert sites_of(away) == (Site("mlp_in", 0), Site("mlp", 0))
-    assert sites_of(away, LAYER) == sites_of(here) == (Site("mlp_in", LAYER), Site("mlp", LAYER))
+    with pytest.raises(AttachError, match=r"own site is model\.layers\.0\.pre_feedforward_layernorm\.output \(layer 0"):
+        sites_of(away, LAYER)
+    with pytest.raises(AttachError, match="anywhere=True"):
+        evaluate(model, tokenizer, away, LAYER, TEXT, window=WINDOW)
+    assert sites_of(away, LAYER, anywhere=True) == sites_of(here) == (Site("mlp_in", LAYER), Site("mlp", LAYER))
     assert sites_of(make("sae", "resid", "resid"), 2) == (Site("resid", 2), Site("resid", 2))
-    assert evaluate(model, tokenizer, away, LAYER, TEXT, window=WINDOW) == evaluate(
+    assert evaluate(model, tokenizer, away, LAYER, TEXT, window=WINDOW, anywhere=True) == evaluate(
         model, tokenizer, here, None, TEXT, window=WINDOW
     )
 

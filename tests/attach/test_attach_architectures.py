@@ -176,8 +176,7 @@ KINDS = {
     "llama": {"mlp": ("mlp", "output"), "mlp_in": ("mlp", "input"), "attn": ("self_attn.o_proj", "input"),
               "attn_out": ("self_attn", "output")},
     "qwen3": {"mlp": ("mlp", "output"), "attn": ("self_attn.o_proj", "input")},
-    "bert": {"mlp": ("output.dense", "output"), "attn": ("attention.output.dense", "input"),
-             "attn_out": ("attention.output.dense", "output")},
+    "bert": {"attn": ("attention.output.dense", "input"), "mlp_in": ("intermediate.dense", "input")},
 }  # fmt: skip
 
 
@@ -198,7 +197,7 @@ def test_sites_inside_a_block(name):
 
 def test_what_a_block_lacks_is_named():
     model, _ = build("mamba")
-    with pytest.raises(gsf.AttachError, match="MambaBlock of MambaForCausalLM has none of"):
+    with pytest.raises(gsf.AttachError, match="MambaBlock of MambaForCausalLM has none of mlp, "):
         gsf.attach(model, {(1, "mlp"): tiny.sae()})
     with torch.no_grad(), gsf.attach(model, {"backbone.layers.1.mixer": tiny.sae()}) as run:
         model(input_ids=tiny.ids())

@@ -36,7 +36,7 @@ class Losses:
                 if coder is None:
                     self.sums[i] += _loss(model, row, counts)
                     continue
-                with attach(model, coder, mode="splice", tokens=counts):
+                with attach(model, coder, mode="splice", tokens=counts, anywhere=True):  # the sites were checked
                     self.sums[i] += _loss(model, row, counts)
         self.tokens += int(content[:, 1:].sum())
 

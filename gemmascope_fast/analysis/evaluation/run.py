@@ -53,15 +53,16 @@ def content_mask(tokenizer: Any, ids: Tensor) -> Tensor:
     return ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
 
 
-def sites_of(sae: Any, layer: int | Site | None = None) -> tuple[Site, Site]:
+def sites_of(sae: Any, layer: int | Site | None = None, anywhere: bool = False) -> tuple[Site, Site]:
     """(where the SAE reads, where it writes: for a transcoder elsewhere), by its checkpoint or at another layer.
 
-    ValueError for a coder of several sites, or where neither names a site.
+    ValueError for a coder of several sites, or where neither names a site; AttachError for another site than the
+    checkpoint's own, unless `anywhere`.
     """
     check_kind(sae)
     if layer is None and sae.cfg.site is None:
         raise ValueError("layer: expected a layer number, for the checkpoint names no site")
-    (entry,) = entries(sae if layer is None else {layer: sae})
+    (entry,) = entries(sae if layer is None else {layer: sae}, anywhere=anywhere)
     return entry.site, entry.site_out
 
 
@@ -69,7 +70,7 @@ class Evaluation:
     """Reconstruction figures in a first pass, losses (which need the mean of all activations) in a second.
 
     layer: None for the SAE's own site, a number for a site of the same kind there (the residual stream, where the SAE
-    names none), or a `Site`.  text() gives the text's lines anew each time it is called.  With a `state` file the run
+    names none), or a `Site`; another place than the checkpoint's own is an error unless `anywhere`.  text() gives the text's lines anew each time it is called.  With a `state` file the run
     is saved there after every `save_every` batches and goes on from it; `about` says what it is a run of.  loss_tokens:
     the second pass, four whole forwards, ends with the batch in which it has counted that many (None: at the end of
     the text).
@@ -88,13 +89,16 @@ class Evaluation:
         about: dict[str, Any] | None = None,
         save_every: int = 1,
         loss_tokens: int | None = None,
+        anywhere: bool = False,
     ) -> None:
         if window < 2:
             raise ValueError(f"window: expected at least 2 tokens, got {window}")
         if loss_tokens is not None and loss_tokens < 1:
             raise ValueError(f"loss_tokens: expected a positive number, got {loss_tokens}")
-        self.sites = sites_of(sae, layer)
-        attach(model, {self.sites[0]: sae})  # a model without these sites, or of other widths, is refused here
+        self.sites = sites_of(sae, layer, anywhere)
+        attach(
+            model, {self.sites[0]: sae}, anywhere=anywhere
+        )  # a model without these sites, or of other widths, is refused here
         self.model, self.tokenizer, self.sae, self.text = model, tokenizer, sae, text
         self.window, self.path, self.save_every, self.loss_tokens = window, state, save_every, loss_tokens
         self.about = (about or {}) | {"window": window, "sites": [site.hook_name for site in self.sites]}
@@ -188,7 +192,8 @@ def evaluate(
     *,
     losses: bool = True,
     window: int = 255,
+    anywhere: bool = False,
 ) -> dict[str, Any]:
     """Every figure of a text held in memory: those of `Reconstruction.figures` and, unless told not to, of
-    `Losses.figures`.  layer: as in `Evaluation`."""
-    return Evaluation(model, tokenizer, sae, layer, lambda: [text], window=window).run(losses)
+    `Losses.figures`.  layer, anywhere: as in `Evaluation`."""
+    return Evaluation(model, tokenizer, sae, layer, lambda: [text], window=window, anywhere=anywhere).run(losses)

@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from gemmascope_fast.attach.transformers import blocks
 from gemmascope_fast.errors import AttachError
-from gemmascope_fast.sae.sites import Site
+from gemmascope_fast.sae.sites import KINDS, Site
 
-# Inside a block, by the names that transformers' models share; the first that is there counts.  A norm after the
-# MLP (Gemma) comes before the MLP itself: `mlp` is what is added to the residual stream.
-_INSIDE: dict[str, tuple[tuple[str, str], ...]] = {
-    "mlp": (
-        ("post_feedforward_layernorm", "output"),
-        ("mlp", "output"),
-        ("feed_forward", "output"),
-        ("output.dense", "output"),
-    ),
-    "attn": (
-        ("self_attn.o_proj", "input"),
-        ("self_attn.out_proj", "input"),
-        ("self_attn.dense", "input"),
-        ("attention.output.dense", "input"),
-    ),
-    "mlp_in": (("pre_feedforward_layernorm", "output"), ("mlp", "input"), ("feed_forward", "input")),
-    "mlp_in_no_gain": (("pre_feedforward_layernorm", "input"), ("post_attention_layernorm", "input")),
-    "attn_out": (("self_attn", "output"), ("attention.output.dense", "output")),
-}
+NO_GAIN = "output_without_gain"  # what Gemma Scope 1's transcoders read, as an end of a norm
+# Paths of a text-only model: they mean the same block of a model whose decoder has another name.
+_TEXT_PATH = re.compile(
+    r"(model\.|language_model\.|model\.language_model\.|language_model\.model\.)?layers\.(?P<layer>[0-9]+)(\.(?P<rest>.+))?$"
+)
 
 
 @dataclass(frozen=True)
 class Place:
-    """One end of one module.  `form` says how what passes there becomes what the SAE reads: as it is (""),
-    divided by its root mean square ("no_gain"), or looked up in the table without its scale ("unscaled")."""
+    """One end of one module.  `form` says how what passes there becomes what the SAE reads: as it is (""), normalised
+    without the norm's gain ("no_gain"), looked up in the table without its scale ("unscaled"), or multiplied by the
+    number that the block multiplies it by before it adds it ("scaled")."""
 
     module: nn.Module
     end: str  # "input" or "output"
     name: str
     width: int | None
     form: str = ""
+    scale: float = 1.0  # of form "scaled"
+
+    def is_at(self, other: Place) -> bool:
+        """Whether both give the same values."""
+        return self.module is other.module and (self.end, self.form, self.scale) == (
+            other.end,
+            other.form,
+            other.scale,
+        )
 
 
 class Structure:
@@ -54,6 +52,7 @@ class Structure:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names = {id(m): name for name, m in model.named_modules()}
+        self._stack: tuple[nn.Module, nn.ModuleList] | None = None
 
     @property
     def embedding(self) -> nn.Module:
@@ -80,17 +79,24 @@ class Structure:
 
     def stack(self) -> tuple[nn.Module, nn.ModuleList]:
         """(the text stack, its blocks).  AttachError where there is none or more than one at the same depth."""
+        if self._stack is None:
+            self._stack = self._find_stack()
+        return self._stack
+
+    def _find_stack(self) -> tuple[nn.Module, nn.ModuleList]:
         at = self.names.get(id(self.embedding), "")
         while at:
             at = at.rpartition(".")[0]
             holder = self.model.get_submodule(at)
-            lists = [(name.count("."), m) for name, m in holder.named_modules() if _is_blocks(m)]
+            lists = {name: m for name, m in holder.named_modules() if _is_blocks(m)}
             if lists:
-                depth = min(d for d, _ in lists)
-                shallow = [m for d, m in lists if d == depth]
+                depth = min(name.count(".") for name in lists)
+                shallow = {name: m for name, m in lists.items() if name.count(".") == depth}
                 if len(shallow) > 1:
-                    raise AttachError(f"{self._title}: several lists of blocks; give the site as a module path")
-                return holder, shallow[0]
+                    raise AttachError(
+                        f"{self._title}: several lists of blocks ({', '.join(shallow)}); give the site as a module path"
+                    )
+                return holder, next(iter(shallow.values()))
         raise AttachError(f"{self._title}: no list of blocks found; give the site as a module path")
 
     def place(self, site: Site) -> Place:
@@ -104,48 +110,76 @@ class Structure:
             return Place(self.embedding, "output", f"{name}.output", width, "unscaled" if scaled else "")
         block, name = self._block(site.layer or 0, str(site.hook_name))
         if site.kind == "resid":
+            why = blocks.streams(block)
+            if why is not None:
+                raise AttachError(
+                    f"site 'resid' of layer {site.layer}: {type(block).__name__} of {self._title} {why};"
+                    " give the site as a module path"
+                )
             return Place(block, "output", f"{name}.output", self.hidden_size)
         return self._inside(block, name, site)
 
+    def aliases(self, site: Site) -> frozenset[Site]:
+        """Every site that is the same place as `site` in this model, itself among them."""
+        own = self.place(site)
+        layer = site.at_layer
+        kinds = ("embed",) if layer is None else KINDS
+        named = [Site(kind, None if kind == "embed" else layer) for kind in kinds]
+        paths = [own.name, *(other.hook_name for other in named)]
+        paths += [path.removesuffix(".output") for path in paths if path.endswith(".output")]
+        found = {site}
+        if site.kind == "embed":  # Gemma's name of it, though the module's own output may be scaled
+            found.add(Site("path", path=site.hook_name))
+        for other in (*named, *(Site("path", path=path) for path in paths)):
+            try:
+                if self.place(other).is_at(own):
+                    found.add(other)
+            except AttachError:
+                continue
+        return frozenset(found)
+
     def _block(self, layer: int, asked: str) -> tuple[nn.Module, str]:
-        _, blocks = self.stack()
-        if layer >= len(blocks):
+        _, found = self.stack()
+        if layer >= len(found):
             raise AttachError(
-                f"site {asked}: {self._title} has {len(blocks)} layers, expected a layer in [0, {len(blocks)})"
+                f"site {asked}: {self._title} has {len(found)} layers, expected a layer in [0, {len(found)})"
             )
-        block = blocks[layer]
+        block = found[layer]
         return block, self.names[id(block)]
 
     def _inside(self, block: nn.Module, name: str, site: Site) -> Place:
-        choices = _INSIDE[site.kind]
-        if site.kind == "attn_out" and _child(block, "pre_feedforward_layernorm") is not None:
-            choices = (("post_attention_layernorm", "output"),)  # Gemma normalises before it adds
-        for path, end in choices:
-            module = _child(block, path)
-            if module is None:
-                continue
-            width = _width(module, end) if site.kind == "attn" else self.hidden_size
-            form = "no_gain" if site.kind == "mlp_in_no_gain" else ""
-            return Place(module, end, f"{name}.{path}.{end}", width, form)
-        looked = ", ".join(path for path, _ in choices)
-        raise AttachError(
-            f"site {site.hook_name}: {type(block).__name__} of {self._title} has none of {looked};"
-            " give the site as a module path"
-        )
+        try:
+            part = blocks.part(block, site.kind)
+        except blocks.Unknown as error:
+            instead = "" if error.path is None else f", such as '{name}.{error.path}.output'"
+            raise AttachError(
+                f"site {site.kind!r} of layer {site.layer}: {type(block).__name__} of {self._title} {error};"
+                f" give the site as a module path{instead}"
+            ) from None
+        module = block.get_submodule(part.path)
+        width = _width(module, part.end) if site.kind == "attn" else self.hidden_size
+        form = "no_gain" if part.no_gain else "scaled" if part.scale != 1 else ""
+        return Place(module, part.end, f"{name}.{part.path}.{part.end}", width, form, part.scale)
 
     def _by_path(self, path: str) -> Place:
         stem, _, end = path.rpartition(".")
-        if end not in ("input", "output"):
+        if end not in ("input", "output", NO_GAIN):
             stem, end = path, "output"
         module = _child(self.model, stem)
-        if module is None and "layers." in stem:
+        text_only = _TEXT_PATH.match(stem) if module is None else None
+        if text_only is not None:
             # a path written for the text-only model, resolved against this model's own text decoder
-            layer, _, rest = stem.split("layers.", 1)[1].partition(".")
-            if layer.isdigit():
-                block, name = self._block(int(layer), path)
-                module, stem = (_child(block, rest), f"{name}.{rest}") if rest else (block, name)
+            block, name = self._block(int(text_only["layer"]), path)
+            rest = text_only["rest"]
+            module, stem = (_child(block, rest), f"{name}.{rest}") if rest else (block, name)
         if module is None:
             raise AttachError(f"site {path}: {self._title} has no module {stem!r}")
+        if end == NO_GAIN:
+            if not blocks.is_norm(module):
+                raise AttachError(
+                    f"site {path}: expected a root-mean-square norm or a LayerNorm, got {type(module).__name__}"
+                )
+            return Place(module, "input", f"{stem}.{end}", _width(module, "output"), "no_gain")
         return Place(module, end, f"{stem}.{end}", self._path_width(module, end))
 
     def _path_width(self, module: nn.Module, end: str) -> int | None:
@@ -158,7 +192,8 @@ class Structure:
 
 
 def _is_blocks(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList) and len(module) > 0
+    """A list of modules that have parts of their own: projections and norms in a list are no blocks."""
+    return isinstance(module, nn.ModuleList) and len(module) > 0 and all(any(m.children()) for m in module)
 
 
 def _child(module: nn.Module, path: str) -> nn.Module | None:
