@@ -2,8 +2,8 @@
 
 Three launches before the gather: `digits_kernel` quantises the tokens, `screen_kernel` is an int8 GEMM on tensor
 cores whose epilogue compares ẑ + B with the threshold and keeps one bit a pair, `refine_kernel` computes what is
-left in the one order of summation.  Integers are exact; the fp32 steps are bounded in
-gemmascope_fast/backends/gpu/screen.py.
+left in the one order of summation.  Integers are exact; docs/screen.md, "On a GPU", derives what the fp32 steps may
+round, and `ops.screen_terms` has the numbers.
 """
 
 import triton
@@ -11,8 +11,15 @@ import triton.language as tl
 
 from gemmascope_fast.kernels.encode import fires
 from gemmascope_fast.kernels.lanes import canonical, dot_tile
+from gemmascope_fast.ops import screen_terms as terms
 
-LARGEST: tl.constexpr = tl.constexpr(32512.0)  # 127 * 256: both digits of it are within int8
+LARGEST: tl.constexpr = tl.constexpr(float(terms.GPU_LARGEST))
+LEAST: tl.constexpr = tl.constexpr(terms.TINY)
+MOST: tl.constexpr = tl.constexpr(terms.HUGE)
+TOKEN_STEPS: tl.constexpr = tl.constexpr(terms.GPU_TOKEN_STEPS * terms.U)
+EDGE_STEPS: tl.constexpr = tl.constexpr(terms.GPU_EDGE_STEPS * terms.U)
+UP: tl.constexpr = tl.constexpr(terms.GPU_UP)
+LOST: tl.constexpr = tl.constexpr(terms.GPU_LOST)
 
 
 @triton.jit
@@ -58,7 +65,7 @@ def digits_kernel(
     most = tl.max(largest, axis=0)
     size = tl.sum(squares, axis=0)
     # not so for NaN, infinity and squares that overflow: such a token skips the screen
-    usable = (size < float("inf")) & (most >= 2.0**-60) & (most <= 2.0**60)
+    usable = (size < float("inf")) & (most >= LEAST) & (most <= MOST)
 
     # the power of two at or above most / 32512: dividing by it is exact
     bits = (tl.where(usable, most, 1.0) * (1 / LARGEST)).to(tl.int32, bitcast=True)
@@ -86,12 +93,10 @@ def digits_kernel(
 
     rounding = 0.5 * unit * root  # each entry is off by half a unit at most
     R = unit * tl.sqrt(tl.sum(lengths, axis=0)) * grow
-    # squares below 2^-126 are lost: 2^-54 is more than the root of all of them
-    E = rounding + kappa * (tl.sqrt(size) + 2.0**-54) * grow + 9 * 2.0**-24 * (2 * R + rounding)
+    E = rounding + kappa * (tl.sqrt(size) + LOST) * grow + TOKEN_STEPS * (2 * R + rounding)
     tl.store(token_ptr + 3 * t, unit)
-    # a part in 2^20 more than the epilogue's own roundings take
-    tl.store(token_ptr + 3 * t + 1, R * (1 + 2.0**-20))
-    tl.store(token_ptr + 3 * t + 2, tl.where(usable, E * (1 + 2.0**-20), float("inf")))
+    tl.store(token_ptr + 3 * t + 1, R * UP)
+    tl.store(token_ptr + 3 * t + 2, tl.where(usable, E * UP, float("inf")))
 
 
 @triton.jit
@@ -187,7 +192,7 @@ def may_fire(z, bound, theta, half_bandwidth, HAS_BANDWIDTH: tl.constexpr):
     """Not where z is surely at or below what `fires` asks for; NaN may fire."""
     if HAS_BANDWIDTH:
         lowest = theta - half_bandwidth
-        bound += 8 * 2.0**-24 * (tl.abs(theta) + half_bandwidth)
+        bound += EDGE_STEPS * (tl.abs(theta) + half_bandwidth)
     else:
         lowest = tl.maximum(theta, 0.0)
     return (z + bound <= lowest) == 0

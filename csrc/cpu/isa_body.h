@@ -18,6 +18,8 @@ namespace GSF_NAMESPACE {
 //
 #include "cpu/matryoshka.h"
 #include "cpu/matryoshka_tokens.h"
+#include "cpu/screen_epilogue.h"
+//
 #include "cpu/screen.h"
 //
 #include "cpu/screen_lanes.h"

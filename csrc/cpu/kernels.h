@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/planes.h"
+#include "cpu/screen_terms.h"
 
 namespace gsf {
 
@@ -127,26 +128,6 @@ struct RoofLoops {
 
 // ---- the certified screen (docs/screen.md names every quantity) ----
 
-// Per-feature numbers, rows of one fp32 table [kScreenRows + k][stride]; stride is F rounded up
-// (table_stride), and the columns past F never survive.
-enum ScreenRow : int {
-  kScale = 0,    // s of the first digit: the row is about s (code - zero)
-  kZero,         // its zero point, an integer in [0, 255]
-  kError,        // |e|, rounded up
-  kNorm,         // |w|, or |p| of its products with the directions where that is more, rounded up
-  kCentredBias,  // b' = b + w . mu
-  kSlack,        // beta
-  kStart,        // b' + beta - max(threshold, 0), rounded up; +inf: never discarded
-  kScale2,       // s2 of the second digit: e is about s2 (code2 - 128)
-  kError2,       // |e2|, rounded up
-  kScreenRows    // and after these the row times each of the k directions
-};
-
-// Codes and digits lie in tiles of four rows, 64 columns of each in turn, so that a tile is one stream:
-// [rows/4][width/64][4][64], width being d rounded up to 64.
-constexpr int64_t kTileRows = 4, kTileColumns = 64, kTileStep = kTileRows * kTileColumns;
-static_assert(kTileStep == 256, "four cache lines a step");
-
 // First byte of a row; column k of it is (k / 64) * 256 + k % 64 further on.
 inline int64_t tile_offset(int64_t row, int64_t width) {
   return row / kTileRows * kTileRows * width + row % kTileRows * kTileColumns;
@@ -158,8 +139,8 @@ inline int64_t digits_offset(int64_t token, int64_t width, bool both) {
   return both ? token / 2 * kTileRows * width + token % 2 * kTileColumns : tile_offset(token, width);
 }
 
-// Tokens that lie side by side in the lanes of a vector, and the numbers of each beside its coefficients.
-constexpr int64_t kLaneTokens = 16, kLanePlanes = 5;
+// Tokens that lie side by side in the lanes of a vector.
+constexpr int64_t kLaneTokens = 16;
 // A tile of one digit of so many tokens.
 constexpr int64_t kAmxTileBytes = 1024;
 
@@ -172,6 +153,18 @@ struct ScreenToken {
   int32_t sum, sum2;     // of the digits
   int32_t fits;          // 0: the token skips the screen
 };
+
+// A token's number of a plane up to kTokenError, of the first digit alone or of both.
+inline float token_number(const ScreenToken& token, TokenPlane plane, bool both) {
+  switch (plane) {
+    case kUnit:
+      return both ? token.t * static_cast<float>(kDigit2) : token.t;
+    case kReach:
+      return both ? token.reach2 : token.reach;
+    default:
+      return both ? token.error2 : token.error;
+  }
+}
 
 struct ScreenTokenArgs {
   const float* x;           // [d]
@@ -231,14 +224,14 @@ struct ScreenArgs {
   const int8_t* q2;   // tokens and then their second ones, and q2 is null
   const ScreenToken* tokens;  // [T]
   const float* along;         // [T][k] coefficients along the directions
-  const float* lanes;    // [4 + k][lane_stride][4]: scale, R, E, (as int32) digit sum and coefficients of a
-                         // token, four times each
-  int64_t lane_stride;   // tokens of a plane of `lanes`: T rounded up to an odd number of fours
-  const uint8_t* code;   // [F/4][width/64][4][64]
-  const uint8_t* code2;  // the same or null: no second digit
-  const float* table;    // [kScreenRows + k][stride]
+  const float* lanes;         // [kTokenPlanes + k][lane_stride][4]: a token's numbers (TokenPlane) and its
+                              // coefficients, four times each
+  int64_t lane_stride;        // tokens of a plane of `lanes`: T rounded up to an odd number of fours
+  const uint8_t* code;        // [F/4][width/64][4][64]
+  const uint8_t* code2;       // the same or null: no second digit
+  const float* table;         // [kScreenRows + k][stride]
   const int8_t* packed;  // [T/16][width/64][1 or with `both` 2 digits][16][64] with a token a lane, or null
-  const float* packed_lanes;  // [T/16][kLanePlanes + k][16]: scale, R, E, digit sums (as int32), coefficients
+  const float* packed_lanes;  // [T/16][kPackedPlanes + k][16]: TokenPlane, and coefficients
   int64_t width, stride, k;
   bool both;      // the first stage reads both digits of the activations
   bool adaptive;  // the second digit of the rows is read where it pays; otherwise wherever there is one

@@ -43,8 +43,8 @@ at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F
     if (start == std::numeric_limits<float>::infinity()) continue;
     const double edge = std::min(std::max<double>(theta[f], 0.0), static_cast<double>(theta[f]) - half);
     const double exact = static_cast<double>(p[kCentredBias * stride + f]) + p[kSlack * stride + f] - edge;
-    // (5 + 1.02 k) u |edge| of slack for the epilogue, as the builder gave for |tau|
-    const double roomy = exact + (3e-7 + 6.1e-8 * static_cast<double>(k)) * std::fabs(edge);
+    // the epilogue's roundings, as the builder has them for tau
+    const double roomy = exact + start_steps(k) * std::fabs(edge);
     const float near = static_cast<float>(roomy);
     start = near >= roomy ? near : std::nextafter(near, std::numeric_limits<float>::infinity());
   }
@@ -62,20 +62,19 @@ struct Tokens {
   std::vector<int32_t> rest_ids;  // [R]
 };
 
-// A token's numbers four times each, as the tiles of four features read them: planes of scale, R, E, digit
-// sum, coefficients.
+// A token's numbers (TokenPlane) and coefficients four times each, as the tiles of four features read them.
 void fill_lanes(const Tokens& tokens, bool both, float* lanes, int64_t stride) {
   for (size_t t = 0; t < tokens.screen.size(); ++t) {
     const ScreenToken& k = tokens.screen[t];
-    const float numbers[3] = {both ? k.t * 0.00390625f : k.t, both ? k.reach2 : k.reach,
-                              both ? k.error2 : k.error};
     const float* along = tokens.along.data() + t * tokens.k;
     for (int64_t j = 0; j < tokens.k; ++j) {
-      std::fill_n(&lanes[4 * ((4 + j) * stride + static_cast<int64_t>(t))], 4, along[j]);
+      std::fill_n(&lanes[4 * ((kTokenPlanes + j) * stride + static_cast<int64_t>(t))], 4, along[j]);
     }
     for (int copy = 0; copy < 4; ++copy) {
-      for (int plane = 0; plane < 3; ++plane) lanes[4 * (plane * stride + t) + copy] = numbers[plane];
-      std::memcpy(&lanes[4 * (3 * stride + t) + copy], &k.sum, sizeof k.sum);
+      for (int plane = kUnit; plane <= kTokenError; ++plane) {
+        lanes[4 * (plane * stride + t) + copy] = token_number(k, static_cast<TokenPlane>(plane), both);
+      }
+      std::memcpy(&lanes[4 * (kDigitSum * stride + t) + copy], &k.sum, sizeof k.sum);
     }
   }
 }
@@ -160,7 +159,7 @@ struct Packed {
 
 void pack(ScreenArgs& a, const Kernels& kernel, Packed& out) {
   const int64_t blocks = (a.encode.T + kLaneTokens - 1) / kLaneTokens;
-  const int64_t block_lanes = (kLanePlanes + a.k) * kLaneTokens;
+  const int64_t block_lanes = (kPackedPlanes + a.k) * kLaneTokens;
   const int64_t block_digits = (a.both ? 2 : 1) * kLaneTokens * a.width;
   out.digits = new_tensor({blocks * block_digits}, at::kChar);
   out.lanes.resize(blocks * block_lanes);
@@ -269,7 +268,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   e.ids = tokens.ids.empty() ? nullptr : tokens.ids.data();
   a.lane_stride = round_to(kept, kTileRows) | kTileRows;  // odd in lines, as the table's
   // with both digits a tile begins at every second token and its load takes in the two after it
-  std::vector<float> lanes(4 * (4 + along.k) * a.lane_stride + 8);
+  std::vector<float> lanes(4 * (kTokenPlanes + along.k) * a.lane_stride + 8);
   fill_lanes(tokens, a.both, lanes.data(), a.lane_stride);
   const at::Tensor own_table =
       bandwidth ? with_bandwidth(table, e.threshold, F, along.k, e.half_bandwidth) : table;

@@ -68,7 +68,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
     args.given_zero = given_zero->const_data_ptr<uint8_t>();
   }
   args.d = d, args.width = width, args.stride = stride, args.k = k;
-  // the columns past F are discarded whatever the token
+  // kernels mask the columns past F; one value there makes equal tables equal bytes
   float* start = args.table + kStart * stride;
   for (int64_t f = F; f < stride; ++f) start[f] = -std::numeric_limits<float>::infinity();
   const Kernels& kernel = kernels();

@@ -80,21 +80,6 @@ static inline I16 screen_sums(const int8_t* q,      // [width/64][4][64]
 }
 #endif
 
-// v = z^ + B - tau in one chain; bit i is clear, and the pair discarded, only where v <= 0.
-static inline uint32_t left_over(const ScreenArgs& a, V16 n, int64_t t0, int64_t f0) {
-  const float* table = a.table + f0;
-  const float* lanes = a.lanes + 4 * t0;
-  const int64_t plane = 4 * a.lane_stride;
-  V16 v =
-      fma16(mul16(repeat4(table + kScale * a.stride), load16(lanes)), n, repeat4(table + kStart * a.stride));
-  for (int64_t j = 0; j < a.k; ++j) {
-    v = fma16(repeat4(table + (kScreenRows + j) * a.stride), load16(lanes + (4 + j) * plane), v);
-  }
-  v = fma16(repeat4(table + kNorm * a.stride), load16(lanes + 2 * plane), v);
-  v = fma16(repeat4(table + kError * a.stride), load16(lanes + plane), v);
-  return not_below16(v);
-}
-
 static inline void push_candidates(uint32_t left, const int32_t* n1, const int32_t* n2, int64_t t0,
                                    int64_t f0, CandidateSink& out) {
   out.reserve(16);
@@ -108,30 +93,32 @@ static inline void push_candidates(uint32_t left, const int32_t* n1, const int32
 // Four tokens and four features, first digits alone.
 static inline void first_digits(const ScreenArgs& a, I16 raw, int64_t t0, int64_t f0, uint32_t wanted,
                                 CandidateSink& out) {
-  const I16 zero = to_int16(repeat4(a.table + kZero * a.stride + f0));
-  const float* sums = a.lanes + 4 * (3 * a.lane_stride + t0);
-  const I16 n = isub16(raw, imul16(zero, load16i(reinterpret_cast<const int32_t*>(sums))));
-  const uint32_t left = left_over(a, to_float16(n), t0, f0) & wanted;
+  const FourFeatures features = four_features(a, f0);
+  const FourTokens tokens = four_tokens(a, t0);
+  const I16 digit_sums =
+      load16i(reinterpret_cast<const int32_t*>(tokens.lanes + kDigitSum * tokens.plane_size));
+  const I16 n = less_zero16(raw, features.row(kZero), digit_sums);
+  const uint32_t left = left_by_bound(features, tokens, a.k, to_float16(n)) & wanted;
   if (!left) return;
   int32_t n1[16];
   store16i(n1, n);
   push_candidates(left, n1, n1, t0, f0, out);
 }
 
-// Two tokens and four features, both digits: 256 n1 + n2 in fp32, whose rounding is in the bound.
+// Two tokens and four features, both digits: the first digits' sums in lanes 0 to 7, the second ones' after.
 static inline void both_digits(const ScreenArgs& a, I16 sums, int64_t t0, int64_t f0, uint32_t wanted,
                                CandidateSink& out) {
-  int32_t raw[16], n1[16] = {}, n2[16] = {};
-  float n[16] = {};
-  store16i(raw, sums);
+  const FourFeatures features = four_features(a, f0);
+  int32_t digit_sums[16], n[16], n1[16] = {}, n2[16] = {};
   for (int i = 0; i < 8; ++i) {
     const int64_t t = t0 + i / 4 < a.encode.T ? t0 + i / 4 : t0;
-    const int32_t zero = static_cast<int32_t>(a.table[kZero * a.stride + f0 + i % 4]);
-    n1[i] = raw[i] - zero * a.tokens[t].sum;
-    n2[i] = raw[8 + i] - zero * a.tokens[t].sum2;
-    n[i] = __builtin_fmaf(256.0f, static_cast<float>(n1[i]), static_cast<float>(n2[i]));
+    digit_sums[i] = a.tokens[t].sum;
+    digit_sums[8 + i] = a.tokens[t].sum2;
   }
-  const uint32_t left = left_over(a, load16(n), t0, f0) & wanted & 0xFFu;
+  store16i(n, less_zero16(sums, features.row(kZero), load16i(digit_sums)));
+  for (int i = 0; i < 8; ++i) n1[i] = n[i], n2[i] = n[8 + i];
+  const V16 both = joined16(load16i(n1), load16i(n2));
+  const uint32_t left = left_by_bound(features, four_tokens(a, t0), a.k, both) & wanted & 0xFFu;
   if (left) push_candidates(left, n1, n2, t0, f0, out);
 }
 
@@ -151,11 +138,11 @@ static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int
                        : a.both   ? screen_sums<AHEAD, 2>(q, code, ahead, a.width)
                                   : screen_sums<AHEAD, 4>(q, code, ahead, a.width);
       ahead += AHEAD * a.width;
-      // the table's columns past F never survive
+      const uint32_t wanted = rows & features_there(a, f);
       if (a.both) {
-        both_digits(a, sums, t, f, rows, out);
+        both_digits(a, sums, t, f, wanted, out);
       } else {
-        first_digits(a, sums, t, f, rows, out);
+        first_digits(a, sums, t, f, wanted, out);
       }
     }
   }

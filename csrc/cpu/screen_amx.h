@@ -26,10 +26,11 @@ static inline void configure_tiles(int64_t rows) {
 // A feature and sixteen tokens of which both digits' sums are there: what is left of them.
 static inline void amx_both(const ScreenArgs& a, int64_t block, int64_t f, int32_t* n1, int32_t* n2,
                             CandidateSink& out) {
-  const float* lanes = lanes_of(a, block);
-  const I16 m1 = without_zero(a, lanes, f, load16i(n1), 0), m2 = without_zero(a, lanes, f, load16i(n2), 1);
-  const V16 both = fma16(set16(256.0f), to_float16(m1), to_float16(m2));
-  const uint32_t left = left_of_row(a, lanes, f, both) & tokens_of(a, block);
+  const OneFeature feature = one_feature(a, f);
+  const TokenBlock tokens = token_block(a, block);
+  const I16 m1 = less_zero16(load16i(n1), feature.row(kZero), tokens.digit_sums(kDigitSum));
+  const I16 m2 = less_zero16(load16i(n2), feature.row(kZero), tokens.digit_sums(kDigitSum2));
+  const uint32_t left = left_by_bound(feature, tokens, a.k, joined16(m1, m2)) & tokens_of(a, block, f);
   if (!left) return;
   store16i(n1, m1);
   store16i(n2, m2);
@@ -38,9 +39,10 @@ static inline void amx_both(const ScreenArgs& a, int64_t block, int64_t f, int32
 
 // The same of the first digits' sums.
 static inline void amx_first(const ScreenArgs& a, int64_t block, int64_t f, int32_t* n1, CandidateSink& out) {
-  const float* lanes = lanes_of(a, block);
-  const I16 m1 = without_zero(a, lanes, f, load16i(n1), 0);
-  const uint32_t left = left_of_row(a, lanes, f, to_float16(m1)) & tokens_of(a, block);
+  const OneFeature feature = one_feature(a, f);
+  const TokenBlock tokens = token_block(a, block);
+  const I16 m1 = less_zero16(load16i(n1), feature.row(kZero), tokens.digit_sums(kDigitSum));
+  const uint32_t left = left_by_bound(feature, tokens, a.k, to_float16(m1)) & tokens_of(a, block, f);
   if (!left) return;
   store16i(n1, m1);
   push_row(left, n1, n1, block, f, out);

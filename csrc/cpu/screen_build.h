@@ -1,29 +1,11 @@
 // Building the screen: one feature row's two digits and bounds, and one token's.  Norms are sums in fp64,
-// rounded up.  docs/screen.md derives every constant; the names here are its names.
-
-constexpr double kU = 5.9604644775390625e-08;  // 2^-24, half an ulp of 1 in fp32
-// Rounded up and then some: what the fp32 epilogue's three roundings can take away (docs/screen.md,
-// "Epilogue").
-constexpr double kUp = 1.0 + 8 * kU;
-// Sums of d <= 66,000 squares in fp64 err by less than 2^-36 of their value; roots halve that.
-constexpr double kSumUp = 1.0 + 1.0 / (1 << 30);
-constexpr double kTiny = 8.673617379884035e-19;  // 2^-60: norms outside [2^-60, 2^60] skip the screen
-constexpr double kHuge = 1.152921504606847e+18;  // 2^60
-// Of a code that was given: below 2^-80 lies no row of norm 2^-60; up to 2^43 its rows' norms are below 2^60.
-constexpr double kLeastGiven = kTiny / (1 << 20), kMostGiven = kHuge / (1 << 17);
-constexpr double kCancel = 8.881784197001252e-16;     // 2^-50: fp64 cancellation in e and e_r
-constexpr double kUnderflow = 2.350988701644575e-38;  // 2^-125
-constexpr double kFar = 9.1e-13;                      // above 2^-40: sums of d <= 66,000 products in fp64
-constexpr double kFarther = 2.9e-14;                  // above 2^-45: sums of k <= 128 products in fp64
+// rounded up.  docs/screen.md derives every constant of screen_terms.h.
 
 // The least float that is not below v.
 static inline float round_up(double v) {
   const float f = static_cast<float>(v);
   return static_cast<double>(f) >= v ? f : __builtin_nextafterf(f, __builtin_inff());
 }
-
-// Relative bound of the deciding dot: ceil(d/16) fused steps a lane, four folds, the bias, and one to spare.
-static inline double dot_kappa(int64_t d) { return 1.01 * static_cast<double>((d + 15) / 16 + 6) * kU; }
 
 // Columns [k, k + 16) of a vector of d, zeros beyond its end.
 template <typename E>
@@ -97,7 +79,8 @@ static void screen_token(const ScreenTokenArgs& a) {
   if (!(top >= kTiny && top <= kHuge && norm_x <= kHuge && norm_r <= kHuge && norm_c <= kHuge)) {
     return;  // its digits are zeros already
   }
-  const float t = top / 127.0f, per_t = 1.0f / t, t2 = t * 0.00390625f, per_t2 = per_t * 256.0f;
+  const float t = top / 127.0f, per_t = 1.0f / t, t2 = t * static_cast<float>(kDigit2),
+              per_t2 = per_t * 256.0f;
   D16 r1r1 = dset16(0), rhat = r1r1, r2r2 = r1r1, left1 = r1r1, left2 = r1r1;
   I16 sum = izero16(), sum2 = sum;
   for (int64_t k = 0; k < a.width; k += 16) {
@@ -120,12 +103,12 @@ static void screen_token(const ScreenTokenArgs& a) {
   }
   const double n1 = norm_of(r1r1), n2 = norm_of(r2r2), nb = norm_of(rhat);
   const double l1 = norm_of(left1) + kCancel * norm_left, l2 = norm_of(left2) + kCancel * norm_left;
-  double rounding = dot_kappa(d) * norm_x + 1.01 * kU * norm_r;
+  double rounding = dot_kappa(d) * norm_x + kSecondOrder * kU * norm_r;
   if (a.k > 0) {
-    rounding += 1.01 * kU * norm_left + kFarther * (norm_r + norm_c * a.frobenius) +
-                (1.02 * (static_cast<double>(a.k) + 4) * kU + kFar * a.frobenius) * norm_c;
+    rounding += kSecondOrder * kU * norm_left + kDirectionLoss * (norm_r + norm_c * a.frobenius) +
+                coefficient_steps(a.k, a.frobenius) * norm_c;
   }
-  const double steps = (7 + 1.02 * static_cast<double>(a.k)) * kU;
+  const double steps = token_steps(a.k);
   out.t = t;
   out.reach = round_up((n1 + steps * n1) * kUp);
   out.error = round_up((l1 + rounding + steps * n1) * kUp);
@@ -198,8 +181,8 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   const double tau = a.threshold[f] > 0.0f ? a.threshold[f] : 0.0;
   const double across = project(a, f, w);
   // written so that NaN fails; a bias near the end of fp32's range is left to the full dot
-  if (!(norm >= kTiny && norm <= kHuge && across <= kHuge && __builtin_fabs(b) <= 1e38 &&
-        __builtin_fabs(centred) <= 1e38)) {
+  if (!(norm >= kTiny && norm <= kHuge && across <= kHuge && __builtin_fabs(b) <= kMostBias &&
+        __builtin_fabs(centred) <= kMostBias)) {
     return refine_always(a, f);
   }
   const float s = a.given ? a.given_scale[f] : (most - least) / 255.0f;
@@ -223,11 +206,10 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   }
   const float top = greatest16(rest_most);
   const double error = norm_of(ee) + kCancel * norm;
-  const double steps = 1.02 * static_cast<double>(a.k) * kU;
   const double beta =
-      (dot_kappa(a.d) * __builtin_fabs(b) + (5 * kU + steps) * (__builtin_fabs(centred) + tau) +
-       kFar * (__builtin_fabs(b) + norm * norm_mu) + static_cast<double>(a.d) * kUnderflow) *
-      (kUp + steps);
+      (dot_kappa(a.d) * __builtin_fabs(b) + start_steps(a.k) * (__builtin_fabs(centred) + tau) +
+       kDotLoss * (__builtin_fabs(b) + norm * norm_mu) + static_cast<double>(a.d) * kUnderflow) *
+      (kUp + direction_steps(a.k));
   float* table = a.table + f;
   table[kScale * a.stride] = s;
   table[kZero * a.stride] = zero;

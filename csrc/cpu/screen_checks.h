@@ -9,16 +9,7 @@
 
 namespace gsf {
 
-// 255 * 127 * 66,000 < 2^31: the largest integer dot still fits its 32 bits.
-constexpr int64_t kMostInputs = 66000;
-// The bound of sums over directions (docs/screen.md) counts so many.
-constexpr int64_t kMostDirections = 128;
-
 inline int64_t round_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
-// Columns of the table, an odd number of cache lines: its rows, of which the kernel reads a line each at
-// once, would else lie in one set of the first cache (65,536 bytes apart for 16,384 features).
-inline int64_t table_stride(int64_t F) { return ((F + 15) / 16 | 1) * 16; }
 
 inline void check_sizes(const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold) {
   TORCH_CHECK_VALUE(W_enc.dim() == 2, "W_enc: expected [d_in, d_sae], got ", W_enc.sizes());
@@ -51,10 +42,8 @@ inline void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
                    "centre: expected contiguous float32, got ", centre->scalar_type());
 }
 
-// Powers of two from 1 to this scale a column (docs/screen.md, "Scales"); 1 / them is exact.
-constexpr float kMostScale = 1 << 20;
-
-// The inverses of scales [d]; empty where there are none.
+// The inverses of scales [d], powers of two from 1 to kMostScale (docs/screen.md, "Scales"), which are exact;
+// empty where there are none.
 inline std::vector<float> inverse_scales(const std::optional<at::Tensor>& scales, int64_t d) {
   if (!scales) return {};
   check_shape(*scales, {d}, "scales");

@@ -22,7 +22,7 @@ static void screen_pack(const ScreenArgs& a, int64_t block, int8_t* digits, floa
   const int64_t t0 = block * kLaneTokens, kinds = a.both ? 2 : 1;
   const int count = a.encode.T - t0 < kLaneTokens ? static_cast<int>(a.encode.T - t0) : kLaneTokens;
   memset(digits, 0, static_cast<size_t>(kinds * kLaneTokens * a.width));
-  memset(lanes, 0, static_cast<size_t>((kLanePlanes + a.k) * kLaneTokens) * sizeof(float));
+  memset(lanes, 0, static_cast<size_t>((kPackedPlanes + a.k) * kLaneTokens) * sizeof(float));
   for (int i = 0; i < count; ++i) {
     const int64_t t = t0 + i;
     const int8_t* q = a.q1 + digits_offset(t, a.width, a.both);
@@ -34,42 +34,21 @@ static void screen_pack(const ScreenArgs& a, int64_t block, int8_t* digits, floa
       }
     }
     const ScreenToken& token = a.tokens[t];
-    lanes[0 * kLaneTokens + i] = a.both ? token.t * 0.00390625f : token.t;
-    lanes[1 * kLaneTokens + i] = a.both ? token.reach2 : token.reach;
-    lanes[2 * kLaneTokens + i] = a.both ? token.error2 : token.error;
-    memcpy(&lanes[3 * kLaneTokens + i], &token.sum, sizeof token.sum);
-    memcpy(&lanes[4 * kLaneTokens + i], &token.sum2, sizeof token.sum2);
-    for (int64_t j = 0; j < a.k; ++j) lanes[(kLanePlanes + j) * kLaneTokens + i] = a.along[t * a.k + j];
+    for (int plane = kUnit; plane <= kTokenError; ++plane) {
+      lanes[plane * kLaneTokens + i] = token_number(token, static_cast<TokenPlane>(plane), a.both);
+    }
+    memcpy(&lanes[kDigitSum * kLaneTokens + i], &token.sum, sizeof token.sum);
+    memcpy(&lanes[kDigitSum2 * kLaneTokens + i], &token.sum2, sizeof token.sum2);
+    for (int64_t j = 0; j < a.k; ++j) lanes[(kPackedPlanes + j) * kLaneTokens + i] = a.along[t * a.k + j];
   }
 }
 
-static inline const float* lanes_of(const ScreenArgs& a, int64_t block) {
-  return a.packed_lanes + block * (kLanePlanes + a.k) * kLaneTokens;
-}
-
-// Bit i for each token of a block.
-static inline uint32_t tokens_of(const ScreenArgs& a, int64_t block) {
+// Bit i for each token of a block, if the feature is there: a tile's rows are whole fours, and what the table
+// or the codes hold beyond the last feature decides nothing.
+static inline uint32_t tokens_of(const ScreenArgs& a, int64_t block, int64_t f) {
   const int64_t left = a.encode.T - block * kLaneTokens;
-  return left < kLaneTokens ? (1u << left) - 1 : 0xFFFFu;
-}
-
-// Sums of codes and digits, less the zero point's part, `digit` 0 or 1.
-static inline I16 without_zero(const ScreenArgs& a, const float* lanes, int64_t f, I16 sums, int digit) {
-  const I16 zero = to_int16(set16(a.table[kZero * a.stride + f]));
-  const int32_t* of_digits = reinterpret_cast<const int32_t*>(lanes + (3 + digit) * kLaneTokens);
-  return isub16(sums, imul16(zero, load16i(of_digits)));
-}
-
-// One feature and sixteen tokens: the chain of left_over.
-static inline uint32_t left_of_row(const ScreenArgs& a, const float* lanes, int64_t f, V16 n) {
-  const float* table = a.table + f;
-  V16 v = fma16(mul16(set16(table[kScale * a.stride]), load16(lanes)), n, set16(table[kStart * a.stride]));
-  for (int64_t j = 0; j < a.k; ++j) {
-    v = fma16(set16(table[(kScreenRows + j) * a.stride]), load16(lanes + (kLanePlanes + j) * kLaneTokens), v);
-  }
-  v = fma16(set16(table[kNorm * a.stride]), load16(lanes + 2 * kLaneTokens), v);
-  v = fma16(set16(table[kError * a.stride]), load16(lanes + kLaneTokens), v);
-  return not_below16(v);
+  const uint32_t tokens = left < kLaneTokens ? (1u << left) - 1 : 0xFFFFu;
+  return f < a.encode.F ? tokens : 0;
 }
 
 // The tokens of a block that are left for one feature.
@@ -110,10 +89,12 @@ static inline void lanes_panel(const ScreenArgs& a, int64_t block, int64_t f0, c
     code += kTileStep;
   }
   for (int f = 0; f < ROWS; ++f) {
+    const OneFeature feature = one_feature(a, f0 + f);
     for (int n = 0; n < N; ++n) {
-      const float* lanes = lanes_of(a, block + n);
-      const I16 m = without_zero(a, lanes, f0 + f, acc[f][n], 0);
-      const uint32_t left = left_of_row(a, lanes, f0 + f, to_float16(m)) & tokens_of(a, block + n);
+      const TokenBlock tokens = token_block(a, block + n);
+      const I16 m = less_zero16(acc[f][n], feature.row(kZero), tokens.digit_sums(kDigitSum));
+      const uint32_t left =
+          left_by_bound(feature, tokens, a.k, to_float16(m)) & tokens_of(a, block + n, f0 + f);
       if (!left) continue;
       int32_t n1[16];
       store16i(n1, m);

@@ -13,11 +13,11 @@ static inline double along_directions(const ScreenArgs& a, const Candidate& c) {
 static inline void estimate(const ScreenArgs& a, bool both, Candidate& c) {
   const ScreenToken& token = a.tokens[c.token];
   const float* table = a.table + c.feature;
-  const double n = both ? c.n1 + c.n2 * 0.00390625 : c.n1;
+  const double n = both ? c.n1 + c.n2 * kDigit2 : c.n1;
   const double reach = both ? token.reach2 : token.reach, error = both ? token.error2 : token.error;
   c.z = static_cast<double>(table[kScale * a.stride]) * token.t * n + table[kCentredBias * a.stride] +
         along_directions(a, c);
-  c.bound = table[kError * a.stride] * reach + table[kNorm * a.stride] * error + table[kSlack * a.stride];
+  c.bound = bound_fp64(table, a.stride, kError, reach, error);
 }
 
 // The dots of sixteen pairs of rows: codes and digits.
@@ -42,42 +42,27 @@ static inline I16 dots_of_pairs(const uint8_t* const* row, const int8_t* const* 
   return sums16(acc);
 }
 
-// n2 of sixteen candidates, the tokens' second digits against the rows' first, and what the epilogue leaves
-// of them: bit i as in left_over, whose chain this is with both digits.
+// n2 of sixteen candidates, the tokens' second digits against the rows' first, and what the epilogue with
+// both digits leaves of them.
 static inline uint32_t second_look(const ScreenArgs& a, Candidate* const* c) {  // [16]
   const uint8_t* row[16];
   const int8_t* q[16];
-  float scale[16], start[16], norm[16], error[16], reach2[16], error2[16], n[16];
+  PairFeatures features;
+  PairTokens tokens;
+  features.stride = a.stride;
+  int32_t n1[16], n2[16], digit_sums[16];
   for (int i = 0; i < 16; ++i) {
     row[i] = a.code + tile_offset(c[i]->feature, a.width);
     q[i] = a.q2 + tile_offset(c[i]->token, a.width);
+    features.set(i, a.table + c[i]->feature);
+    tokens.set(i, a.tokens[c[i]->token], true, a.along + c[i]->token * a.k);
+    n1[i] = c[i]->n1;
+    digit_sums[i] = a.tokens[c[i]->token].sum2;
   }
-  int32_t sums[16];
-  store16i(sums, dots_of_pairs(row, q, a.width));
-  for (int i = 0; i < 16; ++i) {
-    const float* table = a.table + c[i]->feature;
-    const ScreenToken& token = a.tokens[c[i]->token];
-    c[i]->n2 = sums[i] - static_cast<int32_t>(table[kZero * a.stride]) * token.sum2;
-    n[i] = __builtin_fmaf(256.0f, static_cast<float>(c[i]->n1), static_cast<float>(c[i]->n2));
-    scale[i] = table[kScale * a.stride] * (token.t * 0.00390625f);
-    start[i] = table[kStart * a.stride];
-    norm[i] = table[kNorm * a.stride];
-    error[i] = table[kError * a.stride];
-    reach2[i] = token.reach2;
-    error2[i] = token.error2;
-  }
-  V16 v = fma16(load16(scale), load16(n), load16(start));
-  for (int64_t j = 0; j < a.k; ++j) {
-    float p[16], along[16];
-    for (int i = 0; i < 16; ++i) {
-      p[i] = a.table[(kScreenRows + j) * a.stride + c[i]->feature];
-      along[i] = a.along[c[i]->token * a.k + j];
-    }
-    v = fma16(load16(p), load16(along), v);
-  }
-  v = fma16(load16(norm), load16(error2), v);
-  v = fma16(load16(error), load16(reach2), v);
-  return not_below16(v);
+  const I16 n = less_zero16(dots_of_pairs(row, q, a.width), features.row(kZero), load16i(digit_sums));
+  store16i(n2, n);
+  for (int i = 0; i < 16; ++i) c[i]->n2 = n2[i];
+  return left_by_bound(features, tokens, a.k, joined16(load16i(n1), n));
 }
 
 // Whether the tokens' second digits are worth reading: they discarded at least half of what they looked at,
@@ -126,13 +111,12 @@ static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) { 
   for (int p = 0; p < 4; ++p) {
     const ScreenToken& token = a.tokens[c[p]->token];
     const float* table = a.table + c[p]->feature;
-    const double t = token.t, t2 = t * 0.00390625;
+    const double t = token.t, t2 = t * kDigit2;
     const double m1 = sums[p] - 128.0 * token.sum, m2 = sums[4 + p] - 128.0 * token.sum2;
     c[p]->z = table[kScale * a.stride] * (t * c[p]->n1 + t2 * c[p]->n2) +
               table[kScale2 * a.stride] * (t * m1 + t2 * m2) + table[kCentredBias * a.stride] +
               along_directions(a, *c[p]);
-    c[p]->bound = static_cast<double>(table[kError2 * a.stride]) * token.reach2 +
-                  static_cast<double>(table[kNorm * a.stride]) * token.error2 + table[kSlack * a.stride];
+    c[p]->bound = bound_fp64(table, a.stride, kError2, token.reach2, token.error2);
   }
 }
 

@@ -2,19 +2,37 @@
 
 With w a row, s its scale and z its zero point, w = s (code - z) + e and e = s2 (code2 - 128) + e2.  The first digit is
 the 8-bit min–max code of `matryoshka.codes.quantize`, per channel.  Norms are summed in fp64 and rounded up;
-docs/screen.md derives every number of the table and gives the names used here.
+`screen_terms` has every number and name; docs/screen.md derives them.
 """
 
 from __future__ import annotations
 
 import math
-from enum import IntEnum
 
 import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._library import Cost, register
-from gemmascope_fast.ops.encode import kappa
+from gemmascope_fast.ops.screen_terms import (
+    CANCEL,
+    DOT_LOSS,
+    HUGE,
+    LEAST_GIVEN,
+    MOST_BIAS,
+    MOST_GIVEN,
+    MOST_SCALE,
+    SUM_UP,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    TINY,
+    UNDERFLOW,
+    UP,
+    Row,
+    direction_steps,
+    dot_kappa,
+    start_steps,
+    table_stride,
+)
 
 SCHEMA = (
     "screen_rows(Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor? centre, bool second_digit,"
@@ -22,38 +40,11 @@ SCHEMA = (
     " Tensor? given_zero=None)"
     " -> (Tensor code, Tensor code2, Tensor table)"
 )
-U = 2.0**-24
-UP = 1 + 8 * U
-SUM_UP = 1 + 2.0**-30
-CANCEL, NORM_MU_ERROR, UNDERFLOW = 2.0**-50, 9.1e-13, 2.0**-125
-MOST_DIRECTIONS = 128  # the bound of sums over directions counts so many
-LEAST_GIVEN, MOST_GIVEN = 2.0**-80, 2.0**43  # of given codes; up to there their rows' norms are below HUGE
-TINY, HUGE, MOST_BIAS = 2.0**-60, 2.0**60, 1e38
-MOST_SCALE = 1 << 20
 BLOCK = 1024  # rows at a time in fp64
 
 
-class Row(IntEnum):
-    """First rows of the table, as `ScreenRow` in csrc/cpu/kernels.h; those after them belong to the directions."""
-
-    SCALE = 0
-    ZERO = 1
-    ERROR = 2
-    NORM = 3
-    CENTRED_BIAS = 4
-    SLACK = 5
-    START = 6
-    SCALE2 = 7
-    ERROR2 = 8
-
-
-def table_stride(d_sae: int) -> int:
-    """Columns of the table: d_sae rounded up to an odd number of cache lines of 16.
-
-    A kernel reads one line of every row at once.  An even number of them, 65,536 bytes for 16,384 features, would put
-    all of them into the same set of the first cache.
-    """
-    return (-(-d_sae // 16) | 1) * 16
+def _padded(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def up32(v: Tensor) -> Tensor:
@@ -86,7 +77,7 @@ def screen_rows_reference(
     START = +inf: it is never discarded.  Norms may differ from the native kernel's in their last bits.
     """
     d, F = W_enc.shape
-    width, stride = -(-d // 64) * 64, table_stride(F)
+    width, stride = _padded(d, TILE_COLUMNS), table_stride(F)
     device = W_enc.device
     if scales is not None and not bool(
         ((scales.frexp().mantissa == 0.5) & (scales >= 1) & (scales <= MOST_SCALE)).all()
@@ -101,7 +92,7 @@ def screen_rows_reference(
     ):
         if tensor is not None and (tensor.dtype, tuple(tensor.shape)) != (dtype, shape):
             raise ValueError(f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    tiled = -(-F // 4) * 4
+    tiled = _padded(F, TILE_ROWS)
     code = torch.zeros(tiled, width, dtype=torch.uint8, device=device)
     code2 = torch.zeros(tiled if second_digit else 0, width, dtype=torch.uint8, device=device)
     V = W_enc.new_empty(0, d, dtype=torch.float64) if directions is None else directions.double()
@@ -121,12 +112,12 @@ def screen_rows_reference(
 
 def tiles(rows: Tensor) -> Tensor:
     """uint8 [d_sae, width], both multiples of the tile → [d_sae/4, width/64, 4, 64], four rows as one stream."""
-    return rows.reshape(-1, 4, rows.shape[1] // 64, 64).transpose(1, 2).contiguous()
+    return rows.reshape(-1, TILE_ROWS, rows.shape[1] // TILE_COLUMNS, TILE_COLUMNS).transpose(1, 2).contiguous()
 
 
 def rows_of(tiles: Tensor) -> Tensor:
     """The inverse of `tiles`."""
-    return tiles.transpose(1, 2).reshape(tiles.shape[0] * 4, -1)
+    return tiles.transpose(1, 2).reshape(tiles.shape[0] * TILE_ROWS, -1)
 
 
 def _block(
@@ -160,9 +151,9 @@ def _block(
         s = torch.where(good, s, 1.0)
     e = w64 - s.double()[:, None] * (c - zero[:, None]).double()
     tau = theta.clamp(min=0)
-    steps = 1.02 * V.shape[0] * U
-    beta = kappa(d) * b.abs() + (5 * U + steps) * (centred.abs() + tau) + d * UNDERFLOW
-    beta = (beta + NORM_MU_ERROR * (b.abs() + norm * mu64.norm() * SUM_UP)) * (UP + steps)
+    k = V.shape[0]
+    beta = dot_kappa(d) * b.abs() + start_steps(k) * (centred.abs() + tau) + d * UNDERFLOW
+    beta = (beta + DOT_LOSS * (b.abs() + norm * mu64.norm() * SUM_UP)) * (UP + direction_steps(k))
     made = torch.zeros_like(table)
     made[Row.SCALE], made[Row.ZERO] = s, zero
     made[Row.ERROR] = up32((e.norm(dim=1) * SUM_UP + CANCEL * norm) * UP)
@@ -199,11 +190,11 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d, F = W_enc.shape
     k = 0 if directions is None else directions.shape[0]
-    width, stride = -(-d // 64) * 64, table_stride(F)
+    tiles, shape = -(-F // TILE_ROWS), (-(-d // TILE_COLUMNS), TILE_ROWS, TILE_COLUMNS)
     return (
-        W_enc.new_empty(-(-F // 4), width // 64, 4, 64, dtype=torch.uint8),
-        W_enc.new_empty(-(-F // 4) if second_digit else 0, width // 64, 4, 64, dtype=torch.uint8),
-        W_enc.new_empty(len(Row) + k, stride, dtype=torch.float32),
+        W_enc.new_empty(tiles, *shape, dtype=torch.uint8),
+        W_enc.new_empty(tiles if second_digit else 0, *shape, dtype=torch.uint8),
+        W_enc.new_empty(len(Row) + k, table_stride(F), dtype=torch.float32),
     )
 
 

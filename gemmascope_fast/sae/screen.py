@@ -15,12 +15,11 @@ from torch import Tensor
 
 from gemmascope_fast import backends, ops
 from gemmascope_fast.errors import StaleScreenError
-from gemmascope_fast.ops.screen_rows import MOST_DIRECTIONS, Row, table_stride
+from gemmascope_fast.ops.screen_terms import MOST_DIRECTIONS, MOST_INPUTS, Row, table_stride
 
 if TYPE_CHECKING:
     from gemmascope_fast.ops.codes import Codes
 
-MOST_INPUTS = 66_000  # 255 · 127 · 66,000 < 2^31: integer dots of longer rows could overflow
 BLOCK = 1024  # rows hashed at a time
 MASSIVE = 50.0  # times the median entry: Gemma's massive dimensions are hundreds of times it, the next ones 10 to 20
 MOST_MASSIVE = 2

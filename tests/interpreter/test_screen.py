@@ -237,6 +237,40 @@ def test_another_table_of_the_same_code_is_looked_at(same_bytes):
     same_bytes(csr, ops.encode(x, W, b - 2e6, higher, None))
 
 
+@pytest.mark.parametrize("F", [1, 33, 67])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_lies_past_the_last_feature_is_never_one(F, value, same_bytes):
+    """A forged table and forged codes beyond d_sae: the bytes and the pairs looked at of the honest ones."""
+    x, W, b, theta, mean = case(3, 40, F)
+    code, code2, table = ops.screen_rows(W, b, theta, mean, True)
+    *_, honest = gpu.encode_screened(x, W, b, theta, code, code2, table, mean)
+    table[:, F:] = value
+    for tiles in (code, code2):
+        tiles[-1, :, (F - 1) % 4 + 1 :] = 255
+    *csr, stats = gpu.encode_screened(x, W, b, theta, code.clone(), code2, table, mean)
+    same_bytes(csr, ops.encode(x, W, b, theta, None))
+    assert torch.equal(stats, honest)
+
+
+@pytest.mark.parametrize(("share", "stale"), [(0.5, False), (1.5, True)])
+def test_the_certificate_is_as_tight_as_the_bound(share, stale):
+    """A bias edited by half the bound is within it, by one and a half times the bound is not."""
+    g = torch.Generator().manual_seed(11)
+    d, u = 64, 2.0**-24
+    W = torch.randint(-127, 128, (d, 1), generator=g).float()
+    W[0], W[1] = -128.0, 127.0
+    x = torch.randint(-127, 128, (1, d), generator=g).float()
+    x[0, 1] = 127.0
+    b, theta = torch.full((1,), 1e6), torch.zeros(1)
+    code, code2, table = ops.screen_rows(W, b, theta, None, True)
+    norm, rounding = float(x.norm()), 0.5 * 2.0**-8 * d**0.5  # the unit is 2^-8
+    error = rounding + kappa(d) * norm + 9 * u * (2 * norm + rounding)
+    bound = float(W.norm()) * error + (kappa(d) + 5 * u) * 1e6
+    weights = gpu.checked(x, W, b + share * bound, theta, None)
+    arrays = gpu.ScreenArrays.of_rows(code, code2, table, None, (d, 1))
+    assert int(gpu.fill_screened(x, weights, arrays, None).stale) == int(stale)
+
+
 # ---- rows in pinned host memory: what can be seen of them without a device ---------------------------------
 
 

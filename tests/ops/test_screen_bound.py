@@ -9,6 +9,7 @@ from screen_problems import FORMS, SOME, screened
 
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
+from gemmascope_fast.dev.testing import same_bytes
 from gemmascope_fast.ops.codes import quantize
 from gemmascope_fast.ops.screen_rows import Row, rows_of
 from gemmascope_fast.sae.screen import Screen
@@ -188,3 +189,132 @@ def test_the_second_digits_error(isa):
         assert (fired(csr), stats["violations"]) == (times, 0)
     exact = float(e2 @ steps.double())
     assert exact > 0.9 * float(screen.table[Row.ERROR2, 0]) * float(steps.norm())
+
+
+def on_grids(d, F, size):
+    """(W [d, F], x [1, d]) that equal their first digits: rows of scale `size` and zero point 128, an activation of
+    scale 1."""
+    g = torch.Generator().manual_seed(11)
+    steps = torch.randint(-127, 128, (d, F), generator=g).float()
+    steps[0], steps[1] = -128.0, 127.0
+    digit = torch.randint(-127, 128, (1, d), generator=g).float()
+    digit[0, 1] = 127.0
+    return steps * size, digit
+
+
+def kappa(d):
+    return 1.01 * (math.ceil(d / 16) + 6) * 2.0**-24
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("k", [0, 3])
+def test_underflow_alone(isa, digits, k):
+    """s t is subnormal and rounded down by nearly half its last bit: a part in 2^16 of ẑ, where all other terms of the
+    bound are parts in 2^20."""
+    W, digit = on_grids(64, 8, 2.0**-68)
+    digit = digit.abs() * W[:, 0].sign()  # the first row's pre-activation is large, as is what its ẑ loses
+    t = (1 + 7 * 2.0**-19) * 2.0**-66  # s t = t 2^-68: a multiple of 2^-149 and 7/16 of it
+    x = t * digit
+    x[0, :k] *= 1000 * 2.0**-10  # what the directions take out is not on the grid
+    b = torch.zeros(8)
+    z = gsf.SparseLatents(*ops.encode(x, W, b, torch.full((8,), -1.0), 4.0), (1, 8)).to_dense()[0]
+    assert float(z[0]) > 0
+    assert float(z.abs().max()) < 2.0**-110
+    theta = just_below(z)
+    screen = Screen.build(W, b, theta, directions=torch.eye(64)[:k] if k else None)
+    assert int(screen.table[Row.START, :8].isinf().sum()) == 0
+    for times in SOME:
+        csr, stats = screened(x.repeat(times, 1), W, b, theta, screen, digits)
+        assert stats["rest"] == 0
+        assert same_bytes(csr, ops.encode(x.repeat(times, 1), W, b, theta, None))
+        assert fired(csr) >= times
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize("k", [0, 4])
+def test_the_epilogues_rounding_is_bounded_by_what_the_page_derives(isa, digits, k):
+    """As above without a large centre, beside which the epilogue's own seven roundings are nothing: here they are a
+    third of the bound."""
+    d, F, u = 64, 24, 2.0**-24
+    W, x = on_grids(d, F, 1 / 128)
+    W[2 : 2 + k] = 0.0  # the directions lie where neither rows nor activations have anything
+    x[0, 2 : 2 + k] = 0.0
+    b, norm_x = torch.zeros(F), x.double().norm()
+    exact = (x.double() @ W.double())[0]
+    error = (kappa(d) + 1.01 * u * (2 if k else 1) + (7 + 1.02 * k) * u) * norm_x
+    bound = W.double().norm(dim=0) * error + (5 + 1.02 * k) * u * exact.clamp(min=0)
+    positive = int((exact > bound).sum())
+    assert positive > 6
+    for share, left in ((0.96, positive), (1.04, 0)):
+        theta = (exact + share * bound).float()
+        theta[exact <= bound] = 1e9
+        screen = Screen.build(W, b, theta, directions=torch.eye(d)[2 : 2 + k] if k else None)
+        for times in SOME:
+            _, stats = screened(x.repeat(times, 1), W, b, theta, screen, digits, second=False)
+            assert stats["survivors"] == times * left
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_the_second_digits_bound_has_the_norm_of_both_digits(isa, digits):
+    """B₂ = ‖e₂‖R + ‖w‖E + β with both digits of the activations, as docs/screen.md writes it.  Most entries of this
+    token are 1.496 steps, so that a tenth of its norm is in its second digits."""
+    d, F, u = 4096, 8, 2.0**-24
+    g = torch.Generator().manual_seed(12)
+    W, b = torch.randn(d, F, generator=g), torch.full((F,), 1000.0)
+    first, second = torch.randn(1, d, generator=g).sign(), torch.full((1, d), 127.0)
+    first[0, 0], second[0, 0] = 127.0, 0.0
+    x = first + first.sign() * second / 256
+    norm1, norm2, norm = (v.double().norm() for v in (first, second / 256, x))
+    screen = Screen.build(W, b, torch.zeros(F))
+    s2, error2, norm_w, slack = (screen.table[r, :F].double() for r in (Row.SCALE2, Row.ERROR2, Row.NORM, Row.SLACK))
+    codes = (rows_of(c)[:F, :d].double() for c in (screen.code, screen.code2))
+    near = screen.table[Row.SCALE, :F].double()[:, None] * (next(codes) - screen.table[Row.ZERO, :F, None])
+    near = near + s2[:, None] * (next(codes) - 128)
+    estimate = (near @ x[0].double()) + b
+    reach = norm + 7 * u * (norm1 + norm2)
+    error = (kappa(d) + 1.01 * u) * norm + 7 * u * (norm1 + norm2)
+    bound = error2 * reach + norm_w * error + slack
+    assert bool((error2 * reach > 0.4 * bound).all())
+    for share, left in ((0.98, F), (1.02, 0)):
+        theta = (estimate + share * bound).float()
+        screen = Screen.build(W, b, theta)
+        for times in SOME:
+            _, stats = screened(x.repeat(times, 1), W, b, theta, screen, digits)
+            assert (stats["survivors"], stats["refined"]) == (times * F, times * left)
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+def test_a_bandwidth_has_the_epilogues_rounding_too(isa, digits):
+    """Pre-activations far below zero and an edge θ − ε/2 beside them: its five roundings are a quarter of the bound."""
+    d, u = 16, 2.0**-24
+    W, _ = on_grids(d, 1, 1 / 128)
+    x = (-128 * W.t()).clamp(-127, 127)
+    z = float(x.double() @ W.double())
+    bound = float(W.double().norm() * x.double().norm()) * (kappa(d) + 8.01 * u) - 5 * u * z
+    b = theta = torch.zeros(1)
+    screen = Screen.build(W, b, theta)
+    for share, left in ((0.92, 1), (1.15, 0)):
+        half = torch.tensor(-(z + share * bound)).float()
+        for times in SOME:
+            rows = x.repeat(times, 1)
+            csr, stats = screened(rows, W, b, theta, screen, digits, bandwidth=2 * float(half))
+            assert stats["survivors"] == times * left
+            assert same_bytes(csr, ops.encode(rows, W, b, theta, 2 * float(half)))
+
+
+@pytest.mark.parametrize(("digits", "second"), FORMS)
+def test_the_certificate_is_as_tight_as_the_bound(isa, digits, second):
+    """A bias edited by half the bound is within it, by twice the bound every refined pair says so."""
+    d, F, u = 64, 8, 2.0**-24
+    W, x = on_grids(d, F, 1 / 128)
+    b, theta = torch.full((F,), 500.0), torch.full((F,), -1e9)
+    bound = W.double().norm(dim=0) * x.double().norm() * (kappa(d) + 8.01 * u)
+    bound += kappa(d) * 500 + 5 * u * 500
+    screen = Screen.build(W, b, theta.clamp(min=0))
+    assert float(screen.table[Row.ERROR, :F].max()) < 1e-12
+    for share, outside in ((0.5, False), (2.0, True)):
+        for times in SOME:
+            edited = b + (share * bound).float()
+            _, stats = screened(x.repeat(times, 1), W, edited, theta.clamp(min=0), screen, digits, second)
+            assert stats["refined"] > 0
+            assert stats["violations"] == (stats["refined"] if outside else 0)

@@ -1,13 +1,6 @@
 """Launchers of the screened encode: the same bytes as `gpu.encode`, a quarter of the bytes read.
 
-A pair is dropped where fl(ẑ + B) <= max(θ, 0).  With u = 2⁻²⁴, r = x - μ as fp32 has it, r̂ its two int8 digits on
-a power of two, e = w - ŵ, and the deciding dot within κ(‖w‖‖x‖ + |b|) of the exact one:
-
-    z - ẑ = e·r̂ + w·(r - r̂) + w·(what r lost) + the dot's error + the rounding of b' and of ẑ
-    |…|  <= ‖e‖R      + ‖w‖·½·unit·√d + 1.01u‖w‖‖r‖ + κ(‖w‖‖x‖ + |b|) + u|b'| + u(2‖ŵ‖R + |b'|)(1 + u)
-
-with ‖ŵ‖ <= ‖w‖ + ‖e‖ and ‖r‖ <= R + ½·unit·√d.  E takes what multiplies ‖w‖, 9u(2R + …) standing for the
-roundings; β = κ|b| + 8u(|b'| + |τ|) + d·2⁻¹²⁶ takes the rest, the comparison's own rounding u|τ| included.
+The bound and its terms are those of docs/screen.md; its section "On a GPU" says which roundings differ here.
 """
 
 from __future__ import annotations
@@ -21,10 +14,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from gemmascope_fast.backends.gpu.encode import SLOTS, FixedLatents, Weights, Words, compressed, fixed, widenable
 from gemmascope_fast.backends.gpu.launch import cdiv, check_devices, grid, kernels, on
-from gemmascope_fast.ops.encode import check_encode, kappa
-from gemmascope_fast.ops.screen_rows import Row, rows_of, table_stride, up32
+from gemmascope_fast.ops.encode import check_encode
+from gemmascope_fast.ops.screen_rows import rows_of, up32
+from gemmascope_fast.ops.screen_terms import GPU_ERROR_STEPS, TILE_COLUMNS, TILE_ROWS, Row, U, dot_kappa, table_stride
 
-U = 2.0**-24
 REFINE_WORDS = 4  # words a refine program: 128 features, of which 2 to 3 are left, so one batch of pairs
 PAIRS = 8
 DIGITS_BLOCK = 1024
@@ -61,14 +54,14 @@ class SecondDigit:
 
     code: Tensor  # int8 [F, d]
     scale: Tensor  # fp32 [F]
-    error_norm: Tensor  # fp32 [F], of what both leave, with 8u of the first digit's added, rounded up
+    error_norm: Tensor  # fp32 [F], of what both leave, with GPU_ERROR_STEPS u of the first digit's added, rounded up
 
 
 @dataclass(frozen=True)
 class ScreenArrays:
     """The screen as the kernels read it, on the device of the activations.
 
-    error_norm and row_norm are rounded up; slack is β of the module's docstring, infinite where a row's norm is
+    error_norm and row_norm are rounded up; slack is β, infinite where a row's norm is
     outside [2⁻⁶⁰, 2⁶⁰] and not 0, so that such a feature is always refined.
     """
 
@@ -104,7 +97,7 @@ class ScreenArrays:
         slack = torch.where(t[Row.START] == torch.inf, torch.inf, t[Row.SLACK])
         second = None
         if code2 is not None and code2.numel():
-            error2 = up32(t[Row.ERROR2].double() + 8 * U * t[Row.ERROR].double())
+            error2 = up32(t[Row.ERROR2].double() + GPU_ERROR_STEPS * U * t[Row.ERROR].double())
             second = SecondDigit(_signed(code2, F, d), t[Row.SCALE2].contiguous(), error2)
         zero = t[Row.ZERO].to(torch.int32) - 128
         scale, error, norm, bias = (t[row].contiguous() for row in (Row.SCALE, Row.ERROR, Row.NORM, Row.CENTRED_BIAS))
@@ -115,7 +108,7 @@ def _check_rows(
     code: Tensor, code2: Tensor | None, table: Tensor, centre: Tensor | None, scales: Tensor | None, d: int, F: int
 ) -> None:
     check_devices(code, code2, table, centre, scales)
-    tiled = (cdiv(F, 4), cdiv(d, 64), 4, 64)
+    tiled = (cdiv(F, TILE_ROWS), cdiv(d, TILE_COLUMNS), TILE_ROWS, TILE_COLUMNS)
     named: list[tuple[str, Tensor, tuple[int, ...], torch.dtype]] = [("code", code, tiled, torch.uint8)]
     named += [("code2", code2, tiled, torch.uint8)] if code2 is not None and code2.numel() else []
     named += [("centre", centre, (d,), torch.float32)] if centre is not None else []
@@ -257,7 +250,7 @@ def fill_screened(
     with on(x):
         module.digits_kernel[grid(T, "digits")](
             x, token if s.centre is None else s.centre, token if s.scales is None else s.scales,
-            high, low, sums, token, d, padded, kappa(d), math.sqrt(d) * (1 + 4 * U), 1 + (d + 64) * 2 * U,
+            high, low, sums, token, d, padded, dot_kappa(d), math.sqrt(d) * (1 + 4 * U), 1 + (d + 64) * 2 * U,
             HAS_CENTRE=s.centre is not None, HAS_SCALES=s.scales is not None, BLOCK=DIGITS_BLOCK,
             num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

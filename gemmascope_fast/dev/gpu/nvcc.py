@@ -16,6 +16,7 @@ from gemmascope_fast.errors import BackendError
 
 SOURCES = Path(__file__).resolve().parents[3] / "csrc"
 # No contraction: the order and the rounding of every sum is part of the contract.
+WARPS = 8  # of a block: kThreads in csrc/cuda/launcher.h is 256
 FLAGS = ("-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", "--cubin")
 
 
@@ -56,8 +57,7 @@ def _kernels(text: str) -> list[tuple[str, int, int, int]]:
 
 
 def _row(path: Path, arch: str, name: str, registers: int, spilled: int, shared: int) -> dict[str, Any]:
-    warps = 8  # every kernel here is launched with 256 threads: kThreads in csrc/cuda
-    share = occupancy(ARCHS[arch], warps, registers, shared)
+    share = occupancy(ARCHS[arch], WARPS, registers, shared)
     plain = _plain(name)
     binary = Binary(f"{path.stem}: {plain}", arch, registers, spilled, shared, share)
     moved, operations, kind = cost(plain)
