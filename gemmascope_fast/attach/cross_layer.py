@@ -10,7 +10,10 @@ from torch import Tensor
 
 from gemmascope_fast import ops
 from gemmascope_fast.attach.calls import Call
+from gemmascope_fast.attach.carry import NO_VMAP, tangent_on_rows, zeros_like
 from gemmascope_fast.attach.plan import added
+from gemmascope_fast.ops._exact import exact_product
+from gemmascope_fast.ops._transforms import derivative_wanted
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 
@@ -34,16 +37,33 @@ class _Pass(torch.autograd.Function):
     """Forward: x, bit for bit.  Backward: on the chosen rows that of `recon` [n, d], the identity on the others."""
 
     @staticmethod
-    def forward(ctx: Any, x, recon, chosen):
-        ctx.save_for_backward(chosen)
+    def forward(x, recon, chosen):
         return x.clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+        ctx.save_for_forward(inputs[2])
+        ctx.set_materialize_grads(False)
+        ctx.zeros = zeros_like(inputs[0])
+
+    @staticmethod
     def backward(ctx: Any, grad):  # type: ignore[override]
+        if grad is None:
+            return None, None, None
         (chosen,) = ctx.saved_tensors
         if chosen is None:
             return None, grad, None
         return grad.masked_fill(chosen[:, None], 0), grad[chosen], None
+
+    @staticmethod
+    def jvp(ctx: Any, dx, drecon, _chosen):  # type: ignore[override]
+        (chosen,) = ctx.saved_tensors
+        return tangent_on_rows(dx, drecon, chosen, ctx.zeros)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        raise NotImplementedError(NO_VMAP)
 
 
 def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
@@ -61,7 +81,7 @@ def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
         recon = _reconstruction(tap, written, latents, call)
         rows = _edited(tap, written, recon.float(), call, at).to(flat.device, flat.dtype)
         return rows if at is None else flat.index_copy(0, at.to(flat.device), rows)
-    if torch.is_grad_enabled() and not run.error_grad:
+    if (torch.is_grad_enabled() or derivative_wanted(flat)) and not run.error_grad:
         recon = _reconstruction(tap, written, latents, call).to(flat.device, flat.dtype)
         flat = _Pass.apply(flat, recon, None if call.chosen is None else call.chosen.to(flat.device))
     rows = flat if at is None else flat[at.to(flat.device)]
@@ -98,7 +118,7 @@ def _reconstruction(tap: Tap, written: Written, latents: SparseLatents, call: Ca
     if whole.W_skip is None:
         return recon
     rows = call.scratch["rows", tap]
-    return recon + (rows.float() @ whole.W_skip[part.layer].float()).to(whole.dtype)
+    return recon + exact_product(rows, whole.W_skip[part.layer]).to(whole.dtype)
 
 
 def _edited(tap: Tap, written: Written, rows: Tensor, call: Call, at: Tensor | None) -> Tensor:

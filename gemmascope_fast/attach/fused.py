@@ -23,6 +23,7 @@ from gemmascope_fast.backends.gpu import loop
 from gemmascope_fast.backends.gpu.encode import FEW
 from gemmascope_fast.backends.gpu.launch import interpreted
 from gemmascope_fast.ops._library import in_dtype, requested
+from gemmascope_fast.ops._transforms import derivative_wanted
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
@@ -112,6 +113,7 @@ class Fused:
             and n * sae.d_sae <= MOST_ENTRIES
             and rows.dtype in DTYPES
             and not torch.is_grad_enabled()
+            and not derivative_wanted(rows)
             and self.tap.run.path is None
             and type(sae) is JumpReLUSAE
             and sae.dtype == torch.float32

@@ -21,6 +21,8 @@ from gemmascope_fast.attach.transformers.blocks import epsilon
 from gemmascope_fast.attach.transformers.structure import Place, Structure
 from gemmascope_fast.bank import BankedSAE
 from gemmascope_fast.errors import AttachError
+from gemmascope_fast.ops._exact import outside_autocast
+from gemmascope_fast.ops._transforms import transformed
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.multi_site import Crosscoder
@@ -133,7 +135,7 @@ class ReadTap:
         tap.reach(call, self.step)
         keeps_graph = tap.splices and torch.is_grad_enabled()
         place = tap.sources[self.number]
-        with torch.set_grad_enabled(keeps_graph):
+        with torch.set_grad_enabled(keeps_graph), outside_autocast(x.device):
             rows = tap.rows(_formed(x, place, inputs), call, place)
             if call.chosen is not None:
                 rows = rows[call.chosen.to(rows.device)]
@@ -170,7 +172,8 @@ class ReadTap:
         rows = rows if rows.device == sae.device else rows.to(sae.device)
         fused = None if x is None or self.tap.fused is None else self.tap.fused.encode(sae, x, rows, call)
         latents = sae.encode_sparse(rows) if fused is None else fused
-        if self.tap.splices and torch.is_grad_enabled() and not latents.values.requires_grad:
+        asks = self.tap.splices and torch.is_grad_enabled() and not transformed()
+        if asks and not latents.values.requires_grad:
             # everything before and in the SAE is frozen: attribution still asks for the gradient here
             latents = latents.with_values(latents.values.requires_grad_())
         call.scratch["latents", self.tap.entry.key] = latents
@@ -199,7 +202,8 @@ class WriteTap:
         tap.reach(call, "write")
         if tap.coder is not None and ("read 0", tap) not in call.reached:
             raise AttachError(f"{tap.entry.key!r}: {tap.writes.name} comes before {tap.reads.name} in this model")
-        new = self._new(x, call)
+        with outside_autocast(x.device):
+            new = self._new(x, call)
         tap.done(call)
         tap.run.seconds += time.perf_counter() - begin
         return new

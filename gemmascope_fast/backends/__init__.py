@@ -20,10 +20,10 @@ from gemmascope_fast.backends.gpu import register
 from gemmascope_fast.errors import BackendError
 from gemmascope_fast.ops._library import (  # noqa: F401 - asked here by what is above the ops
     OPS,
-    REQUESTED,
     Op,
     requested,
 )
+from gemmascope_fast.ops._transforms import asked_for
 
 NAMES = ("eager", "native", "triton", "cuda")
 
@@ -43,16 +43,14 @@ ISAS = ("plain", "avx2", "avxvnni", "avx512", "amx")
 def backend(name: str) -> Iterator[None]:
     """Within the block every op is served by this backend: "eager", "native", "triton" or "cuda".
 
-    A function under torch.compile keeps the backend that was asked for when it was traced.
+    A function under torch.compile keeps the backend that was asked for when it was traced, and a graph of autograd that
+    of its forward: its backward may run outside of the block, or in one of autograd's own threads.
     Raises ValueError for another name at once, BackendError at the call for an op it cannot serve.
     """
     if name not in NAMES:
         raise ValueError(f"backend: expected one of {', '.join(NAMES)}, got {name!r}")
-    token = REQUESTED.set(name)
-    try:
+    with asked_for(name):
         yield
-    finally:
-        REQUESTED.reset(token)
 
 
 def implementation(op: Op, name: str, args: Sequence[Any]) -> Callable[..., Any]:

@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gemmascope_fast import ops
+from gemmascope_fast.ops._exact import outside_autocast
+from gemmascope_fast.ops._transforms import derivative_wanted
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemmascope_fast.sae.multi_site import CrossLayerTranscoder as OwnCrossLayerTranscoder
@@ -45,7 +47,7 @@ class EncoderOf:
     ) -> SparseLatents:
         """SparseLatents [..., d_transcoder] of x [..., d_model]."""
         module, x = self._module(rows, b_enc, threshold), x.to(rows.dtype)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, rows, b_enc))):
+        if not derivative_wanted(x, rows, b_enc):
             return module.encode_sparse(x, screen=screen)
         # the module holds detached views: the same bytes from the op itself, which knows the gradients
         crow, col, values = ops.encode(x.reshape(-1, x.shape[-1]), rows.t(), b_enc, module.threshold, None)
@@ -120,7 +122,10 @@ class AcceleratedTranscoder(SingleLayerTranscoder):
         latents, W_dec = self.latents(input_acts), self.W_dec
         out = ops.decode(latents.crow_indices, latents.col_indices, latents.values, W_dec, self.b_dec, None)
         out = out.to(W_dec.dtype).reshape(*latents.shape[:-1], W_dec.shape[1])
-        return out if self.W_skip is None else out + self.compute_skip(input_acts)
+        if self.W_skip is None:
+            return out
+        with outside_autocast(input_acts.device):
+            return out + self.compute_skip(input_acts)
 
 
 class AcceleratedCrossLayerTranscoder(CrossLayerTranscoder):
@@ -175,7 +180,8 @@ class AcceleratedCrossLayerTranscoder(CrossLayerTranscoder):
             return out
         if input_acts is None:
             raise ValueError("input_acts: a transcoder with a skip needs its inputs, got None")
-        return out + input_acts @ self.W_skip
+        with outside_autocast(input_acts.device):
+            return out + input_acts @ self.W_skip
 
     def decode(self, features: Tensor, input_acts: Tensor | None = None) -> Tensor:
         at, layers, _, vectors, _ = self.select_decoder_vectors(features)

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from gemmascope_fast import ops
 from gemmascope_fast.checkpoints.loading import folded_b_dec
+from gemmascope_fast.ops._exact import exact_product, outside_autocast, put
+from gemmascope_fast.ops._transforms import beyond_reverse
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
 from gemmascope_fast.sae.topk import TopKSAE
@@ -89,7 +91,7 @@ def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
     latents = SparseLatents(crow, col, values, size)
     at = latents.row_indices() * size[1] + latents.col_indices.long()
     full = torch.full((size[0] * size[1],), -torch.inf, device=flat.device)
-    return full.index_put((at,), latents.values).reshape(shape).to(core.W_enc.dtype)
+    return put(full, (at,), latents.values).reshape(shape).to(core.W_enc.dtype)
 
 
 def decode(core: JumpReLUSAE, acts: Tensor | SparseLatents) -> Tensor:
@@ -101,6 +103,8 @@ def decode(core: JumpReLUSAE, acts: Tensor | SparseLatents) -> Tensor:
         size = acts.n_rows * acts.d_sae
         return _dense(core, acts.to_dense()) if acts.nnz > DENSE_SHARE * size else core.decode(acts)
     acts = acts.to(core.W_dec.dtype)
+    if beyond_reverse():
+        return _dense(core, acts)
     if int(acts.count_nonzero()) > DENSE_SHARE * acts.numel():
         return _dense(core, acts)
     if acts.requires_grad and torch.is_grad_enabled():
@@ -110,7 +114,7 @@ def decode(core: JumpReLUSAE, acts: Tensor | SparseLatents) -> Tensor:
 
 
 def _dense(core: JumpReLUSAE, acts: Tensor) -> Tensor:
-    return (acts.float() @ core.W_dec.float() + core.b_dec.float()).to(core.W_dec.dtype)
+    return (exact_product(acts, core.W_dec) + core.b_dec.float()).to(core.W_dec.dtype)
 
 
 class _SparseValueDenseGradient(torch.autograd.Function):
@@ -127,12 +131,13 @@ class _SparseValueDenseGradient(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         rows = acts.reshape(-1, acts.shape[-1])
         wanted = ctx.needs_input_grad
-        return (
-            grad @ W_dec.t() if wanted[0] else None,
-            rows.t() @ flat if wanted[1] else None,
-            flat.sum(0) if wanted[2] else None,
-            None,
-        )
+        with outside_autocast(grad.device):
+            return (
+                grad @ W_dec.t() if wanted[0] else None,
+                rows.t() @ flat if wanted[1] else None,
+                flat.sum(0) if wanted[2] else None,
+                None,
+            )
 
 
 def converted(

@@ -20,6 +20,7 @@ from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
 from gemmascope_fast.dropin import core as shared
+from gemmascope_fast.ops._exact import outside_autocast
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
@@ -175,7 +176,10 @@ class AcceleratedTranscoder(Accelerated):
         if self._plain():
             return super().forward(x)
         out, _ = self._reconstruct(x, False)
-        return out + x @ self.W_skip.T.to(x.device) if "W_skip" in self._parameters else out
+        if "W_skip" not in self._parameters:
+            return out
+        with outside_autocast(x.device):
+            return out + x @ self.W_skip.T.to(x.device)
 
 
 class AcceleratedJumpReLUSAE(Accelerated, lens.JumpReLUSAE):

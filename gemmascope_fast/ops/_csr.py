@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemmascope_fast.ops._transforms import refuse_samples
+
 
 def row_indices(crow_indices: Tensor) -> Tensor:
     """Row of each stored entry: int64 [nnz] from offsets [N+1]."""
@@ -14,6 +16,7 @@ def row_indices(crow_indices: Tensor) -> Tensor:
 
 def from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     """(crow_indices int64 [N+1], col_indices int32 [nnz]) of the true entries of a [N, F] mask."""
+    refuse_samples(mask, "sparse latents")
     crow = torch.zeros(mask.shape[0] + 1, dtype=torch.int64, device=mask.device)
     crow[1:] = mask.sum(dim=1).cumsum(0)
     return crow, mask.nonzero()[:, 1].to(torch.int32)

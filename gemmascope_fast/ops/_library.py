@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from gemmascope_fast.ops._transforms import (
+    derivative_wanted,
+    function_of,
+    kernel_of,
+    requested,
+    sample_by_sample,
+    transformed,
+)
+
 LIBRARY = torch.library.Library("gemmascope_fast", "DEF")
-
-REQUESTED: ContextVar[str | None] = ContextVar("gemmascope_fast_backend", default=None)
-
-
-def requested() -> str | None:
-    """The backend that the surrounding `with gsf.backend(...)` asks for, or None."""
-    return REQUESTED.get()
-
-
-# Dynamo cannot trace a ContextVar.  This is torch.compiler.assume_constant_result without its import of dynamo.
-requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def expect_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> None:
@@ -55,6 +52,8 @@ class Op:
     name: str
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
+    ragged: bool = False  # whether the sizes of its outputs depend on data
+    function: Any = None  # its autograd.Function, where it has gradients (`register_autograd`)
     dispatched: torch._ops.OpOverload = field(init=False)
     tensors: tuple[tuple[int, str], ...] = field(init=False)  # the arguments that must be tensors
     # backend name -> the callable for a call's arguments, or BackendError; filled in by gemmascope_fast.backends
@@ -68,33 +67,58 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         wanted = requested()
         if wanted is None:
-            return self.dispatched(*args)
+            return self._run(self.dispatched, args) if transformed() else self.dispatched(*args)
         # the dispatcher, which is passed by here, refuses these with words of its own
         for position, name in self.tensors:
             if position < len(args):
                 expect_tensor(name, args[position])
-        return self.implementations[wanted](args)(*args)
+        return self._run(self.implementations[wanted](args), args)
 
     def step(self, *args: Any) -> Any:
         """As a call, where the op is a step of another's work: a backend asked for by name was asked for the whole.
         "eager" is the reference throughout; with every other, this op is served as if nobody had asked.
         """
-        return self.reference(*args) if requested() == "eager" else self.dispatched(*args)
+        return self._run(self.reference if requested() == "eager" else self.dispatched, args)
+
+    def _run(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """run(*args) with the op's derivatives where the dispatcher does not add them: it knows neither references
+        nor the transforms of torch.func."""
+        known = run is self.dispatched and not transformed()
+        if known or self.function is None or torch.compiler.is_compiling() or not derivative_wanted(*args):
+            return run(*args)
+        given = self.dispatched._schema.arguments[len(args) :]
+        return self.function.apply(run, *args, *(a.default_value for a in given))
 
 
 OPS: dict[str, Op] = {}
 
 
-def register(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], cost: Callable[..., Cost]) -> Op:
-    """Define an op.  Compiled kernels override the reference per device when they are loaded."""
+def register(
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cost: Callable[..., Cost],
+    ragged: bool = False,
+) -> Op:
+    """Define an op.  Compiled kernels override the reference per device when they are loaded.
+
+    ragged: the sizes of its outputs depend on data, so that vmap cannot run over it.
+    """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gemmascope_fast::{name}", fake, lib=LIBRARY)
-    op = Op(name, reference, cost)
+    op = Op(name, reference, cost, ragged)
+
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return sample_by_sample(op, info, in_dims, *args)
+
+    torch.library.register_vmap(f"gemmascope_fast::{name}", vmap, lib=LIBRARY)
     OPS[name] = op
     return op
 
 
-def register_autograd(op: Op, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
-    torch.library.register_autograd(f"gemmascope_fast::{op.name}", backward, setup_context=setup_context, lib=LIBRARY)
+def register_autograd(op: Op, save: Callable[..., Any], backward: Callable[..., Any], jvp: Callable[..., Any]) -> None:
+    """Give an op its derivatives; ops/_transforms.py says what the three functions take and return."""
+    op.function = function_of(op, save, backward, jvp)
+    LIBRARY.impl(op.name, kernel_of(op, op.function), "Autograd", with_keyset=True)

@@ -87,28 +87,40 @@ def _cost(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tens
 decode = register(SCHEMA, decode_reference, _fake, _cost)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    crow, col, values, W_dec, b_dec, row_scale = inputs
-    ctx.save_for_backward(crow, col, values, W_dec, b_dec, row_scale)
+def _save(ctx, inputs, output):
+    return inputs
 
 
-def _backward(ctx, grad):
+def _backward(ctx, needs, grad):
     """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, ascending, of values · grad[n]."""
     crow, col, values, W_dec, b_dec, row_scale = ctx.saved_tensors
-    # one flag an argument that was given: a call that leaves b_dec to its default gives none for it
-    need_values, need_W, need_b = (*ctx.needs_input_grad, False)[2:5]
-    if row_scale is not None and (need_values or need_W):
+    _crow, _col, need_values, need_W, need_b, need_scale = needs
+    if row_scale is not None and (need_values or need_W or need_scale):
         raise ValueError("row_scale: decode with scaled rows has no gradient; decode with W_dec itself")
     dvalues = dW = db = None
     grad = grad.contiguous()
     if need_values:
-        dvalues = sampled_dot(grad, W_dec, None, crow, col).to(values.dtype)
+        dvalues = sampled_dot.step(grad, W_dec, None, crow, col).to(values.dtype)
     if need_W:
-        ccol, rows, order = csr_transpose(crow, col, W_dec.shape[0])
-        dW = decode(ccol, rows, values[order], grad, None, None).to(W_dec.dtype)
+        ccol, rows, order = csr_transpose.step(crow, col, W_dec.shape[0])
+        dW = decode.step(ccol, rows, values[order], grad, None, None).to(W_dec.dtype)
     if need_b:
         db = grad.sum(0).to(b_dec.dtype)
     return None, None, dvalues, dW, db, None
 
 
-register_autograd(decode, _setup_context, _backward)
+def _jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
+    """The sum is linear in each of its factors."""
+    crow, col, values, W_dec, _b_dec, row_scale = ctx.saved_tensors
+    parts = [] if db is None else [db.float().expand(crow.numel() - 1, -1)]
+    for v, rows, scale in (
+        (dvalues, W_dec, row_scale),
+        (values if dW is not None else None, dW, row_scale),
+        (values if dscale is not None else None, W_dec, dscale),
+    ):
+        if v is not None:
+            parts.append(decode.step(crow, col, v, rows, None, scale))
+    return sum(parts[1:], parts[0])
+
+
+register_autograd(decode, _save, _backward, _jvp)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._csr import from_mask, row_indices
+from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import Cost, register, register_autograd
 from gemmascope_fast.ops.decode import decode
+from gemmascope_fast.ops.sampled_dot import tangent_of_dots
 from gemmascope_fast.ops.transpose import csr_transpose
 
 Csr = tuple[Tensor, Tensor, Tensor]
@@ -42,7 +44,7 @@ def encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor,
     Gives crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].
     """
     check_encode(x, W_enc, b_enc, threshold, bandwidth)
-    z = x.float() @ W_enc.float() + b_enc.float()
+    z = exact_product(x, W_enc) + b_enc.float()
     keep = fires(z, threshold.float())
     if bandwidth is not None:
         keep |= (z - threshold.float()).abs() < bandwidth / 2
@@ -80,43 +82,48 @@ def _cost(x: Tensor, W_enc: Tensor, *_: object) -> Cost:
     return Cost(bytes=weights + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
 
 
-encode = register(SCHEMA, encode_reference, _fake, _cost)
+encode = register(SCHEMA, encode_reference, _fake, _cost, ragged=True)
 
 
-def save_for_encode(ctx, inputs, output) -> None:
-    """Keep what `backward_of_encode` reads; inputs are x, W_enc, b_enc."""
-    ctx.save_for_backward(*inputs, output[0], output[1])
+def save_for_encode(ctx, inputs, output):
+    """What `backward_of_encode` and `tangent_of_encode` read: x, W_enc, b_enc and the pattern."""
+    return (*inputs[:3], *output[:2])
 
 
-def backward_of_encode(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward_of_encode(ctx, needs, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """z is linear in x, W_enc and b_enc on the stored pairs; the support has no gradient.
 
     dx[n] = sum over f of g · W_enc[:, f];  dW_enc[:, f] = sum over n of g · x[n];  db[f] = sum over n of g.
     """
     x, W_enc, b_enc, crow, col = ctx.saved_tensors
-    need_x, need_W, need_b = ctx.needs_input_grad[:3]
+    need_x, need_W, need_b = needs[:3]
     dx = dW = db = None
     grad = grad.contiguous()
     if need_x:
-        dx = decode(crow, col, grad, W_enc.t(), None, None).to(x.dtype)
+        dx = decode.step(crow, col, grad, W_enc.t(), None, None).to(x.dtype)
     if need_W or need_b:
-        ccol, rows, order = csr_transpose(crow, col, W_enc.shape[1])
+        ccol, rows, order = csr_transpose.step(crow, col, W_enc.shape[1])
         by_feature = grad[order]
         if need_W:
-            dW = decode(ccol, rows, by_feature, x, None, None).to(W_enc.dtype).t()
+            dW = decode.step(ccol, rows, by_feature, x, None, None).to(W_enc.dtype).t()
         if need_b:
             ones = torch.ones(x.shape[0], 1, device=x.device)
-            db = decode(ccol, rows, by_feature, ones, None, None)[:, 0].to(b_enc.dtype)
+            db = decode.step(ccol, rows, by_feature, ones, None, None)[:, 0].to(b_enc.dtype)
     return dx, dW, db
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    save_for_encode(ctx, inputs[:3], output)
-    ctx.mark_non_differentiable(output[0], output[1])
+def tangent_of_encode(ctx, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
+    """The same in forward mode."""
+    x, W_enc, _b_enc, crow, col = ctx.saved_tensors
+    return tangent_of_dots((x, dx), (W_enc.t(), None if dW is None else dW.t()), db, crow, col)
 
 
-def _backward(ctx, _grad_crow, _grad_col, grad):
-    return (*backward_of_encode(ctx, grad), None, None)
+def _backward(ctx, needs, _grad_crow, _grad_col, grad):
+    return (*backward_of_encode(ctx, needs, grad), None, None)
 
 
-register_autograd(encode, _setup_context, _backward)
+def _jvp(ctx, dx, dW, db, *_rest):
+    return None, None, tangent_of_encode(ctx, dx, dW, db)
+
+
+register_autograd(encode, save_for_encode, _backward, _jvp)

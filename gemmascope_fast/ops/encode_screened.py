@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._library import Cost, register, register_autograd
-from gemmascope_fast.ops.encode import backward_of_encode, check_encode, encode_reference, save_for_encode
+from gemmascope_fast.ops.encode import (
+    backward_of_encode,
+    check_encode,
+    encode_reference,
+    save_for_encode,
+    tangent_of_encode,
+)
 
 SCHEMA = (
     "encode_screened(Tensor x, Tensor W_enc, Tensor b_enc, Tensor threshold, Tensor code, Tensor? code2, Tensor table,"
@@ -64,16 +70,15 @@ def _cost(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, code: Tens
     return Cost(bytes=code.numel() + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
 
 
-encode_screened = register(SCHEMA, encode_screened_reference, _fake, _cost)
+encode_screened = register(SCHEMA, encode_screened_reference, _fake, _cost, ragged=True)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    save_for_encode(ctx, inputs[:3], output)
-    ctx.mark_non_differentiable(output[0], output[1], output[3])
+def _backward(ctx, needs, _grad_crow, _grad_col, grad, _grad_stats):
+    return (*backward_of_encode(ctx, needs, grad), *(None,) * 10)
 
 
-def _backward(ctx, _grad_crow, _grad_col, grad, _grad_stats):
-    return (*backward_of_encode(ctx, grad), *(None,) * 10)
+def _jvp(ctx, dx, dW, db, *_rest):
+    return None, None, tangent_of_encode(ctx, dx, dW, db), None
 
 
-register_autograd(encode_screened, _setup_context, _backward)
+register_autograd(encode_screened, save_for_encode, _backward, _jvp)

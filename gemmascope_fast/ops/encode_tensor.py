@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._csr import from_mask, row_indices
+from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import register, register_autograd
-from gemmascope_fast.ops.encode import _cost, _fake, backward_of_encode, check_encode, fires, save_for_encode
+from gemmascope_fast.ops.encode import (
+    _cost,
+    _fake,
+    backward_of_encode,
+    check_encode,
+    fires,
+    save_for_encode,
+    tangent_of_encode,
+)
 
 Csr = tuple[Tensor, Tensor, Tensor]
 
@@ -56,24 +65,23 @@ def encode_tensor_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: 
     """Dense eager: the rounded x times W_enc in fp32.  Shapes and dtypes are those of `encode`."""
     check_encode(x, W_enc, b_enc, threshold, None)
     near, scale = rounded(x, W_enc.dtype)
-    z = near.float() @ W_enc.float()
+    z = exact_product(near, W_enc)
     z = (z if scale is None else z * scale[:, None]) + b_enc.float()
     keep = fires(z, threshold.float())
     crow, col = from_mask(keep)
     return crow, col, z[row_indices(crow), col.long()]
 
 
-encode_tensor = register(SCHEMA, encode_tensor_reference, _fake, _cost)
+encode_tensor = register(SCHEMA, encode_tensor_reference, _fake, _cost, ragged=True)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    save_for_encode(ctx, inputs[:3], output)
-    ctx.mark_non_differentiable(output[0], output[1])
-
-
-def _backward(ctx, _grad_crow, _grad_col, grad):
+def _backward(ctx, needs, _grad_crow, _grad_col, grad):
     """The gradients of `encode` on the pairs that were stored."""
-    return (*backward_of_encode(ctx, grad), None)
+    return (*backward_of_encode(ctx, needs, grad), None)
 
 
-register_autograd(encode_tensor, _setup_context, _backward)
+def _jvp(ctx, dx, dW, db, _dthreshold):
+    return None, None, tangent_of_encode(ctx, dx, dW, db)
+
+
+register_autograd(encode_tensor, save_for_encode, _backward, _jvp)

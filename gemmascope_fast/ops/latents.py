@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from gemmascope_fast.latents_index import fitted, index
+from gemmascope_fast.latents_reduce import TopLatents, greatest, top, total
 from gemmascope_fast.ops._csr import check_csr, from_mask, row_indices
+from gemmascope_fast.ops._exact import outside_autocast, put
 from gemmascope_fast.ops._library import expect_tensor
+from gemmascope_fast.ops._transforms import derivative_wanted
 
 
 @dataclass(eq=False)
@@ -27,7 +32,9 @@ class SparseLatents:
     values: [nnz], floating; gradients live here.
     shape: the dense shape (..., d_sae), whose leading dimensions multiply to N.
 
-    NaN values are stored and count as not zero.  The constructor does not look at the data (`validate` does).
+    It behaves as the dense tensor [..., d_sae] of that shape: len, indexing by the leading dimensions, iteration,
+    reshape, sum, mean, max, topk, times a number.  NaN values are stored and count as not zero.  The constructor does
+    not look at the data (`validate` does).
     """
 
     crow_indices: Tensor
@@ -76,10 +83,12 @@ class SparseLatents:
         for p in parts:
             offsets.append(p.crow_indices[1:] + base)
             base += p.nnz
+        with outside_autocast(parts[0].device):
+            values = torch.cat([p.values for p in parts])
         return cls(
             torch.cat(offsets),
             torch.cat([p.col_indices for p in parts]),
-            torch.cat([p.values for p in parts]),
+            values,
             (sum(p.n_rows for p in parts), parts[0].d_sae),
         )
 
@@ -118,12 +127,35 @@ class SparseLatents:
     def dtype(self) -> torch.dtype:
         return self.values.dtype
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        """The shape, or one of its dimensions."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """Entries of the dense tensor, zeros included."""
+        return math.prod(self.shape)
+
     def __len__(self) -> int:
-        return self.n_rows
+        """The first dimension, as a tensor's: `n_rows` counts tokens."""
+        return self.shape[0]
 
     def __repr__(self) -> str:
-        mean = self.nnz / self.n_rows if self.n_rows else 0.0
-        return f"SparseLatents(shape={self.shape}, nnz={self.nnz}, l0={mean:.1f}, dtype={self.dtype})"
+        return f"SparseLatents(shape={self.shape}, nnz={self.nnz}, l0={self._mean_l0()}, dtype={self.dtype})"
+
+    def _mean_l0(self) -> str:
+        """Mean L0 of the rows that hold something: a token that a run left out has an empty row."""
+        if self.crow_indices.is_meta:
+            return "?"
+        held = int((self.crow_indices.diff() > 0).sum())
+        mean = int((self.values.detach() != 0).sum()) / max(held, 1)
+        return f"{mean:.1f}" if held == self.n_rows else f"{mean:.1f} over the {held} of {self.n_rows} rows not empty"
 
     def row_indices(self) -> Tensor:
         """Row of each stored entry, int64 [nnz]."""
@@ -143,7 +175,7 @@ class SparseLatents:
         """[..., d_sae], differentiable with respect to values."""
         flat = torch.zeros(self.n_rows * self.d_sae, dtype=self.dtype, device=self.device)
         at = self.row_indices() * self.d_sae + self.col_indices.long()
-        return flat.index_put((at,), self.values).reshape(self.shape)
+        return put(flat, (at,), self.values).reshape(self.shape)
 
     def to_sparse_csr(self) -> Tensor:
         """A `torch.sparse_csr` tensor [N, d_sae] with int64 indices (torch's checks demand equal types)."""
@@ -153,29 +185,17 @@ class SparseLatents:
             self.crow_indices, self.col_indices.long(), self.values, size, check_invariants=True
         )
 
-    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, k: int) -> TopLatents:
         """(values, indices) of shape (..., k) as `torch.topk`, padded with 0 and -1 where fewer fired.
 
         NaN ranks above every number, as in torch; among equal values the lower feature comes first.
         """
-        if k < 0:
-            raise ValueError(f"k: expected a count, got {k}")
-        rows = self.row_indices()
-        by_value = torch.sort(self.values.detach(), descending=True, stable=True).indices
-        order = by_value[torch.sort(rows[by_value], stable=True).indices]
-        rank = torch.arange(self.nnz, device=self.device) - self.crow_indices[rows]
-        kept = rank < k
-        values = torch.zeros(self.n_rows, k, dtype=self.dtype, device=self.device)
-        indices = torch.full((self.n_rows, k), -1, dtype=torch.int64, device=self.device)
-        at, source = (rows[kept], rank[kept]), order[kept]
-        values = values.index_put(at, self.values[source])
-        indices[at] = self.col_indices[source].long()
-        lead = self.shape[:-1]
-        return values.reshape(*lead, k), indices.reshape(*lead, k)
+        return top(self, k)
 
     def features(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Values of chosen features, dense [..., len(ids)].  IndexError for an id outside [0, d_sae)."""
-        if isinstance(ids, list) and self.n_rows == 1 and not self.values.requires_grad and self.device.type == "cpu":
+        few = self.n_rows == 1 and self.device.type == "cpu"
+        if few and isinstance(ids, list) and not derivative_wanted(self.values):
             return self._of_one_row(ids)
         wanted = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
         if wanted.numel():
@@ -196,7 +216,7 @@ class SparseLatents:
             slot = slot.clamp(max=unique.numel() - 1)
             hit = unique[slot] == col
         out = torch.zeros(self.n_rows, unique.numel(), dtype=self.dtype, device=self.device)
-        out = out.index_put((self.row_indices()[hit], slot[hit]), self.values[hit])
+        out = put(out, (self.row_indices()[hit], slot[hit]), self.values[hit])
         return out[:, inverse].reshape(*self.shape[:-1], wanted.numel())
 
     def _of_one_row(self, ids: list[int]) -> Tensor:
@@ -208,38 +228,83 @@ class SparseLatents:
         found = [values[i] if i < len(fired) and fired[i] == f else 0.0 for f, i in zip(ids, slots, strict=True)]
         return torch.tensor([found], dtype=self.dtype).reshape(*self.shape[:-1], len(ids))
 
-    def __getitem__(self, key: int | slice | Tensor) -> SparseLatents:
-        """Rows by number, slice, bool mask [N] or int64 indices, over the flattened tokens → [n, d_sae]."""
-        if isinstance(key, int):
-            if not -self.n_rows <= key < self.n_rows:
-                raise IndexError(f"row {key} of {self.n_rows}")
-            key = slice(key % self.n_rows, key % self.n_rows + 1)
-        if isinstance(key, slice):
-            start, stop, step = key.indices(self.n_rows)
-            if step == 1:
-                stop = max(start, stop)
-                crow = self.crow_indices[start : stop + 1]
-                begin, end = int(crow[0]), int(crow[-1])
-                return SparseLatents(
-                    crow - begin, self.col_indices[begin:end], self.values[begin:end], (stop - start, self.d_sae)
-                )
-            stop = max(start, stop) if step > 0 else min(start, stop)
-            key = torch.arange(start, stop, step, device=self.device)
-        if key.dtype == torch.bool:
-            if key.numel() != self.n_rows:
-                raise IndexError(f"mask: expected {self.n_rows} entries, got {key.numel()}")
-            key = key.reshape(-1).nonzero()[:, 0]
-        rows = torch.where(key < 0, key + self.n_rows, key).to(self.device)
-        counts = self.crow_indices.diff()[rows]
-        crow = torch.zeros(rows.numel() + 1, dtype=torch.int64, device=self.device)
-        crow[1:] = counts.cumsum(0)
-        shift = self.crow_indices[rows] - crow[:-1]
-        source = torch.arange(int(crow[-1]), device=self.device) + torch.repeat_interleave(shift, counts)
-        return SparseLatents(crow, self.col_indices[source], self.values[source], (rows.numel(), self.d_sae))
+    def __getitem__(self, key: Any) -> Any:
+        """As a dense tensor of this shape is indexed by its leading dimensions: SparseLatents [..., d_sae].
 
-    def reshape(self, *lead: int) -> SparseLatents:
-        """The same rows under other leading dimensions."""
+        Integers, slices (steps may be negative), `...`, None, integer and bool tensors, arrays and lists.  The last
+        dimension takes `:`, a feature or a list of features; with these the result is a dense tensor, as of `features`.
+        IndexError for a position outside the shape, for more than one array, mask or list where features are chosen as
+        well, and for a slice of features; TypeError for any other kind of index.
+        """
+        return index(self, key)
+
+    def __iter__(self) -> Iterator[SparseLatents]:
+        """The parts `self[0]`, `self[1]`, … along the first dimension."""
+        if len(self.shape) == 1:
+            raise TypeError(f"SparseLatents of shape {self.shape} are one token's: they have no rows to iterate over")
+        return (self[i] for i in range(self.shape[0]))
+
+    def reshape(self, *shape: int | Sequence[int]) -> SparseLatents:
+        """The same rows under other leading dimensions: `reshape(batch, seq)`, or as a tensor's shape,
+        `reshape(batch, seq, d_sae)`.  One of them may be -1; what reads both ways is a tensor's shape.  Nothing is
+        copied.  ValueError where the number of rows is another.
+        """
+        given: Any = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        given = tuple(int(s) for s in given)
+        lead = fitted(given[:-1], self.n_rows) if given and given[-1] == self.d_sae else None
+        lead = fitted(given, self.n_rows) if lead is None else lead
+        if lead is None:
+            raise ValueError(
+                f"shape: expected leading dimensions of {self.n_rows} rows, with or without d_sae {self.d_sae} at the"
+                f" end, got {given}"
+            )
         return SparseLatents(self.crow_indices, self.col_indices, self.values, (*lead, self.d_sae))
+
+    view = reshape
+
+    # ---- arithmetic ---------------------------------------------------------------------------------
+
+    def sum(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
+        """Dense sum over all entries, or over one or more dimensions, leading ones and the features' alike.
+
+        Added in float64 and rounded to the values' dtype once.  IndexError for a dimension outside the shape.
+        """
+        return total(self, dim, keepdim)
+
+    def mean(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
+        """As `sum`, divided by the number of entries, those that are zero included."""
+        return total(self, dim, keepdim, mean=True)
+
+    @overload
+    def max(self, dim: None = None, keepdim: bool = False) -> Tensor: ...
+    @overload
+    def max(self, dim: int, keepdim: bool = False) -> TopLatents: ...
+    def max(self, dim: int | None = None, keepdim: bool = False) -> Tensor | TopLatents:
+        """The greatest entry, or with one `dim` (values, indices) along it, dense; zeros count, NaN is the greatest.
+
+        Among equal values the first counts.  IndexError for a dimension outside the shape or without entries.
+        """
+        return greatest(self, dim, keepdim)
+
+    def __mul__(self, scalar: Any) -> SparseLatents:
+        """Times a finite number or tensor of one element; ValueError for NaN and infinity, which zeros would not
+        survive."""
+        return self.with_values(self.values * scalar) if _is_scalar(scalar) else NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, scalar: Any) -> SparseLatents:
+        """Divided by a finite number other than 0, or a tensor of one element."""
+        if not _is_scalar(scalar):
+            return NotImplemented
+        if scalar == 0:
+            raise ValueError("scalar: expected a number other than 0 to divide by, got 0")
+        return self.with_values(self.values / scalar)
+
+    def __neg__(self) -> SparseLatents:
+        return self.with_values(-self.values)
+
+    __array_ufunc__ = None  # NumPy's numbers leave `number * latents` to __rmul__
 
     def with_values(self, values: Tensor) -> SparseLatents:
         """The same pattern with other values."""
@@ -266,6 +331,16 @@ class SparseLatents:
 
     def detach(self) -> SparseLatents:
         return self.with_values(self.values.detach())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What pickle, copy and `torch.load` restore, checked: a file may hold anything."""
+        fields = ("crow_indices", "col_indices", "values", "shape")
+        if set(state) != set(fields) or not all(isinstance(state[name], Tensor) for name in fields[:3]):
+            raise ValueError(f"SparseLatents: expected {', '.join(fields)} in what was saved, got {sorted(state)}")
+        self.__dict__.update(state)
+        self.__post_init__()
+        if not self.crow_indices.is_meta:
+            self.validate()
 
     def save(self, path: str | PathLike[str]) -> None:
         """One safetensors file, written atomically; the shape stands in its metadata."""
@@ -306,6 +381,19 @@ class SparseLatents:
         )
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _is_scalar(value: Any) -> bool:
+    """Whether value is a real number or a tensor of one without dimensions; ValueError where it is not finite."""
+    number = isinstance(value, Real) or (isinstance(value, Tensor) and not value.dim() and not value.is_complex())
+    if number and not math.isfinite(value):
+        raise ValueError(f"scalar: expected a finite number, got {value}")
+    return number
+
+
+# pickled by the name users import, so that files outlive a move of this module; torch.load(weights_only=True) takes it
+SparseLatents.__module__ = "gemmascope_fast"
+torch.serialization.add_safe_globals([SparseLatents])
 
 
 def check_latents(latents: Tensor | SparseLatents, d_sae: int, device: torch.device, name: str = "latents") -> None:

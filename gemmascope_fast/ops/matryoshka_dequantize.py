@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemmascope_fast.ops._library import Cost, register
+from gemmascope_fast.ops._library import Cost, register, register_autograd
 from gemmascope_fast.ops._planes import add_overflow, check_planes, check_scales, mode_of, unblocked
 from gemmascope_fast.ops.matryoshka_slice import matryoshka_slice, matryoshka_slice_reference
 
@@ -17,6 +17,7 @@ SCHEMA = (
     "matryoshka_dequantize(Tensor[] planes, Tensor scale, Tensor zero_point, int out_features, int in_features,"
     " int group_size, int bits, int rule) -> Tensor"
 )
+NO_DERIVATIVE = "codes and their scales have no derivative; train nested weights and pack them afterwards"
 
 
 def matryoshka_dequantize_reference(
@@ -80,3 +81,10 @@ def _cost(
 
 
 matryoshka_dequantize = register(SCHEMA, matryoshka_dequantize_reference, _fake, _cost)
+
+
+def _refuse(*_: object):
+    raise ValueError(f"scale: {NO_DERIVATIVE}")
+
+
+register_autograd(matryoshka_dequantize, lambda ctx, inputs, output: (), _refuse, _refuse)

@@ -14,9 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import Cost, register, register_autograd
 from gemmascope_fast.ops._planes import check_planes, check_scales
-from gemmascope_fast.ops.matryoshka_dequantize import dequantize
+from gemmascope_fast.ops.matryoshka_dequantize import NO_DERIVATIVE, dequantize
 
 SCHEMA = (
     "matryoshka_linear(Tensor x, Tensor[] planes, Tensor scale, Tensor zero_point, Tensor? bias, Tensor? mean,"
@@ -49,10 +50,10 @@ def matryoshka_linear_reference(
     weight = dequantize(planes, scale, zero_point, overflow, out_features, x.shape[1], group_size, bits, rule)
     centred = x.float() if mean is None else x.float() - mean.float()
     if exact:
-        y = centred @ weight.t()
+        y = exact_product(centred, weight.t())
     else:
         q, s = quantize_tokens(centred)
-        y = (q.float() @ weight.t()) * s[:, None]
+        y = exact_product(q, weight.t()) * s[:, None]
     return y if bias is None else y + bias.float()
 
 
@@ -107,27 +108,46 @@ def _cost(x: Tensor, planes, scale, zero_point, bias, mean, crow, col, out_featu
 matryoshka_linear = register(SCHEMA, matryoshka_linear_reference, _fake, _cost)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output):
     x, planes, scale, zero_point, bias, _mean, crow, col, *numbers, _exact = inputs
-    ctx.save_for_backward(scale, zero_point, crow, col, *planes)
-    ctx.numbers, ctx.in_features, ctx.dtype = numbers, x.shape[1], x.dtype
+    ctx.numbers, ctx.dtype = numbers, x.dtype
+    ctx.tokens, ctx.in_features = x.shape
     ctx.bias_dtype = None if bias is None else bias.dtype
+    return (scale, zero_point, crow, col, *planes)
 
 
-def _backward(ctx, grad):
-    """dx = grad · W_r, straight through the rounding of the activations; codes and scales have no gradient."""
+def _weight(ctx) -> Tensor:
+    """W_r, fp32 [out, in]."""
     scale, zero_point, crow, col, *planes = ctx.saved_tensors
+    out, *more = ctx.numbers
+    overflow = None if crow is None else (crow, col)
+    return dequantize(planes, scale, zero_point, overflow, out, ctx.in_features, *more)
+
+
+def _backward(ctx, needs, grad):
+    """dx = grad · W_r, straight through the rounding of the activations; codes and scales have no gradient."""
+    if needs[2]:
+        raise ValueError(f"scale: {NO_DERIVATIVE}")
     dx = dbias = dmean = None
-    if ctx.needs_input_grad[0] or ctx.needs_input_grad[5]:
-        out, *more = ctx.numbers
-        overflow = None if crow is None else (crow, col)
-        weight = dequantize(planes, scale, zero_point, overflow, out, ctx.in_features, *more)
-        product = grad @ weight
-        dx = product.to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        dmean = -product.sum(0) if ctx.needs_input_grad[5] else None
-    if ctx.needs_input_grad[4]:
+    if needs[0] or needs[5]:
+        product = exact_product(grad, _weight(ctx))
+        dx = product.to(ctx.dtype) if needs[0] else None
+        dmean = -product.sum(0) if needs[5] else None
+    if needs[4]:
         dbias = grad.sum(0).to(ctx.bias_dtype)
-    return dx, [None] * len(planes), None, None, dbias, dmean, None, None, None, None, None, None, None
+    return dx, None, None, None, dbias, dmean, None, None, None, None, None, None, None
 
 
-register_autograd(matryoshka_linear, _setup_context, _backward)
+def _jvp(ctx, dx, _planes, dscale, _zero, dbias, dmean, *_rest):
+    if dscale is not None:
+        raise ValueError(f"scale: {NO_DERIVATIVE}")
+    moved = [
+        t for t in (None if dx is None else dx.float(), None if dmean is None else -dmean.float()) if t is not None
+    ]
+    parts = [] if dbias is None else [dbias.float().expand(ctx.tokens, -1)]
+    if moved:
+        parts.append(exact_product(sum(moved[1:], moved[0]), _weight(ctx).t()))
+    return sum(parts[1:], parts[0])
+
+
+register_autograd(matryoshka_linear, _save, _backward, _jvp)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.ops._exact import outside_autocast
 from gemmascope_fast.ops._planes import rule_of
 from gemmascope_fast.ops.codes import check_bits, check_mode, quantize
 from gemmascope_fast.ops.matryoshka_linear import matryoshka_linear
@@ -186,7 +187,7 @@ class MatryoshkaLinear(MatryoshkaMatrix):
 
     def _fold(self) -> Tensor:
         assert self.mean is not None
-        with torch.no_grad():
+        with torch.no_grad(), outside_autocast(self.mean.device):
             offset = self.weight @ self.mean
             return offset if self.bias is None else offset + self.bias
 

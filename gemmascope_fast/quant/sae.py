@@ -13,6 +13,7 @@ from torch import Tensor
 from gemmascope_fast import ops
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.ops._csr import check_columns, from_mask, row_indices
+from gemmascope_fast.ops._transforms import derivative_wanted
 from gemmascope_fast.ops.codes import Codes, check_mode, quantize
 from gemmascope_fast.ops.latents import SparseLatents, check_latents
 from gemmascope_fast.ops.screen_rows import Row, rows_of
@@ -186,7 +187,7 @@ class MatryoshkaSAE(Coder):
         Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
         """
         check_latents(latents, self.d_sae, self.device)
-        if isinstance(latents, Tensor) and latents.requires_grad and torch.is_grad_enabled():
+        if isinstance(latents, Tensor) and derivative_wanted(latents):
             return self._decode_dense(latents)
         if isinstance(latents, Tensor):
             latents = SparseLatents.from_dense(latents)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.config import SAEConfig
@@ -115,5 +116,5 @@ class Coder(nn.Module):
 
     def _decode_dense(self, latents: Tensor) -> Tensor:
         """A dense product, for latents that need a gradient: zeros have gradients too."""
-        dense = latents.float() @ self.W_dec.float() + self.b_dec.float()
+        dense = exact_product(latents, self.W_dec) + self.b_dec.float()
         return dense.to(self.W_dec.dtype)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
+from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import expect_tensor, in_dtype
+from gemmascope_fast.ops._transforms import derivative_wanted, transformed
 from gemmascope_fast.ops.latents import SparseLatents, check_latents
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.config import SAEConfig
@@ -92,8 +94,7 @@ class JumpReLUSAE(Coder):
         self.rows.check()
         if precision != "exact":
             return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
-        if torch.compiler.is_compiling() and not screen:
-            # what is packed cannot be traced: a compiled graph holds the op itself, whose bytes are the same
+        if self._unpacked(screen):
             csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
         else:
             csr = self.screen_cache.encode(self, flat, screen, bandwidth)
@@ -101,6 +102,18 @@ class JumpReLUSAE(Coder):
             csr = with_gradients(csr, self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def _unpacked(self, screen: bool | None) -> bool:
+        """Whether op `encode` serves, whose bytes are the same: torch.compile cannot trace what is packed, and what is
+        packed is not of weights that `torch.func` put in place of the parameters."""
+        if torch.compiler.is_compiling():
+            return not screen
+        replaced = type(self.W_enc) is not nn.Parameter
+        if not replaced and not transformed():
+            return False
+        if screen and replaced:
+            raise ValueError("screen: expected None or False where torch.func replaces the weights, got True")
+        return not screen and not self.rows.only_through_screen
 
     def _encode_tensor(
         self, flat: Tensor, rows: tuple[int, ...], screen: bool | None, bandwidth: float | None, precision: str
@@ -126,7 +139,7 @@ class JumpReLUSAE(Coder):
         check_latents(latents, self.cfg.d_sae, self.device)
         self.rows.check()
         if isinstance(latents, Tensor):
-            if latents.requires_grad and torch.is_grad_enabled():
+            if derivative_wanted(latents):
                 return self._decode_dense(latents)
             latents = SparseLatents.from_dense(latents)
         if not torch.compiler.is_compiling():
@@ -230,7 +243,7 @@ class JumpReLUSkipTranscoder(JumpReLUTranscoder):
 
     def skip(self, x: Tensor) -> Tensor:
         """x @ W_skip in the SAE's dtype."""
-        return (x.float() @ self.W_skip.float()).to(self.W_dec.dtype)
+        return exact_product(x, self.W_skip).to(self.W_dec.dtype)
 
     def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
         return self.decode(latents) + self.skip(x)

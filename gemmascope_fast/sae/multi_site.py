@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
+from gemmascope_fast.ops._exact import exact_product, outside_autocast
 from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.ops.latents import SparseLatents, check_latents
 from gemmascope_fast.sae.config import SAEMetadata
@@ -107,7 +108,9 @@ class CrossLayerTranscoder(nn.Module):
 
     def encode(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Dense latents [n_layers, ..., d_sae]."""
-        return torch.stack([latents.to_dense() for latents in self.encode_sparse(x)])
+        found = [latents.to_dense() for latents in self.encode_sparse(x)]
+        with outside_autocast(found[0].device):
+            return torch.stack(found)
 
     def decode(self, latents: Sequence[SparseLatents] | Tensor) -> Tensor:
         """[n_layers, ..., d] in the coder's dtype: sums over source layers in fp32, in order, without the skip."""
@@ -130,8 +133,10 @@ class CrossLayerTranscoder(nn.Module):
         """x_l @ W_skip[l] for each layer, zeros without a skip."""
         self._check(x)
         if self.W_skip is None:
-            return torch.stack([torch.zeros_like(x[i], dtype=self.dtype) for i in range(self.n_layers)])
-        return torch.stack([(x[i].float() @ skip.float()).to(self.dtype) for i, skip in enumerate(self.W_skip)])
+            return torch.stack([torch.zeros_like(x[i], dtype=torch.float32) for i in range(self.n_layers)]).to(
+                self.dtype
+            )
+        return torch.stack([exact_product(x[i], skip) for i, skip in enumerate(self.W_skip)]).to(self.dtype)
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Reconstructed outputs [n_layers, ..., d] of the inputs x [n_layers, ..., d]."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemmascope_fast import backends, ops
 from gemmascope_fast.ops._library import expect_tensor
+from gemmascope_fast.ops._transforms import derivative_wanted
 from gemmascope_fast.ops.codes import Codes
 from gemmascope_fast.sae.rows import Rows
 from gemmascope_fast.sae.screen import Screen, balancing_scales, pays, principal_directions
@@ -164,7 +165,7 @@ class ScreenCache:
         if sae.rows.only_through_screen:
             if screen is False:
                 raise ValueError("screen: expected None or True, for rows in host memory are read through the screen")
-            if x.requires_grad and torch.is_grad_enabled():
+            if derivative_wanted(x):
                 raise ValueError("x: expected no gradient through rows in host memory; torch.no_grad(), or .to(device)")
             screen = True
         # with a bandwidth weights are being trained: a screen would be built for one use

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
+from gemmascope_fast.ops._library import in_dtype
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
@@ -34,17 +35,17 @@ class TopKSAE(JumpReLUSAE):
             raise ValueError("bandwidth: a top-k SAE has no threshold to train")
         flat = self._tokens(x)
         # at least one chunk, so that no tokens give no rows
-        encode = JumpReLUSAE.encode_sparse
         exact = precision == "exact"
         wide = (
-            self._positive(rows, screen) if exact else encode(self, rows, screen, None, precision)
-            for rows in flat.split(self.chunk)
+            self._positive(rows, screen) if exact else JumpReLUSAE.encode_sparse(self, rows, screen, None, precision)
+            for rows in in_dtype(flat, torch.float32).split(self.chunk)
         )
-        return SparseLatents.cat([_greatest(part, self.k) for part in wide]).to(self.dtype).reshape(*x.shape[:-1])
+        whole = SparseLatents.cat([_greatest(part, self.k) for part in wide]).to(self.dtype)
+        return SparseLatents(whole.crow_indices, whole.col_indices, whole.values, (*x.shape[:-1], self.cfg.d_sae))
 
     def _positive(self, rows: Tensor, screen: bool | None) -> SparseLatents:
         """What is above threshold, in float32: the k greatest are chosen before any of them is rounded."""
-        if torch.compiler.is_compiling() and not screen:
+        if self._unpacked(screen):
             csr = ops.encode(rows, self.W_enc, self.b_enc, self.threshold, None)
         else:
             csr = self.screen_cache.encode(self, rows, screen)

@@ -79,7 +79,7 @@ def test_the_screen_the_batch_and_the_instruction_set_give_one_answer(dtype, x_d
     for screen in (None, True):
         assert own.encode_sparse(x, screen=screen) == want
     for t in range(T):
-        assert own.encode_sparse(x[t : t + 1]) == want[t]
+        assert own.encode_sparse(x[t]) == want[t]
 
 
 @weight_dtypes

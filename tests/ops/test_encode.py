@@ -117,7 +117,7 @@ def test_a_token_alone_gives_the_bytes_it_gives_in_a_batch(isa, bandwidth):
     x, W, b, theta = problem(71, 130, 259)
     whole = gsf.SparseLatents(*ops.encode(x, W, b, theta, bandwidth), (71, 259))
     for n in (0, 1, 3, 35, 69, 70):
-        assert gsf.SparseLatents(*ops.encode(x[n : n + 1], W, b, theta, bandwidth), (1, 259)) == whole[n]
+        assert gsf.SparseLatents(*ops.encode(x[n : n + 1], W, b, theta, bandwidth), (1, 259)) == whole[n : n + 1]
     for T in (2, 3, 5, 64):
         assert gsf.SparseLatents(*ops.encode(x[:T], W, b, theta, bandwidth), (T, 259)) == whole[:T]
     turned = gsf.SparseLatents(*ops.encode(x.flip(0), W, b, theta, bandwidth), (71, 259))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemmascope_fast.ops._exact import outside_autocast
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 
@@ -38,7 +39,8 @@ class Detector:
         if self.feature is not None:
             assert latents is not None
             return latents.features([self.feature])[:, 0].float()
-        return (h - self.mean) @ self.read + self.bias
+        with outside_autocast(h.device):
+            return (h - self.mean) @ self.read + self.bias
 
 
 def text_scores(

@@ -13,6 +13,7 @@ from gemmascope_fast.analysis.extraction.windows import padded
 from gemmascope_fast.attach.tokens import opening
 from gemmascope_fast.attach.transformers import places
 from gemmascope_fast.attach.transformers.structure import Structure
+from gemmascope_fast.ops._exact import outside_autocast
 from gemmascope_fast.sae.sites import Site
 
 
@@ -27,7 +28,8 @@ class _Intervention:
         """It has no need of it."""
 
     def write(self, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
-        a = torch.relu((x.float() - self.mean) @ self.v) * self.content  # [B, S]
+        with outside_autocast(x.device):
+            a = torch.relu((x.float() - self.mean) @ self.v) * self.content  # [B, S]
         top = a.topk(min(self.k, a.shape[1]), dim=1).values
         self.rest = (a.sum() - top.sum()) / self.content.sum()
         added = top.mean(1)[:, None, None] * self.v * self.content[..., None]
