@@ -6,6 +6,7 @@ from typing import Any
 
 from gemmascope_fast.attach.origin import check_site
 from gemmascope_fast.checkpoints.bundled import MODEL_NAME, SAE_FILE, load_demo_model, load_demo_sae
+from gemmascope_fast.checkpoints.hub import from_hub_or_cache
 from gemmascope_fast.checkpoints.loading import from_pretrained
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.sites import Site
@@ -21,10 +22,12 @@ def load_model(name: str) -> tuple[Any, Any]:
         return load_demo_model()
     import transformers
 
-    named = transformers.AutoConfig.from_pretrained(name).architectures or []
-    own = next((getattr(transformers, each) for each in named if hasattr(transformers, each)), None)
-    cls = own or transformers.AutoModelForCausalLM
-    return cls.from_pretrained(name, dtype="float32").eval(), transformers.AutoTokenizer.from_pretrained(name)
+    with from_hub_or_cache(name) as local:
+        named = transformers.AutoConfig.from_pretrained(name, **local).architectures or []
+        own = next((getattr(transformers, each) for each in named if hasattr(transformers, each)), None)
+        cls = own or transformers.AutoModelForCausalLM
+        model = cls.from_pretrained(name, dtype="float32", **local).eval()
+        return model, transformers.AutoTokenizer.from_pretrained(name, **local)
 
 
 def full_names(settings: dict[str, Any]) -> tuple[str, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.checkpoints.fields import integer, json_object, shown, text
+from gemmascope_fast.checkpoints.regular import read_small
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry
 from gemmascope_fast.sae.sites import Site
@@ -51,15 +52,22 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise CheckpointError(f"{self.path}: kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.k is not None and self.kind != "topk_sae":
+            raise CheckpointError(
+                f"{self.path}: k: only a topk_sae has one, got k = {shown(self.k)} of kind {self.kind}"
+            )
         if self.kind in MULTI:
             if not self.layers:
                 raise CheckpointError(f"{self.path}: a {self.kind} without layers")
             return
         names = set(REQUIRED) | ({"W_skip"} if self.kind == "skip_transcoder" else set())
         if set(self.arrays) | {"threshold"} != names:
-            raise CheckpointError(f"{self.path}: expected arrays {sorted(names)}, got {sorted(self.arrays)}")
+            raise CheckpointError(f"{self.path}: expected arrays {sorted(names)}, got {shown(sorted(self.arrays))}")
         if "threshold" not in self.arrays and self.threshold_value is None:
             raise CheckpointError(f"{self.path}: threshold: expected one number a feature, got none")
+        self._check_shapes()
+
+    def _check_shapes(self) -> None:
         if any(len(self.arrays[n].shape) != 2 for n in ("W_enc", "W_dec")):
             raise CheckpointError(f"{self.path}: W_enc and W_dec: expected two dimensions")
         for name, entry in self.arrays.items():
@@ -75,6 +83,8 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: {name}: expected {want[name]}, got {entry.shape}")
         if self.kind in ("sae", "topk_sae") and d_in != d_out:
             raise CheckpointError(f"{self.path}: W_dec: expected d_out = d_in = {d_in} for an SAE, got {d_out}")
+        if self.kind == "topk_sae":
+            integer(self.path, "k", self.k, 1, d_sae)
 
     @property
     def d_in(self) -> int:
@@ -92,29 +102,33 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError where the file is none."""
+    """A JSON object of at most a megabyte; CheckpointError where the file is none."""
     try:
-        if path.stat().st_size > 1 << 24:
-            raise CheckpointError(f"{path}: a config of {path.stat().st_size} bytes")
-        loaded = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_small(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(loaded).__name__}")
-    return loaded
+    return json_object(path, "config", content)
 
 
 def one_of(path: Path, what: str, value: Any, choices: Collection[str], optional: bool = False) -> Any:
     """`value`, checked to be one of some texts (or, optionally, None)."""
     if (value is None and optional) or (isinstance(value, str) and value in choices):
         return value
-    raise CheckpointError(f"{path}: {what}: expected one of {', '.join(sorted(choices))}, got {value!r:.80}")
+    raise CheckpointError(f"{path}: {what}: expected one of {', '.join(sorted(choices))}, got {shown(value)}")
+
+
+def check_activation(path: Path, config: dict[str, Any], allowed: Sequence[str]) -> None:
+    """CheckpointError where a config names an activation function that its architecture does not have: such an SAE
+    would load, and give other latents than those it was trained with."""
+    for key in ("activation_fn", "activation_fn_str", "activation"):
+        if config.get(key) is not None and not (isinstance(config[key], str) and config[key] in allowed):
+            raise CheckpointError(
+                f"{path}: {key}: expected {' or '.join(allowed)} for this architecture, got {shown(config[key])}, which"
+                " is not supported: the latents would differ"
+            )
 
 
 def hook_site(path: Path, name: Any) -> Site | None:
     """The site of a hook name out of a config; None stays None."""
-    if name is None:
-        return None
-    if not isinstance(name, str) or not name:
-        raise CheckpointError(f"{path}: hook name: expected text, got {name!r:.80}")
-    return Site.from_hook_name(name)
+    named = text(path, "hook name", name)
+    return None if named is None else Site.from_hook_name(named)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of, read_json
+from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, hook_site, one_of, read_json
+from gemmascope_fast.checkpoints.fields import flag, integer, shown
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.files.write import Source, write_json, write_safetensors
@@ -52,7 +53,7 @@ def read(path: Path) -> Checkpoint:
         )
     if declared == "sae" and skip:
         raise CheckpointError(f"{config_path}: type: an SAE with an affine_skip_connection in {path.name}")
-    if bool(config.get("affine_connection", skip)) != skip:
+    if flag(config_path, "affine_connection", config.get("affine_connection", skip)) != skip:
         raise CheckpointError(f"{config_path}: affine_connection contradicts {sorted(entries)}")
     kind = "skip_transcoder" if skip else declared
     # an SAE's input and output have one width: other widths can only be a transcoder's
@@ -70,7 +71,7 @@ def read(path: Path) -> Checkpoint:
         kind_known=known,
         format="gemma-scope-2",
     )
-    width = config.get("width", found.d_sae)
+    width = integer(config_path, "width", config.get("width", found.d_sae))
     if width != found.d_sae:
         raise CheckpointError(f"{config_path}: width {width} contradicts W_enc {found.arrays['W_enc'].shape}")
     return found
@@ -81,7 +82,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], Path]:
     config_path = path.with_name("config.json")
     config = read_json(config_path) if config_path.exists() else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
-        raise CheckpointError(f"{config_path}: architecture: expected jump_relu, got {config['architecture']!r}")
+        raise CheckpointError(f"{config_path}: architecture: expected jump_relu, got {shown(config['architecture'])}")
+    check_activation(config_path, config, ("relu", "jump_relu", "jumprelu"))
     return config, config_path
 
 

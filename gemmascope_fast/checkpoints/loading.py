@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, multi_layer, native, saelens
 from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.checkpoints.regular import check_regular
 from gemmascope_fast.checkpoints.repository import check_inside, locate
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import BLOCK_BYTES, Block
@@ -34,12 +35,14 @@ BAR_BYTES = 256 << 20  # about a second from a slow disk: below it a bar would o
 
 
 def from_pretrained(
-    repo_or_folder: str | Path,
+    repo_or_folder: str | Path | None = None,
     sae_id: str | None = None,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype = torch.float32,
     revision: str | None = None,
     *,
+    release: str | Path | None = None,
+    force_download: bool = False,
     kind: str | None = None,
     site: Site | None = None,
     site_out: Site | None = None,
@@ -49,7 +52,8 @@ def from_pretrained(
     """The SAE, transcoder or crosscoder that a place holds, as the module of its kind.
 
     repo_or_folder, sae_id: a file or folder; a folder or Hugging Face repository and a path in it; or SAELens's
-    names ("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical").
+    names ("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"); "demo" is the bundled SAE.
+    release: SAELens's keyword for repo_or_folder.  force_download: fetch again what is in the cache.
     revision: of the repository.
     kind, site, site_out: what the checkpoint cannot say itself (a params.npz whose path does not name its repository);
     a ValueError where it says otherwise.
@@ -60,15 +64,18 @@ def from_pretrained(
     reading its rows, and cannot be pickled.  "pinned": the encoder's rows in pinned host memory, everything else on the
     CUDA device (`JumpReLUSAE.pin_rows`); host memory holds the rows twice while they are copied.
 
+    A repository that is in Hugging Face's cache loads without a network.
+
     Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
-    another dtype than float32, bfloat16 and float16.
+    another dtype than float32, bfloat16 and float16, TypeError unless one of repo_or_folder and release is given.
     """
+    place = one_place(repo_or_folder, release)
     wanted = held_dtype(dtype)
     if rows not in ("memory", "mmap", "pinned"):
         raise ValueError(f'rows: expected "memory", "mmap" or "pinned", got {rows!r}')
     if rows == "mmap" and (torch.device(device).type != "cpu" or wanted != torch.float32):
         raise ValueError(f'rows: "mmap" serves float32 on cpu, got {wanted} on {device}')
-    checkpoint = _told(find_checkpoint(repo_or_folder, sae_id, revision), kind, site, site_out)
+    checkpoint = _told(find_checkpoint(place, sae_id, revision, force_download), kind, site, site_out)
     if rows == "mmap":
         from gemmascope_fast.checkpoints import mapped, packed
 
@@ -103,9 +110,20 @@ def held_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return wanted
 
 
-def find_checkpoint(repo_or_folder: str | Path, sae_id: str | None = None, revision: str | None = None) -> Checkpoint:
+def one_place(repo_or_folder: str | Path | None, release: str | Path | None) -> str | Path:
+    """The one of two names for the same argument that is given; TypeError for both or none."""
+    given = [place for place in (repo_or_folder, release) if place is not None]
+    if len(given) != 1:
+        got = "both" if given else "neither"
+        raise TypeError(f"from_pretrained: expected repo_or_folder or release, got {got}")
+    return given[0]
+
+
+def find_checkpoint(
+    repo_or_folder: str | Path, sae_id: str | None = None, revision: str | None = None, force_download: bool = False
+) -> Checkpoint:
     """The checkpoint that `from_pretrained` would load, fetched where it has to be, its weights not read yet."""
-    found = locate(repo_or_folder, sae_id, revision)
+    found = locate(repo_or_folder, sae_id, revision, force_download)
     checkpoint = open_checkpoint(found.path)
     if found.named is not None:
         named = found.named
@@ -133,7 +151,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             for file in path.glob(multi_layer.PATTERN):
                 check_inside(file, path)
             return multi_layer.read(path)
-        found = [path / name for name in _READERS if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        known = [path / name for name in _READERS if (path / name).exists()]
+        found = known or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
             raise CheckpointError(
                 f"{path}: expected one checkpoint, found {[p.name for p in found]}; `gemmascope-fast ls` lists what"
@@ -141,8 +160,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             )
         check_inside(found[0], path)
         path = found[0]
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    check_regular(path)
     other = gemma_scope_1.read if path.suffix == ".npz" else native.read
     return _READERS.get(path.name, other)(path)
 

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import backends
-from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.checkpoints.base import Checkpoint, hook_site
 from gemmascope_fast.checkpoints.loading import _CLASSES, progress_bar
 from gemmascope_fast.checkpoints.packed import ROWS, Layout, checksum, open_layout, source_of
+from gemmascope_fast.checkpoints.regular import check_regular
+from gemmascope_fast.checkpoints.stored_screen import check_screen
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
 from gemmascope_fast.sae.rows import Rows
 from gemmascope_fast.sae.screen import Screen
-from gemmascope_fast.sae.sites import Site
 
 if TYPE_CHECKING:
     from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
+VECTORS = ("b_enc", "b_dec", "threshold")
 # Python names it from 3.13 on; this is Linux's value wherever torch is built for it.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
 
@@ -38,6 +40,7 @@ def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
     is truncated later raises at the next call.
     """
     layout, about = open_layout(path)
+    _agree(path, layout, about, checkpoint)
     mapped = Mapped.of(path, layout, about)
 
     def resident(name: str) -> Tensor:
@@ -49,19 +52,40 @@ def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
             if file.readinto(memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)) != tensor.nbytes:
                 raise CheckpointError(f"{path}: {name}: truncated")
         _compare(path, layout, about, name, tensor)
+        if name in VECTORS and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{path}: {name}: expected finite values, got NaN or Inf")
         return tensor
 
     extra: dict[str, Any] = {"figures": checkpoint.figures} if checkpoint.figures else {}
     metadata = SAEMetadata(checkpoint.model_name, checkpoint.extra.get("neuronpedia_id"), extra)
-    site, out = (None if n is None else Site.from_hook_name(n) for n in (about["hook_name"], about["hook_name_out"]))
+    site, out = (hook_site(path, about.get(name)) for name in ("hook_name", "hook_name_out"))
+    site, out = checkpoint.site or site, checkpoint.site_out or checkpoint.site or out
     cfg = SAEConfig(layout.d_in, layout.d_sae, layout.d_out, site, out, metadata)
-    vectors = {name: resident(name) for name in ("b_enc", "b_dec", "threshold")}
+    vectors = {name: resident(name) for name in VECTORS}
     sae = _CLASSES[about["kind"]](W_enc=mapped.view(ROWS).t(), W_dec=mapped.view("W_dec"), cfg=cfg, **vectors)
     sae.requires_grad_(False)
     screen = Screen(*(resident(f"screen.{n}") for n in ("code", "code2", "table", "centre")))
+    check_screen(path, screen, layout.d_in, layout.d_sae)
     sae.rows = mapped
     sae.screen_cache.adopt(sae, screen)
     return sae
+
+
+def _agree(path: Path, layout: Layout, about: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """CheckpointError where a packed file says other things of its checkpoint than that does itself."""
+    arrays = checkpoint.arrays
+    (d_in, d_sae), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
+    said = {"kind": about["kind"], "d_in": layout.d_in, "d_sae": layout.d_sae, "d_out": layout.d_out}
+    there = {"kind": checkpoint.kind, "d_in": d_in, "d_sae": d_sae, "d_out": d_out}
+    if layout.decoder is not None:
+        said |= {"file": about["file"], "decoder": layout.decoder}
+        there |= {"file": checkpoint.path.name, "decoder": arrays["W_dec"].at}
+    for name, value in there.items():
+        if said[name] != value:
+            raise CheckpointError(
+                f"{path}: {name}: expected {value}, as in {checkpoint.path.name}, got {said[name]}; delete the file to"
+                " have it written again"
+            )
 
 
 def verify(path: str | Path, progress: bool | None = None) -> None:
@@ -98,6 +122,7 @@ class _Mapping:
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
+        check_regular(path)
         # as long as the mapping; a descriptor goes on to the same file where another has got its name
         self.file = open(path if descriptor is None else descriptor, "rb")  # noqa: SIM115
         self.was = self._is()

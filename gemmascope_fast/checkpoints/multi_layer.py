@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from gemmascope_fast.checkpoints.base import Checkpoint, one_of
+from gemmascope_fast.checkpoints.fields import flag, integer, shown
 from gemmascope_fast.checkpoints.gemma_scope_2 import NAMES, model_name, read_config
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
@@ -30,7 +31,7 @@ def read(folder: Path) -> Checkpoint:
     """The folder of all layers' files.  CheckpointError where a layer is missing or shapes disagree."""
     files = {int(m[1]): folder / m[0] for m in (_NUMBER.fullmatch(p.name) for p in folder.iterdir()) if m}
     if set(files) != set(range(len(files))):
-        raise CheckpointError(f"{folder}: expected {PATTERN} numbered from 0, got {sorted(files)}")
+        raise CheckpointError(f"{folder}: expected {PATTERN} numbered from 0, got {shown(sorted(files))}")
     config, config_path = read_config(folder / "config.json")
     kind = _kind(folder, config_path, config.get("type"))
     n = len(files)
@@ -40,10 +41,11 @@ def read(folder: Path) -> Checkpoint:
         if layer.d_in != first.d_in or (layer.arrays["W_dec"].dtype != first.arrays["W_dec"].dtype):
             raise CheckpointError(f"{layer.path}: W_enc: expected d = {first.d_in}, like {first.path.name}")
     total = sum(layer.d_sae for layer in layers)
-    if config.get("width", total) not in (total, first.d_sae):
+    if integer(config_path, "width", config.get("width", total)) not in (total, first.d_sae):
         raise CheckpointError(f"{config_path}: width {config['width']} contradicts {n} layers of {first.d_sae}")
     skips = {f"W_skip_{i}": layer.extra["W_skip"] for i, layer in enumerate(layers) if "W_skip" in layer.extra}
-    if len(skips) not in (0, n) or bool(config.get("affine_connection", bool(skips))) != bool(skips):
+    declared = flag(config_path, "affine_connection", config.get("affine_connection", bool(skips)))
+    if len(skips) not in (0, n) or declared != bool(skips):
         raise CheckpointError(f"{folder}: affine_skip_connection: in {len(skips)} of {n} files, config says otherwise")
     layers = tuple(replace(layer, **_sites(folder, kind, i, n)) for i, layer in enumerate(layers))
     shared = kind == "crosscoder" and first.arrays["W_dec"].shape[1] == first.d_in and first.extra["shared"]
@@ -76,7 +78,7 @@ def _layer(path: Path, i: int, n: int, kind: str) -> Checkpoint:
     extra: dict[str, object] = {"W_skip": arrays.pop("W_skip")} if "W_skip" in arrays else {}
     missing = {"W_enc", "W_dec", "b_dec"} - set(arrays)
     if missing:
-        raise CheckpointError(f"{path}: missing {sorted(missing)}, got {sorted(arrays)}")
+        raise CheckpointError(f"{path}: missing {sorted(missing)}, got {shown(sorted(arrays))}")
     W_dec, b_dec = arrays["W_dec"], arrays["b_dec"]
     extra["shared"] = len(W_dec.shape) == 2
     if len(W_dec.shape) == 3:

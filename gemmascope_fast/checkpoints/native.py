@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site
+from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site, one_of
+from gemmascope_fast.checkpoints.fields import integer, json_object, shown, text
+from gemmascope_fast.checkpoints.stored_screen import check_screen
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.files.write import Source, write_safetensors
-from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.sae.screen import Screen, weights_digest
 
 if TYPE_CHECKING:
@@ -21,46 +22,46 @@ if TYPE_CHECKING:
 
 KEY = "gemmascope_fast"
 FILE = "sae.safetensors"
+_SCREEN = tuple(field.name for field in fields(Screen))
 
 
 def read(path: Path) -> Checkpoint:
     """A file written by `save`; tensors under "screen." are read by `read_screen`."""
     entries, metadata = open_safetensors(path)
-    try:
-        about = json.loads(metadata[KEY])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: metadata {KEY!r}: expected a JSON object: {error}") from error
-    if not isinstance(about, dict) or about.get("version") != 1 or about.get("kind") not in SINGLE:
-        raise CheckpointError(
-            f"{path}: metadata {KEY!r}: expected version 1 and a kind of {SINGLE}, got {about!r:.200}"
-        )
+    about = _metadata(path, metadata)
+    integer(path, "version", about.get("version"), 1, 1)
+    kind = one_of(path, "kind", about.get("kind"), SINGLE)
     arrays = {name: entry for name, entry in entries.items() if not name.startswith("screen.")}
-    figures, k = about.get("figures") or {}, about.get("k")
-    if not isinstance(figures, dict) or not (k is None or (type(k) is int and k > 0)):
-        raise CheckpointError(f"{path}: metadata {KEY!r}: figures: expected an object, k a positive integer")
-    if not isinstance(about.get("model_name"), (str, NoneType)):
-        raise CheckpointError(f"{path}: metadata {KEY!r}: model_name: expected text, got {about['model_name']!r:.80}")
+    figures = about.get("figures") or {}
+    if not isinstance(figures, dict):
+        raise CheckpointError(f"{path}: metadata {KEY!r}: figures: expected an object, got {shown(figures)}")
     return Checkpoint(
         path,
-        about["kind"],
+        kind,
         arrays,
         hook_site(path, about.get("hook_name")),
-        hook_site(path, about.get("hook_name_out")) if "transcoder" in about["kind"] else None,
-        about.get("model_name"),
+        hook_site(path, about.get("hook_name_out")) if "transcoder" in kind else None,
+        text(path, "model_name", about.get("model_name")),
         figures,
-        k=k,
+        k=about.get("k"),
         format="native",
     )
+
+
+def _metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    if KEY not in metadata:
+        raise CheckpointError(f"{path}: metadata {KEY!r}: expected a JSON object, got none")
+    return json_object(path, f"metadata {KEY!r}", metadata[KEY])
 
 
 def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
     """The screen stored beside the weights that `sae` was just loaded with; None where there is none, or where the
     weights were cast on the way and are no longer those it was built from.
 
-    Raises CheckpointError where it is of other weights than the file's.
+    Raises CheckpointError where it is of other weights than the file's, or holds what no build gives.
     """
     entries, metadata = open_safetensors(path)
-    about = json.loads(metadata[KEY])
+    about = _metadata(path, metadata)
     digest = about.get("screen")
     if digest is None:
         return None
@@ -69,22 +70,13 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
         return None
     if digest != weights_digest(sae.W_enc, sae.b_enc, sae.threshold):
         raise CheckpointError(f"{path}: screen: built from other weights than those of the file")
-    d, F = sae.d_in, sae.d_sae
-    k = held["directions"].shape[0] if "directions" in held and held["directions"].shape else 0
-    tiles, table = (-(-F // 4), -(-d // 64), 4, 64), (len(Row) + k, table_stride(F))
-    want = {"code": (tiles, torch.uint8), "table": (table, torch.float32)}
-    want |= {"code2": (tiles, torch.uint8), "centre": ((d,), torch.float32), "directions": ((k, d), torch.float32)}
-    want |= {"scales": ((d,), torch.float32)}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, entry in held.items():
-        if name not in want or (entry.shape, entry.dtype) != want[name]:
-            raise CheckpointError(f"{path}: screen.{name}: expected {want.get(name)}, got {entry.shape} {entry.dtype}")
-        # START may be infinite: the table is checked by its digest, not for finite values
-        tensors[name] = entry.read(sae.device, entry.dtype, finite=False)
-    if not {"code", "table"} <= set(tensors):
-        raise CheckpointError(f"{path}: screen: expected code and table, got {sorted(tensors)}")
+    if not {"code", "table"} <= set(held) <= set(_SCREEN):
+        raise CheckpointError(f"{path}: screen: expected code, table and some of {_SCREEN}, got {shown(sorted(held))}")
+    # START may be infinite: `check_screen` looks at the table's values
+    tensors = {name: entry.read(sae.device, entry.dtype, finite=False) for name, entry in held.items()}
     optional = (tensors.get(name) for name in ("centre", "directions", "scales"))
     screen = Screen(tensors["code"], tensors.get("code2"), tensors["table"], *optional)
+    check_screen(path, screen, sae.d_in, sae.d_sae)
     if screen.digest() != about.get("screen_data"):
         raise CheckpointError(f"{path}: screen: damaged")
     return screen

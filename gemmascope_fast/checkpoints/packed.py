@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
-from gemmascope_fast.checkpoints.base import Checkpoint
+from gemmascope_fast.checkpoints.base import Checkpoint, one_of, read_json
+from gemmascope_fast.checkpoints.fields import integer, integers, json_object, shown, text
 from gemmascope_fast.checkpoints.loading import progress_bar
+from gemmascope_fast.checkpoints.regular import check_regular
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files.arrays import open_safetensors
+from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.sae.screen import MOST_INPUTS
@@ -44,6 +46,7 @@ PANEL_BYTES = 1 << 30
 SPARE_BYTES = 64 << 20
 ROWS, TABLE, CODES = "W_enc.rows", "screen.table", ("screen.code", "screen.code2")
 PANELLED = (ROWS, "W_dec", *CODES, TABLE)
+PACKED_KINDS = ("sae", "transcoder")
 
 Checksums = dict[str, list[int]]  # of each array, those of its pieces
 Update = Callable[[int], object]
@@ -118,20 +121,37 @@ def checksum(tensor: Tensor) -> int:
 
 def open_layout(path: Path) -> tuple[Layout, dict[str, Any]]:
     """The layout of a complete packed file and what its header says; CheckpointError where it is none or truncated."""
-    entries, metadata = open_safetensors(path)
-    try:
-        about = json.loads(metadata[KEY])
-        d_in, d_sae, d_out, panel = (int(about[name]) for name in ("d_in", "d_sae", "d_out", "panel"))
-        layout = Layout(d_in, d_sae, d_out, panel, None if about["decoder"] is None else int(about["decoder"]))
-        if Path(about["file"]).name != about["file"]:
-            raise ValueError(f"file: expected a name, got {about['file']!r:.80}")
-        sums = {name: len(about["checksums"][name]) for name in layout.checked()}
-    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: metadata {KEY!r}: not a packed file: {error!r}") from error
+    entries, about = _header(path)
+    d_in = integer(path, "d_in", about.get("d_in"), 1, MOST_INPUTS)
+    d_sae, d_out, panel = (integer(path, name, about.get(name)) for name in ("d_sae", "d_out", "panel"))
+    if panel % 64:
+        raise CheckpointError(f"{path}: panel: expected a multiple of 64, got {panel}")
+    decoder = about.get("decoder")
+    layout = Layout(d_in, d_sae, d_out, panel, None if decoder is None else integer(path, "decoder", decoder))
+    one_of(path, "kind", about.get("kind"), PACKED_KINDS)
+    file = text(path, "file", about.get("file"))
+    if file in (None, "..") or Path(file).name != file:
+        raise CheckpointError(f"{path}: file: expected the name of a file beside this one, got {shown(file)}")
     there = {name: (entry.dtype, entry.shape, entry.at) for name, entry in entries.items()}
-    if there != layout.arrays() or sums != {name: len(layout.pieces(name)) for name in layout.checked()}:
+    if there != layout.arrays():  # and so the sizes are those of arrays that the file has room for
         raise CheckpointError(f"{path}: metadata {KEY!r}: does not fit the arrays")
+    sums = about.get("checksums")
+    if not isinstance(sums, dict) or set(sums) != set(layout.checked()):
+        raise CheckpointError(f"{path}: checksums: expected those of {layout.checked()}, got {shown(sums)}")
+    for name in layout.checked():
+        integers(path, f"checksums: {name}", sums[name], len(layout.pieces(name)), (1 << 32) - 1)
     return layout, about
+
+
+def _header(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """The arrays of a packed file and what its header says, as far as it is one."""
+    entries, metadata = open_safetensors(path)
+    if KEY not in metadata:
+        raise CheckpointError(f"{path}: metadata {KEY!r}: not a packed file")
+    about = json_object(path, f"metadata {KEY!r}", metadata[KEY])
+    if text(path, "source", about.get("source")) is None:
+        raise CheckpointError(f"{path}: source: expected what the file was packed from, got none")
+    return entries, about
 
 
 def pack(checkpoint: Checkpoint, path: Path, centre: Tensor | None = None, progress: bool | None = False) -> Path:
@@ -142,7 +162,7 @@ def pack(checkpoint: Checkpoint, path: Path, centre: Tensor | None = None, progr
     checksums), of a compressed one all once a panel, decompressed on the way.  Raises CheckpointError for another kind,
     damaged arrays, or a disk with too little room.
     """
-    if checkpoint.kind not in ("sae", "transcoder") or checkpoint.subtracts_b_dec or checkpoint.normalisation != "none":
+    if checkpoint.kind not in PACKED_KINDS or checkpoint.subtracts_b_dec or checkpoint.normalisation != "none":
         raise CheckpointError(f"{checkpoint.path}: rows='mmap': expected a plain SAE or transcoder")
     (d_in, d_sae), d_out = checkpoint.arrays["W_enc"].shape, checkpoint.arrays["W_dec"].shape[1]
     if d_in > MOST_INPUTS:
@@ -261,11 +281,7 @@ def _is_of(path: Path, source: str) -> bool:
     """Whether a complete packed file of this source is there; CheckpointError where the file is of another kind."""
     if not path.exists():
         return False
-    _entries, metadata = open_safetensors(path)
-    try:
-        return bool(json.loads(metadata[KEY])["source"] == source)
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: metadata {KEY!r}: not a packed file: {error!r}") from error
+    return bool(_header(path)[1]["source"] == source)
 
 
 def _write_header(file: IO[bytes], layout: Layout, checkpoint: Checkpoint, source: str, sums: Checksums) -> None:
@@ -320,6 +336,8 @@ def _locked(partial: Path) -> Iterator[IO[bytes]]:
     import fcntl
 
     while True:
+        if partial.exists():
+            check_regular(partial)
         with open(os.open(partial, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -337,11 +355,15 @@ def _record_of(partial: Path) -> Path:
 
 def _progress(partial: Path, source: str, layout: Layout) -> Checksums:
     """Checksums of the panels that an interrupted packing of the same source finished."""
+    record = _record_of(partial)
     try:
-        kept = json.loads(_record_of(partial).read_text())
-        return dict(kept["checksums"]) if kept["source"] == f"{source} {layout.panel}" else {}
-    except (OSError, ValueError, KeyError, TypeError):  # none, or not one of ours
+        kept = read_json(record)
+        if kept.get("source") != f"{source} {layout.panel}" or not isinstance(kept.get("checksums"), dict):
+            return {}
+        sums = {name: integers(record, name, kept["checksums"].get(name)) for name in PANELLED}
+    except CheckpointError:  # none, or not one of ours: all panels are written
         return {}
+    return sums if len({len(each) for each in sums.values()}) == 1 else {}
 
 
 def _record(partial: Path, source: str, layout: Layout, sums: Checksums) -> None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, names, native, saelens
+from gemmascope_fast.checkpoints.bundled import SAE_FILE
+from gemmascope_fast.checkpoints.hub import first_line, no_answer
 from gemmascope_fast.errors import CheckpointError
 
 # file name → format
@@ -30,8 +32,17 @@ class Found:
     named: names.Named | None = None
 
 
-def locate(source: str | Path, sae_id: str | None = None, revision: str | None = None) -> Found:
-    """The local path of a checkpoint, fetched where it has to be.  CheckpointError where it is not there."""
+def locate(
+    source: str | Path, sae_id: str | None = None, revision: str | None = None, force_download: bool = False
+) -> Found:
+    """The local path of a checkpoint, fetched where it has to be.  CheckpointError where it is not there.
+
+    The text "demo" is the bundled SAE, as on the command line; a folder of that name is Path("demo") or "./demo".
+    """
+    if source == "demo":
+        if sae_id is not None:
+            raise CheckpointError(f"sae_id: 'demo' is one SAE and takes none, got {sae_id!r}")
+        return Found(SAE_FILE)
     if sae_id is not None:
         parts = PurePosixPath(sae_id).parts
         if not parts or PurePosixPath(sae_id).is_absolute() or ".." in parts or set(sae_id) & set("*?[\\"):
@@ -41,8 +52,8 @@ def locate(source: str | Path, sae_id: str | None = None, revision: str | None =
         return Found(inside(local, sae_id))
     named = names.lookup(str(source), sae_id)
     if named is not None:
-        return Found(_download(named.repo, named.path, revision), named)
-    return Found(_download(str(source), sae_id, revision))
+        return Found(_download(named.repo, named.path, revision, force_download), named)
+    return Found(_download(str(source), sae_id, revision, force_download))
 
 
 def inside(folder: Path, sae_id: str | None) -> Path:
@@ -93,6 +104,12 @@ def repository_files(repo: str, revision: str | None = None) -> list[str]:
     """All paths in a Hugging Face repository.  CheckpointError where it is not in reach."""
     from huggingface_hub import HfApi
 
+    silent = no_answer(repo, revision)
+    if silent is not None:
+        raise CheckpointError(
+            f"{repo}: not a local path, and Hugging Face cannot be reached to list it ({silent}); a checkpoint that is"
+            " in the cache loads by its sae_id"
+        )
     with _in_reach(repo):
         return HfApi().list_repo_files(repo, revision=revision)
 
@@ -116,10 +133,14 @@ def _in_reach(repo: str) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise CheckpointError(f"{repo}: neither a local path nor a repository in reach: {error}") from error
+        raise CheckpointError(
+            f"{repo}: not a local path, and not a repository in reach: {first_line(error)}"
+        ) from error
 
 
-def _download(repo: str, path: str | None, revision: str | None) -> Path:
+def _download(repo: str, path: str | None, revision: str | None, force: bool = False) -> Path:
+    """The checkpoint at `path` in a repository: from the cache where it is sure to be the one that is meant, or where
+    Hugging Face does not answer."""
     from huggingface_hub import snapshot_download
 
     if path is None:
@@ -128,11 +149,38 @@ def _download(repo: str, path: str | None, revision: str | None) -> Path:
     folder = at.parent if at.suffix in (".npz", ".safetensors") else at
     wanted = [at.name] if folder != at else [*FORMATS, "params_layer_*.safetensors"]
     patterns = [(folder / name).as_posix() for name in (*wanted, *_BESIDE)]
+    commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    cached = _cached(repo, path, patterns, revision) if commit and not force else None
+    if cached is not None:
+        return cached
+    silent = no_answer(repo, revision)
+    if silent is not None:
+        cached = None if force else _cached(repo, path, patterns, revision)
+        if cached is None:
+            raise CheckpointError(
+                f"{repo}: {path}: not a local path, not in the cache, and Hugging Face cannot be reached ({silent})"
+            )
+        return cached
     with _in_reach(repo):
-        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, force_download=force))
     if not (root / path).exists():
         raise CheckpointError(f"{repo}: {path}: no such checkpoint; `gemmascope-fast ls {repo}` lists them")
     return root / path
+
+
+def _cached(repo: str, path: str, patterns: list[str], revision: str | None) -> Path | None:
+    """The checkpoint in Hugging Face's cache, without asking anyone; None where it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        with _in_reach(repo):
+            root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True))
+    except CheckpointError as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            return None
+        raise
+    return root / path if (root / path).exists() else None
 
 
 def _only_checkpoint(repo: str, revision: str | None) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.checkpoints import transformer_lens
-from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of, read_json
+from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, hook_site, one_of, read_json
+from gemmascope_fast.checkpoints.fields import MOST, flag, integer, shown, text
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.write import Source, write_json, write_safetensors
@@ -36,6 +37,15 @@ _ARCHITECTURES = {
     "transcoder": "jumprelu_transcoder",
     "skip_transcoder": "jumprelu_skip_transcoder",
 }
+# Which activation functions a config of each may name; others (tanh-relu) were computed by versions before 6.
+_ACTIVATIONS = {
+    "jumprelu": ("relu", "jumprelu"),
+    "topk": ("topk",),
+    "batchtopk": ("relu", "jumprelu", "batchtopk"),
+    "matryoshka_batchtopk": ("relu", "jumprelu", "batchtopk"),
+    "jumprelu_transcoder": ("relu", "jumprelu"),
+    "jumprelu_skip_transcoder": ("relu", "jumprelu"),
+}
 _OLD_NAMES = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
 _ABOUT_MODEL = ("model_name", "hook_name", "hook_name_out", "hf_hook_name", "hf_hook_name_out", "neuronpedia_id")
 
@@ -46,19 +56,23 @@ def read(path: Path) -> Checkpoint:
     Refused rather than read wrongly: other architectures, and activations that are normalised at run time.
     """
     config_path = path.with_name("cfg.json")
-    config = modern(read_json(config_path))
+    stored = read_json(config_path)
+    config = modern(stored, config_path)
     architecture = one_of(config_path, "architecture", config.get("architecture"), _KINDS)
+    check_activation(config_path, stored, _ACTIVATIONS.get(architecture, ("relu",)))
     kind, metadata = _KINDS[architecture], config["metadata"]
     normalisation = config.get("normalize_activations") or "none"
-    subtracts = bool(config.get("apply_b_dec_to_input", kind in ("sae", "topk_sae")))
+    default = kind in ("sae", "topk_sae")
+    subtracts = flag(config_path, "apply_b_dec_to_input", config.get("apply_b_dec_to_input", default))
     if subtracts and "transcoder" in kind:
         raise CheckpointError(f"{config_path}: apply_b_dec_to_input: expected false for a transcoder, got true")
-    arrays, value = _arrays(path, architecture, config)
-    k = config.get("k") if kind == "topk_sae" else None
+    rescale = flag(config_path, "rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", False))
+    arrays, value = _arrays(path, architecture, rescale)
+    k = None
     if kind == "topk_sae" and ("threshold" in arrays or value > 0):
-        kind, k = "sae", None
-    if kind == "topk_sae" and not (type(k) is int and k > 0):
-        raise CheckpointError(f"{config_path}: k: expected a positive integer, got {k!r}")
+        kind = "sae"
+    elif kind == "topk_sae":
+        k = integer(config_path, "k", config.get("k"), 1, _d_sae(arrays))
     model = metadata.get("model_name")
     found = Checkpoint(
         path,
@@ -71,19 +85,23 @@ def read(path: Path) -> Checkpoint:
         subtracts_b_dec=subtracts,
         threshold_value=value,
         k=k,
-        extra={"neuronpedia_id": metadata.get("neuronpedia_id")},
+        extra={"neuronpedia_id": text(config_path, "neuronpedia_id", metadata.get("neuronpedia_id"))},
         format="saelens",
     )
-    shape = found.arrays["W_enc"].shape
-    if (config.get("d_in", shape[0]), config.get("d_sae", shape[1])) != shape:
-        raise CheckpointError(f"{config_path}: d_in and d_sae contradict W_enc {shape}")
-    if config.get("d_out", found.arrays["W_dec"].shape[1]) != found.arrays["W_dec"].shape[1]:
-        raise CheckpointError(f"{config_path}: d_out contradicts W_dec {found.arrays['W_dec'].shape}")
+    for name, size in (("d_in", found.d_in), ("d_sae", found.d_sae), ("d_out", found.arrays["W_dec"].shape[1])):
+        if integer(config_path, name, config.get(name, size)) != size:
+            raise CheckpointError(f"{config_path}: {name}: {config[name]} contradicts the arrays, which have {size}")
     return found
 
 
-def modern(config: dict[str, Any]) -> dict[str, Any]:
-    """A cfg.json of any SAELens version in the present form, as SAELens's own loader fills it in."""
+def _d_sae(arrays: dict[str, Entry]) -> int:
+    """How many features there are, as far as the arrays say; `Checkpoint` refuses those that do not."""
+    shape = arrays["W_enc"].shape if "W_enc" in arrays else ()
+    return shape[1] if len(shape) == 2 and shape[1] else MOST
+
+
+def modern(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A cfg.json of any SAELens version in the present form, as SAELens's own loader fills it in.  path: for errors."""
     metadata = config.get("metadata")
     about: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
     version = str(config.get("sae_lens_version") or about.get("sae_lens_version") or "")
@@ -93,8 +111,15 @@ def modern(config: dict[str, Any]) -> dict[str, Any]:
     new["metadata"] = {name: new[name] for name in _ABOUT_MODEL if name in new} | about
     new.setdefault("architecture", "standard")
     arguments = new.get("activation_fn_kwargs") or {}
-    if new.get("activation_fn") == "topk" and isinstance(arguments, dict) and arguments.get("k") is not None:
-        new |= {"architecture": "topk", "k": arguments["k"]}
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"{path}: activation_fn_kwargs: expected an object, got {shown(arguments)}")
+    if new.get("activation_fn") == "topk" and new["architecture"] in ("standard", "topk"):
+        k = arguments.get("k", new.get("k"))
+        if new.get("k", k) != k:
+            raise CheckpointError(
+                f"{path}: k: {shown(new['k'])} contradicts activation_fn_kwargs, which say {shown(k)}"
+            )
+        new |= {"architecture": "topk", "k": k}
     if isinstance(new.get("normalize_activations"), bool):
         new["normalize_activations"] = "expected_average_only_in" if new["normalize_activations"] else "none"
     return new
@@ -108,7 +133,7 @@ def _site(path: Path, metadata: dict[str, Any], which: str, model: Any) -> Any:
     return transformer_lens.site_of(metadata.get(f"hook_name{which}"), model if isinstance(model, str) else None)
 
 
-def _arrays(path: Path, architecture: str, config: dict[str, Any]) -> tuple[dict[str, Entry], float]:
+def _arrays(path: Path, architecture: str, rescale: bool) -> tuple[dict[str, Entry], float]:
     """Arrays under our names and the threshold of an SAE that has one number for all features."""
     arrays, value = open_safetensors(path)[0], 0.0
     scale = arrays.pop("scaling_factor", None)
@@ -125,7 +150,7 @@ def _arrays(path: Path, architecture: str, config: dict[str, Any]) -> tuple[dict
         raise CheckpointError(f"{path}: threshold: missing from a {architecture}")
     if "W_skip" in arrays:
         arrays["W_skip"] = arrays["W_skip"].transposed()  # SAELens holds [d_out, d_in]
-    if config.get("rescale_acts_by_decoder_norm") and {"W_enc", "W_dec", "b_enc"} <= set(arrays):
+    if rescale and {"W_enc", "W_dec", "b_enc"} <= set(arrays):
         arrays |= _rescaled(arrays)
     return arrays, value
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import os
+import re
 import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -18,12 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gemmascope_fast.checkpoints.fields import integer, integers, shown, sizes
+from gemmascope_fast.checkpoints.regular import MAX_JSON, check_regular, open_regular
 from gemmascope_fast.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 20  # a block lives in several copies at once (raw, cast, finite mask); all small beside an SAE
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 50
-MAX_HEADER = 32 << 20  # of JSON, which takes ten times that when parsed; figures of a million features fit
 MAX_MEMBERS = 64
+MAX_DIRECTORY = 1 << 20  # bytes of a zip file's directory; numpy writes 60 a member
+MAX_NPY_HEADER = 1 << 14  # numpy refuses more than 10,000
 # safetensors' names
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 DTYPES |= {"I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
@@ -106,8 +110,21 @@ class Entry:
     def read_into(self, target: Tensor, finite: bool = True) -> None:
         """Fill `target`, of this shape and any strides, block by block."""
         rows = target.t() if self.flip else target.reshape(1) if target.dim() == 0 else target
+        if self.block is None and rows.dim() == 2 and rows.shape[1] * self.dtype.itemsize > BLOCK_BYTES:
+            self._read_wide(rows, finite)
+            return
         for start, block in self.blocks(target.dtype, finite):
             rows[start : start + block.shape[0]].copy_(block.reshape(-1, *rows.shape[1:]))
+
+    def _read_wide(self, rows: Tensor, finite: bool) -> None:
+        """Fill rows [m, n] of the array as stored, each of them longer than a block, one part of a row at a time."""
+        n, flat = rows.shape[1], replace(self, shape=(rows.numel(),), stored=None, flip=False)
+        for start, block in flat.blocks(rows.dtype, finite):
+            row, column = divmod(start, n)
+            first = min(n - column, block.shape[0])
+            rows[row, column : column + first].copy_(block[:first])
+            if first < block.shape[0]:  # a block is shorter than a row: it ends in the next one at the latest
+                rows[row + 1, : block.shape[0] - first].copy_(block[first:])
 
     def read_part_into(self, target: Tensor, row: int, column: int, finite: bool = True) -> None:
         """Fill `target` [m, n], of any strides, with the part of a matrix that begins at this row and column.
@@ -138,7 +155,7 @@ class Entry:
             tail = (n,)
         size = math.prod(tail) * self.dtype.itemsize
         step = max(1, BLOCK_BYTES // max(1, size))
-        with open(self.file, "rb", buffering=0) as file:
+        with open_regular(self.file) as file:
             for start in range(row, row + m, step):
                 count = min(step, row + m - start)
                 buffer = bytearray(count * size)
@@ -183,13 +200,13 @@ class Entry:
 
 def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Entries by name and the metadata of a safetensors file, its header checked against the file's size."""
+    size = check_regular(path)
     try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > min(MAX_HEADER, size - 8):
+        with open_regular(path) as file:
+            (length,) = struct.unpack("<Q", _exactly(file, 8))
+            if length > min(MAX_JSON, size - 8):
                 raise CheckpointError(f"{path}: {_no_header(length, size)}")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_each_once)
+            header = json.loads(_exactly(file, length).decode(), object_pairs_hook=_each_once)
         metadata = header.pop("__metadata__", {})
         found = {name: _safetensors_item(path, name, item) for name, item in header.items()}
     except CheckpointError:
@@ -197,7 +214,7 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except _DAMAGE as error:
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__: expected an object of texts, got {metadata!r:.80}")
+        raise CheckpointError(f"{path}: __metadata__: expected an object of texts, got {shown(metadata)}")
     # arrays lie one after the other and fill the file: one that was cut off, or shares bytes, shows
     end = 0
     for name, item in sorted(found.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
@@ -209,11 +226,23 @@ def open_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return {name: item.entry(path, name, 8 + length) for name, item in found.items()}, metadata
 
 
+def _exactly(file: IO[bytes], size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = file.read(size - len(data))
+        if not more:
+            raise EOFError(f"truncated, {size - len(data)} bytes missing")
+        data += more
+    return data
+
+
 def _no_header(length: int, size: int) -> str:
     """What a file may be whose first 8 bytes give no length of a header that it could hold."""
     start = struct.pack("<Q", length)
     if start.startswith((b"PK", b"\x80")):  # a zip archive, as torch.save writes, or a bare pickle
         return "expected a safetensors file, got an archive or a pickle, which is never loaded"
+    if MAX_JSON < length <= size - 8:
+        return f"expected a header of at most {MAX_JSON} bytes, got one of {length}"
     return f"truncated, or no safetensors file: a header of {length} bytes in a file of {size}"
 
 
@@ -235,35 +264,58 @@ class _Item(NamedTuple):
 
     def entry(self, path: Path, name: str, base: int) -> Entry:
         def stream() -> IO[bytes]:
-            file = open(path, "rb")  # noqa: SIM115  (the caller closes it)
+            file = open_regular(path)  # the caller closes it
             file.seek(base + self.begin)
             return file
 
         return Entry(path, name, self.shape, self.dtype, stream, at=base + self.begin)
 
 
-def _safetensors_item(path: Path, name: str, item: dict[str, Any]) -> _Item:
-    if set(item) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{path}: {name}: expected dtype, shape and data_offsets, got {sorted(item)!r:.80}")
-    if item["dtype"] not in DTYPES:
-        raise CheckpointError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {item['dtype']!r:.80}")
-    dtype, shape = DTYPES[item["dtype"]], tuple(item["shape"])
-    begin, end = item["data_offsets"]
-    if not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end)):
-        raise CheckpointError(f"{path}: {name}: shape and offsets must be non-negative integers")
+def _safetensors_item(path: Path, name: str, item: object) -> _Item:
+    if not isinstance(item, dict) or set(item) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{path}: {name}: expected dtype, shape and data_offsets, got {shown(item)}")
+    if not isinstance(item["dtype"], str) or item["dtype"] not in DTYPES:
+        raise CheckpointError(f"{path}: {name}: expected one of {', '.join(DTYPES)}, got {shown(item['dtype'])}")
+    dtype, shape = DTYPES[item["dtype"]], sizes(path, f"{name}: shape", item["shape"])
+    begin, end = integers(path, f"{name}: data_offsets", item["data_offsets"], 2)
     if end - begin != math.prod(shape) * dtype.itemsize:
-        raise CheckpointError(f"{path}: {name}: shape {shape!s:.80} does not fit bytes {begin} to {end}")
+        raise CheckpointError(f"{path}: {name}: shape {shape} does not fit bytes {begin} to {end}")
     return _Item(dtype, shape, begin, end)
+
+
+def latents_shape(path: Path, stored: str | None, entries: Mapping[str, Entry]) -> tuple[int, ...]:
+    """The shape (…, d_sae) that a file of sparse latents gives as text, which must be that of its arrays."""
+    parts = (stored or "").split(",")
+    if not all(re.fullmatch("[0-9]{1,19}", part) for part in parts):
+        raise CheckpointError(f"{path}: shape: expected sizes with commas between them, got {shown(stored)}")
+    shape = sizes(path, "shape", [int(part) for part in parts])
+    integer(path, "shape: d_sae", shape[-1], 0, (1 << 31) - 1)  # features are int32
+    nnz = entries["values"].shape
+    if len(nnz) != 1 or entries["col_indices"].shape != nnz:
+        raise CheckpointError(f"{path}: values and col_indices: expected two vectors of one length, got {nnz}")
+    if entries["crow_indices"].shape != (math.prod(shape[:-1]) + 1,):
+        raise CheckpointError(
+            f"{path}: crow_indices: expected {math.prod(shape[:-1]) + 1} offsets for shape {shape}, got"
+            f" {entries['crow_indices'].shape}"
+        )
+    if not entries["values"].dtype.is_floating_point:
+        raise CheckpointError(f"{path}: values: expected a floating dtype, got {entries['values'].dtype}")
+    return shape
 
 
 def open_npz(path: Path) -> dict[str, Entry]:
     """Entries by name of an .npz file; pickled, big-endian and Fortran-ordered arrays are refused."""
     entries: dict[str, Entry] = {}
+    check_regular(path)
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _SmallReads(path, "rb") as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if len(members) > MAX_MEMBERS:
                 raise CheckpointError(f"{path}: expected a few arrays, got {len(members)} members")
+            # Trained floats shrink by a tenth, at most by a half: large arrays that hold next to nothing are a bomb.
+            there, stored = sum(info.file_size for info in members), sum(info.compress_size for info in members)
+            if there > BOMB_BYTES and there > BOMB_RATIO * stored:
+                raise CheckpointError(f"{path}: {there} bytes out of {stored}: a zip bomb")
             for info in members:
                 name = info.filename.removesuffix(".npy")
                 if name in entries:
@@ -279,27 +331,37 @@ def open_npz(path: Path) -> dict[str, Entry]:
     return entries
 
 
+class _SmallReads(io.FileIO):
+    """A file that refuses large reads: zipfile takes a whole directory in one."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        most = MAX_DIRECTORY + 1
+        wanted = most if size is None or size < 0 else size
+        got = (super().read(wanted) or b"") if wanted <= most else b""
+        if wanted > most or len(got) == most:
+            raise ValueError(f"a directory of more than {MAX_DIRECTORY} bytes")
+        return got
+
+
 def _npz_entry(path: Path, name: str, info: zipfile.ZipInfo, member: IO[bytes]) -> Entry:
-    version = np.lib.format.read_magic(member)
+    head = io.BytesIO(member.read(MAX_NPY_HEADER))  # numpy would read what the header says of its own length
+    version = np.lib.format.read_magic(head)
     reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if reader is None:
         raise CheckpointError(f"{path}: {name}: npy version {version} is not known")
-    shape, fortran, dtype = reader(member)
+    shape, fortran, dtype = reader(head)
     if dtype.str not in _NUMPY or fortran:
         raise CheckpointError(
             f"{path}: {name}: expected C-ordered float16, float32 or float64, got {dtype.str}, Fortran {fortran}"
         )
-    if not all(type(n) is int for n in shape):
-        raise CheckpointError(f"{path}: {name}: shape: expected integers, got {shape}")
-    start, size = member.tell(), math.prod(shape) * dtype.itemsize
+    shape = sizes(path, f"{name}: shape", list(shape))
+    start, size = head.tell(), math.prod(shape) * dtype.itemsize
     # A stored size that the shape does not explain, or more than deflate can expand to (1032:1), is a bomb.
-    if start + size != info.file_size or info.file_size > 1032 * info.compress_size + 1024 or min(shape, default=0) < 0:
+    if start + size != info.file_size or info.file_size > 1032 * info.compress_size + 1024:
         raise CheckpointError(f"{path}: {name}: shape {shape} does not fit a member of {info.file_size} bytes")
-    # So are large arrays that hold next to nothing: trained floats shrink by a tenth, at most by a half.
-    if info.file_size > BOMB_BYTES and info.file_size > BOMB_RATIO * info.compress_size:
-        raise CheckpointError(f"{path}: {name}: {info.file_size} bytes out of {info.compress_size}: a zip bomb")
 
     def stream() -> IO[bytes]:
+        check_regular(path)
         archive = zipfile.ZipFile(path)
         file = archive.open(info)
         archive.close()  # the open member keeps the file alive
@@ -308,7 +370,7 @@ def _npz_entry(path: Path, name: str, info: zipfile.ZipInfo, member: IO[bytes]) 
 
     at = None
     if info.compress_type == zipfile.ZIP_STORED:
-        with open(path, "rb") as file:  # the member's own header may be longer than the directory's
+        with open_regular(path) as file:  # the member's own header may be longer than the directory's
             file.seek(info.header_offset + 26)
-            at = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4))) + start
+            at = info.header_offset + 30 + sum(struct.unpack("<HH", _exactly(file, 4))) + start
     return Entry(path, name, tuple(shape), _NUMPY[dtype.str], stream, at=at, checksum=True)

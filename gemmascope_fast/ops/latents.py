@@ -353,13 +353,13 @@ class SparseLatents:
     def load(cls, path: str | PathLike[str], device: str = "cpu") -> SparseLatents:
         """What `save` wrote, checked.  CheckpointError where the file is damaged or something else."""
         from gemmascope_fast.errors import CheckpointError
-        from gemmascope_fast.files.arrays import open_safetensors
+        from gemmascope_fast.files.arrays import latents_shape, open_safetensors
 
         entries, metadata = open_safetensors(Path(path))
         if set(entries) != {"crow_indices", "col_indices", "values"}:
             raise CheckpointError(f"{path}: expected crow_indices, col_indices and values, got {sorted(entries)}")
         try:
-            shape = tuple(int(s) for s in metadata["shape"].split(","))
+            shape = latents_shape(Path(path), metadata.get("shape"), entries)
             # NaN is a legal activation
             each = [entries[n] for n in ("crow_indices", "col_indices", "values")]
             crow, col, values = (entry.read(torch.device(device), entry.dtype, finite=False) for entry in each)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -35,7 +36,7 @@ class Coder(nn.Module):
     @classmethod
     def from_pretrained(
         cls: type[T],
-        repo_or_folder: str,
+        repo_or_folder: str | Path | None = None,
         sae_id: str | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = torch.float32,
@@ -44,8 +45,9 @@ class Coder(nn.Module):
         """As `gsf.SAE.from_pretrained`, and a TypeError naming the kind where the checkpoint is another."""
         loaded = cls._load(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
         if loaded.kind != cls.kind:
+            place = repo_or_folder or options["release"]
             raise TypeError(
-                f"{repo_or_folder}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
+                f"{place}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
                 f" ({type(loaded).__name__}); gsf.SAE.from_pretrained takes any"
             )
         return loaded  # type: ignore[no-any-return]

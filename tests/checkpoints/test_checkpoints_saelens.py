@@ -119,6 +119,7 @@ def test_saelens_names(monkeypatch, tmp_path):
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_args, **_options: None)
     sae = gsf.SAE.from_pretrained("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical", revision="r")
     assert (asked["repo"], asked["revision"]) == ("google/gemma-scope-2b-pt-res", "r")
     assert f"{at}/params.npz" in asked["allow_patterns"]

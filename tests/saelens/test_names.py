@@ -57,6 +57,7 @@ def test_every_name_opens_at_the_site_that_saelens_says(release, files_of, tmp_p
     repo, gemma_3 = theirs["repo_id"], theirs["conversion_func"] == "gemma_3"
     root = tmp_path / f"models--{repo.replace('/', '--')}" / "snapshots" / "0"
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_args, **_options: str(root))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_args, **_options: None)
     for sae in theirs["saes"]:
         folder = root / sae["path"]
         folder.mkdir(parents=True, exist_ok=True)

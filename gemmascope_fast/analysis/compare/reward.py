@@ -10,6 +10,7 @@ import torch
 
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.checkpoints.hub import from_hub_or_cache
 
 
 def load_reward_model(name: str) -> tuple[Any, Any]:
@@ -18,10 +19,12 @@ def load_reward_model(name: str) -> tuple[Any, Any]:
 
     if name == "demo":
         raise ValueError("--reward: expected --model, a sequence classifier; the demo's model is none")
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype="float32").eval()
+    with from_hub_or_cache(name) as local:
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype="float32", **local).eval()
+        tokenizer = AutoTokenizer.from_pretrained(name, **local)
     if model.config.num_labels != 1:
         raise ValueError(f"--reward {name}: expected a model of one output, got {model.config.num_labels}")
-    return model.requires_grad_(False), AutoTokenizer.from_pretrained(name)
+    return model.requires_grad_(False), tokenizer
 
 
 def attributed(

@@ -1,0 +1,68 @@
+"""Opening what somebody else wrote: regular files only, and nothing read before its size is known to be small."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import IO
+
+from gemmascope_fast.errors import CheckpointError
+
+MAX_JSON = 1 << 20  # of a header or a config: parsing takes up to 25 times that
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def check_regular(path: Path) -> int:
+    """Size in bytes of a regular file, links followed.  CheckpointError where it is anything else: opening a FIFO can
+    wait for ever, and a device has no end."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for test, name in _KINDS if test(found.st_mode)), "something else")
+        raise CheckpointError(f"{path}: expected a regular file, got {kind}")
+    return found.st_size
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """The file opened for reading, unbuffered.  CheckpointError where it is not a regular file or cannot be opened."""
+    check_regular(path)
+    try:
+        # Without waiting, should a FIFO have taken its place since it was looked at.
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise CheckpointError(f"{path}: expected a regular file")
+    return file
+
+
+def read_small(path: Path, most: int = MAX_JSON) -> bytes:
+    """All bytes of a regular file of at most `most` bytes.  CheckpointError where it is larger or no such file."""
+    with open_regular(path) as file:
+        try:
+            data = _up_to(file, most + 1)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    if len(data) > most:
+        raise CheckpointError(f"{path}: expected at most {most} bytes, got more")
+    return data
+
+
+def _up_to(file: IO[bytes], size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        more = file.read(size - len(data))
+        if not more:
+            break
+        data += more
+    return data
