@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.checkpoints.fields import integer, json_object, shown, text
-from gemmascope_fast.checkpoints.regular import read_small
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry
+from gemmascope_fast.files.fields import integer, json_object, shown, text
+from gemmascope_fast.files.regular import read_small
 from gemmascope_fast.sae.sites import Site
 
 REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")

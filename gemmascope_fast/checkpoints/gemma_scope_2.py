@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, hook_site, one_of, read_json
-from gemmascope_fast.checkpoints.fields import flag, integer, shown
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import open_safetensors
+from gemmascope_fast.files.fields import flag, integer, shown
 from gemmascope_fast.files.write import Source, write_json, write_safetensors
 from gemmascope_fast.sae.sites import Site
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,24 +13,23 @@ from torch import Tensor
 
 from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, multi_layer, native, saelens
 from gemmascope_fast.checkpoints.base import Checkpoint
-from gemmascope_fast.checkpoints.regular import check_regular
+from gemmascope_fast.checkpoints.kinds import KINDS
 from gemmascope_fast.checkpoints.repository import check_inside, locate
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import BLOCK_BYTES, Block
+from gemmascope_fast.files.progress import progress_bar
+from gemmascope_fast.files.regular import check_regular
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder, MultiSiteConfig
 from gemmascope_fast.sae.sites import Site
-from gemmascope_fast.sae.topk import TopKSAE
 
 _READERS = {
     gemma_scope_1.FILE: gemma_scope_1.read,
     gemma_scope_2.FILE: gemma_scope_2.read,
     saelens.FILE: saelens.read,
 }
-_CLASSES: dict[str, Any] = {c.kind: c for c in (JumpReLUSAE, TopKSAE, JumpReLUTranscoder, JumpReLUSkipTranscoder)}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BAR_BYTES = 256 << 20  # about a second from a slow disk: below it a bar would only flash
 
 
 def from_pretrained(
@@ -198,7 +196,7 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
         if not bool(torch.isfinite(weights["b_enc"]).all()):
             raise CheckpointError(f"{checkpoint.path}: b_enc: not finite once b_dec @ W_enc is taken from it")
     more: dict[str, Any] = {"k": checkpoint.k} if checkpoint.kind == "topk_sae" else {}
-    return _made(checkpoint, _CLASSES[checkpoint.kind], cfg=cfg, **weights, **more)
+    return _made(checkpoint, KINDS[checkpoint.kind], cfg=cfg, **weights, **more)
 
 
 def _made(checkpoint: Checkpoint, kind: Any, *args: Any, **more: Any) -> Any:
@@ -297,15 +295,3 @@ def _bar(checkpoint: Checkpoint, progress: bool | None) -> Iterator[None]:
         for part in (checkpoint, *checkpoint.layers):
             part.arrays = {name: replace(entry, seen=update) for name, entry in part.arrays.items()}
         yield
-
-
-@contextmanager
-def progress_bar(total: int, name: str, shown: bool | None) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, by what it is to be told of bytes that are done; None: above 256 MB on a terminal."""
-    if not ((total > BAR_BYTES and sys.stderr.isatty()) if shown is None else shown):
-        yield lambda _bytes: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=total, unit="B", unit_scale=True, desc=name, leave=False) as bar:
-        yield bar.update

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from gemmascope_fast import backends
 from gemmascope_fast.checkpoints.base import Checkpoint, hook_site
-from gemmascope_fast.checkpoints.loading import _CLASSES, progress_bar
+from gemmascope_fast.checkpoints.kinds import KINDS
 from gemmascope_fast.checkpoints.packed import ROWS, Layout, checksum, open_layout, source_of
-from gemmascope_fast.checkpoints.regular import check_regular
 from gemmascope_fast.checkpoints.stored_screen import check_screen
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.progress import progress_bar
+from gemmascope_fast.files.regular import check_regular
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
 from gemmascope_fast.sae.rows import Rows
 from gemmascope_fast.sae.screen import Screen
@@ -62,7 +63,7 @@ def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
     site, out = checkpoint.site or site, checkpoint.site_out or checkpoint.site or out
     cfg = SAEConfig(layout.d_in, layout.d_sae, layout.d_out, site, out, metadata)
     vectors = {name: resident(name) for name in VECTORS}
-    sae = _CLASSES[about["kind"]](W_enc=mapped.view(ROWS).t(), W_dec=mapped.view("W_dec"), cfg=cfg, **vectors)
+    sae = KINDS[about["kind"]](W_enc=mapped.view(ROWS).t(), W_dec=mapped.view("W_dec"), cfg=cfg, **vectors)
     sae.requires_grad_(False)
     screen = Screen(*(resident(f"screen.{n}") for n in ("code", "code2", "table", "centre")))
     check_screen(path, screen, layout.d_in, layout.d_sae)

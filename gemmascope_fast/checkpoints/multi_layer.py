@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from gemmascope_fast.checkpoints.base import Checkpoint, one_of
-from gemmascope_fast.checkpoints.fields import flag, integer, shown
 from gemmascope_fast.checkpoints.gemma_scope_2 import NAMES, model_name, read_config
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
+from gemmascope_fast.files.fields import flag, integer, shown
 from gemmascope_fast.sae.sites import Site
 
 PATTERN = "params_layer_*.safetensors"

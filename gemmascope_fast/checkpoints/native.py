@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site, one_of
-from gemmascope_fast.checkpoints.fields import integer, json_object, shown, text
 from gemmascope_fast.checkpoints.stored_screen import check_screen
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import open_safetensors
+from gemmascope_fast.files.fields import integer, json_object, shown, text
 from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.sae.screen import Screen, weights_digest
 

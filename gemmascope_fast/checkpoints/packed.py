@@ -28,12 +28,12 @@ from torch import Tensor
 
 from gemmascope_fast import ops
 from gemmascope_fast.checkpoints.base import Checkpoint, one_of, read_json
-from gemmascope_fast.checkpoints.fields import integer, integers, json_object, shown, text
-from gemmascope_fast.checkpoints.loading import progress_bar
-from gemmascope_fast.checkpoints.regular import check_regular
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.files.fields import integer, integers, json_object, shown, text
+from gemmascope_fast.files.progress import progress_bar
+from gemmascope_fast.files.regular import check_regular
 from gemmascope_fast.ops.screen_rows import Row, table_stride
 from gemmascope_fast.sae.screen import MOST_INPUTS
 

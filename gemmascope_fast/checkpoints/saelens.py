@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gemmascope_fast.checkpoints import transformer_lens
 from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, hook_site, one_of, read_json
-from gemmascope_fast.checkpoints.fields import MOST, flag, integer, shown, text
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
+from gemmascope_fast.files.fields import MOST, flag, integer, shown, text
 from gemmascope_fast.files.write import Source, write_json, write_safetensors
 
 FILE = "sae_weights.safetensors"

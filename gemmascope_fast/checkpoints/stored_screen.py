@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.ops.screen_rows import MOST_DIRECTIONS, MOST_SCALE, Row, table_stride
+from gemmascope_fast.ops.screen_rows import MOST_SCALE
+from gemmascope_fast.ops.screen_terms import MOST_DIRECTIONS, Row, table_stride
 from gemmascope_fast.sae.screen import Screen
 
 # Rows of the table that are norms, bounds or scales.

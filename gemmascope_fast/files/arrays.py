@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.checkpoints.fields import integer, integers, shown, sizes
-from gemmascope_fast.checkpoints.regular import MAX_JSON, check_regular, open_regular
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.fields import integer, integers, shown, sizes
+from gemmascope_fast.files.regular import MAX_JSON, check_regular, open_regular
 
 BLOCK_BYTES = 1 << 20  # a block lives in several copies at once (raw, cast, finite mask); all small beside an SAE
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 50

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemmascope_fast.ops._csr import check_csr, row_indices
 from gemmascope_fast.ops._library import Cost, register, register_autograd
-from gemmascope_fast.ops.sampled_dot import sampled_dot
+from gemmascope_fast.ops.sampled_dot import sampled_dot, tangent_of_dots
 from gemmascope_fast.ops.transpose import csr_transpose
 
 SCHEMA = (
@@ -87,11 +87,14 @@ def _cost(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tens
 decode = register(SCHEMA, decode_reference, _fake, _cost)
 
 
+# ---- gradients of decode and sampled_dot, each of which is made of the other ----------------------------------
+
+
 def _save(ctx, inputs, output):
     return inputs
 
 
-def _backward(ctx, needs, grad):
+def _decode_backward(ctx, needs, grad):
     """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, ascending, of values · grad[n]."""
     crow, col, values, W_dec, b_dec, row_scale = ctx.saved_tensors
     _crow, _col, need_values, need_W, need_b, need_scale = needs
@@ -109,7 +112,7 @@ def _backward(ctx, needs, grad):
     return None, None, dvalues, dW, db, None
 
 
-def _jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
+def _decode_jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
     """The sum is linear in each of its factors."""
     crow, col, values, W_dec, _b_dec, row_scale = ctx.saved_tensors
     parts = [] if db is None else [db.float().expand(crow.numel() - 1, -1)]
@@ -123,4 +126,29 @@ def _jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
     return sum(parts[1:], parts[0])
 
 
-register_autograd(decode, _save, _backward, _jvp)
+def _dot_backward(ctx, needs, grad):
+    """dx[n] = sum of g · rows[f];  drows[f] = sum of g · x[n];  dbias[f] = sum of g: all sparse decodes."""
+    x, rows, bias, crow, col = ctx.saved_tensors
+    need_x, need_rows, need_bias = needs[:3]
+    dx = drows = dbias = None
+    grad = grad.contiguous()
+    if need_x:
+        dx = decode.step(crow, col, grad, rows, None, None).to(x.dtype)
+    if need_rows or need_bias:
+        ccol, row, order = csr_transpose.step(crow, col, rows.shape[0])
+        by_feature = grad[order]
+        if need_rows:
+            drows = decode.step(ccol, row, by_feature, x, None, None).to(rows.dtype)
+        if need_bias:
+            ones = torch.ones(x.shape[0], 1, device=x.device)
+            dbias = decode.step(ccol, row, by_feature, ones, None, None)[:, 0].to(bias.dtype)
+    return dx, drows, dbias, None, None
+
+
+def _dot_jvp(ctx, dx, drows, dbias, _crow, _col):
+    x, rows, _bias, crow, col = ctx.saved_tensors
+    return tangent_of_dots((x, dx), (rows, drows), dbias, crow, col)
+
+
+register_autograd(decode, _save, _decode_backward, _decode_jvp)
+register_autograd(sampled_dot, _save, _dot_backward, _dot_jvp)

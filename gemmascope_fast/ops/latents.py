@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gemmascope_fast.latents_index import fitted, index
-from gemmascope_fast.latents_reduce import TopLatents, greatest, top, total
 from gemmascope_fast.ops._csr import check_csr, from_mask, row_indices
 from gemmascope_fast.ops._exact import outside_autocast, put
 from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.ops._transforms import derivative_wanted
+from gemmascope_fast.ops.latents_index import fitted, index
+from gemmascope_fast.ops.latents_reduce import TopLatents, greatest, top, total
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._csr import check_csr, row_indices
-from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops._library import Cost, register
 
 SCHEMA = "sampled_dot(Tensor x, Tensor rows, Tensor? bias, Tensor crow_indices, Tensor col_indices) -> Tensor"
 
@@ -49,38 +49,6 @@ def _cost(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, co
 sampled_dot = register(SCHEMA, sampled_dot_reference, _fake, _cost)
 
 
-def _save(ctx, inputs, output):
-    return inputs
-
-
-def _backward(ctx, needs, grad):
-    """dx[n] = sum of g · rows[f];  drows[f] = sum of g · x[n];  dbias[f] = sum of g: all sparse decodes."""
-
-    from gemmascope_fast.ops.decode import decode
-    from gemmascope_fast.ops.transpose import csr_transpose
-
-    x, rows, bias, crow, col = ctx.saved_tensors
-    need_x, need_rows, need_bias = needs[:3]
-    dx = drows = dbias = None
-    grad = grad.contiguous()
-    if need_x:
-        dx = decode.step(crow, col, grad, rows, None, None).to(x.dtype)
-    if need_rows or need_bias:
-        ccol, row, order = csr_transpose.step(crow, col, rows.shape[0])
-        by_feature = grad[order]
-        if need_rows:
-            drows = decode.step(ccol, row, by_feature, x, None, None).to(rows.dtype)
-        if need_bias:
-            ones = torch.ones(x.shape[0], 1, device=x.device)
-            dbias = decode.step(ccol, row, by_feature, ones, None, None)[:, 0].to(bias.dtype)
-    return dx, drows, dbias, None, None
-
-
-def _jvp(ctx, dx, drows, dbias, _crow, _col):
-    x, rows, _bias, crow, col = ctx.saved_tensors
-    return tangent_of_dots((x, dx), (rows, drows), dbias, crow, col)
-
-
 def tangent_of_dots(
     x: tuple[Tensor, Tensor | None],
     rows: tuple[Tensor, Tensor | None],
@@ -95,6 +63,3 @@ def tangent_of_dots(
     if rows[1] is not None:
         parts.append(sampled_dot.step(x[0], rows[1], None, crow, col))
     return sum(parts[1:], parts[0]) if parts else torch.zeros(col.shape, device=x[0].device)
-
-
-register_autograd(sampled_dot, _save, _backward, _jvp)

@@ -18,12 +18,11 @@ from checkpoint_files import weights, write_gemma_scope_2, write_saelens
 from safetensors.numpy import save_file
 
 import gemmascope_fast as gsf
-from gemmascope_fast.checkpoints import regular
 from gemmascope_fast.checkpoints.loading import from_pretrained
 from gemmascope_fast.checkpoints.mapped import verify
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.dev.testing import make_sae
-from gemmascope_fast.files import arrays
+from gemmascope_fast.files import arrays, regular
 from gemmascope_fast.files.arrays import open_npz, open_safetensors
 
 JUMPRELU = {"architecture": "jumprelu", "sae_lens_version": "6.54.0", "apply_b_dec_to_input": False}
