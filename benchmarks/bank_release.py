@@ -63,7 +63,9 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
     seconds: list[float] = []
     alone: list[float] = []
     with torch.inference_mode():
-        with gsf.attach(model, coders | {f"model.layers.{i}.output": a for i, a in checked.items()}) as run:
+        with gsf.attach(
+            model, coders | {f"model.layers.{i}.output": a for i, a in checked.items()}, tokens="all"
+        ) as run:
             model(ids)
         for layer in checked:
             sae = next(sae for sae in bank.values() if sae.cfg.site.layer == layer)
@@ -78,7 +80,7 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
             model(ids)
             alone.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            with gsf.attach(model, bank, mode="splice+error", keep=False):
+            with gsf.attach(model, bank, mode="splice+error", keep=False, tokens="all"):
                 model(ids)
             seconds.append(time.perf_counter() - begin)
         bank.settle()

@@ -112,7 +112,7 @@ def ours(mode: str, clamped: int = 0) -> Variant:
         if clamped:
             layer, sae = list(bench.saes.items())[-1]
             edits = {layer: [Clamp(f, 5.0 * float(sae.threshold[f])) for f in range(clamped)]}
-        return gsf.attach(bench.model, bench.saes, mode=mode, edits=edits)
+        return gsf.attach(bench.model, bench.saes, mode=mode, edits=edits, tokens="all")
 
     return enter
 
@@ -125,7 +125,7 @@ def by_hand(read: Callable[[peers.Dense], Callable[[Tensor], Tensor | None]]) ->
         clock = Clock()
         with ExitStack() as stack:
             for layer, sae in bench.dense.items():
-                block = gsf.attach(bench.model, {layer: Activations()})._taps[0].reads.module
+                block = gsf.attach(bench.model, {layer: Activations()}, tokens="all")._taps[0].reads.module
                 handle = block.register_forward_hook(_timed(read(sae), clock))
                 stack.callback(handle.remove)
             yield clock
@@ -241,8 +241,8 @@ def verify(bench: Bench) -> float:
     tokens, prompt = DECODED, bench.ids.shape[1]
     plain = decode(bench, None, tokens, Steps())
     with torch.inference_mode():
-        outer = gsf.attach(bench.model, {layer: Activations() for layer in bench.saes})
-        with outer, gsf.attach(bench.model, bench.saes) as run:
+        outer = gsf.attach(bench.model, {layer: Activations() for layer in bench.saes}, tokens="all")
+        with outer, gsf.attach(bench.model, bench.saes, tokens="all") as run:
             out = bench.model.generate(bench.ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     assert torch.equal(out, plain), "observing changed a token"
     fired = []

@@ -42,9 +42,9 @@ def attach(
     model: nn.Module,
     saes: Any,
     *,
-    mode: str = "observe",
+    mode: str | None = None,
     edits: Any = (),
-    tokens: Selection = "all",
+    tokens: Selection = "content",
     error_grad: bool = False,
     keep: bool = True,
     anywhere: bool = False,
@@ -56,14 +56,16 @@ def attach(
     checkpoint's own site counts; docs/sites.md says what each kind is.  In place of an SAE an `Activations` keeps what passes.  A cross-layer transcoder has one set of latents a
     layer, keyed by where that layer reads, and splices every output; a crosscoder has one, keyed by the tuple of its
     sites, and is only observed.
-    mode: "observe" changes nothing; "splice" puts the reconstruction in the activation's place; "splice+error" adds
-    what the reconstruction lacks, so that without edits the activation passes bit for bit (and nothing is decoded),
-    while the gradient goes through the latents, with the error a constant unless `error_grad`.
+    mode: None means "observe", or "splice+error" where there are edits.  "observe" changes nothing; "splice" puts the
+    reconstruction in the activation's place; "splice+error" adds what the reconstruction lacks, so that without edits
+    the activation passes bit for bit (and nothing is decoded), while the gradient goes through the latents, with the
+    error a constant unless `error_grad`.
     edits: interventions (Clamp, Scale, Ablate, Add, MinClamp, Mask, Direction) in their order: one, a list where one
     SAE is attached, or a dict keyed as `saes`; at a site of no SAE a Direction alone.  They act on the selected tokens.
-    tokens: "all"; "content" (neither BOS, EOS, PAD nor a chat's first four tokens); a bool tensor [S] or [B, S] over
-    the columns of the sequences; or a callable from token ids int64 [B, S] (and, where it takes a second argument,
-    the call's `Tokens`) to bool [B, S].  What is left out keeps an empty row and passes unchanged.
+    tokens: "content", the default: neither BOS, EOS, PAD, padding nor a chat's first four tokens, on which Gemma Scope
+    was not trained; "all"; a bool tensor [S] or [B, S] over the columns of the sequences; or a callable from token ids
+    int64 [B, S] (and, where it takes a second argument, the call's `Tokens`) to bool [B, S].  What is left out keeps
+    an empty row and passes unchanged.
 
     keep: False keeps no latents, for long runs that observers watch (`run.watch`, `run.on_fire`).
     anywhere: True allows a key that names another site than the SAE's checkpoint does.

@@ -27,6 +27,7 @@ def gradients(parts: Parts, metric: Tensor, retain_graph: bool) -> dict[Key, lis
     if not graph or not metric.requires_grad:
         raise AttachError(
             "metric: no gradient reaches the latents; attach in a splicing mode and leave gradients enabled"
+            " (reentrant gradient checkpointing disables them in forward: use_reentrant=False keeps them)"
         )
     found = iter(torch.autograd.grad(metric, graph, allow_unused=True, retain_graph=retain_graph))
     out: dict[Key, list[SparseLatents]] = {key: [] for key in parts}

@@ -2,37 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.attach import checkpointing
 from gemmascope_fast.attach.alarms import Alarm, Fired, stop
 from gemmascope_fast.attach.attribution import attribution, integrated_gradients
-from gemmascope_fast.attach.calls import Arguments, Call, Generation, Ledger, Tokens, cache_of, open_call
+from gemmascope_fast.attach.calls import Arguments, Call, Generation, Tokens, cache_of
 from gemmascope_fast.attach.edits import EditError, FeatureIndexError
 from gemmascope_fast.attach.entries import SAES, Activations, Entry, Key, assign, entries, find_key, spread
+from gemmascope_fast.attach.hooks import unhook
+from gemmascope_fast.attach.ledger import Ledger, open_call
 from gemmascope_fast.attach.observers import Observer, select
 from gemmascope_fast.attach.selection import Selection, Selector
 from gemmascope_fast.attach.sequences import after_eos, rows_of
 from gemmascope_fast.attach.taps import MODES, Tap, WriteTap, follow
-from gemmascope_fast.attach.transformers import places
+from gemmascope_fast.attach.transformers import generation, places
 from gemmascope_fast.attach.transformers.compiled import forget, is_compiled, opaque, unwrapped
-from gemmascope_fast.attach.transformers.generation import listen
 from gemmascope_fast.attach.transformers.structure import Structure, submodules
 from gemmascope_fast.errors import AttachError
+from gemmascope_fast.files.write import atomic
 from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.sites import Site
+
+# what `torch.load(…, weights_only=True)` may build: latents, and the sites that are their keys
+torch.serialization.add_safe_globals([SparseLatents, Site])
 
 _ACTIVE: list[Run] = []
 _LOCK = threading.RLock()
 
 
-class Run:
+class Run(ExitStack[None]):
     """One attachment, made by `attach`; a context manager.  Everything it recorded stays readable afterwards.
+
+    An ExitStack, because its exit goes on with what is left where a KeyboardInterrupt cuts one step short.
 
     latents: by key (or any other name of its site), SparseLatents [N, d_sae] with one row per row of `tokens`.
     activations: by key of an `Activations`, Tensor [n, d] of the selected tokens.
@@ -44,21 +57,24 @@ class Run:
         model: nn.Module,
         saes: Any,
         *,
-        mode: str = "observe",
+        mode: str | None = None,
         edits: Any = (),
-        tokens: Selection = "all",
+        tokens: Selection = "content",
         error_grad: bool = False,
         keep: bool = True,
         anywhere: bool = False,
     ) -> None:
-        if mode not in MODES:
+        super().__init__()
+        if mode is not None and mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         self._compiled = is_compiled(model)
         model = unwrapped(model)
-        self.model, self.mode, self.error_grad = model, mode, error_grad
         structure = Structure(model)
         assigned = assign(edits, entries(saes, structure, anywhere))
-        if mode == "observe" and any(given for _, given in assigned):
+        self.edits = [edit for _, given in assigned for edit in given]
+        mode = mode or ("splice+error" if self.edits else "observe")
+        self.model, self.mode, self.error_grad = model, mode, error_grad
+        if mode == "observe" and self.edits:
             raise EditError("edits: mode 'observe' changes nothing; expected 'splice' or 'splice+error' with edits")
         self.entries = [entry for entry, _ in assigned]
         if not self.entries:
@@ -67,13 +83,16 @@ class Run:
         self._taps = [Tap(self, entry, given, structure) for entry, given in assigned]
         self._check_writers()
         self._first = follow(self._taps)
+        self._visits = [visit for tap in self._taps for visit in tap.visits()]
+        self._splices = any(tap.splices for tap in self._taps)
         self._arguments = {m: Arguments(m) for m in submodules(model)}
+        self._checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+        self._hooks: tuple[Any, Any] | None = None  # while attached: the functions before and after a call
         self._ledger = Ledger(keep)
         self._calls: list[Call] = []
         self._count = self._rows = 0
         self._open: dict[int, Call] = {}
         self._generating: dict[int, list[Generation]] = {}
-        self._leave: list[Callable[[], None]] = []
         self._owner: int | None = None
         self._bound: int | None = None
         self._parts: dict[Key, list[tuple[SparseLatents, Tensor | None]]] = {
@@ -93,38 +112,51 @@ class Run:
         self._owner = threading.get_ident()
         self._check_neighbours()
         try:
-            for module in self._arguments:
-                before = module.register_forward_pre_hook(opaque(self._before), with_kwargs=True)
-                self._leave.append(before.remove)
-                after = module.register_forward_hook(opaque(self._after), always_call=True)
-                self._leave.append(after.remove)
-            for tap in self._taps:
-                self._leave += [places.visit(place, visitor) for place, visitor in tap.visits()]
-            self._leave.append(listen(self.model, self))
+            self.callback(self._close_alarms)
+            self.callback(self._remove)
+            self.callback(self._remove)  # should the first be interrupted
+            self._install()
+            for coder in self._first:
+                coder.prefetch_next([coder.name])
+            if self._compiled:
+                forget()
+            with _LOCK:
+                _ACTIVE.append(self)
+            return self
         except BaseException:
-            self._remove()
+            self.close()
             raise
-        for coder in self._first:
-            coder.prefetch_next([coder.name])
-        if self._compiled:
-            forget()
-        with _LOCK:
-            _ACTIVE.append(self)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def _install(self) -> None:
+        before, after = self._hooks = opaque(self._before), opaque(self._after)
+        for module in self._arguments:
+            module.register_forward_pre_hook(before, with_kwargs=True)
+            module.register_forward_hook(after, always_call=True)
+        for place, visitor in self._visits:
+            places.visit(place, visitor)
+        generation.listen(self.model, self)
+
+    def _remove(self) -> None:
+        """Take away whatever of this run is in the model; may be called again, and after half an `_install`."""
         with _LOCK:
             _ACTIVE[:] = [run for run in _ACTIVE if run is not self]
-        self._remove()
+        for module in self._arguments:
+            for function in self._hooks or ():
+                unhook(module, function)
+        for place, visitor in self._visits:
+            places.leave(place, visitor)
+        generation.leave(self.model, self)
+        for module in self._checkpointed:
+            checkpointing.unwrap(module, self)
+        for call in list(self._open.values()):
+            call.release()
+        self._open.clear()
+        self._hooks = None
+
+    def _close_alarms(self) -> None:
         for _, observer in self._watching:
             if isinstance(observer, Alarm):
                 observer.close()
-
-    def _remove(self) -> None:
-        while self._open:
-            self._open.popitem()[1].release()
-        while self._leave:
-            self._leave.pop()()
 
     def _check_writers(self) -> None:
         written: dict[tuple[int, str], Entry] = {}
@@ -165,19 +197,80 @@ class Run:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begin = time.perf_counter()
         me = threading.get_ident()
-        if me in self._open or not self._mine():
+        known = self._open.get(me)
+        if known is not None:
+            if known.opener is not module or known.replay:
+                return
+            self._open.pop(me).release()  # a KeyboardInterrupt cut that forward short: torch calls no hook then
+        if not self._mine() or self.recomputed():
             return
         generating = self._generating.get(me)
+        if self._splices:
+            self._follow_checkpoints(bool(generating))
         given = self._arguments[module](args, kwargs)
         call = open_call(self._ledger, self._count, module, given, generating[-1] if generating else None)
-        call.chosen = self.select(call)
+        call.graded = torch.is_grad_enabled()
+        call.chosen = self.select(call, given)
         self._open[me] = call
         self.seconds += time.perf_counter() - begin
+
+    def _follow_checkpoints(self, generating: bool) -> None:
+        """Follow what is checkpointed in this forward; AttachError, before it runs, where that cannot be."""
+        regions = checkpointing.checkpointing(self._checkpointed)
+        several = [tap.entry.key for tap in self._taps if tap.splices and tap.entry.part is not None]
+        if regions and several:
+            raise AttachError(
+                f"gradient checkpointing: a cross-layer transcoder ({several[0]!r}) writes at later layers too, and"
+                " these are computed again without it; call model.gradient_checkpointing_disable(), or attach with mode"
+                " 'observe'"
+            )
+        for module in regions:
+            checkpointing.wrap(module, self)
+        if not generating and checkpointing.elsewhere():
+            raise AttachError(
+                "gradient checkpointing: the model itself is called by torch.utils.checkpoint, and a splice inside"
+                f" would be left out in backward; {checkpointing.HOW}"
+            )
+
+    def recomputed(self) -> bool:
+        """Whether this runs in a backward pass: a part of some forward is computed again.
+
+        AttachError where a splice would be missing there.
+        """
+        if not checkpointing.recomputing():
+            return False
+        if self._splices and self._count and self._mine():
+            raise AttachError(
+                "gradient checkpointing: backward computes a part of the model again that this run cannot follow,"
+                f" without its splice; {checkpointing.HOW}"
+            )
+        return True
+
+    @contextmanager
+    def replayed(self, call: Call) -> Iterator[None]:
+        """Within, this thread is in a part of the call that runs again: the splices act, and nothing is recorded."""
+        me = threading.get_ident()
+        outer = self._open.get(me)
+        again = dataclasses.replace(call, reached=set(), scratch={}, leases={}, replay=True, region=None)
+        left = self._hooks is None  # backward comes after the `with`
+        try:
+            for place, visitor in self._visits if left else ():
+                places.visit(place, visitor)
+            self._open[me] = again
+            yield
+        finally:
+            again.release()
+            if outer is None:
+                self._open.pop(me, None)
+            else:
+                self._open[me] = outer
+            for place, visitor in self._visits if left else ():
+                places.leave(place, visitor)
 
     def _after(self, module: nn.Module, _args: Any, output: Any) -> None:
         me = threading.get_ident()
         call = self._open.get(me)
-        if call is None or call.opener is not module:
+        if call is None or call.opener is not module or call.replay:
             return
         begin = time.perf_counter()
         del self._open[me]
@@ -200,10 +293,8 @@ class Run:
         call.offset = self._rows
         self._rows += call.n_rows
         self._count += 1
-        self._ledger.remember(cache_of(output), call.group)
-        call.group.end = call.start + call.length
+        self._ledger.committed(call, cache_of(output))
         if self.keep:
-            call.group.calls.append(call)
             self._calls.append(call)
         stopped: set[int] = set()
         for key, parts in self._parts.items():
@@ -229,7 +320,12 @@ class Run:
         return True
 
     def generation_ends(self, generation: Generation) -> None:
-        self._generating[threading.get_ident()].remove(generation)
+        me = threading.get_ident()
+        self._generating[me].remove(generation)
+        self._ledger.generated(generation)
+        call = self._open.get(me)
+        if call is not None and call.group.generation is generation:  # interrupted within a forward
+            self._open.pop(me).release()
 
     # ---- what it saw --------------------------------------------------------------------------------
 
@@ -240,7 +336,7 @@ class Run:
     @property
     def activations(self) -> Mapping[Key, Tensor]:
         kept = {e.key: e.coder for e in self.entries if isinstance(e.coder, Activations)}
-        return _View(kept, lambda key: torch.cat(kept[key].parts or [torch.empty(0)]), self.entries)
+        return _View(kept, lambda key: torch.cat(kept[key].parts) if kept[key].parts else torch.empty(0), self.entries)
 
     def _latents(self, key: Key) -> SparseLatents:
         if not self.keep:
@@ -268,10 +364,33 @@ class Run:
 
         output: what `generate` returned, for the sequences of that generation alone: row i belongs to token i of
         output.sequences[b] without its padding (the last token was never fed back).  Beam search needs an output
-        with beam_indices.  Raises AttachError where the rows cannot be told.
+        with beam_indices.  Without an output: of every forward or generation, in order.
+
+        Calls that share a KV cache are one sequence, from the cache's first column on: a loop by hand, a prefix that
+        was prefilled (also in a copy of the cache), several `generate` calls.  A cache that was cropped, reordered,
+        or lost and repeated rows gives the sequences it holds: what was taken back is in `latents` and `tokens` alone.
+
+        Raises AttachError where a cache held columns that this run never saw (it names their positions), or where the
+        rows cannot be told.
         """
         latents = self.latents[key]
-        return [latents[rows] for rows in rows_of(self._ledger.groups, output)]
+        return [latents[rows] for rows in rows_of(self._ledger, output)]
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write everything that was recorded to one file, atomically, for `torch.load(path, weights_only=True)`.
+
+        That gives a dict: `latents` by key (SparseLatents [N, d_sae], without a graph), `activations` by key, and
+        `tokens`, whose five columns are tensors [N].  Keys that are Sites are saved as their hook names.  Import
+        gemmascope_fast before loading.
+        """
+        rows = self.tokens
+        content = {
+            "latents": {_name(key): latents.detach() for key, latents in self.latents.items()},
+            "activations": {_name(key): kept for key, kept in self.activations.items()},
+            "tokens": {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)},
+        }
+        with atomic(Path(path)) as file:
+            torch.save(content, file)
 
     def attribution(self, metric: Tensor, *, retain_graph: bool = False) -> dict[Key, SparseLatents]:
         """Gradient × activation of each latent for a number that the model's output gave (a loss, a difference of
@@ -377,6 +496,16 @@ class _View(Mapping[Key, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())  # as torch.load takes it, with weights_only
+
+
+def _name(key: Key) -> Key:
+    """The key, with the names of sites in the place of sites."""
+    if isinstance(key, Site):
+        return key.hook_name
+    return tuple(_name(part) for part in key) if isinstance(key, tuple) else key
 
 
 def _valid_at_last(call: Call, valid: Tensor) -> Tensor:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gemmascope_fast.attach.calls import Call
+from gemmascope_fast.attach.masks import documents
 from gemmascope_fast.errors import AttachError
 
 # <start_of_turn>; a chat begins <bos><start_of_turn>user\n, which Gemma Scope's instruction-tuned SAEs leave out
 _START_OF_TURN = {"gemma": 106, "gemma2": 106, "gemma3": 105, "gemma3_text": 105}
 CHAT_PREFIX = 4
+FEW = 64  # rows of a decoded token: as Python numbers they are compared in 2 µs, as tensors in 15
 
 Selection = str | Tensor | Callable[..., Tensor]
 
@@ -37,48 +39,85 @@ class Selector:
     def __init__(self, tokens: Selection, model: nn.Module) -> None:
         check_selection(tokens)
         self.tokens = tokens
-        self.special, self.bos, self.turn = _special_ids(model)
+        self.special, bos, self.turn = _special_ids(model)
+        self.bos, self.specials = torch.tensor(bos, dtype=torch.int64), frozenset(self.special.tolist())
         self.wants_rows = callable(tokens) and not isinstance(tokens, Tensor) and _takes_two(tokens)
 
-    def __call__(self, call: Call) -> Tensor | None:
+    def __call__(self, call: Call, given: Mapping[str, Any] | None = None) -> Tensor | None:
+        """given: the arguments of the call, by name."""
+        chosen = self._chosen(call, given or {})
+        return None if chosen is None or bool(chosen.all()) else chosen.reshape(-1)
+
+    def _chosen(self, call: Call, given: Mapping[str, Any]) -> Tensor | None:
         if isinstance(self.tokens, str):
-            return None if self.tokens == "all" else self._content(call).reshape(-1)
+            return None if self.tokens == "all" else self._content(call, given)
         if isinstance(self.tokens, Tensor):
-            return by_mask(self.tokens, call, "tokens").reshape(-1)
+            return by_mask(self.tokens, call, "tokens")
         rows = call.tokens()
         chosen = self.tokens(rows.token_id, rows) if self.wants_rows else self.tokens(rows.token_id)
-        return checked(chosen, call, "tokens").reshape(-1)
+        return checked(chosen, call, "tokens")
 
-    def _content(self, call: Call) -> Tensor:
+    def _content(self, call: Call, given: Mapping[str, Any]) -> Tensor | None:
         if call.ids is None:
-            raise AttachError("tokens: 'content' needs input_ids; the model was called with inputs_embeds alone")
+            raise AttachError(
+                "tokens: 'content' (the default) tells special tokens by input_ids, and the model was called with"
+                " inputs_embeds alone; give tokens='all', a bool tensor or a callable"
+            )
+        if call.n_rows <= FEW and call.valid is None and self.specials.isdisjoint(call.ids.reshape(-1).tolist()):
+            heads = call.group.heads or ()
+            if all(not head or (len(head) == CHAT_PREFIX and head[-1] < call.start) for head in heads):
+                return None
         chosen = ~torch.isin(call.ids, self.special)
         if call.valid is not None:
             chosen &= call.valid
         if self.turn is not None:
-            chosen &= ~self._chat_prefix(call)
+            chosen &= ~self._chat_prefix(call, given)
         return chosen
 
-    def _chat_prefix(self, call: Call) -> Tensor:
-        """The first four valid tokens of a sequence that begins <bos><start_of_turn>, however it was chunked."""
-        group = call.group
+    def _chat_prefix(self, call: Call, given: Mapping[str, Any]) -> Tensor:
+        """bool [B, S]: the three tokens after each <bos> that opens a chat, however the sequence was chunked.
+
+        One row may hold several chats: packed documents each have their own.
+        """
+        assert call.ids is not None
         found = torch.zeros(call.batch, call.length, dtype=torch.bool)
+        group = call.group
         if group.heads is None:
             group.heads = [[] for _ in range(call.batch)]
-        if call.start <= group.first:
-            group.heads = [[] for _ in range(call.batch)]
-        if all(len(head) >= CHAT_PREFIX for head in group.heads):
-            return found
-        assert call.ids is not None
-        for row, head in enumerate(group.heads):
-            for column in range(call.length):
-                if len(head) >= CHAT_PREFIX:
-                    break
-                if call.valid is not None and not bool(call.valid[row, column]):
-                    continue
-                head.append(int(call.ids[row, column]))
-                found[row, column] = len(head) >= 2 and head[0] in self.bos and head[1] == self.turn
+        opens = torch.isin(call.ids, self.bos)
+        if call.valid is not None:
+            opens &= call.valid
+        begins: Tensor | None = None
+        for row, (head, any_opens) in enumerate(zip(group.heads, opens.any(1).tolist(), strict=True)):
+            head[:] = [column for column in head if column < call.start]  # the others were taken back
+            if any_opens or 0 < len(head) < CHAT_PREFIX:
+                begins = documents(given, call) if begins is None else begins
+                self._follow(call, row, head, opens[row].tolist(), begins[row].tolist(), found[row])
         return found
+
+    def _follow(
+        self, call: Call, row: int, head: list[int], opens: list[bool], begins: list[bool], found: Tensor
+    ) -> None:
+        """Mark a row's prefixes in `found` [S].  head: columns of the last prefix so far, its <bos> first."""
+        assert call.ids is not None
+        ids = call.ids[row].tolist()
+        valid = [True] * call.length if call.valid is None else call.valid[row].tolist()
+        at = 0
+        while at < call.length:
+            if not 0 < len(head) < CHAT_PREFIX:  # none under way: on to the next <bos>
+                if True not in opens[at:]:
+                    return
+                at = opens.index(True, at)
+                head[:] = [call.start + at]
+            elif not valid[at]:
+                pass
+            elif opens[at] or begins[at] or (len(head) == 1 and ids[at] != self.turn):
+                head.clear()
+                continue
+            else:
+                head.append(call.start + at)
+                found[at] = True
+            at += 1
 
 
 def by_mask(mask: Tensor, call: Call, name: str) -> Tensor:

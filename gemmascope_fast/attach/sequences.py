@@ -9,31 +9,78 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach.calls import Generation, Group
+from gemmascope_fast.attach.calls import Call, Generation, Group, Parent
+from gemmascope_fast.attach.ledger import Ledger
 from gemmascope_fast.errors import AttachError
 
 
 class _Table:
-    """Of one group, by [sequence, column]: the row that saw it last (-1: none), its id, whether it is valid."""
+    """Of one group, by [sequence, column]: the row that saw it last (-1: none), its id, whether it is valid.
+
+    Columns that a cache held are those of the group that it continues, and each call replaces what was there from its
+    first column on.
+    """
 
     def __init__(self, group: Group) -> None:
-        columns = max((c.start + c.length for c in group.calls), default=0)
-        shape = (group.rows, columns)
-        self.row = np.full(shape, -1, dtype=np.int64)
-        self.id = np.full(shape, -1, dtype=np.int64)
-        self.valid = np.zeros(shape, dtype=bool)
-        for call in group.calls:
-            at = slice(call.start, call.start + call.length)
-            tokens = call.tokens()
-            self.row[:, at] = call.offset + np.arange(call.n_rows).reshape(call.batch, call.length)
-            self.id[:, at] = tokens.token_id.numpy()
-            self.valid[:, at] = tokens.valid.numpy()
+        chain = _lineage(group)
+        ends = [call.start + call.length for _, _, calls in chain for call in calls]
+        room = max([*ends, *(held.columns for _, held, _ in chain)])
+        self.width = 0
+        self.row = np.full((chain[0][0].rows, room), -1, dtype=np.int64)
+        self.id, self.valid = self.row.copy(), np.ones(self.row.shape, dtype=bool)
+        for each, held, calls in chain:
+            self._hold(each, held)
+            for call in calls:
+                self._add(call)
+            after = after_eos(each.generation) if each is not group and each.generation is not None else None
+            if after is not None:
+                width = min(after.shape[1], room)
+                self.valid[:, :width] &= ~after[:, :width].numpy()
+        self.row, self.id = self.row[:, : self.width], self.id[:, : self.width]
+        self.valid = self.valid[:, : self.width]
+
+    def _hold(self, group: Group, held: Parent) -> None:
+        """Go on with the sequences and columns that the cache held when the group began."""
+        rows = list(held.rows)
+        self.row, self.id, self.valid = self.row[rows], self.id[rows], self.valid[rows]
+        self._go_to(held.columns)
+        if group.given is not None:
+            width = min(held.columns, group.given.shape[1])
+            self.valid[:, :width] = group.given[:, :width].numpy()
+
+    def _go_to(self, column: int) -> None:
+        """What comes from this column on was taken back; what is missing before it was never seen."""
+        if column > self.width:
+            self.row[:, self.width : column] = self.id[:, self.width : column] = -1
+            self.valid[:, self.width : column] = True
+        self.width = column
+
+    def _add(self, call: Call) -> None:
+        self._go_to(call.start)
+        self.width = call.start + call.length
+        at, tokens = slice(call.start, self.width), call.tokens()
+        self.row[:, at] = call.offset + np.arange(call.n_rows).reshape(call.batch, call.length)
+        self.id[:, at] = tokens.token_id.numpy()
+        self.valid[:, at] = tokens.valid.numpy()
 
 
-def rows_of(groups: Sequence[Group], output: Any = None) -> list[Tensor]:
+def _lineage(group: Group) -> list[tuple[Group, Parent, Sequence[Call]]]:
+    """The groups that it continues, the first one first, and itself: what the cache held when each began, its calls."""
+    found, calls = [], len(group.calls)
+    while True:
+        held = group.parent or Parent(group, 0, tuple(range(group.rows)), group.first)
+        found.append((group, held, group.calls[:calls]))
+        if group.parent is None:
+            return found[::-1]
+        group, calls = held.group, held.calls
+
+
+def rows_of(ledger: Ledger, output: Any = None) -> list[Tensor]:
     """Row numbers (int64) per sequence, padding dropped.  AttachError where that cannot be told."""
-    if output is not None:
-        groups = [_matching(groups, output)]
+    if output is None:
+        groups = [group for group in ledger.groups if group.calls and not group.continued]
+    else:
+        groups = [_matching(ledger.groups, output)]
     found: list[Tensor] = []
     for group in groups:
         final, beams = _final(group, output)
@@ -41,18 +88,23 @@ def rows_of(groups: Sequence[Group], output: Any = None) -> list[Tensor]:
             assert final is not None
             found += _of_beams(group, final, beams)
         else:
-            found += _of_group(group, final)
+            columns = ledger.rolled_back_to(group) if group.generation is None else None
+            found += _of_group(group, final, columns, output is not None)
     return found
 
 
 def after_eos(generation: Generation) -> Tensor | None:
-    """bool [B, L] of a finished generation: True for what stands after a sequence's own EOS; None if unknown."""
+    """bool [B, columns] of a finished generation: True for what stands after a sequence's own EOS; None if unknown.
+
+    An EOS in the prompt (chat templates end each turn with one) ends nothing.
+    """
     final, prompt = generation.final, generation.prompt
-    if final is None or prompt is None or generation.embeds or not generation.eos:
+    if final is None or prompt is None or not generation.eos:
         return None
     ended = torch.isin(final, torch.tensor(generation.eos))
-    ended[:, :prompt] = False
-    return (ended.cumsum(1) - ended.long()) > 0
+    ended[:, : max(prompt - generation.offset, 0)] = False
+    after = (ended.cumsum(1) - ended.long()) > 0
+    return torch.cat([after.new_zeros(after.shape[0], generation.offset), after], 1)
 
 
 def _matching(groups: Sequence[Group], output: Any) -> Group:
@@ -89,12 +141,15 @@ def _final(group: Group, output: Any) -> tuple[Tensor | None, Tensor | None]:
     return generation.final, None
 
 
-def _of_group(group: Group, final: Tensor | None) -> list[Tensor]:
+def _of_group(group: Group, final: Tensor | None, columns: int | None, own: bool) -> list[Tensor]:
+    """columns: how many count, None for all.  own: only those of the sequences that generate returned."""
     table = _Table(group)
     keep = table.valid.copy()
+    if columns is not None:
+        keep[:, columns:] = False
     generation = group.generation
     if final is not None and generation is not None:
-        shift = group.prompt if generation.embeds else 0
+        shift = generation.offset
         last = min(shift + final.shape[1] - 1, keep.shape[1])
         keep[:, last:] = False
         after = after_eos(generation)
@@ -103,7 +158,9 @@ def _of_group(group: Group, final: Tensor | None) -> list[Tensor]:
         known = keep[:, shift:last] & (table.id[:, shift:last] >= 0)
         if (table.id[:, shift:last] != final[:, : last - shift].numpy())[known].any():
             raise AttachError("sequences: the tokens last seen are not those that generate returned")
-    return [_picked(table, keep[b], table.row[b], group) for b in range(group.rows)]
+        if own and not generation.embeds:
+            keep[:, :shift] = False
+    return [_picked(group, b, keep[b], table.row[b]) for b in range(group.rows)]
 
 
 def _of_beams(group: Group, final: Tensor, beams: Tensor) -> list[Tensor]:
@@ -117,13 +174,21 @@ def _of_beams(group: Group, final: Tensor, beams: Tensor) -> list[Tensor]:
             continue
         columns = np.arange(prompt - 1 + steps.size)
         source = np.concatenate([np.full(prompt - 1, steps[0]), steps])
-        found.append(_picked(table, table.valid[source, columns], table.row[source, columns], group))
+        found.append(_picked(group, r, table.valid[source, columns], table.row[source, columns]))
     return found
 
 
-def _picked(table: _Table, keep: np.ndarray, row: np.ndarray, group: Group) -> Tensor:
-    chosen = row[keep]
-    first = int(keep.argmax()) if keep.any() else 0
-    if group.first and first >= group.first:
-        raise AttachError(f"sequences: the first {group.first} columns were in the cache before this run saw the model")
-    return torch.from_numpy(chosen.astype(np.int64))
+def _picked(group: Group, sequence: int, keep: np.ndarray, row: np.ndarray) -> Tensor:
+    missing = (keep & (row < 0)).nonzero()[0]
+    if missing.size:
+        raise AttachError(
+            f"sequences: {missing.size} columns were in the cache before this run saw them (or before run.clear):"
+            f" positions {_ranges(missing)} of sequence {group.base + sequence}; run.latents has what it saw"
+        )
+    return torch.from_numpy(row[keep].astype(np.int64))
+
+
+def _ranges(numbers: np.ndarray) -> str:
+    """Ascending numbers in words: "0 to 8, 12"."""
+    parts = np.split(numbers, (np.diff(numbers) > 1).nonzero()[0] + 1)
+    return ", ".join(f"{part[0]} to {part[-1]}" if part.size > 1 else str(part[0]) for part in parts)

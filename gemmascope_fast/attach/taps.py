@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
+from gemmascope_fast.attach import checkpointing
 from gemmascope_fast.attach.calls import Call, Tokens
 from gemmascope_fast.attach.carry import carry
 from gemmascope_fast.attach.cross_layer import replaced
@@ -132,7 +133,10 @@ class ReadTap:
             return
         begin = time.perf_counter()
         tap = self.tap
+        if call.replay and not tap.splices:
+            return
         tap.reach(call, self.step)
+        call.scratch["region", tap] = call.region
         keeps_graph = tap.splices and torch.is_grad_enabled()
         place = tap.sources[self.number]
         with torch.set_grad_enabled(keeps_graph), outside_autocast(x.device):
@@ -197,9 +201,11 @@ class WriteTap:
         tap = self.tap
         call = tap.run.call()
         if call is None:
+            tap.run.recomputed()
             return None
         begin = time.perf_counter()
         tap.reach(call, "write")
+        self._check_region(call)
         if tap.coder is not None and ("read 0", tap) not in call.reached:
             raise AttachError(f"{tap.entry.key!r}: {tap.writes.name} comes before {tap.reads.name} in this model")
         with outside_autocast(x.device):
@@ -207,6 +213,22 @@ class WriteTap:
         tap.done(call)
         tap.run.seconds += time.perf_counter() - begin
         return new
+
+    def _check_region(self, call: Call) -> None:
+        """AttachError where backward could not splice here again."""
+        tap = self.tap
+        if not call.graded or call.replay:
+            return
+        if call.region is None and checkpointing.elsewhere():
+            raise AttachError(
+                f"gradient checkpointing: {tap.writes.name} is inside torch.utils.checkpoint, and the splice of"
+                f" {tap.entry.key!r} would be left out in backward; {checkpointing.HOW}"
+            )
+        if tap.coder is not None and call.scratch.get(("region", tap), call.region) is not call.region:
+            raise AttachError(
+                f"gradient checkpointing: {tap.entry.key!r} reads {tap.reads.name} and writes {tap.writes.name}, which"
+                " are checkpointed apart; call model.gradient_checkpointing_disable()"
+            )
 
     def _new(self, x: Tensor, call: Call) -> Tensor | None:
         tap = self.tap

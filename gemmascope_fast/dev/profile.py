@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
         sae.requires_grad_(False).prepare()
-        attached = lambda: attach(model, {layer: sae}, mode=args.mode)  # noqa: E731
+        attached = lambda: attach(model, {layer: sae}, mode=args.mode, tokens="all")  # noqa: E731
     prompt = tokenizer(args.prompt, return_tensors="pt")
 
     def loop() -> Tensor:

@@ -45,7 +45,7 @@ def test_each_site_is_where_gemma_scope_reads(model):
         "model.layers.2.mlp.up_proj": (tiny.layer(model, 2).mlp.up_proj, "output"),
     }
     by_hand = {key: tiny.Hand(*at) for key, at in hands.items()}
-    with torch.no_grad(), gsf.attach(model, saes) as run:
+    with torch.no_grad(), gsf.attach(model, saes, tokens="all") as run:
         model(tiny.ids())
     for hand in by_hand.values():
         hand.handle.remove()
@@ -61,7 +61,11 @@ def test_embedding_is_read_unscaled_and_spliced_scaled(model):
     table = model.get_input_embeddings().weight
     with torch.no_grad(), tiny.Hand(model.get_input_embeddings()) as plain:
         model(tiny.ids())
-    with torch.no_grad(), gsf.attach(model, sae, mode="splice") as run, tiny.Hand(tiny.layer(model, 0)) as _:
+    with (
+        torch.no_grad(),
+        gsf.attach(model, sae, mode="splice", tokens="all") as run,
+        tiny.Hand(tiny.layer(model, 0)) as _,
+    ):
         logits = model(tiny.ids()).logits
     assert run.latents["model.embed_tokens.output"] == sae.encode_sparse(table[tiny.ids()].detach()).reshape(18)
     scale = plain.rows()[0, 0] / table[tiny.ids()[0, 0], 0]
@@ -81,12 +85,12 @@ def test_transcoder_reads_one_site_and_replaces_another(model):
             base = model(tiny.ids()).logits
             with tiny.Hand(block.pre_feedforward_layernorm) as x:
                 model(tiny.ids())
-            with gsf.attach(model, coder, mode="splice") as run:
+            with gsf.attach(model, coder, mode="splice", tokens="all") as run:
                 spliced = model(tiny.ids()).logits
             recon = coder(x.seen[0])
             with tiny.Hand(block.post_feedforward_layernorm, change=lambda _y, r=recon: r):
                 expected = model(tiny.ids()).logits
-            with gsf.attach(model, {1: coder}, mode="splice+error"):
+            with gsf.attach(model, {1: coder}, mode="splice+error", tokens="all"):
                 kept = model(tiny.ids()).logits
         assert torch.equal(spliced, expected)
         assert not torch.equal(spliced, base)
@@ -98,16 +102,16 @@ def test_gemma_scope_1_transcoders_read_the_norm_without_its_gain(model):
     site = gsf.Site("mlp_in_no_gain", 2)
     sae = tiny.sae(site=site)
     norm = tiny.layer(model, 2).pre_feedforward_layernorm
-    with torch.no_grad(), tiny.Hand(norm, "input") as hand, gsf.attach(model, sae) as run:
+    with torch.no_grad(), tiny.Hand(norm, "input") as hand, gsf.attach(model, sae, tokens="all") as run:
         model(tiny.ids())
     x = hand.rows().float()
     assert run.latents[site] == sae.encode_sparse(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps))
     with pytest.raises(gsf.AttachError, match="not replaced"):
-        gsf.attach(model, sae, mode="splice")
+        gsf.attach(model, sae, mode="splice", tokens="all")
 
 
 def test_a_site_has_several_names(gemma):
-    with torch.no_grad(), gsf.attach(gemma, tiny.sae(site=tiny.resid(1))) as run:
+    with torch.no_grad(), gsf.attach(gemma, tiny.sae(site=tiny.resid(1)), tokens="all") as run:
         gemma(tiny.ids())
     first = run.latents[1]
     for name in ((1, "resid"), "model.layers.1.output", tiny.resid(1)):
@@ -126,7 +130,7 @@ def test_watching_changes_no_bit(model, mode, dtype):
     try:
         with torch.no_grad():
             base = model(tiny.ids()).logits
-            with gsf.attach(model, {1: tiny.sae(), 3: tiny.sae(seed=2)}, mode=mode):
+            with gsf.attach(model, {1: tiny.sae(), 3: tiny.sae(seed=2)}, mode=mode, tokens="all"):
                 assert torch.equal(model(tiny.ids()).logits, base)
             assert torch.equal(model(tiny.ids()).logits, base)
     finally:
@@ -138,7 +142,7 @@ def test_splice_is_the_reconstruction_in_the_activations_dtype(model, dtype):
     model, sae = model.to(dtype), tiny.sae()
     try:
         with torch.no_grad():
-            with gsf.attach(model, {1: sae}, mode="splice"):
+            with gsf.attach(model, {1: sae}, mode="splice", tokens="all"):
                 spliced = model(tiny.ids()).logits
             with tiny.Hand(tiny.layer(model), change=lambda x: sae(x).to(x.dtype)):
                 assert torch.equal(spliced, model(tiny.ids()).logits)
@@ -149,7 +153,10 @@ def test_splice_is_the_reconstruction_in_the_activations_dtype(model, dtype):
 def test_observers_see_before_edits_here_and_after_edits_earlier(gemma):
     seen, spliced = tiny.sae(), tiny.sae(seed=2)
     with torch.no_grad():
-        with gsf.attach(gemma, {1: spliced}, mode="splice"), gsf.attach(gemma, {1: seen, 2: seen}) as run:
+        with (
+            gsf.attach(gemma, {1: spliced}, mode="splice", tokens="all"),
+            gsf.attach(gemma, {1: seen, 2: seen}, tokens="all") as run,
+        ):
             gemma(tiny.ids())
         with tiny.Hand(tiny.layer(gemma), change=spliced) as here, tiny.Hand(tiny.layer(gemma, 2)) as later:
             gemma(tiny.ids())
@@ -178,7 +185,7 @@ def test_gradient_holds_the_error_constant(gemma, error_grad):
         loss = gemma(tiny.ids()).logits.logsumexp(-1).square().sum()
         return torch.autograd.grad(loss, weights, allow_unused=True)
 
-    with gsf.attach(gemma, {1: sae}, mode="splice+error", error_grad=error_grad):
+    with gsf.attach(gemma, {1: sae}, mode="splice+error", error_grad=error_grad, tokens="all"):
         ours = gradients()
     with tiny.Hand(tiny.layer(gemma), change=lambda x: dense(sae, x, error_grad)):
         theirs = gradients()

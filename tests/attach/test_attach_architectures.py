@@ -92,7 +92,7 @@ def test_watching_gives_the_latents_and_changes_no_bit(case):
     with torch.no_grad():
         base = first(model(input_ids=ids, attention_mask=mask))
         for mode in ("observe", "splice+error"):
-            with tiny.Hand(blocks[2]) as hand, gsf.attach(model, {2: sae}, mode=mode) as run:
+            with tiny.Hand(blocks[2]) as hand, gsf.attach(model, {2: sae}, mode=mode, tokens="all") as run:
                 assert torch.equal(first(model(input_ids=ids, attention_mask=mask)), base)
             assert run.latents[2] == sae.encode_sparse(hand.rows())
             assert run.latents[2].nnz > 0
@@ -110,7 +110,7 @@ def test_a_splice_is_that_of_a_hook_by_hand(case):
             got = first(model(input_ids=ids))
         with tiny.Hand(blocks[2], change=lambda x: torch.where(content[..., None], sae(x), x)):
             want = first(model(input_ids=ids))
-        with gsf.attach(model, {2: sae}, mode="splice+error", edits=gsf.Add(3, 4.0)):
+        with gsf.attach(model, {2: sae}, mode="splice+error", edits=gsf.Add(3, 4.0), tokens="all"):
             added = first(model(input_ids=ids))
         with tiny.Hand(blocks[2], change=lambda x: x + 4 * sae.W_dec[3]):
             steered = first(model(input_ids=ids))
@@ -126,7 +126,7 @@ def test_the_model_may_be_called_below_its_head(case):
     )
     if inner is None:
         inner = model
-    with torch.no_grad(), tiny.Hand(blocks[1]) as hand, gsf.attach(model, {1: tiny.sae()}) as run:
+    with torch.no_grad(), tiny.Hand(blocks[1]) as hand, gsf.attach(model, {1: tiny.sae()}, tokens="all") as run:
         inner(input_ids=tiny.ids())
     assert run.latents[1] == tiny.sae().encode_sparse(hand.rows())
 
@@ -139,7 +139,7 @@ def test_generate_is_followed(name, dtype):
     ids, sae = tiny.ids(), tiny.sae()
     options = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
     base = model.generate(ids, **options)
-    with tiny.Hand(blocks[2]) as hand, gsf.attach(model, {2: sae}) as run:
+    with tiny.Hand(blocks[2]) as hand, gsf.attach(model, {2: sae}, tokens="all") as run:
         output = model.generate(ids, **options)
     assert torch.equal(output, base)
     if name in ("mamba", "falcon mamba"):
@@ -149,7 +149,7 @@ def test_generate_is_followed(name, dtype):
         want = sae.encode_sparse(torch.cat([x[b] for x in hand.seen]))
         assert got == want[: got.n_rows]
         assert got.n_rows == run.tokens.position[run.tokens.sequence == b].numel()
-    with gsf.attach(model, {2: sae}, mode="splice"):
+    with gsf.attach(model, {2: sae}, mode="splice", tokens="all"):
         spliced = model.generate(ids, **options)
     with tiny.Hand(blocks[2], change=lambda x: sae(x).to(x.dtype)):
         assert torch.equal(spliced, model.generate(ids, **options))
@@ -162,10 +162,10 @@ def test_flex_attention():
     block, ids, sae = model.model.layers[2], tiny.ids(), tiny.sae()
     with torch.no_grad():
         base = model(ids, use_cache=False).logits
-        with tiny.Hand(block) as hand, gsf.attach(model, {2: sae}, mode="splice+error") as run:
+        with tiny.Hand(block) as hand, gsf.attach(model, {2: sae}, mode="splice+error", tokens="all") as run:
             assert torch.equal(model(ids, use_cache=False).logits, base)
         assert run.latents[2] == sae.encode_sparse(hand.rows())
-        with gsf.attach(model, {2: sae}, mode="splice"):
+        with gsf.attach(model, {2: sae}, mode="splice", tokens="all"):
             got = model(ids, use_cache=False).logits
         with tiny.Hand(block, change=sae):
             assert torch.equal(got, model(ids, use_cache=False).logits)
@@ -188,7 +188,7 @@ def test_sites_inside_a_block(name):
         with (
             torch.no_grad(),
             tiny.Hand(block.get_submodule(path), end) as hand,
-            gsf.attach(model, {(1, kind): sae}) as run,
+            gsf.attach(model, {(1, kind): sae}, tokens="all") as run,
         ):
             model(input_ids=tiny.ids())
         assert run.latents[1, kind] == sae.encode_sparse(hand.rows()), kind
@@ -197,9 +197,9 @@ def test_sites_inside_a_block(name):
 
 def test_what_a_block_lacks_is_named():
     model, _ = build("mamba")
-    with pytest.raises(gsf.AttachError, match="MambaBlock of MambaForCausalLM has none of mlp, "):
-        gsf.attach(model, {(1, "mlp"): tiny.sae()})
-    with torch.no_grad(), gsf.attach(model, {"backbone.layers.1.mixer": tiny.sae()}) as run:
+    with pytest.raises(gsf.AttachError, match="MambaBlock of MambaForCausalLM has none of"):
+        gsf.attach(model, {(1, "mlp"): tiny.sae()}, tokens="all")
+    with torch.no_grad(), gsf.attach(model, {"backbone.layers.1.mixer": tiny.sae()}, tokens="all") as run:
         model(input_ids=tiny.ids())
     assert run.latents["backbone.layers.1.mixer"].n_rows == 18
 
@@ -208,7 +208,7 @@ def test_a_path_of_the_text_model_is_found_in_the_multimodal_one():
     model, blocks = build("gemma3 multimodal")
     norm = model.get_submodule(blocks)[1].post_feedforward_layernorm
     sites = {"model.layers.1.post_feedforward_layernorm.output": tiny.sae(), "model.layers.3.output": tiny.sae()}
-    with torch.no_grad(), tiny.Hand(norm) as hand, gsf.attach(model, sites) as run:
+    with torch.no_grad(), tiny.Hand(norm) as hand, gsf.attach(model, sites, tokens="all") as run:
         model(input_ids=tiny.ids())
     assert run.latents[1, "mlp"] == tiny.sae().encode_sparse(hand.rows())
 
@@ -228,9 +228,13 @@ class Unknown(torch.nn.Module):
 def test_an_unknown_architecture_takes_a_module_path():
     model = Unknown()
     with pytest.raises(gsf.AttachError, match="module path"):
-        gsf.attach(model, {0: tiny.sae()})
-    with torch.no_grad(), tiny.Hand(model.stages[0]) as hand, gsf.attach(model, {"stages.0": tiny.sae()}) as run:
+        gsf.attach(model, {0: tiny.sae()}, tokens="all")
+    with (
+        torch.no_grad(),
+        tiny.Hand(model.stages[0]) as hand,
+        gsf.attach(model, {"stages.0": tiny.sae()}, tokens="all") as run,
+    ):
         model(tiny.ids())
     assert run.latents["stages.0"] == tiny.sae().encode_sparse(hand.rows())
     with pytest.raises(gsf.AttachError, match="carries 32"):
-        gsf.attach(model, {"stages.0": tiny.sae(31)})
+        gsf.attach(model, {"stages.0": tiny.sae(31)}, tokens="all")

@@ -57,14 +57,14 @@ def test_compile_call_attach_call(compiled):
         plain = tiny.gemma3(num_hidden_layers=2)
         with tiny.Hand(plain.model.layers[0]) as hand:
             plain(ids)
-        with gsf.attach(model, {0: sae, 1: sae}) as run:
+        with gsf.attach(model, {0: sae, 1: sae}, tokens="all") as run:
             watched = model(ids).logits
             watched_again = model(ids).logits
         assert run.latents[0].n_rows == 36
         assert torch.equal(run.latents[0][:18].to_dense() > 0, sae.encode(hand.rows()) > 0)
         torch.testing.assert_close(watched, base)
         assert torch.equal(watched, watched_again)
-        with gsf.attach(model, {0: sae}, mode="splice"):
+        with gsf.attach(model, {0: sae}, mode="splice", tokens="all"):
             spliced = model(ids).logits
         with tiny.Hand(plain.model.layers[0], change=sae):
             torch.testing.assert_close(spliced, plain(ids).logits)
@@ -81,7 +81,7 @@ def test_an_uncompiled_model_keeps_other_compiled_code():
     other = torch.compile(lambda x: x + 1, backend=backend)
     other(torch.ones(3))
     assert not is_compiled(model)
-    with torch.no_grad(), gsf.attach(model, {1: tiny.sae()}):
+    with torch.no_grad(), gsf.attach(model, {1: tiny.sae()}, tokens="all"):
         model(tiny.ids())
     other(torch.ones(3))
     assert len(calls) == 1
@@ -92,10 +92,10 @@ def test_generate_with_a_compiled_model():
     ids, sae = tiny.ids(), tiny.sae()
     options = {"max_new_tokens": 4, "do_sample": False, "min_new_tokens": 4}
     base = model.generate(ids, **options)
-    with gsf.attach(model, {1: sae}) as want:
+    with gsf.attach(model, {1: sae}, tokens="all") as want:
         model.generate(ids, **options)
     compiled = whole(model)
-    with gsf.attach(compiled, {1: sae}) as run:
+    with gsf.attach(compiled, {1: sae}, tokens="all") as run:
         assert torch.equal(compiled.generate(ids, **options), base)
     assert run.latents[1] == want.latents[1]
     assert "generate" not in model.__dict__
@@ -111,10 +111,10 @@ def test_generate_that_compiles_by_itself():
     config = CompileConfig(backend=BACKEND, mode=None, fullgraph=False)
     config._compile_all_devices = True
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
-    with gsf.attach(model, {1: sae}) as want:
+    with gsf.attach(model, {1: sae}, tokens="all") as want:
         model.generate(ids, disable_compile=True, **options)
     for _ in range(2):
-        with gsf.attach(model, {1: sae}) as run:
+        with gsf.attach(model, {1: sae}, tokens="all") as run:
             model.generate(ids, compile_config=config, **options)
         assert "_compiled_call" in model.__dict__
         assert run.latents[1].n_rows == 13
@@ -132,7 +132,7 @@ def test_code_that_hides_from_attach_is_noticed():
         block.forward = type_forward
         model(tiny.ids())
         with (
-            gsf.attach(model, {"model.layers.0.mlp": tiny.sae()}) as run,
+            gsf.attach(model, {"model.layers.0.mlp": tiny.sae()}, tokens="all") as run,
             pytest.raises(gsf.AttachError, match="compiled before attach"),
         ):
             model(tiny.ids())

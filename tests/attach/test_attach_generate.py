@@ -88,7 +88,7 @@ def test_sequences_are_those_of_a_plain_forward(model, saes, name, batch):
     base = generate(model, ids, mask, **MODES[name])
     before = tiny.hook_count(model)
     hands = {key: tiny.Hand(model.model.layers[key]) for key in saes}
-    with gsf.attach(model, saes) as run:
+    with gsf.attach(model, saes, tokens="all") as run:
         output = generate(model, ids, mask, **MODES[name])
         assert torch.equal(output.sequences, base.sequences)
         for one, other in zip(output.scores, base.scores, strict=True):
@@ -116,7 +116,7 @@ def test_rejected_drafts_do_not_count(model, saes, how):
         torch.manual_seed(4)
         assistant = type(model)(model.config).eval()
         more = {"assistant_model": assistant}
-    with gsf.attach(model, saes) as run:
+    with gsf.attach(model, saes, tokens="all") as run:
         output = generate(model, ids, mask, max_new_tokens=12, **more)
     lengths = torch.bincount(run.tokens.call)
     assert lengths[1:].max() > 1, "no draft was tried"
@@ -128,7 +128,7 @@ def test_rejected_drafts_do_not_count(model, saes, how):
 
 def test_beam_search_needs_its_indices(model, saes):
     ids, mask = padded()
-    with gsf.attach(model, saes) as run:
+    with gsf.attach(model, saes, tokens="all") as run:
         plain = generate(model, ids, mask, num_beams=3, return_dict_in_generate=False, output_scores=False)
     for output in (None, plain):
         with pytest.raises(gsf.AttachError, match="beam_indices"):
@@ -138,7 +138,7 @@ def test_beam_search_needs_its_indices(model, saes):
 def test_splicing_acts_on_every_decoded_token(model, saes):
     """Greedy decoding with a splice equals decoding by hand without a cache, with hooks written by hand."""
     ids, mask = tiny.ids(1), torch.ones(1, 9, dtype=torch.long)
-    with gsf.attach(model, {1: saes[0]}, mode="splice"):
+    with gsf.attach(model, {1: saes[0]}, mode="splice", tokens="all"):
         output = generate(model, ids, mask, eos_token_id=-1).sequences
     by_hand = ids
     with torch.no_grad(), tiny.Hand(model.model.layers[1], change=saes[0]):
@@ -180,7 +180,7 @@ def test_each_site_is_spliced_in_prefill_and_in_every_decoded_token(model, kind,
     assert not torch.equal(by_hand.scores[0], base.scores[0])
     runs = {}
     for mode, want in (("observe", base), ("splice", by_hand), ("splice+error", base)):
-        with gsf.attach(model, {(1, kind): sae}, mode=mode) as runs[mode]:
+        with gsf.attach(model, {(1, kind): sae}, mode=mode, tokens="all") as runs[mode]:
             output = generate(model, ids, mask, **options)
         assert tiny.hook_count(model) == before
         assert torch.equal(output.sequences, want.sequences)
@@ -204,7 +204,7 @@ def test_an_exception_anywhere_leaves_no_hook(model, saes, mode, where):
     failing = model.model.layers[3].register_forward_hook(fail) if where == "model" else None
     stop = [fail] if where == "generate" else None
     run = fail if where == "body" else lambda: generate(model, ids, mask, stopping_criteria=stop)
-    with pytest.raises(RuntimeError, match="mine"), gsf.attach(model, saes, mode=mode):
+    with pytest.raises(RuntimeError, match="mine"), gsf.attach(model, saes, mode=mode, tokens="all"):
         run()
     if failing is not None:
         failing.remove()
@@ -215,7 +215,7 @@ def test_an_exception_anywhere_leaves_no_hook(model, saes, mode, where):
 
 def test_several_generations_in_one_run(model, saes):
     ids, mask = padded()
-    with gsf.attach(model, saes) as run:
+    with gsf.attach(model, saes, tokens="all") as run:
         first = generate(model, ids, mask)
         second = generate(model, tiny.ids(3, 6, seed=8), None, max_new_tokens=4)
         beam = generate(model, ids, mask, num_beams=2)
@@ -241,7 +241,7 @@ def test_padding_is_told_from_pad_tokens_where_no_mask_is_given(model, saes):
 def test_a_prompt_given_as_embeddings(model, saes):
     ids, mask = tiny.ids(1), torch.ones(1, 9, dtype=torch.long)
     embeds = model.get_input_embeddings()(ids).detach()
-    with gsf.attach(model, saes) as run:
+    with gsf.attach(model, saes, tokens="all") as run:
         output = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     assert run.sequences(0, output)[0].n_rows == 9 + output.shape[1] - 1
 
@@ -249,7 +249,7 @@ def test_a_prompt_given_as_embeddings(model, saes):
 def test_a_loop_written_by_hand_continues_its_sequences(model, saes):
     ids, cache, step = tiny.ids(), None, tiny.ids()
     name = "cache" if hasattr(model(ids, use_cache=True), "cache") else "past_key_values"
-    with torch.no_grad(), gsf.attach(model, saes) as run:
+    with torch.no_grad(), gsf.attach(model, saes, tokens="all") as run:
         for _ in range(4):
             out = model(step, use_cache=True, **({} if cache is None else {name: cache}))
             cache, step = getattr(out, name), out.logits[:, -1:].argmax(-1)
@@ -265,7 +265,7 @@ def test_a_cache_filled_before_the_run_is_named(model, saes):
     with torch.no_grad():
         out = model(ids, use_cache=True)
         name = "cache" if hasattr(out, "cache") else "past_key_values"
-        with gsf.attach(model, saes) as run:
+        with gsf.attach(model, saes, tokens="all") as run:
             model(ids[:, :1], **{name: getattr(out, name)})
     assert run.tokens.position.tolist() == [9]
     with pytest.raises(gsf.AttachError, match="9 columns were in the cache"):
@@ -290,7 +290,7 @@ def test_an_exception_inside_generate_leaves_nothing(model, saes):
         raise RuntimeError("stop")
 
     ids, mask = padded()
-    with pytest.raises(RuntimeError, match="stop"), gsf.attach(model, saes, mode="splice") as run:
+    with pytest.raises(RuntimeError, match="stop"), gsf.attach(model, saes, mode="splice", tokens="all") as run:
         generate(model, ids, mask, stopping_criteria=[stop])
     assert tiny.hook_count(model) == before
     assert len(run.tokens) == 18

@@ -77,7 +77,7 @@ def test_every_output_is_spliced_and_every_layer_read(model, skip):
     coder, ids = clt(skip), tiny.ids()
     with torch.no_grad():
         base = model(ids).logits
-        with gsf.attach(model, coder) as run:
+        with gsf.attach(model, coder, tokens="all") as run:
             assert torch.equal(model(ids).logits, base)
         with ByHand(model, coder, lambda y, *_: y) as hand:
             model(ids)
@@ -87,7 +87,7 @@ def test_every_output_is_spliced_and_every_layer_read(model, skip):
             assert run.latents[i] is run.latents[i, "mlp_in"]
             assert run.latents[i] == latents[i]
             assert latents[i].nnz > 50
-        with gsf.attach(model, [coder], mode="splice"):
+        with gsf.attach(model, [coder], mode="splice", tokens="all"):
             got = model(ids).logits
         with ByHand(model, coder, splice):
             want = model(ids).logits
@@ -100,7 +100,7 @@ def test_a_splice_sums_as_the_coder_itself():
     model, coder, ids = tiny.gemma3(), clt(True), tiny.ids()
     with (
         torch.no_grad(),
-        gsf.attach(model, coder, mode="splice"),
+        gsf.attach(model, coder, mode="splice", tokens="all"),
         contextlib.ExitStack() as stack,
     ):
         x = [stack.enter_context(tiny.Hand(b.pre_feedforward_layernorm)) for b in model.model.layers]
@@ -117,7 +117,7 @@ def test_with_its_error_nothing_changes(model, dtype):
         for grad in (False, True):
             with torch.set_grad_enabled(grad):
                 base = model(ids).logits
-                with gsf.attach(model, coder, mode="splice+error", edits=gsf.Add(3, 0.0, site=1)):
+                with gsf.attach(model, coder, mode="splice+error", edits=gsf.Add(3, 0.0, site=1), tokens="all"):
                     assert torch.equal(model(ids).logits, base)
     finally:
         model.float()
@@ -179,7 +179,7 @@ def test_gradient_and_attribution_hold_the_error_constant(tokens):
 
 def test_generate_splices_every_decoded_token():
     model, coder, ids = tiny.gemma3(), clt(), tiny.ids(1)
-    with gsf.attach(model, coder, mode="splice") as run:
+    with gsf.attach(model, coder, mode="splice", tokens="all") as run:
         output = model.generate(ids, max_new_tokens=5, do_sample=False, eos_token_id=-1)
     want = ids
     with torch.no_grad(), ByHand(model, coder, splice):
@@ -203,7 +203,7 @@ def test_integrated_gradients_are_those_of_dense_autograd():
             # through the moved latents alone: share · f, so by the chain rule share times their gradient
             total = total + torch.autograd.grad(metric(), hand.f[1])[0] / share
     want = (total * hand.f[1] / steps).detach().reshape(-1, F)
-    with gsf.attach(model, coder, mode="splice+error") as run:
+    with gsf.attach(model, coder, mode="splice+error", tokens="all") as run:
         got = run.integrated_gradients(1, metric, steps)
     scale = float(want.abs().max())
     assert scale > 1e-3
@@ -241,14 +241,14 @@ def test_a_crosscoder_reads_its_sites_side_by_side(model):
 
 def test_a_crosscoder_follows_generate(model):
     coder = crosscoder()
-    with gsf.attach(model, coder) as run:
+    with gsf.attach(model, coder, tokens="all") as run:
         output = model.generate(tiny.ids(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert [s.n_rows for s in run.sequences(coder.sites, output)] == [12, 12]
 
 
 def test_a_crosscoder_of_latents_a_layer_is_observed():
     model, coder = tiny.gemma3(), clt(kind="crosscoder", sites=("resid", "resid"))
-    with torch.no_grad(), tiny.Hand(model.model.layers[3]) as hand, gsf.attach(model, coder) as run:
+    with torch.no_grad(), tiny.Hand(model.model.layers[3]) as hand, gsf.attach(model, coder, tokens="all") as run:
         model(tiny.ids())
     assert run.latents[3] == coder.layers[3].encode_sparse(hand.rows())
 

@@ -35,10 +35,10 @@ def test_offloaded_blocks_are_watched_and_spliced_like_any(pair, mode):
     edits = [] if mode == "observe" else [gsf.Clamp(5, 2.0, site=1)]
     options = {"max_new_tokens": 5, "do_sample": False, "min_new_tokens": 5}
     before = tiny.hook_count(offloaded)
-    with torch.no_grad(), gsf.attach(model, saes, mode=mode, edits=edits) as want:
+    with torch.no_grad(), gsf.attach(model, saes, mode=mode, edits=edits, tokens="all") as want:
         logits = model(tiny.ids()).logits
         expected = model.generate(tiny.ids(), **options)
-    with torch.no_grad(), gsf.attach(offloaded, saes, mode=mode, edits=edits) as run:
+    with torch.no_grad(), gsf.attach(offloaded, saes, mode=mode, edits=edits, tokens="all") as run:
         assert torch.equal(offloaded(tiny.ids()).logits, logits)
         output = offloaded.generate(tiny.ids(), **options)
     assert torch.equal(output, expected)
@@ -55,7 +55,7 @@ def test_an_offloaded_embedding_is_named(tmp_path):
     own = {"model": "disk", "lm_head": "cpu"}
     offloaded = type(model).from_pretrained(tmp_path / "model", device_map=own, offload_folder=str(tmp_path / "disk"))
     embed = tiny.sae(site=gsf.Site("embed"))
-    with torch.no_grad(), gsf.attach(offloaded, embed), pytest.raises(gsf.AttachError, match="offloaded"):
+    with torch.no_grad(), gsf.attach(offloaded, embed, tokens="all"), pytest.raises(gsf.AttachError, match="offloaded"):
         offloaded(tiny.ids())
 
 
@@ -79,12 +79,12 @@ def test_a_real_encoder_is_watched_and_spliced(encoder):
         with tiny.Hand(block) as hand:
             base = model(**inputs).last_hidden_state
         for mode in ("observe", "splice+error"):
-            with gsf.attach(model, {3: sae}, mode=mode) as run:
+            with gsf.attach(model, {3: sae}, mode=mode, tokens="all") as run:
                 assert torch.equal(model(**inputs).last_hidden_state, base)
             assert run.latents[3] == sae.encode_sparse(hand.rows())
             assert run.latents[3].nnz > 100
         assert [s.n_rows for s in run.sequences(3)] == inputs.attention_mask.sum(1).tolist()
-        with gsf.attach(model, {3: sae}, mode="splice"):
+        with gsf.attach(model, {3: sae}, mode="splice", tokens="all"):
             got = model(**inputs).last_hidden_state
         with tiny.Hand(block, change=sae):
             assert torch.equal(got, model(**inputs).last_hidden_state)

@@ -17,7 +17,7 @@ def test_rows_carry_call_sequence_position_and_padding(gemma):
     ids = tiny.ids()
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
-    with torch.no_grad(), gsf.attach(gemma, {1: tiny.sae()}) as run:
+    with torch.no_grad(), gsf.attach(gemma, {1: tiny.sae()}, tokens="all") as run:
         gemma(ids, attention_mask=mask)
         gemma(ids[:, :4])
     tokens = run.tokens

@@ -186,12 +186,12 @@ def test_content_without_ids_is_an_error(gemma):
     embeds = gemma.get_input_embeddings()(tiny.ids()).detach()
     with torch.no_grad():
         with (
-            gsf.attach(gemma, {1: tiny.sae()}, tokens="content") as run,
-            pytest.raises(gsf.AttachError, match="input_ids"),
+            gsf.attach(gemma, {1: tiny.sae()}) as run,
+            pytest.raises(gsf.AttachError, match="inputs_embeds alone; give tokens='all'"),
         ):
             gemma(inputs_embeds=embeds)
         assert len(run.tokens) == 0
-        with gsf.attach(gemma, {1: tiny.sae()}) as run:
+        with gsf.attach(gemma, {1: tiny.sae()}, tokens="all") as run:
             gemma(inputs_embeds=embeds)
     assert run.latents[1].n_rows == 18
     assert set(run.tokens.token_id.tolist()) == {-1}

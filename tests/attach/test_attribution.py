@@ -50,7 +50,7 @@ def test_attribution_is_that_of_dense_autograd(model, name, frozen):
     for module in (model, *SAES.values()):
         module.requires_grad_(not frozen)
     try:
-        with gsf.attach(model, SAES, mode="splice+error") as run:
+        with gsf.attach(model, SAES, mode="splice+error", tokens="all") as run:
             metric = METRICS[name](model(tiny.ids()).logits)
             got = run.attribution(metric)
     finally:
@@ -80,7 +80,7 @@ def test_attribution_of_a_reward():
 
 
 def test_several_calls_and_one_metric(model):
-    with gsf.attach(model, {1: SAES[1]}, mode="splice+error") as run:
+    with gsf.attach(model, {1: SAES[1]}, mode="splice+error", tokens="all") as run:
         model(tiny.ids())
         metric = model(tiny.ids(seed=6)).logits[0, -1, 3]
         first = run.attribution(metric, retain_graph=True)[1]
@@ -103,7 +103,7 @@ def test_integrated_gradients(model):
         with tiny.Hand(model.model.layers[1], change=dense):
             total = total + torch.autograd.grad(metric(model(ids).logits), dense.moved)[0]
     want = (total * dense.f / steps).detach().reshape(-1, tiny.F)
-    with gsf.attach(model, {1: SAES[1]}, mode="splice+error") as run:
+    with gsf.attach(model, {1: SAES[1]}, mode="splice+error", tokens="all") as run:
         got = run.integrated_gradients(1, lambda: metric(model(ids).logits), steps)
         assert len(run.tokens) == 0
         fine = run.integrated_gradients(1, lambda: metric(model(ids).logits), 64)
@@ -116,17 +116,20 @@ def test_integrated_gradients(model):
 
 
 def test_what_has_no_gradient_is_named(model):
-    with gsf.attach(model, SAES) as run:
+    with gsf.attach(model, SAES, tokens="all") as run:
         metric = model(tiny.ids()).logits.sum()
     with pytest.raises(gsf.AttachError, match="no gradient"):
         run.attribution(metric)
-    with gsf.attach(model, SAES, mode="splice+error") as run:
+    with gsf.attach(model, SAES, mode="splice+error", tokens="all") as run:
         logits = model(tiny.ids()).logits
     with pytest.raises(gsf.AttachError, match="one element"):
         run.attribution(logits)
-    with torch.no_grad(), gsf.attach(model, SAES, mode="splice+error") as run:
+    with torch.no_grad(), gsf.attach(model, SAES, mode="splice+error", tokens="all") as run:
         metric = model(tiny.ids()).logits.sum()
     with pytest.raises(gsf.AttachError, match="no gradient"):
         run.attribution(metric)
-    with gsf.attach(model, SAES, mode="splice") as run, pytest.raises(gsf.AttachError, match="splice\\+error"):
+    with (
+        gsf.attach(model, SAES, mode="splice", tokens="all") as run,
+        pytest.raises(gsf.AttachError, match="splice\\+error"),
+    ):
         run.integrated_gradients(1, lambda: metric)

@@ -23,13 +23,13 @@ def sae():
 @pytest.fixture(scope="module")
 def fired(model, sae):
     """Features that fire somewhere, the most frequent first."""
-    with torch.no_grad(), gsf.attach(model, {LAYER: sae}) as run:
+    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, tokens="all") as run:
         model(tiny.ids())
     return torch.bincount(run.latents[LAYER].col_indices.long()).argsort(descending=True).tolist()
 
 
-def ours(model, sae, edits, mode="splice+error", ids=None, **options):
-    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, mode=mode, edits=edits, **options):
+def ours(model, sae, edits, mode="splice+error", ids=None, tokens="all"):
+    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, mode=mode, edits=edits, tokens=tokens):
         return model(tiny.ids() if ids is None else ids).logits
 
 
@@ -101,7 +101,7 @@ NOTHING = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", NOTHING)
 def test_an_edit_that_changes_nothing_changes_no_bit(model, sae, fired, name, dtype):
-    with torch.no_grad(), gsf.attach(model, {LAYER: sae}) as run:
+    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, tokens="all") as run:
         model(tiny.ids())
     silent = next(f for f in range(tiny.F) if f not in run.latents[LAYER].col_indices)
     model.to(dtype)
@@ -175,7 +175,7 @@ def test_edits_under_generate_act_on_each_decoded_token(model, sae, fired, posit
     """With a KV cache, as decoding by hand without one, where the edit is on for one sequence of two."""
     a, ids, new = fired[0], tiny.ids(), 6
     edit = gsf.Clamp(a, 40.0, positions=positions, sequences=torch.tensor([True, False]))
-    with gsf.attach(model, {LAYER: sae}, mode="splice+error", edits=edit):
+    with gsf.attach(model, {LAYER: sae}, mode="splice+error", edits=edit, tokens="all"):
         got = model.generate(ids, max_new_tokens=new, do_sample=False, eos_token_id=-1)
 
     def change(x):
@@ -199,7 +199,7 @@ def test_an_edit_is_switched_between_calls(model, sae, fired):
     edit = gsf.Clamp(fired[0], 6.0)
     with torch.no_grad():
         base = model(tiny.ids()).logits
-        with gsf.attach(model, {LAYER: sae}, mode="splice+error", edits=[edit]):
+        with gsf.attach(model, {LAYER: sae}, mode="splice+error", edits=[edit], tokens="all"):
             both = model(tiny.ids()).logits
             edit.sequences = [1]
             one = model(tiny.ids()).logits
@@ -218,6 +218,7 @@ def test_several_sites_and_a_direction_without_an_sae(model, sae, fired):
             {LAYER: sae, 2: tiny.sae(seed=2)},
             mode="splice+error",
             edits={LAYER: gsf.Clamp(fired[0], 2.0), "model.layers.3.output": [gsf.Direction(v)]},
+            tokens="all",
         ) as run:
             got = model(tiny.ids()).logits
         with gsf.attach(
@@ -225,6 +226,7 @@ def test_several_sites_and_a_direction_without_an_sae(model, sae, fired):
             {LAYER: sae, 2: tiny.sae(seed=2)},
             mode="splice+error",
             edits=[gsf.Direction(v, site=3), gsf.Clamp(fired[0], 2.0, site=(LAYER, "resid"))],
+            tokens="all",
         ):
             assert torch.equal(model(tiny.ids()).logits, got)
         with (
@@ -236,7 +238,7 @@ def test_several_sites_and_a_direction_without_an_sae(model, sae, fired):
         ):
             want = model(tiny.ids()).logits
         with (
-            gsf.attach(model, (), mode="splice+error", edits={3: gsf.Direction(v)}),
+            gsf.attach(model, (), mode="splice+error", edits={3: gsf.Direction(v)}, tokens="all"),
             tiny.Hand(model.model.norm, "input") as x,
         ):
             model(tiny.ids())
@@ -251,7 +253,7 @@ def test_edits_of_a_transcoder_act_at_its_output(model, fired):
     coder = tiny.sae(kind=gsf.JumpReLUTranscoder, site=gsf.Site("mlp_in", 1), site_out=gsf.Site("mlp", 1))
     block = model.model.layers[1]
     with torch.no_grad():
-        with gsf.attach(model, coder, mode="splice+error", edits=gsf.Add(5, 4.0)):
+        with gsf.attach(model, coder, mode="splice+error", edits=gsf.Add(5, 4.0), tokens="all"):
             got = model(tiny.ids()).logits
         with tiny.Hand(block.post_feedforward_layernorm, change=lambda y: y + 4 * coder.W_dec[5]):
             torch.testing.assert_close(got, model(tiny.ids()).logits)
@@ -264,7 +266,9 @@ def test_the_gradient_goes_through_edits(model, sae, fired):
     def gradients():
         return torch.autograd.grad(model(tiny.ids()).logits.logsumexp(-1).square().sum(), weights)
 
-    with gsf.attach(model, {LAYER: sae}, mode="splice+error", edits=[gsf.Scale(a, 3.0), gsf.Clamp(b, 1.0)]):
+    with gsf.attach(
+        model, {LAYER: sae}, mode="splice+error", edits=[gsf.Scale(a, 3.0), gsf.Clamp(b, 1.0)], tokens="all"
+    ):
         got = gradients()
 
     def hook(x):
@@ -307,15 +311,15 @@ def test_what_cannot_be_done_is_named_before_anything_runs(model, sae, name):
     make, error, message = BAD[name]
     before = tiny.hook_count(model)
     with pytest.raises(error, match=message):
-        gsf.attach(model, {LAYER: sae}, mode="splice+error", edits=make())
+        gsf.attach(model, {LAYER: sae}, mode="splice+error", edits=make(), tokens="all")
     assert tiny.hook_count(model) == before
 
 
 def test_observing_takes_no_edits_and_several_saes_need_a_site(model, sae):
     with pytest.raises(gsf.AttachError, match="mode 'observe'"):
-        gsf.attach(model, {LAYER: sae}, edits=gsf.Clamp(1, 1.0))
+        gsf.attach(model, {LAYER: sae}, edits=gsf.Clamp(1, 1.0), tokens="all")
     with pytest.raises(gsf.AttachError, match="names no site"):
-        gsf.attach(model, {1: sae, 2: sae}, mode="splice", edits=gsf.Clamp(1, 1.0))
+        gsf.attach(model, {1: sae, 2: sae}, mode="splice", edits=gsf.Clamp(1, 1.0), tokens="all")
 
 
 def test_edits_of_separate_rows_do_not_contradict(model, sae):
@@ -324,7 +328,13 @@ def test_edits_of_separate_rows_do_not_contradict(model, sae):
         ({"sequences": [0]}, {"sequences": [1]}),
         ({"positions": ROWS[0] > 4}, {"positions": ROWS[0] < 4}),
     ):
-        gsf.attach(model, {LAYER: sae}, mode="splice", edits=[gsf.Clamp(1, 1.0, **one), gsf.Clamp(1, 2.0, **other)])
+        gsf.attach(
+            model,
+            {LAYER: sae},
+            mode="splice",
+            edits=[gsf.Clamp(1, 1.0, **one), gsf.Clamp(1, 2.0, **other)],
+            tokens="all",
+        )
 
 
 def test_a_selection_of_the_wrong_size_is_an_error(model, sae):

@@ -22,9 +22,9 @@ def sae():
     return tiny.sae()
 
 
-def read(model, sae, *observers, calls=4, **options):
+def read(model, sae, *observers, calls=4, tokens="all"):
     """The observers fed by several calls with padding, and the dense latents of the valid rows."""
-    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, **options) as run:
+    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, tokens=tokens) as run:
         for observer in observers:
             assert run.watch(observer) is observer
         for seed in range(calls):
@@ -88,7 +88,7 @@ def test_top_contexts_are_the_strongest_tokens_with_what_stood_around(model, sae
 
 def test_contexts_reach_back_over_decoded_tokens(model, sae):
     top = TopContexts(tiny.F, 50, left=4, right=0)
-    with gsf.attach(model, {LAYER: sae}) as run:
+    with gsf.attach(model, {LAYER: sae}, tokens="all") as run:
         run.watch(top)
         out = model.generate(tiny.ids(1), max_new_tokens=6, do_sample=False, min_new_tokens=6)[0]
     at = (top.position == 12).nonzero()
@@ -108,7 +108,7 @@ def test_only_selected_tokens_are_watched(model, sae):
 def test_nothing_is_kept_when_asked(model, sae):
     stats, kept = Statistics(tiny.F), Statistics(tiny.F)
     read(model, sae, kept)
-    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, keep=False) as run:
+    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, keep=False, tokens="all") as run:
         run.watch(stats)
         for seed in range(4):
             ids = tiny.ids(seed=seed)
@@ -128,7 +128,7 @@ def test_nothing_is_kept_when_asked(model, sae):
 @pytest.fixture(scope="module")
 def decoded(model, sae):
     """A greedy generation; the feature that fires on some decoded token of sequence 0 first, and where."""
-    with gsf.attach(model, {LAYER: sae}) as run:
+    with gsf.attach(model, {LAYER: sae}, tokens="all") as run:
         output = model.generate(tiny.ids(), max_new_tokens=8, do_sample=False, min_new_tokens=8)
     rows = run.sequences(LAYER, output)[0].to_dense()
     prompt = rows[:9].max(0).values
@@ -153,7 +153,7 @@ def test_an_alarm_runs_before_the_next_token_and_stops_its_sequence(model, sae, 
         order.append(("token", ids.shape[1] - 1))
         return torch.zeros(len(ids), dtype=torch.bool)
 
-    with gsf.attach(model, {LAYER: sae}) as run:
+    with gsf.attach(model, {LAYER: sae}, tokens="all") as run:
         alarm = run.on_fire(feature, threshold, fn)
         stopped = model.generate(tiny.ids(), max_new_tokens=8, do_sample=False, stopping_criteria=[chosen])
     first = next(e for e in events if e.sequence == 0)
@@ -170,7 +170,7 @@ def test_an_alarm_runs_before_the_next_token_and_stops_its_sequence(model, sae, 
 
 def test_an_alarm_that_does_not_stop_changes_nothing(model, sae, decoded):
     output, feature, _, threshold = decoded
-    with gsf.attach(model, {LAYER: sae}) as run:
+    with gsf.attach(model, {LAYER: sae}, tokens="all") as run:
         alarm = run.on_fire(feature, threshold, lambda event: None)
         got = model.generate(tiny.ids(), max_new_tokens=8, do_sample=False, min_new_tokens=8)
     assert torch.equal(got, output)
@@ -188,7 +188,7 @@ def test_a_queued_alarm_is_bounded_and_counts_what_it_drops(model, sae):
         if len(seen) == 2:
             raise RuntimeError("kept")
 
-    with torch.no_grad(), gsf.attach(model, {LAYER: sae}) as run:
+    with torch.no_grad(), gsf.attach(model, {LAYER: sae}, tokens="all") as run:
         alarm = run.on_fire(3, -1.0, slow, sync=False, capacity=4)
         model(tiny.ids())
         go_on.set()
@@ -205,12 +205,12 @@ def test_what_cannot_be_watched_is_named(model, sae):
         Statistics(tiny.F, chosen=[tiny.F])
     with pytest.raises(ValueError, match="edges"):
         Statistics(tiny.F, edges=[1.0, 1.0])
-    run = gsf.attach(model, {1: sae, 2: sae})
+    run = gsf.attach(model, {1: sae, 2: sae}, tokens="all")
     with pytest.raises(gsf.AttachError, match="several SAEs"):
         run.watch(TopK(1))
     with pytest.raises(IndexError, match="feature"):
         run.on_fire(tiny.F, 0.0, print, key=1)
-    with torch.no_grad(), gsf.attach(model, {1: sae}) as run:
+    with torch.no_grad(), gsf.attach(model, {1: sae}, tokens="all") as run:
         run.on_fire(3, -1.0, lambda event: True)
         with pytest.raises(gsf.AttachError, match="only a sequence of generate"):
             model(tiny.ids())

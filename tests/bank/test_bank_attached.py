@@ -32,10 +32,10 @@ def test_attached_it_equals_the_saes_themselves(gemma, tmp_path, mode, budget):
     edits = {} if mode == "observe" else {2: gsf.Clamp(3, 5.0), 0: gsf.Add(1, 2.0)}
     ids = tiny.ids()
     with torch.no_grad():
-        with gsf.attach(gemma, saes, mode=mode, edits=edits) as want:
+        with gsf.attach(gemma, saes, mode=mode, edits=edits, tokens="all") as want:
             logits = gemma(ids).logits
             text = gemma.generate(ids, max_new_tokens=4, do_sample=False)
-        with gsf.attach(gemma, bank, mode=mode, edits=edits) as got:
+        with gsf.attach(gemma, bank, mode=mode, edits=edits, tokens="all") as got:
             assert torch.equal(gemma(ids).logits, logits)
             assert torch.equal(gemma.generate(ids, max_new_tokens=4, do_sample=False), text)
     bank.settle()
@@ -64,7 +64,7 @@ def test_the_next_layers_sae_is_brought_while_this_one_is_in_use(gemma, tmp_path
 
     saes = {i: sae for i, sae in enumerate(bank.values())}
     probes = {f"model.layers.{i}.mlp.output": Activations(Watch(i)) for i in range(4)}
-    with torch.no_grad(), gsf.attach(gemma, {**saes, **probes}):
+    with torch.no_grad(), gsf.attach(gemma, {**saes, **probes}, tokens="all"):
         gemma(tiny.ids())
     # at the MLP of layer i its SAE is there before the model asks, and the one before has not left yet
     assert after == {0: [0], 1: [0, 1], 2: [1, 2], 3: [2, 3]}
@@ -79,18 +79,18 @@ def test_gradients_and_attribution(gemma, tmp_path):
     bank = Bank(folder, device_bytes=4 * ONE)
     ids = tiny.ids()
     found = []
-    with torch.inference_mode(), gsf.attach(gemma, bank):
+    with torch.inference_mode(), gsf.attach(gemma, bank, tokens="all"):
         gemma(ids)  # loaded here, the weights must still be fit for a graph
     for source in (saes, bank):
-        with gsf.attach(gemma, source, mode="splice+error") as run:
+        with gsf.attach(gemma, source, mode="splice+error", tokens="all") as run:
             found.append(run.attribution(gemma(ids).logits[0, -1, 5]))
     for key in found[0]:
         assert found[0][key] == found[1][key]
     small = Bank(folder, device_bytes=2 * ONE)
-    with gsf.attach(gemma, small, mode="splice"), pytest.raises(gsf.BankError, match="autograd"):
+    with gsf.attach(gemma, small, mode="splice", tokens="all"), pytest.raises(gsf.BankError, match="autograd"):
         gemma(ids)  # the graph needs all four: an error, no excess
     assert device(small)["peak"] <= 2 * ONE
-    with torch.no_grad(), gsf.attach(gemma, small, mode="splice"):
+    with torch.no_grad(), gsf.attach(gemma, small, mode="splice", tokens="all"):
         gemma(ids)
 
 
@@ -114,7 +114,7 @@ def test_a_forward_that_fails_leaves_nothing_in_use(gemma, tmp_path):
     def fail(*_):
         raise ZeroDivisionError
 
-    with torch.no_grad(), gsf.attach(gemma, bank, mode="splice"):
+    with torch.no_grad(), gsf.attach(gemma, bank, mode="splice", tokens="all"):
         # between the site that the second transcoder reads and the one that it writes
         handle = gemma.model.layers[1].mlp.register_forward_hook(fail)
         for _ in range(3):
@@ -136,7 +136,7 @@ def test_transcoders_and_several_widths_at_one_site(gemma, tmp_path):
         for mode in ("splice", "splice+error"):
             logits = []
             for source in (saes, bank):
-                with gsf.attach(gemma, source, mode=mode, edits={0: gsf.Add(2, 1.0)}):
+                with gsf.attach(gemma, source, mode=mode, edits={0: gsf.Add(2, 1.0)}, tokens="all"):
                     logits.append(gemma(ids).logits)
             assert torch.equal(*logits)
         # two residual SAEs of one layer: keyed by name
@@ -146,14 +146,14 @@ def test_transcoders_and_several_widths_at_one_site(gemma, tmp_path):
         other = tmp_path / "b" / folder.name / "layer_0" / "width_16k"
         other.rename(folder / "layer_0" / "width_65k" / "x")
         both = Bank(folder)
-        with gsf.attach(gemma, both) as run:
+        with gsf.attach(gemma, both, tokens="all") as run:
             gemma(ids)
         assert sorted(map(str, run.latents)) == sorted(
             [str(tiny.resid(1)), *(n for n in both if n.startswith("layer_0"))]
         )
         with pytest.raises(gsf.AttachError, match="two splices"):
-            gsf.attach(gemma, both, mode="splice")
-        with gsf.attach(gemma, both.select("*/width_16k/*"), mode="splice") as run:
+            gsf.attach(gemma, both, mode="splice", tokens="all")
+        with gsf.attach(gemma, both.select("*/width_16k/*"), mode="splice", tokens="all") as run:
             gemma(ids)
         assert set(run.latents) == {tiny.resid(0), tiny.resid(1)}
 
@@ -186,9 +186,9 @@ def test_three_experts_switched_at_random_under_one_budget(experts):
         ids = tiny.ids(seed=draw.randrange(100))
         saes = [from_pretrained(sources[name], n.split(":")[1]) for n in bank.of(name)]
         with torch.no_grad():
-            with gsf.attach(models[name], saes, mode="splice") as want:
+            with gsf.attach(models[name], saes, mode="splice", tokens="all") as want:
                 logits = models[name](ids).logits
-            with gsf.attach(models[name], bank, mode="splice") as run:
+            with gsf.attach(models[name], bank, mode="splice", tokens="all") as run:
                 assert torch.equal(models[name](ids).logits, logits)
         for layer in range(4):
             assert run.latents[layer] == want.latents[layer]
@@ -206,14 +206,14 @@ def test_experts_in_threads(experts):
     want = {}
     with torch.no_grad():
         for name, model in models.items():
-            with gsf.attach(model, Bank(sources[name]), mode="splice"):
+            with gsf.attach(model, Bank(sources[name]), mode="splice", tokens="all"):
                 want[name] = model(ids).logits
 
     def work(name):
         with torch.no_grad():
             for _ in range(4):
                 bank.prefetch(name)
-                with gsf.attach(models[name], bank, mode="splice"):
+                with gsf.attach(models[name], bank, mode="splice", tokens="all"):
                     assert torch.equal(models[name](ids).logits, want[name])
 
     run_threads(*(lambda name=name: work(name) for name in models))
@@ -224,8 +224,8 @@ def test_a_model_that_the_bank_does_not_know(experts, gemma):
     models, sources = experts
     bank = Bank({n: sources[n] for n in ("poet", "lawyer")})
     with pytest.raises(gsf.AttachError, match=r"'poet', 'lawyer'.*'coder'.*bank\.of"):
-        gsf.attach(models["coder"], bank)
-    with torch.no_grad(), gsf.attach(gemma, bank.of("poet")) as run:  # told, whatever it calls itself
+        gsf.attach(models["coder"], bank, tokens="all")
+    with torch.no_grad(), gsf.attach(gemma, bank.of("poet"), tokens="all") as run:  # told, whatever it calls itself
         gemma(tiny.ids())
     assert len(run.latents) == 4
 
@@ -238,9 +238,9 @@ def test_26_residual_saes_in_a_budget_of_four(tmp_path):
     saes = list(each_loaded(folder).values())
     prompt = tiny.ids(1)
     with torch.no_grad():
-        with gsf.attach(model, saes, mode="splice+error", edits={13: gsf.Add(5, 3.0)}) as want:
+        with gsf.attach(model, saes, mode="splice+error", edits={13: gsf.Add(5, 3.0)}, tokens="all") as want:
             expected = model.generate(prompt, max_new_tokens=3, do_sample=False)
-        with gsf.attach(model, bank, mode="splice+error", edits={13: gsf.Add(5, 3.0)}) as run:
+        with gsf.attach(model, bank, mode="splice+error", edits={13: gsf.Add(5, 3.0)}, tokens="all") as run:
             assert torch.equal(model.generate(prompt, max_new_tokens=3, do_sample=False), expected)
     bank.settle()
     for layer in range(26):

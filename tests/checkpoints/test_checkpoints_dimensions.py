@@ -74,10 +74,10 @@ def test_gemma_scope(tmp_path, repository, d_in, site, site_out, width):
     assert sae.cfg.site_out == (None if site_out is None else gsf.Site(site_out, 0))
     size, tuned, _ = repository.split("-")
     assert sae.cfg.metadata.model_name == f"google/gemma-2-{size}" + ("-it" if tuned == "it" else "")
-    gsf.attach(skeleton("Gemma2", *GEMMA_2[size]), sae)  # the site is there, and as wide as the SAE
+    gsf.attach(skeleton("Gemma2", *GEMMA_2[size]), sae, tokens="all")  # the site is there, and as wide as the SAE
     other = skeleton("Gemma2", *GEMMA_2["9b" if size != "9b" else "2b"])
     with pytest.raises(gsf.AttachError, match="dimensions"):
-        gsf.attach(other, sae)
+        gsf.attach(other, sae, tokens="all")
 
 
 @pytest.mark.parametrize("d_in", [2304, 3584])
@@ -88,7 +88,7 @@ def test_embedding_saes(tmp_path, d_in):
     np.savez(folder / "params.npz", **weights(d_in))
     sae = from_pretrained(folder)
     assert sae.cfg.site == gsf.Site("embed")
-    gsf.attach(skeleton("Gemma2", *GEMMA_2[size]), sae)
+    gsf.attach(skeleton("Gemma2", *GEMMA_2[size]), sae, tokens="all")
 
 
 HOOKS = {
@@ -130,7 +130,7 @@ def test_gemma_scope_2(tmp_path, size, family, affine):
         assert torch.equal(sae.W_skip.detach(), torch.from_numpy(stored["affine_skip_connection"]))
     if family == "transcoder":
         assert sae.cfg.site_out == gsf.Site("mlp", 0)
-    gsf.attach(skeleton("Gemma3", hidden, heads, head_dim), sae)
+    gsf.attach(skeleton("Gemma3", hidden, heads, head_dim), sae, tokens="all")
 
 
 @pytest.mark.parametrize(("size", "n"), [("270m", 18), ("1b", 26)])

@@ -89,7 +89,7 @@ def test_fitted_saes_fire_as_often_as_asked_where_they_are(narrow):
     ids = torch.randint(3, 97, (1, 6), generator=torch.Generator().manual_seed(0))
     saes = fitted(model, ids, [0, 1, 2], 512, 20, copies=2)
     assert saes[0].W_enc.data_ptr() == saes[2].W_enc.data_ptr() != saes[1].W_enc.data_ptr()
-    with torch.inference_mode(), attach(model, saes) as run:
+    with torch.inference_mode(), attach(model, saes, tokens="all") as run:
         model.generate(ids, max_new_tokens=shapes.DECODED, min_new_tokens=shapes.DECODED, do_sample=False)
     for layer in saes:
         decoded = run.latents[layer][ids.shape[1] :]

@@ -21,7 +21,7 @@ def found(tmp_path_factory):
     trace = tmp_path_factory.mktemp("profile") / "trace.json"
 
     def loop():
-        with torch.inference_mode(), attach(model, {1: sae}, mode="splice"):
+        with torch.inference_mode(), attach(model, {1: sae}, mode="splice", tokens="all"):
             return model(input_ids=ids)
 
     layers = {str(i): block for i, block in enumerate(model.model.layers)}

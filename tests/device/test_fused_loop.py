@@ -28,7 +28,7 @@ def test_the_fused_loop_serves_in_the_bytes_of_the_steps(backend, mode, monkeypa
 
     def logits_and_latents():
         edits = [Clamp(3, 2.0), Add(7, -0.5), MinClamp(9, 0.5)]
-        with torch.no_grad(), gsf.backend(backend), gsf.attach(model, sae, mode=mode, edits=edits) as run:
+        with torch.no_grad(), gsf.backend(backend), gsf.attach(model, sae, mode=mode, edits=edits, tokens="all") as run:
             parts = [model(ids).logits, model(ids[:, :1]).logits]
         (latents,) = run.latents.values()
         return [t.cpu() for t in (*parts, latents.crow_indices, latents.col_indices, latents.values)]

@@ -36,13 +36,13 @@ def served(monkeypatch):
     return rows
 
 
-def run(model, ids, backend, edits, mode="splice+error", sae=None, grad=False, **options):
+def run(model, ids, backend, edits, mode="splice+error", sae=None, grad=False, tokens="all", **options):
     """Logits and latents of one forward."""
     sae = models.sae(site=SITE) if sae is None else sae
     with (
         torch.set_grad_enabled(grad),
         gsf.backend(backend),
-        gsf.attach(model, sae, mode=mode, edits=edits, **options) as r,
+        gsf.attach(model, sae, mode=mode, edits=edits, tokens=tokens, **options) as r,
     ):
         logits = model(ids).logits
     (latents,) = r.latents.values()
@@ -88,7 +88,7 @@ def test_generation_and_numbers_that_change(model, served, same_bytes):
     found = []
     for backend in ("native", "triton"):
         edit, out = Clamp(3, 1.0), []
-        attached = gsf.attach(model, models.sae(site=SITE), mode="splice+error", edits=[edit])
+        attached = gsf.attach(model, models.sae(site=SITE), mode="splice+error", edits=[edit], tokens="all")
         with torch.no_grad(), gsf.backend(backend), attached:
             out.append(model(models.ids(1, 4)).logits)
             edit.value = 9.0
@@ -138,8 +138,11 @@ def test_an_activation_written_in_between_keeps_its_own(model, served, same_byte
     found = []
     for backend in ("native", "triton"):
         with torch.no_grad(), gsf.backend(backend):
-            other = gsf.attach(model, (), mode="splice+error", edits={1: Direction(torch.ones(models.D))})
-            with other, gsf.attach(model, models.sae(site=SITE), mode="splice+error", edits=[Clamp(3, 5.0)]):
+            other = gsf.attach(model, (), mode="splice+error", edits={1: Direction(torch.ones(models.D))}, tokens="all")
+            with (
+                other,
+                gsf.attach(model, models.sae(site=SITE), mode="splice+error", edits=[Clamp(3, 5.0)], tokens="all"),
+            ):
                 found.append(model(models.ids(1, 4)).logits)
     same_bytes(found[1], found[0])
     assert served == [4]

@@ -127,7 +127,7 @@ def test_attached_to_a_model_of_another_dtype(dtype, x_dtype, mode):
     with torch.no_grad():
         with tiny.Hand(model.model.layers[1]) as before:
             plain = model(ids).logits
-        with gsf.attach(model, {1: sae}, mode=mode) as run, tiny.Hand(model.model.layers[1]) as after:
+        with gsf.attach(model, {1: sae}, mode=mode, tokens="all") as run, tiny.Hand(model.model.layers[1]) as after:
             logits = model(ids).logits
     assert logits.dtype == x_dtype
     x = before.rows()

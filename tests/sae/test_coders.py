@@ -192,7 +192,7 @@ def test_gemma_scope_1_transcoder_reads_without_gain_in_the_model(tmp_path):
     model = gained(gemma2())
     normed = caught(model, "model.layers.1.pre_feedforward_layernorm")
     raw = caught(model, "model.layers.1.pre_feedforward_layernorm", "input")
-    with gsf.attach(model, from_pretrained(folder)) as run:
+    with gsf.attach(model, from_pretrained(folder), tokens="all") as run:
         model(ids())
     (latents,) = run.latents.values()
     x = raw[0].double()
@@ -211,7 +211,7 @@ def test_gemma_scope_2_skip_transcoder_reads_with_gain_and_multiplies_from_the_l
     model = gained(gemma3())
     normed = caught(model, "model.layers.1.pre_feedforward_layernorm")
     raw = caught(model, "model.layers.1.pre_feedforward_layernorm", "input")
-    with gsf.attach(model, from_pretrained(folder), mode="splice") as run:
+    with gsf.attach(model, from_pretrained(folder), mode="splice", tokens="all") as run:
         written = caught(model, "model.layers.1.post_feedforward_layernorm")
         model(ids())
     (latents,) = run.latents.values()
@@ -238,7 +238,7 @@ def test_attention_and_mlp_saes_read_where_gemma_scope_says(tmp_path):
         folder.mkdir(parents=True)
         np.savez(folder / "params.npz", **{n.replace("w_", "W_"): a for n, a in w.items()})
         seen = caught(model, path, end)
-        with gsf.attach(model, from_pretrained(folder)) as run:
+        with gsf.attach(model, from_pretrained(folder), tokens="all") as run:
             model(ids())
         got = next(iter(run.latents.values())).to_dense().double()
         torch.testing.assert_close(got, features(seen[0], w).reshape(got.shape), rtol=1e-4, atol=1e-4)
@@ -261,7 +261,7 @@ def test_embedding_sae_scales_encoder_decoder_and_bias(tmp_path):
     # in a model whose embedding scales its output, the reconstruction that is written is scaled as a whole
     model = gemma2()
     tokens = ids()
-    with gsf.attach(model, sae, mode="splice"):
+    with gsf.attach(model, sae, mode="splice", tokens="all"):
         embedded = caught(model, "model.layers.0", "input")
         model(tokens)
     rows = model.get_input_embeddings().weight[tokens].detach()

@@ -53,7 +53,7 @@ def test_train_reads_the_layer_and_writes_an_sae_that_attaches(name, tmp_path, c
     (kept,) = [np.load(p) for p in (tmp_path / "kept").rglob("*.npy") if "held-out" in p.parent.name]
     ids = torch.tensor([[2, *own(TEXT[630:], add_special_tokens=False)["input_ids"], *([1] * ("bert" in name))]])
     outputs = []
-    with torch.no_grad(), gsf.attach(loaded, sae) as run:
+    with torch.no_grad(), gsf.attach(loaded, sae, tokens="all") as run:
         handle = loaded.get_submodule(blocks)[LAYER].register_forward_hook(lambda m, a, out: outputs.append(out))
         loaded(input_ids=ids)
         handle.remove()

@@ -154,7 +154,8 @@ class Concepts:
         """What the model writes after a prompt, greedily, steered at every position."""
         inputs = self.tokenizer(prompt, return_tensors="pt")
         edit = steering_edit(detector, factor * detector.max_act)
-        with attach(self.model, {(self.layer, "resid"): self.sae}, mode="splice+error", edits=edit, keep=False):
+        site = {(self.layer, "resid"): self.sae}
+        with attach(self.model, site, mode="splice+error", edits=edit, tokens="all", keep=False):
             out = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         return self.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

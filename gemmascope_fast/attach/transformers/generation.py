@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -49,7 +48,6 @@ class _Watch:
             return output
 
         self.wrapper = generate
-        model.generate = generate  # type: ignore[assignment]
 
     def remove(self, model: nn.Module) -> None:
         if model.__dict__.get("generate") is not self.wrapper:
@@ -60,24 +58,29 @@ class _Watch:
             model.generate = self.had
 
 
-def listen(model: nn.Module, listener: Listener) -> Callable[[], None]:
-    """Tell the listener of every `generate` of the model; the returned function ends that."""
+def listen(model: nn.Module, listener: Listener) -> None:
+    """Tell the listener of every `generate` of the model, until `leave`."""
     if not callable(getattr(model, "generate", None)):
-        return lambda: None
+        return
     with _LOCK:
         watch = _WATCHES.get(model)
         if watch is None:
             watch = _WATCHES[model] = _Watch(model)
+            model.generate = watch.wrapper  # type: ignore[assignment]
         watch.listeners = (*watch.listeners, listener)
 
-    def leave() -> None:
-        with _LOCK:
-            watch.listeners = tuple(other for other in watch.listeners if other is not listener)
-            if not watch.listeners and _WATCHES.get(model) is watch:
-                watch.remove(model)
-                del _WATCHES[model]
 
-    return leave
+def leave(model: nn.Module, listener: Listener) -> None:
+    """The listener is told no longer; nothing where it was not.  After an interrupted `listen` it takes what is
+    there."""
+    with _LOCK:
+        watch = _WATCHES.get(model)
+        if watch is None:
+            return
+        watch.listeners = tuple(other for other in watch.listeners if other is not listener)
+        if not watch.listeners:
+            watch.remove(model)
+            del _WATCHES[model]
 
 
 def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
@@ -97,6 +100,12 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generat
     if isinstance(prompt, Tensor) and prompt.dim() >= 2:
         found.prompt = prompt.shape[1]
         found.mask = _prompt_mask(prompt, kwargs.get("attention_mask"), setting("pad_token_id"), found.eos)
+        if found.embeds:
+            found.offset = found.prompt
+        elif found.mask is not None and found.mask.shape[1] > found.prompt:
+            # the mask is that of the whole sequence: the first columns are in the cache that was given
+            found.offset = found.mask.shape[1] - found.prompt
+            found.prompt += found.offset
     return found
 
 

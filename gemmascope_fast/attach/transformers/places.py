@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from gemmascope_fast.attach.hooks import unhook
 from gemmascope_fast.attach.transformers.compiled import opaque
 from gemmascope_fast.attach.transformers.structure import Place
 from gemmascope_fast.errors import AttachError
@@ -28,12 +30,15 @@ class Visitor(Protocol):
 
 
 class _Hook:
-    def __init__(self, module: nn.Module, end: str) -> None:
+    def __init__(self, end: str) -> None:
         self.visitors: tuple[Visitor, ...] = ()
-        if end == "output":
-            self.handle: Any = module.register_forward_hook(opaque(self._output))
+        self.end, self.function = end, opaque(self._output if end == "output" else self._input)
+
+    def register(self, module: nn.Module) -> None:
+        if self.end == "output":
+            module.register_forward_hook(self.function)
         else:
-            self.handle = module.register_forward_pre_hook(opaque(self._input), with_kwargs=True)
+            module.register_forward_pre_hook(self.function, with_kwargs=True)
 
     def _pass(self, x: Tensor, inputs: tuple[Any, ...]) -> Tensor | None:
         visitors = self.visitors
@@ -76,22 +81,28 @@ _HOOKS: WeakKeyDictionary[nn.Module, dict[str, _Hook]] = WeakKeyDictionary()
 
 
 def visit(place: Place, visitor: Visitor) -> Callable[[], None]:
-    """Put a visitor at a place; the returned function takes it away again."""
+    """Put a visitor at a place; `leave`, or the returned function, takes it away again."""
     with _LOCK:
         ends = _HOOKS.setdefault(place.module, {})
         hook = ends.get(place.end)
         if hook is None:
-            hook = ends[place.end] = _Hook(place.module, place.end)
+            hook = ends[place.end] = _Hook(place.end)
+            hook.register(place.module)
         hook.visitors = (*hook.visitors, visitor)
+    return partial(leave, place, visitor)
 
-    def leave() -> None:
-        with _LOCK:
-            hook.visitors = tuple(v for v in hook.visitors if v is not visitor)
-            if not hook.visitors and _HOOKS.get(place.module, {}).get(place.end) is hook:
-                hook.handle.remove()
-                del _HOOKS[place.module][place.end]
 
-    return leave
+def leave(place: Place, visitor: Visitor) -> None:
+    """Take a visitor away; nothing where it is not there.  After an interrupted `visit` it takes what is there."""
+    with _LOCK:
+        ends = _HOOKS.get(place.module, {})
+        hook = ends.get(place.end)
+        if hook is None:
+            return
+        hook.visitors = tuple(v for v in hook.visitors if v is not visitor)
+        if not hook.visitors:
+            unhook(place.module, hook.function)
+            del ends[place.end]
 
 
 def visitors(place: Place) -> tuple[Visitor, ...]:

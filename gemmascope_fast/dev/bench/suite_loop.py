@@ -92,7 +92,7 @@ def _llama(ids: list[int]) -> Candidate:
 
 def _bench(op: str, T: int, act: Callable[[], Tensor], pair: Pair, ids: Tensor) -> Bench:
     model, sae, layer = pair.model, pair.sae, pair.layer
-    with attach(model, {layer: Activations()}) as read:
+    with attach(model, {layer: Activations()}, tokens="all") as read:
         model(input_ids=ids)
     activations = read.activations[layer].float()[1:]  # BOS is no content
     truth = Truth(sae, activations)

@@ -1,0 +1,241 @@
+"""Which sequences a call continues: those of its generation, or those that its KV cache holds.
+
+A cache carries a mark that names the sequences in it, so a copy of a cache is known as well.  Between two calls a cache
+may be cropped, reordered, or lose and repeat sequences.  Its length tells the first; for the rest the ledger keeps a
+few numbers of the last columns' keys (`prints`) and finds each row of the next call among them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast.attach import masks
+from gemmascope_fast.attach.calls import Call, Generation, Group, Parent, cache_length, cache_of
+from gemmascope_fast.errors import AttachError
+
+_MARKS = "_gemmascope_fast_marks"
+COLUMNS, DIMENSIONS = 64, 4  # of the keys that are kept: 1 KB a sequence; keys of the last layer depend on all before
+_GROWING = ("DynamicLayer", "DynamicIndexedLayer", "DynamicSlidingWindowLayer", "LinearAttentionAndFullAttentionLayer")
+_FIXED = ("StaticLayer", "StaticIndexedLayer", "LinearAttentionAndStaticFullAttentionLayer")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What a cache holds for one ledger.  calls: None for the cache itself, or how many calls had been made when it
+    was copied, with its `prints` of that time."""
+
+    group: Group
+    calls: int | None = None
+    prints: tuple[int, Tensor] | None = None
+
+    def copied(self) -> Mark:
+        return self if self.calls is not None else Mark(self.group, len(self.group.calls), self.group.prints)
+
+
+class _Marks:
+    """By ledger, what a cache holds.  A copy of the cache gets marks of its own, which later calls leave alone."""
+
+    def __init__(self, cache: Any = None) -> None:
+        self.owner = None if cache is None else weakref.ref(cache)
+        self.of: WeakKeyDictionary[Ledger, Mark] = WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: Any) -> _Marks:
+        made = _Marks()
+        for ledger, mark in self.of.items():
+            made.of[ledger] = mark.copied()
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, ()  # a cache that is saved leaves them behind
+
+
+class Ledger:
+    """Which group a call continues.  Caches are held weakly: a group does not keep one alive."""
+
+    def __init__(self, keep: bool = True) -> None:
+        self.groups: list[Group] = []
+        self.keep = keep  # False: groups are forgotten with their cache or generation
+        self.sequences = 0
+
+    def group(self, cache: Any, generation: Generation | None, start: int | None, batch: int, length: int) -> Group:
+        """The group of a call of `batch` rows that begins at column `start` (None: unknown, goes on)."""
+        if generation is not None and generation.group is not None and generation.group[0] is self:
+            own = generation.group[1]
+            if own.rows != batch:
+                raise AttachError(f"a call of {batch} sequences continues a generation of {own.rows}")
+            return own
+        mark = None if start == 0 else self._mark(cache)  # a cache that was emptied holds other sequences
+        parent = None if mark is None else _parent(mark, cache, start, batch)
+        if mark is not None and parent is not None:
+            here = mark.calls is None
+            same = parent.rows == tuple(range(mark.group.rows))
+            if here and same and generation is None and mark.group.generation is None:
+                return mark.group
+        return self._new(batch, start or 0, generation, length, parent)
+
+    def _new(self, batch: int, start: int, generation: Generation | None, length: int, parent: Parent | None) -> Group:
+        prompt = generation.prompt if generation is not None and generation.prompt is not None else start + length
+        group = Group(self.sequences, batch, generation, start, start, prompt, parent=parent)
+        if parent is not None:
+            known = parent.group
+            group.end = start or known.end
+            if known.heads is not None:
+                group.heads = [list(known.heads[row]) for row in parent.rows]
+            if generation is None:
+                group.first, group.prompt = known.first, known.prompt
+        self.sequences += batch
+        if self.keep:
+            self.groups.append(group)
+        if generation is not None:
+            generation.group = (self, group)
+        return group
+
+    def committed(self, call: Call, cache: Any) -> None:
+        """The call is over, and the cache of its output holds its columns."""
+        group = call.group
+        group.end = call.start + call.length
+        if self.keep:
+            group.calls.append(call)
+        if cache is None or isinstance(cache, tuple):
+            return
+        self._remember(cache, group)
+        if group.generation is None:
+            group.prints = _prints(cache, group.end)
+            group.told = cache_length(cache) == group.end
+
+    def generated(self, generation: Generation) -> None:
+        """A generation has ended: its cache may be the user's, and go on."""
+        group = generation.group[1] if generation.group is not None and generation.group[0] is self else None
+        cache = None if group is None or group.cache is None else group.cache()
+        length = None if cache is None else cache_length(cache)
+        if group is not None and length:
+            group.prints = _prints(cache, length)
+
+    def _mark(self, cache: Any) -> Mark | None:
+        marks = getattr(cache, "__dict__", {}).get(_MARKS)
+        mark = marks.of.get(self) if isinstance(marks, _Marks) else None
+        if mark is None:
+            return None
+        return mark if marks.owner is not None and marks.owner() is cache else mark.copied()
+
+    def _remember(self, cache: Any, group: Group) -> None:
+        known = getattr(cache, "__dict__", None)
+        if known is None:
+            return  # such a cache cannot be followed: a call that continues it is one of columns not seen
+        marks = known.get(_MARKS)
+        if not isinstance(marks, _Marks) or marks.owner is None or marks.owner() is not cache:
+            old, marks = marks, _Marks(cache)
+            for ledger, mark in old.of.items() if isinstance(old, _Marks) else ():
+                marks.of[ledger] = mark.copied()
+            known[_MARKS] = marks
+        mark = marks.of.get(self)
+        if mark is None or mark.group is not group or mark.calls is not None:
+            if mark is not None and mark.calls is None and group.parent is not None:
+                mark.group.continued = group.parent.group is mark.group
+            marks.of[self] = Mark(group)
+            group.cache = weakref.ref(cache)
+
+    def rolled_back_to(self, group: Group) -> int | None:
+        """How many columns a group's cache holds now, where it was cropped since the last call; None where it was not,
+        where it was emptied for other sequences, or where that cannot be told."""
+        cache = None if group.cache is None or not group.told else group.cache()
+        mark = None if cache is None else self._mark(cache)
+        if mark is None or mark.group is not group or mark.calls is not None:
+            return None
+        length = cache_length(cache)
+        return length if length is not None and 0 < length < group.end else None
+
+
+def _parent(mark: Mark, cache: Any, start: int | None, batch: int) -> Parent | None:
+    """What a call of `batch` rows from column `start` on continues; None where the cache holds something else."""
+    group = mark.group
+    calls = len(group.calls) if mark.calls is None else mark.calls
+    prints = group.prints if mark.calls is None else mark.prints
+    columns = group.end if start is None else start
+    rows = _rows(prints, None if start is None else _prints(cache, start), batch, group.rows)
+    return None if rows is None else Parent(group, calls, rows, columns)
+
+
+def _rows(
+    old: tuple[int, Tensor] | None, new: tuple[int, Tensor] | None, batch: int, before: int
+) -> tuple[int, ...] | None:
+    """For each row of a cache the row that it was; None where one is not among them."""
+    same = tuple(range(batch)) if batch == before else None
+    if old is None or new is None or new[1].shape[0] != batch:
+        return same
+    begin = max(old[0], new[0])
+    end = min(old[0] + old[1].shape[1], new[0] + new[1].shape[1])
+    if begin >= end:
+        return same
+    was, now = old[1][:, begin - old[0] : end - old[0]], new[1][:, begin - new[0] : end - new[0]]
+    if was.device != now.device or was.dtype != now.dtype:
+        return same
+    if same is not None and torch.equal(was, now):
+        return same
+    equal = (now[:, None] == was[None]).flatten(2).all(2).to("cpu")  # [rows now, rows then]
+    if not bool(equal.any(1).all()):
+        return None
+    # of several rows with one history its own, else the first
+    own = torch.arange(batch)
+    first = equal.int().argmax(1)
+    stays = equal[own, own.clamp(max=before - 1)] & (own < before)
+    return tuple(torch.where(stays, own, first).tolist())
+
+
+def _prints(cache: Any, end: int) -> tuple[int, Tensor] | None:
+    """(first column, [B, columns, dimensions] of the keys): the last columns up to `end`, from the last layer that
+    holds them; None for caches of other kinds."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    for layer in reversed(getattr(cache, "layers", None) or ()):
+        keys, kind = getattr(layer, "keys", None), type(layer).__name__
+        if not isinstance(keys, Tensor) or keys.dim() != 4:
+            continue
+        if kind in _FIXED and keys.shape[2] >= end:
+            keys = keys[:, 0, :end]
+        elif kind in _GROWING and 0 < keys.shape[2] <= end:
+            keys = keys[:, 0]
+        else:
+            continue
+        kept = keys[:, -COLUMNS:, :DIMENSIONS].detach().clone()
+        return end - kept.shape[1], kept
+    return None
+
+
+def open_call(
+    ledger: Ledger, index: int, opener: nn.Module, given: Mapping[str, Any], generation: Generation | None
+) -> Call:
+    """A call from the arguments of the model's forward.  AttachError where they hold neither ids nor embeddings."""
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    leading = ids if ids is not None else embeds
+    if not isinstance(leading, Tensor) or leading.dim() < 2:
+        raise AttachError(f"{type(opener).__name__}: expected a call with input_ids or inputs_embeds")
+    batch, length = leading.shape[:2]
+    cache = cache_of(given)
+    start = _start(given, cache, length)
+    group = ledger.group(cache, generation, start, batch, length)
+    if start is None:
+        start = group.end
+    call = Call(index, group, batch, length, start, None, None, leading.device, opener)
+    if ids is not None:
+        there = ids.dtype == torch.int64 and ids.device.type == "cpu"
+        call.ids = ids if there else ids.to("cpu", torch.int64)
+    mask = given.get("attention_mask")
+    call.valid = masks.padding(mask, call)
+    if start and ledger.keep and not group.calls:
+        group.given = masks.before(mask, call)
+    return call
+
+
+def _start(given: Mapping[str, Any], cache: Any, length: int) -> int | None:
+    """The first column of a call; None where only its history tells."""
+    position = given.get("cache_position")
+    if isinstance(position, Tensor) and position.numel() == length:
+        return int(position[0])
+    return cache_length(cache)
