@@ -72,16 +72,16 @@ def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
     at: int64 [n], the rows that were read (None: all).  Sums run over the source layers in ascending order, as in
     `CrossLayerTranscoder.decode`.
     """
-    part, run = tap.entry.part, tap.run
+    part, state = tap.entry.part, tap.state
     assert part is not None
     latents = call.scratch["latents", tap.entry.key]
     written: Written = call.scratch.setdefault(("written", part.whole), Written())
     _change(tap, written, latents, call, at)
-    if run.mode == "splice":
+    if state.mode == "splice":
         recon = _reconstruction(tap, written, latents, call)
         rows = _edited(tap, written, recon.float(), call, at).to(flat.device, flat.dtype)
         return rows if at is None else flat.index_copy(0, at.to(flat.device), rows)
-    if (torch.is_grad_enabled() or derivative_wanted(flat)) and not run.error_grad:
+    if (torch.is_grad_enabled() or derivative_wanted(flat)) and not state.error_grad:
         recon = _reconstruction(tap, written, latents, call).to(flat.device, flat.dtype)
         flat = _Pass.apply(flat, recon, None if call.chosen is None else call.chosen.to(flat.device))
     rows = flat if at is None else flat[at.to(flat.device)]
@@ -93,7 +93,7 @@ def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
 
 def _change(tap: Tap, written: Written, latents: SparseLatents, call: Call, at: Tensor | None) -> None:
     """Note what the layer's edits, or a path of integrated gradients, add to its output and the later ones."""
-    part, path = tap.entry.part, tap.run.path
+    part, path = tap.entry.part, tap.state.path
     assert part is not None
     change = None if tap.plan is None else tap.plan.change(tap.sae(call), latents, call, at)
     if change is not None:

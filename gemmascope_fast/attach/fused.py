@@ -73,7 +73,7 @@ class Fused:
         edits = [e for e in given if isinstance(e, FeatureEdit) and type(e) in PLAIN]
         features = [f for e in edits for f in e.features]
         one_site = tap.writes is tap.reads and not tap.reads.form and tap.entry.part is None and len(tap.sources) == 1
-        nothing = not given and tap.run.mode == "splice+error"  # what comes goes on: there is no decode to fuse
+        nothing = not given and tap.state.mode == "splice+error"  # what comes goes on: there is no decode to fuse
         if not tap.splices or not one_site or nothing or len(edits) < len(given) or len(set(features)) < len(features):
             return None
         return cls(tap, edits)
@@ -85,7 +85,7 @@ class Fused:
         key = (rows.device, [(e.features, e.amount) for e in self.edits])
         if self.table is None or self.table[0] != key:
             self.table = key, edit_table(self.edits, sae.d_sae, rows.device)
-        error = self.tap.run.mode == "splice+error"
+        error = self.tap.state.mode == "splice+error"
         weights = sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec
         out, fixed = loop.splice(rows, *weights, self.table[1], error)
         call.scratch["fused", self.tap] = x, out
@@ -98,7 +98,7 @@ class Fused:
         """What is to go on in place of x, [n, d_out] in x's dtype; None where the loop did not run, or where the
         error term is that of another activation: somebody wrote at the site in between."""
         read, out = call.scratch.pop(("fused", self.tap), (None, None))
-        if out is None or (self.tap.run.mode == "splice+error" and read is not x):
+        if out is None or (self.tap.state.mode == "splice+error" and read is not x):
             return None
         return in_dtype(out if out.device == x.device else out.to(x.device), x.dtype)
 
@@ -114,7 +114,7 @@ class Fused:
             and rows.dtype in DTYPES
             and not torch.is_grad_enabled()
             and not derivative_wanted(rows)
-            and self.tap.run.path is None
+            and self.tap.state.path is None
             and type(sae) is JumpReLUSAE
             and sae.dtype == torch.float32
             and type(sae.rows) is Rows

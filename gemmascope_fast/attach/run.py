@@ -26,6 +26,7 @@ from gemmascope_fast.attach.ledger import Ledger, open_call
 from gemmascope_fast.attach.observers import Observer, select
 from gemmascope_fast.attach.selection import Selection, Selector
 from gemmascope_fast.attach.sequences import after_eos, rows_of
+from gemmascope_fast.attach.state import State
 from gemmascope_fast.attach.taps import MODES, Tap, WriteTap, follow
 from gemmascope_fast.attach.transformers import generation, places
 from gemmascope_fast.attach.transformers.compiled import forget, is_compiled, opaque, unwrapped
@@ -73,14 +74,14 @@ class Run(ExitStack[None]):
         assigned = assign(edits, entries(saes, structure, anywhere))
         self.edits = [edit for _, given in assigned for edit in given]
         mode = mode or ("splice+error" if self.edits else "observe")
-        self.model, self.mode, self.error_grad = model, mode, error_grad
+        self.model, self.state = model, State(mode, error_grad, self.call, self.recomputed)
         if mode == "observe" and self.edits:
             raise EditError("edits: mode 'observe' changes nothing; expected 'splice' or 'splice+error' with edits")
         self.entries = [entry for entry, _ in assigned]
         if not self.entries:
             raise AttachError("saes: expected at least one SAE, got none")
         self.select = Selector(tokens, model)
-        self._taps = [Tap(self, entry, given, structure) for entry, given in assigned]
+        self._taps = [Tap(self.state, entry, given, structure) for entry, given in assigned]
         self._check_writers()
         self._first = follow(self._taps)
         self._visits = [visit for tap in self._taps for visit in tap.visits()]
@@ -93,7 +94,6 @@ class Run(ExitStack[None]):
         self._count = self._rows = 0
         self._open: dict[int, Call] = {}
         self._generating: dict[int, list[Generation]] = {}
-        self._owner: int | None = None
         self._bound: int | None = None
         self._parts: dict[Key, list[tuple[SparseLatents, Tensor | None]]] = {
             e.key: [] for e in self.entries if isinstance(e.coder, SAES)
@@ -101,15 +101,13 @@ class Run(ExitStack[None]):
         self._joined: dict[Key, tuple[int, SparseLatents]] = {}
         self.keep = keep
         self._watching: list[tuple[Key, Any]] = []
-        self.path: tuple[Key, float] | None = None  # the latents of this key at this share: integrated gradients
-        self.seconds = 0.0
 
     # ---- entering and leaving -----------------------------------------------------------------------
 
     def __enter__(self) -> Run:
-        if self._owner is not None:
+        if self.state.owner is not None:
             raise AttachError("a run is entered once; call attach again")
-        self._owner = threading.get_ident()
+        self.state.owner = threading.get_ident()
         self._check_neighbours()
         try:
             self.callback(self._close_alarms)
@@ -173,7 +171,7 @@ class Run(ExitStack[None]):
             for other in places.visitors(tap.writes) if tap.splices else ():
                 if tap.coder is None or not isinstance(other, WriteTap) or other.tap.coder is None:
                     continue
-                if other.tap.run._owner == self._owner:
+                if other.tap.state.owner == self.state.owner:
                     raise AttachError(f"two splices at {tap.writes.name}: another run replaces it already")
 
     # ---- calls --------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ class Run(ExitStack[None]):
     def _mine(self) -> bool:
         """Whether a call of this thread is this run's: its own thread's, or that of a thread without a run."""
         me = threading.get_ident()
-        if me != self._owner:
+        if me != self.state.owner:
             with _LOCK:
                 if any(run._owner == me and run.model is self.model for run in _ACTIVE):
                     return False
@@ -212,7 +210,7 @@ class Run(ExitStack[None]):
         call.graded = torch.is_grad_enabled()
         call.chosen = self.select(call, given)
         self._open[me] = call
-        self.seconds += time.perf_counter() - begin
+        self.state.seconds += time.perf_counter() - begin
 
     def _follow_checkpoints(self, generating: bool) -> None:
         """Follow what is checkpointed in this forward; AttachError, before it runs, where that cannot be."""
@@ -286,7 +284,7 @@ class Run(ExitStack[None]):
         stopped = self._commit(call, output)
         if stopped:
             stop(call, output, stopped)
-        self.seconds += time.perf_counter() - begin
+        self.state.seconds += time.perf_counter() - begin
 
     def _commit(self, call: Call, output: Any) -> set[int]:
         """Record the call; gives the sequences that an alarm stops."""
@@ -302,12 +300,22 @@ class Run(ExitStack[None]):
             if self.keep:
                 parts.append((latents, call.chosen))
             watching = [observer for where, observer in self._watching if where == key]
-            if watching and self.path is None:
+            if watching and self.state.path is None:
                 own = select(latents, call.tokens(), call.chosen)
                 for observer in watching:
                     stopped |= observer.update(*own) or set()
         call.scratch.clear()
         return stopped
+
+    @property
+    def mode(self) -> str:
+        """ "observe", "splice" or "splice+error"."""
+        return self.state.mode
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in this run's hooks so far."""
+        return self.state.seconds
 
     def call(self) -> Call | None:
         """The call that this thread is in, or None where it is not this run's."""
@@ -407,7 +415,7 @@ class Run(ExitStack[None]):
         forward: runs the model within this run's `with` and returns the number; it is called once per step and
         leaves no rows.  Only in mode "splice+error".
         """
-        if self.mode != "splice+error" or self.error_grad:
+        if self.mode != "splice+error" or self.state.error_grad:
             raise AttachError("integrated_gradients: expected mode 'splice+error' with the error held constant")
         return integrated_gradients(self, find_key(key, self.entries), forward, steps)
 
@@ -458,12 +466,12 @@ class Run(ExitStack[None]):
         kept = self._ledger, self._calls, self._count, self._rows, self._parts, self.keep
         self._ledger, self._calls, self._count, self._rows = Ledger(), [], 0, 0
         self._parts, self.keep = {key: [] for key in self._parts}, True
-        self.path = path
+        self.state.path = path
         try:
             yield self._parts
         finally:
             self._ledger, self._calls, self._count, self._rows, self._parts, self.keep = kept
-            self.path = None
+            self.state.path = None
 
     def clear(self) -> None:
         """Forget the rows recorded so far; sequences under way go on as new ones."""

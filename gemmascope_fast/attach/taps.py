@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.attach.entries import SAES, Activations, Entry
 from gemmascope_fast.attach.fused import Fused
 from gemmascope_fast.attach.plan import Plan
+from gemmascope_fast.attach.state import State
 from gemmascope_fast.attach.transformers.blocks import epsilon
 from gemmascope_fast.attach.transformers.structure import Place, Structure
 from gemmascope_fast.bank import BankedSAE
@@ -28,22 +29,19 @@ from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.multi_site import Crosscoder
 
-if TYPE_CHECKING:
-    from gemmascope_fast.attach.run import Run
-
 MODES = ("observe", "splice", "splice+error")
 
 
 class Tap:
     """An entry of a run, resolved in the model and checked against it."""
 
-    def __init__(self, run: Run, entry: Entry, edits: Sequence[Edit], structure: Structure) -> None:
-        self.run, self.entry, self.coder = run, entry, entry.coder
+    def __init__(self, state: State, entry: Entry, edits: Sequence[Edit], structure: Structure) -> None:
+        self.state, self.entry, self.coder = state, entry, entry.coder
         self.reads = structure.place(entry.site)
         self.sources = [self.reads, *(structure.place(site) for site in entry.more)]
         same = entry.site_out == entry.site
         self.writes = self.reads if same else structure.place(entry.site_out)
-        self.splices = run.mode != "observe" and not isinstance(entry.coder, Activations)
+        self.splices = state.mode != "observe" and not isinstance(entry.coder, Activations)
         cfg = self.coder.cfg if isinstance(self.coder, SAES) else None
         if self.splices and (
             isinstance(self.coder, Crosscoder) or (entry.part and entry.part.whole.kind == "crosscoder")
@@ -128,7 +126,7 @@ class ReadTap:
         self.step = f"read {number}"
 
     def read(self, x: Tensor, inputs: tuple[Any, ...]) -> None:
-        call = self.tap.run.call()
+        call = self.tap.state.call()
         if call is None:
             return
         begin = time.perf_counter()
@@ -155,7 +153,7 @@ class ReadTap:
                 self._encode(tap.sae(call), rows, call, x)
                 if not tap.splices:
                     tap.done(call)
-        tap.run.seconds += time.perf_counter() - begin
+        tap.state.seconds += time.perf_counter() - begin
 
     def _join(self, rows: Tensor, call: Call) -> None:
         """Keep the rows until every site of a crosscoder has given its own, then encode them side by side."""
@@ -199,9 +197,9 @@ class WriteTap:
 
     def write(self, x: Tensor, inputs: tuple[Any, ...]) -> Tensor | None:
         tap = self.tap
-        call = tap.run.call()
+        call = tap.state.call()
         if call is None:
-            tap.run.recomputed()
+            tap.state.recomputed()
             return None
         begin = time.perf_counter()
         tap.reach(call, "write")
@@ -211,7 +209,7 @@ class WriteTap:
         with outside_autocast(x.device):
             new = self._new(x, call)
         tap.done(call)
-        tap.run.seconds += time.perf_counter() - begin
+        tap.state.seconds += time.perf_counter() - begin
         return new
 
     def _check_region(self, call: Call) -> None:
@@ -244,14 +242,14 @@ class WriteTap:
         else:
             sae = tap.sae(call)
             latents, rows = call.scratch["latents", tap.entry.key], call.scratch["rows", tap]
-            if tap.run.mode == "splice":
+            if tap.state.mode == "splice":
                 new = self._spliced(flat, sae, latents, rows, call, at)
             else:
                 unit = _unit(tap.writes)
-                new = flat if tap.run.error_grad else carry(flat, sae, latents, rows, call.chosen, unit)
+                new = flat if tap.state.error_grad else carry(flat, sae, latents, rows, call.chosen, unit)
                 new = self._edited(new, sae, latents, call, at)
-                if tap.run.path is not None and tap.run.path[0] == tap.entry.key:
-                    new = _scaled(new, sae, latents, at, tap.run.path[1], unit)
+                if tap.state.path is not None and tap.state.path[0] == tap.entry.key:
+                    new = _scaled(new, sae, latents, at, tap.state.path[1], unit)
         return None if new is flat else new.reshape(x.shape)
 
     def _spliced(
