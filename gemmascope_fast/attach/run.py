@@ -181,7 +181,7 @@ class Run(ExitStack[None]):
         me = threading.get_ident()
         if me != self.state.owner:
             with _LOCK:
-                if any(run._owner == me and run.model is self.model for run in _ACTIVE):
+                if any(run.state.owner == me and run.model is self.model for run in _ACTIVE):
                     return False
         if self._bound not in (None, me) and self._busy(self._bound):
             raise AttachError("two threads use one attached model at a time: attach in each of them")

@@ -115,15 +115,21 @@ def build(args: argparse.Namespace) -> Any:
 def _weights(args: argparse.Namespace, store: Any) -> tuple[Any, Any]:
     from tqdm import tqdm
 
-    from gemmascope_fast.analysis.dashboard.weights import logit_lens, neighbours
+    from gemmascope_fast.analysis.dashboard.weights import logit_lens, neighbours, writes_to_stream
     from gemmascope_fast.analysis.extraction.run import fingerprint
     from gemmascope_fast.analysis.pair import load_model, load_sae
+    from gemmascope_fast.sae.sites import Site
 
     name = args.sae or store.settings["sae"]
     sae = load_sae(name, args.sae_id or store.settings.get("sae_id"))
     if fingerprint(sae) != store.settings["sae_fingerprint"]:
         raise ValueError(f"--sae: {name} is not the SAE that these latents come from")
     model, _ = load_model(args.model or store.settings["model"])
+    site = sae.cfg.site_out if "transcoder" in sae.kind else None
+    site = Site.from_hook_name(store.settings["hook_name"]) if site is None else site
+    if not writes_to_stream(model, site):
+        print(f"No logit lens: what is written at {site.hook_name} is not added to the residual stream.")
+        return neighbours(sae.W_dec), None
     with tqdm(total=len(sae.W_dec), desc="logit lens", unit="feature") as bar:
-        lens = logit_lens(model, sae.W_dec, progress=bar.update)
+        lens = logit_lens(model, sae.W_dec, progress=bar.update, site=site)
     return neighbours(sae.W_dec), lens

@@ -5,6 +5,7 @@ import json
 import threading
 from html.parser import HTMLParser
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from gemmascope_fast.analysis.pair import load_model
 from gemmascope_fast.analysis.pieces import Pieces
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.cli import main as cli
+from gemmascope_fast.sae.sites import Site
 
 pytest.importorskip("pyarrow")
 duckdb = pytest.importorskip("duckdb")
@@ -211,6 +213,67 @@ def test_neighbours_and_lens_against_their_formulas(made):
     assert torch.equal(lens.raised, logits.topk(4, dim=1).indices)
     assert torch.equal(lens.lowered, logits.topk(4, dim=1, largest=False).indices)
     assert torch.allclose(lens.lowered_by.double(), logits.topk(4, dim=1, largest=False).values, atol=1e-6)
+
+
+LENSES = {
+    "starcoder2": ("model.norm", True),  # LayerNorm with a bias
+    "nemotron": ("model.norm", True),  # a LayerNorm that stores its gain minus one
+    "cohere": ("model.norm", True),  # a class of its own that subtracts the mean
+    "gpt2": ("transformer.ln_f", True),
+    "gpt_neox": ("gpt_neox.final_layer_norm", True),
+    "phi": ("model.final_layernorm", True),
+    "llama": ("model.norm", False),
+    "gemma2": ("model.norm", False),
+    "mamba": ("backbone.norm_f", False),
+    "lfm2": ("model.embedding_norm", False),
+    "recurrent_gemma": ("model.final_norm", False),
+}
+
+
+@pytest.mark.parametrize("name", LENSES)
+def test_the_lens_takes_a_row_through_the_last_norm_and_the_unembedding(name):
+    """What the norm makes of the row alone, with the row's own scale given back."""
+    model = architectures.make(name)
+    norm, centred = model.get_submodule(LENSES[name][0]), LENSES[name][1]
+    rows = torch.randn(40, 32, generator=torch.Generator().manual_seed(4))
+    lens = logit_lens(model, rows, n=3)
+    with torch.no_grad():
+        d = rows - rows.mean(1, keepdim=True) if centred else rows
+        bias = norm(torch.zeros(1, 32))
+        want = (
+            (norm(d * 1e3) - bias) * d.square().mean(1, keepdim=True).sqrt() @ model.get_output_embeddings().weight.t()
+        )
+    want = want - want.mean(1, keepdim=True)
+    top = want.topk(3, dim=1)
+    assert lens.raised_by.abs().max() > 0
+    torch.testing.assert_close(lens.raised_by, top.values, rtol=1e-3, atol=1e-4)
+    assert (lens.raised == top.indices).float().mean() > 0.98
+
+
+def test_a_model_without_a_last_norm_or_a_site_beside_the_stream_has_no_lens():
+    bert, llama, rows = architectures.make("bert"), architectures.make("llama"), torch.randn(5, 32)
+    with pytest.raises(ValueError, match="expected a norm before the unembedding"):
+        logit_lens(bert, rows)
+    for site in (Site("attn", 1), Site("mlp_in", 1), Site("path", path="model.layers.1.self_attn.o_proj.input")):
+        with pytest.raises(ValueError, match="adds to the residual stream"):
+            logit_lens(llama, rows, site=site)
+    for site in (Site("mlp", 1), Site("resid", 1), Site("path", path="model.layers.1.mlp.output")):
+        assert logit_lens(llama, rows, n=2, site=site).raised.shape == (5, 2)
+
+
+def test_pages_of_an_sae_on_attention_heads_as_wide_as_the_model_have_no_lens(tmp_path, capsys):
+    """Two heads of 16: their width is the residual stream's by chance."""
+    save_model(tmp_path / "model")
+    sae = make_sae()
+    sae.cfg.site = Site("attn", 1)
+    save(sae, tmp_path / "sae.safetensors")
+    (tmp_path / "text.txt").write_text("all about attention heads " * 20, encoding="utf-8")
+    words = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae.safetensors")]
+    latents = str(tmp_path / "latents")
+    more = ["--text", str(tmp_path / "text.txt"), "--out", latents, "--window", "100"]
+    assert cli.main(["extract", *words, *more]) == 0
+    assert cli.main(["dashboard", "--latents", latents, "--out", str(tmp_path / "site")]) == 0
+    assert "No logit lens" in capsys.readouterr().out
 
 
 def test_static_pages_by_command(made, tmp_path):

@@ -162,7 +162,7 @@ def test_a_layer_means_the_saes_own_kind_of_site_there(pair):
     with pytest.raises(AttachError, match="anywhere=True"):
         evaluate(model, tokenizer, away, LAYER, TEXT, window=WINDOW)
     assert sites_of(away, LAYER, anywhere=True) == sites_of(here) == (Site("mlp_in", LAYER), Site("mlp", LAYER))
-    assert sites_of(make("sae", "resid", "resid"), 2) == (Site("resid", 2), Site("resid", 2))
+    assert sites_of(make("sae", "resid", "resid"), 2, anywhere=True) == (Site("resid", 2), Site("resid", 2))
     assert evaluate(model, tokenizer, away, LAYER, TEXT, window=WINDOW, anywhere=True) == evaluate(
         model, tokenizer, here, None, TEXT, window=WINDOW
     )
@@ -186,7 +186,7 @@ def test_refusals_name_what_is_missing(pair):
     with pytest.raises(AttachError, match="d_in is 48"):
         Evaluation(model, tokenizer, wrong, None, lambda: [TEXT])
     with pytest.raises(AttachError, match="has 3 layers"):
-        Evaluation(model, tokenizer, make("sae", "mlp", "mlp"), 3, lambda: [TEXT])
+        Evaluation(model, tokenizer, make("sae", "mlp", "mlp"), 3, lambda: [TEXT], anywhere=True)
 
 
 def test_a_state_of_another_site_is_not_resumed(pair, tmp_path):

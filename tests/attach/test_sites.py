@@ -179,7 +179,7 @@ def test_a_path_that_the_model_lacks_is_no_other_module():
     for path in ("post_feedforward_layernorm.output", "pre_feedforward_layernorm.output", "attention.output"):
         with pytest.raises(gsf.AttachError, match="has no module"):
             gsf.attach(model, {f"model.layers.1.{path}": Activations()})
-    with pytest.raises(gsf.AttachError, match="has no module 'vision.encoder.layers.1.mlp'"):
+    with pytest.raises(gsf.AttachError, match=r"has no module 'vision\.encoder\.layers\.1\.mlp'"):
         gsf.attach(model, {"vision.encoder.layers.1.mlp": Activations()})
 
 
@@ -212,9 +212,12 @@ def test_the_norm_without_its_gain_by_its_path():
         gsf.attach(model, {"model.layers.1.mlp.output_without_gain": Activations()})
 
 
-@pytest.mark.parametrize("site", [Site("mlp", 3), Site("path", path="model.layers.3.mlp"), Site("embed"),
-                                  Site("path", path="model.layers.1.post_attention_layernorm.output"),
-                                  Site("path", path="model.embed_tokens.output"), Site("mlp_in_no_gain", 2)])  # fmt: skip
+SITES = [Site("mlp", 3), Site("embed"), Site("mlp_in_no_gain", 2)]
+SITES += [Site("path", path=f"model.{path}") for path in
+          ("layers.3.mlp", "layers.1.post_attention_layernorm.output", "embed_tokens.output")]  # fmt: skip
+
+
+@pytest.mark.parametrize("site", SITES)
 def test_a_site_comes_back_from_its_name(site):
     assert Site.from_hook_name(site.hook_name) == site
 
@@ -285,3 +288,40 @@ class TestMultiplied:
         share = 0.25  # the middle of the first of two steps
         want = self.by_hand(lambda y: y + (share - 1) * (sae.encode(y) @ sae.W_dec.detach()))
         assert any(torch.allclose(logits.detach(), want, rtol=1e-4, atol=1e-4) for logits in seen)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", ["splice", "splice+error"])
+def test_what_a_transcoder_read_is_kept_from_changes_in_place(grad, mode):
+    """Mixtral's experts multiply their input by noise in training, in place; the skip connection reads it later."""
+    config = transformers.MixtralConfig(
+        **architectures.small(transformers.MixtralConfig().to_dict(), {"router_jitter_noise": 0.5})
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).train()
+    mlp, g = model.model.layers[2].mlp, torch.Generator().manual_seed(1)
+    sites = Site("mlp_in", 2), Site("mlp", 2)
+    skip = torch.randn(tiny.D, tiny.D, generator=g)
+    sae = tiny.sae(kind=gsf.JumpReLUSkipTranscoder, site=sites[0], site_out=sites[1], W_skip=skip).requires_grad_(grad)
+    seen = []
+    before = mlp.register_forward_pre_hook(lambda _m, args: seen.append(args[0].detach().clone()))
+
+    def logits():
+        torch.manual_seed(7)
+        return model(input_ids=IDS, use_cache=False).logits
+
+    with torch.set_grad_enabled(grad):
+        base = logits()
+        with gsf.attach(model, sae, mode=mode) as run:
+            got = logits()
+        after = mlp.register_forward_hook(lambda _m, _a, _y: sae(seen[-1]))
+        want = logits()
+    before.remove()
+    after.remove()
+    assert run.latents[sites[0]] == sae.encode_sparse(seen[1].reshape(-1, tiny.D))
+    torch.testing.assert_close(got, want if mode == "splice" else base)
+    if grad:
+        sae.zero_grad()
+        got.square().mean().backward()
+        assert sae.W_skip.grad is not None
+        assert sae.W_enc.grad is not None

@@ -33,6 +33,7 @@ PACKED = (
 )
 COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py tests/analysis/test_variants.py tests/analysis/test_conversation.py"
 CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
+SITES, ORIGIN = "tests/attach/test_sites.py", "tests/test_origin.py"
 EXTRACTION, JOBS = "tests/analysis/test_extraction.py", "tests/analysis/test_jobs_bad_input.py"
 
 CPP = [
@@ -196,6 +197,18 @@ PYTHON = [
     Mutation("of neighbours that fire all are shown", "gemmascope_fast/analysis/dashboard/collect.py", "| (np.diff(place[order]) != 0)", "| True", DASHBOARD + " -k strongest_places"),
     Mutation("the index opens in the features' order", "gemmascope_fast/analysis/dashboard/pages.py", "sorted(rows, key=lambda row: (-row[1], row[0]))", "sorted(rows, key=lambda row: row[0])", DASHBOARD + " -k chromium"),
     Mutation("the lens forgets the mean over tokens", "gemmascope_fast/analysis/dashboard/weights.py", "off = (rows @ mean)[:, None]", "off = 0 * (rows @ mean)[:, None]", DASHBOARD + " -k lens"),
+    Mutation("a LayerNorm does not centre in the lens", "gemmascope_fast/analysis/dashboard/weights.py", "rows - rows.mean(1, keepdim=True) if centred else rows", "rows", DASHBOARD + " -k lens"),
+    Mutation("attention heads have a lens", "gemmascope_fast/analysis/dashboard/weights.py", "return site.kind in STREAM", "return True", DASHBOARD + " -k lens"),
+    Mutation("a text key is a named site again", "gemmascope_fast/attach/entries.py", 'return Site("path", path=key.removeprefix(PREFIX))', "return Site.from_hook_name(key)", SITES + " -k means_that"),
+    Mutation("a block's multiplier is forgotten", "gemmascope_fast/attach/transformers/blocks.py", "scale *= float(value)", "scale = 1.0", SITES + " -k granite"),
+    Mutation("a block's own numbers are not looked at", "gemmascope_fast/attach/transformers/blocks.py", "elif isinstance(value, Tensor) or (_SUSPECT", "elif False and (_SUSPECT", SITES + " -k architecture"),
+    Mutation("the norm after attention is left out", "gemmascope_fast/attach/transformers/blocks.py", 'Part(after or _inner(names, attention, ("dense",)), "output", scale)', 'Part(_inner(names, attention, ("dense",)), "output", scale)', SITES + " -k architecture"),
+    Mutation("a sum that is normalised passes for a sum", "gemmascope_fast/attach/transformers/blocks.py", 'hasattr(block.output, "LayerNorm")', "False", SITES + " -k architecture"),
+    Mutation("a splice forgets the block's multiplier", "gemmascope_fast/attach/taps.py", 'return recon / place.scale if place.form == "scaled" else recon', "return recon", SITES + " -k Multiplied"),
+    Mutation("a gradient forgets the block's multiplier", "gemmascope_fast/attach/carry.py", "own if ctx.unit is None else own * ctx.unit", "own", SITES + " -k Multiplied"),
+    Mutation("what a transcoder read may change", "gemmascope_fast/attach/taps.py", "rows = rows.clone()", "pass", SITES + " -k kept_from"),
+    Mutation("any layer will do", "gemmascope_fast/attach/origin.py", "    if _same(site, own, structure):", "    if True:", ORIGIN),
+    Mutation("a folder's name is a model's", "gemmascope_fast/attach/origin.py", 'elif os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name):', "elif False:", ORIGIN),
     Mutation("a resumed document begins one window late", "gemmascope_fast/analysis/extraction/windows.py", "if count >= skipped:", "if count > skipped or not resumed:", EXTRACTION + " -k every_end"),
     Mutation("positions begin anew with each window", "gemmascope_fast/analysis/extraction/run.py", '"position": at + window.start', '"position": at', EXTRACTION + " -k plain_forwards"),
     Mutation("a torn line of the journal stays", "gemmascope_fast/analysis/extraction/store.py", "if kept < len(whole):", "if False:", EXTRACTION + " -k interrupted"),

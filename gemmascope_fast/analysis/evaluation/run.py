@@ -70,10 +70,10 @@ class Evaluation:
     """Reconstruction figures in a first pass, losses (which need the mean of all activations) in a second.
 
     layer: None for the SAE's own site, a number for a site of the same kind there (the residual stream, where the SAE
-    names none), or a `Site`; another place than the checkpoint's own is an error unless `anywhere`.  text() gives the text's lines anew each time it is called.  With a `state` file the run
-    is saved there after every `save_every` batches and goes on from it; `about` says what it is a run of.  loss_tokens:
-    the second pass, four whole forwards, ends with the batch in which it has counted that many (None: at the end of
-    the text).
+    names none), or a `Site`; another place than the checkpoint's own is an error unless `anywhere`.  text() gives the
+    text's lines anew each time it is called.  With a `state` file the run is saved there after every `save_every`
+    batches and goes on from it; `about` says what it is a run of.  loss_tokens: the second pass, four whole forwards,
+    ends with the batch in which it has counted that many (None: at the end of the text).
     """
 
     def __init__(

@@ -92,7 +92,8 @@ _OTHERWISE = {
 
 
 class Unknown(Exception):
-    """A block has no such site; the message says why, as what "this block" does; `path` is the module to name instead, where there is one."""
+    """A block has no such site.  The message says what the block does instead, as in "normalises the sum after
+    adding"; `path` is the module to name instead, where there is one."""
 
     def __init__(self, why: str, path: str | None = None) -> None:
         super().__init__(why)
@@ -245,10 +246,7 @@ def _mlp_out(block: nn.Module) -> Part:
     names = _children(block)
     if _is_bert(names):
         return _bert_out(block, names, "output.dense")
-    if "fc2" in names:
-        mlp = "fc2"
-    else:
-        mlp = _only(names, MLP, "MLP")
+    mlp = "fc2" if "fc2" in names else _only(names, MLP, "MLP")
     try:
         after, scale = _norms(block, names).after_mlp, _scale(block)
         return Part(after or _inner(names, mlp, ("dense_4h_to_h", "down_proj")), "output", scale)
