@@ -11,6 +11,8 @@ from gemmascope_fast.checkpoints.loading import from_pretrained
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.sites import Site
 
+SEVERAL = ("cross_layer_transcoder", "crosscoder")  # kinds that read or write several sites
+
 
 def load_model(name: str) -> tuple[Any, Any]:
     """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval.
@@ -42,10 +44,19 @@ def sae_place(name: str) -> str:
 
 
 def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
-    """The SAE for a command line's --sae: "demo", or a file, folder or repository; any kind."""
+    """The SAE for a command line's --sae: "demo", or a file, folder or repository.
+
+    Raises ValueError for a coder of several sites, which no command takes.
+    """
     if name == "demo":
         return load_demo_sae()
-    return from_pretrained(name, sae_id)
+    sae = from_pretrained(name, sae_id)
+    if sae.kind in SEVERAL:
+        raise ValueError(
+            f"--sae {name}: expected an SAE or transcoder that reads one site and writes one, got a {sae.kind};"
+            " in Python `attach` takes it"
+        )
+    return sae
 
 
 def load_pair(

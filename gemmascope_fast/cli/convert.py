@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gemmascope_fast.cli.arguments import PLACE
+from gemmascope_fast.cli.arguments import PLACE, check_folder
+from gemmascope_fast.files.atomic import replacing_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.pair import sae_place
 
+    check_folder("target", args.target)
     written = convert(sae_place(args.source), args.target, args.to, args.sae_id, args.dtype, args.revision)
     print(f"{args.target}: {', '.join(written)}")
     return 0
@@ -35,8 +37,10 @@ def convert(
 ) -> list[str]:
     """Write the checkpoint of one place as a folder in another format; gives the names of the files written.
 
-    Arrays go from file to file in blocks, unless a bias has to be folded in first.  Raises CheckpointError where
-    the other format has no place for what is there.
+    Arrays go from file to file in blocks, unless a bias has to be folded in first.  In a folder that exists, files of
+    the same names are replaced and others stay.  A kill leaves it without weights at worst, never with the weights of
+    one checkpoint and the configuration of another.  Raises CheckpointError where the other format has no place for
+    what is there.
     """
     import torch
 
@@ -44,7 +48,7 @@ def convert(
     from gemmascope_fast.checkpoints.loading import build, open_checkpoint
     from gemmascope_fast.checkpoints.repository import locate
     from gemmascope_fast.errors import CheckpointError
-    from gemmascope_fast.files.write import Source, atomic_folder
+    from gemmascope_fast.files.write import Source
 
     writers = {"native": native, "saelens": saelens, "gemma-scope-1": gemma_scope_1, "gemma-scope-2": gemma_scope_2}
     if to not in writers:
@@ -57,7 +61,7 @@ def convert(
         sae = build(found, torch.device("cpu"), torch.float32)
         arrays = {name: value.detach() for name, value in sae.named_parameters()}
     wanted = getattr(torch, dtype) if dtype else None
-    with atomic_folder(Path(target)) as folder:
+    with replacing_folder(Path(target).resolve()) as folder:
         writers[to].write(found, arrays, folder, wanted)  # type: ignore[attr-defined]
         written = sorted(p.name for p in folder.iterdir())
     return written

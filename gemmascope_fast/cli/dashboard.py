@@ -8,6 +8,7 @@ from typing import Any
 
 from gemmascope_fast.cli.arguments import check_outputs
 from gemmascope_fast.errors import require
+from gemmascope_fast.files import identity
 from gemmascope_fast.files.results import write_json
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     require("pyarrow", "analysis", "dashboard")
     if args.out is None and not args.serve and args.json is None:
         raise ValueError("expected --out FOLDER, --serve or --json FILE")
-    check_outputs(args)
+    check_outputs(args, ("json",), ("out",))
     if args.serve:
         check_port(args.port)
     made = build(args)
@@ -116,13 +117,18 @@ def _weights(args: argparse.Namespace, store: Any) -> tuple[Any, Any]:
     from tqdm import tqdm
 
     from gemmascope_fast.analysis.dashboard.weights import logit_lens, neighbours, writes_to_stream
-    from gemmascope_fast.analysis.extraction.run import fingerprint
+    from gemmascope_fast.analysis.extraction.store import VERSION
     from gemmascope_fast.analysis.pair import load_model, load_sae
     from gemmascope_fast.sae.sites import Site
 
     name = args.sae or store.settings["sae"]
+    if store.settings.get("version") != VERSION:
+        raise ValueError(
+            f"--latents {store.folder}: an older version wrote it, which does not say of which weights; extract anew,"
+            " or take --no-weights"
+        )
     sae = load_sae(name, args.sae_id or store.settings.get("sae_id"))
-    if fingerprint(sae) != store.settings["sae_fingerprint"]:
+    if identity.of_module(sae) != store.settings["sae_fingerprint"]:
         raise ValueError(f"--sae: {name} is not the SAE that these latents come from")
     model, _ = load_model(args.model or store.settings["model"])
     site = sae.cfg.site_out if "transcoder" in sae.kind else None
@@ -130,6 +136,11 @@ def _weights(args: argparse.Namespace, store: Any) -> tuple[Any, Any]:
     if not writes_to_stream(model, site):
         print(f"No logit lens: what is written at {site.hook_name} is not added to the residual stream.")
         return neighbours(sae.W_dec), None
+    if args.model is None and identity.of_module(model) != store.settings["model_fingerprint"]:
+        raise ValueError(
+            f"--model: {store.settings['model']} is not the model that these latents come from; name it, or one for the"
+            " logit lens"
+        )
     with tqdm(total=len(sae.W_dec), desc="logit lens", unit="feature") as bar:
         lens = logit_lens(model, sae.W_dec, progress=bar.update, site=site)
     return neighbours(sae.W_dec), lens

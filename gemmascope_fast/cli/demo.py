@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from gemmascope_fast.analysis.pair import load_pair
 from gemmascope_fast.analysis.reading import LABELS, TIMES, Reading, read_text
-from gemmascope_fast.cli.arguments import add_anywhere_argument
+from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
+from gemmascope_fast.files.results import write_json, write_text
 
 PASSAGE = (
     "In the winter of 1911 two expeditions were racing across the Antarctic ice. Roald Amundsen travelled with dogs"
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    check_outputs(args)
     text = args.text_file.read_text(encoding="utf-8") if args.text_file else args.text
     text = PASSAGE if text is None else text
     console = Console()
@@ -55,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"The text was cut: {reading.cut} tokens beyond --max-tokens {args.max_tokens} were not read.")
     show(console, reading, args.top)
     if args.json:
-        args.json.write_text(json.dumps(reading.figures, indent=2) + "\n", encoding="utf-8")
+        write_json(args.json, reading.figures)
     if args.html:
         from gemmascope_fast.analysis.reading_page import render
 
-        args.html.write_text(render(reading), encoding="utf-8")
+        write_text(args.html, render(reading))
         console.print(f"Page: {args.html}")
     return 0
 

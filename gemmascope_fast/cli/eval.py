@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import add_anywhere_argument
-from gemmascope_fast.files.results import save_figure
+from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
+from gemmascope_fast.files import identity
+from gemmascope_fast.files.results import save_figure, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    check_outputs(args, ("json", "plot", "state"))
     text, label = _text(args)
-    if args.plot is not None:
-        _require_matplotlib()
     from gemmascope_fast.analysis.evaluation.run import Evaluation, sites_of
     from gemmascope_fast.analysis.pair import load_model, load_sae
     from gemmascope_fast.attach.origin import move
@@ -74,10 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         everything = {"model": args.model, "sae": args.sae, "layer": reads.layer, "text": label}
         everything |= {"site": reads.hook_name, "site_out": writes.hook_name}
-        # JSON has no NaN: null says that there is no such figure
-        everything |= {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in figures.items()}
-        everything["firing_frequencies"] = frequencies.tolist()
-        args.json.write_text(json.dumps(everything, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(args.json, everything | figures | {"firing_frequencies": frequencies.tolist()})
     if args.plot is not None:
         plot_frequencies(frequencies, args.plot, f"{label}: {figures['tokens']} tokens, L0 {figures['l0']:.1f}")
     return 0
@@ -92,9 +86,7 @@ def _text(args: argparse.Namespace) -> tuple[Callable[[], Iterable[str]], str]:
     if args.text in builtin or args.held_out:
         whole = builtin[args.text]() if args.text in builtin else Path(args.text).read_text("utf-8")
         shown = Text(args.text, whole).split()[1] if args.held_out else whole
-        return (lambda: [shown]), f"{name} ({hashlib.sha256(shown.encode()).hexdigest()[:8]})"
-    with open(args.text, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        return (lambda: [shown]), f"{name} ({identity.of_text(shown)[:8]})"
 
     def lines() -> Iterator[str]:
         with open(args.text, encoding="utf-8") as file:
@@ -102,15 +94,7 @@ def _text(args: argparse.Namespace) -> tuple[Callable[[], Iterable[str]], str]:
             while part := file.read(1 << 20):
                 yield part
 
-    return lines, f"{name} ({digest.hexdigest()[:8]})"
-
-
-def _digest(file: Any) -> Any:
-    """hashlib.file_digest of Python 3.11, for 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
+    return lines, f"{name} ({identity.of_file(args.text)[:8]})"
 
 
 def _with_bars(run: Any, losses: bool) -> dict[str, Any]:
@@ -128,13 +112,6 @@ def _with_bars(run: Any, losses: bool) -> dict[str, Any]:
     finally:
         for bar in bars.values():
             bar.close()
-
-
-def _require_matplotlib() -> None:
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise ValueError("--plot: expected matplotlib, which is not installed; pip install 'gemmascope-fast[plot]'")
 
 
 def plot_frequencies(frequencies: Any, path: Path, title: str) -> None:

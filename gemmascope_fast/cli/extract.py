@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.pair import full_names
 
     require("pyarrow", "analysis", "extract")
-    check_outputs(args)
+    check_outputs(args, folders=() if args.check else ("out",))
     console = Console()
     if args.check:
         store = Store(args.out)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_fast.cli.arguments import PLACE
+from gemmascope_fast.files.atomic import is_temporary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +55,9 @@ def listing(place: str, revision: str | None = None) -> list[dict[str, Any]]:
     if root.is_file():
         return [_local(root, root.name)]
     if root.is_dir():
-        files = (p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+        paths = [p.relative_to(root) for p in root.rglob("*") if p.is_file()]
+        # of a conversion that was killed
+        files = (p.as_posix() for p in paths if not any(is_temporary(part) for part in p.parts))
         found = checkpoints_among(files)
         rows = [_local(root / path, id_of(path)) for path in found]
     elif place in names.releases():

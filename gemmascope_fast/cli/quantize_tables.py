@@ -6,8 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import add_anywhere_argument
+from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
 from gemmascope_fast.cli.quantize import METHODS
+from gemmascope_fast.files import identity
+from gemmascope_fast.files.results import write_text
 
 PARTS = ("sae", "grid", "mix")
 
@@ -28,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--methods", default=",".join(METHODS), help="methods of the grid (default: %(default)s)")
     parser.add_argument("--only", default=",".join(PARTS), help="parts, of %(default)s")
+    parser.add_argument(
+        "--skip-experts", action="store_true", help="leave a mixture's experts as they are where they are fused weights"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer windows and passes, and the smaller grid")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="Mix'n'Match's frontier as .png, .svg or .pdf")
 
@@ -38,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gemmascope_fast.analysis.pair import load_pair
-    from gemmascope_fast.analysis.widths import grid, measure, mixnmatch
+    from gemmascope_fast.analysis.widths import grid, mixnmatch
+    from gemmascope_fast.quant.model import check_experts
     from gemmascope_fast.training import arithmetic
     from gemmascope_fast.training.nested import calibration
 
@@ -48,20 +54,24 @@ def run(args: argparse.Namespace) -> int:
     methods = args.methods.split(",")
     if set(methods) - set(METHODS):
         raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, got {args.methods!r}")
+    check_outputs(args, ("plot",), ("work",))
     if args.quick:
         args.windows, args.train_windows = min(args.windows, 12), min(args.train_windows, 20)
         args.epochs, args.steps = min(args.epochs, 2), min(args.steps, 5)
     model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
+    check_experts(model, "ffn", args.skip_experts)
     text = args.text_file.read_text("utf-8") if args.text_file else None
     ids = calibration.python_topics(tokenizer) if text is None else calibration.windows(tokenizer, text)
     if ids.shape[0] < args.windows + args.train_windows:
         raise ValueError(f"--text-file: expected {args.windows + args.train_windows} windows, got {ids.shape[0]}")
     held_out, training = ids[-args.windows :], ids[: args.train_windows]
-    if "sae" in wanted:
-        sae_table(model, sae, layer, held_out, training, args.work, tqdm)
     comparison = grid.Comparison(
-        model.to(arithmetic.products()), training, held_out, args.work, {"epochs": args.epochs}, args.steps, tqdm
-    )
+        model, training, held_out, args.work, {"epochs": args.epochs}, args.steps, tqdm,
+        {"sae": identity.of_module(sae), "layer": layer},
+    )  # fmt: skip
+    if "sae" in wanted:
+        sae_table(model, sae, layer, held_out, training, comparison.results, tqdm)
+    model.to(arithmetic.products())  # from here on: the SAE's table is in float32
     if "grid" in wanted:
         for run in grid.runs(args.quick):
             if run.method in methods:
@@ -70,23 +80,20 @@ def run(args: argparse.Namespace) -> int:
         points = comparison.mix(grid.Run("ffn", None, "omniquant"))
         if args.plot is not None:
             mixnmatch.plot(points, args.plot, f"Mix'n'Match, FFN of {args.model}")
-    figures = measure.Results(args.work / "results.json").figures
-    tables = grid.markdown(figures)
-    (args.work / "tables.md").write_text(tables, encoding="utf-8")
+    tables = grid.markdown(comparison.results.figures)
+    write_text(args.work / "tables.md", tables)
     Console().print(Markdown(tables))
     return 0
 
 
-def sae_table(model: Any, sae: Any, layer: int, held_out: Any, training: Any, work: Path, progress: Any) -> None:
+def sae_table(model: Any, sae: Any, layer: int, held_out: Any, training: Any, results: Any, progress: Any) -> None:
     """The SAE's rows: reconstruction on all held-out windows, losses on a quarter of them (two to ten)."""
     import torch
 
     from gemmascope_fast.analysis.widths import measure_sae
-    from gemmascope_fast.analysis.widths.measure import Results
     from gemmascope_fast.training.activations import activations
 
-    work.mkdir(parents=True, exist_ok=True)
-    results, cases = Results(work / "results.json"), measure_sae.cases()
+    cases = measure_sae.cases()
     if all(case.key() in results for case in cases):
         return
     x = torch.cat(list(activations(model, layer, held_out.split(4))))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from gemmascope_fast.cli.arguments import check_folder
+from gemmascope_fast.files import atomic as files
+from gemmascope_fast.files import identity
 
 DEFAULTS = {
     "d_sae": 4096,
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from gemmascope_fast.analysis.pair import load_model
-    from gemmascope_fast.training.activations import Batches, collect
+    from gemmascope_fast.training.activations import Batches, collect, first_layers
     from gemmascope_fast.training.text import read_texts
     from gemmascope_fast.training.trainer import Scaling, Trainer
 
@@ -87,24 +91,29 @@ def run(args: argparse.Namespace) -> int:
     state = args.out.with_name(args.out.name + ".run")
     _check(args, state)
     model, tokenizer = load_model(args.model)
+    model_id = identity.of_module(model)  # before the cast: one folder of activations serves both dtypes
     model.to(getattr(torch, args.model_dtype))
+    with first_layers(model, args.layer + 1):  # a layer that the model lacks is refused before anything is written
+        pass
     texts = read_texts(args.text, model, tokenizer)
     folder = args.activations or args.out.with_name(args.out.name + ".activations")
     train, held = [], {}
     for text in texts:
         first, last = text.split()
         name = Path(text.name).stem
-        train += collect(model, tokenizer, args.layer, first, folder, name, args.max_tokens)
+        train += collect(model, tokenizer, args.layer, first, folder, name, args.max_tokens, model_id)
         # what is held out is a ninth of what is trained on
         ninth = args.max_tokens and -(-args.max_tokens // 9)
-        held[text.name] = collect(model, tokenizer, args.layer, last, folder, f"{name}-held-out", ninth)
+        held[text.name] = collect(model, tokenizer, args.layer, last, folder, f"{name}-held-out", ninth, model_id)
     batches = Batches(train, config.batch, config.seed)
     about = {
         "model": args.model,
+        "model_fingerprint": model_id,
+        "tokenizer_fingerprint": identity.of_tokenizer(tokenizer),
         "dtype": args.model_dtype,
         "layer": args.layer,
-        "text": args.text,
-        "data": _fingerprint(train),
+        "text": [[text.name, identity.of_text(text.text)] for text in texts],
+        "max_tokens": args.max_tokens,
     }
     if args.resume:
         trainer = _resume(state, config, about)
@@ -113,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
         trainer = Trainer(config, Scaling.of(train))
     train_to_end(trainer, batches, state, about, args.save_every)
     figures = _finish(trainer, args, held, model)
-    state.unlink(missing_ok=True)
+    files.remove(state)
     console.print_json(json.dumps(figures))
     return 0
 
@@ -152,7 +161,11 @@ def _check(args: argparse.Namespace, state: Path) -> None:
         raise ValueError(f"--save-every: expected a number of steps, got {args.save_every}")
     if args.out.suffix != ".safetensors":
         raise ValueError(f"--out: expected a file name ending in .safetensors, got {args.out}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out.is_dir():
+        raise ValueError(f"--out: expected a file, got the folder {args.out}")
+    check_folder("--out", args.out.parent)
+    if args.activations is not None:
+        check_folder("--activations", args.activations)
     if args.resume and not state.exists():
         raise ValueError(f"--resume: expected a run in {state}, which is not there")
     if not args.resume and state.exists():
@@ -163,25 +176,12 @@ def _resume(state: Path, config: Any, about: dict[str, Any]) -> Any:
     from gemmascope_fast.training.checkpoint import load_run
 
     trainer, was = load_run(state)
-    if trainer.config != config or was != about:
-        raise ValueError(
-            f"--resume: {state} is a run with other settings: {trainer.config}, {was}; expected {config}, {about}"
-        )
+    identity.check(f"--resume {state}", was | asdict(trainer.config), about | asdict(config))
     return trainer
-
-
-def _fingerprint(parts: list[Any]) -> str:
-    """Of the shapes and a thousandth of the rows: another text, model or layer has another."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(str(tuple(part.shape)).encode() + part[::1000].contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _finish(trainer: Any, args: argparse.Namespace, held: dict[str, Any], model: Any) -> dict[str, Any]:
     """Write the SAE with its settings and its figures on the held-out activations; returns the figures."""
-    from dataclasses import asdict
-
     import torch
 
     from gemmascope_fast.analysis.evaluation import Reconstruction

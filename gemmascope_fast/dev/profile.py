@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import bisect
+import gzip
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gemmascope_fast import backends
 from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
 from gemmascope_fast.dev.roof import Roof, measure
+from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.files.results import write_json
 from gemmascope_fast.ops._library import OPS
 
@@ -83,7 +85,10 @@ def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], tr
         loop()
         wall = (time.perf_counter() - start) * 1e3
     if trace is not None:
-        found.export_chrome_trace(str(trace))
+        with replacing(trace) as temporary:
+            found.export_chrome_trace(str(temporary))
+            if trace.suffix == ".gz":
+                temporary.write_bytes(gzip.compress(temporary.read_bytes()))
     averages = {event.key: event for event in found.key_averages()}
     spent, sae_ms = _layers(found.events(), layers)
     ours = [event for key, event in averages.items() if key.removeprefix(PREFIX) in OPS and key.startswith(PREFIX)]

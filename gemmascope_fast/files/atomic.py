@@ -1,35 +1,165 @@
-"""Files that appear whole: written beside their place under another name, and renamed once they are on the disk."""
+"""Everything that the package changes on the disk: files that appear whole, journals, folders.
+
+A file is written beside its place as `.NAME.N.tmp` and renamed once its bytes are on the disk, so that a kill at any
+moment leaves the old file or the new one.  The temporary file that a kill leaves behind is removed by the next write of
+the same name.  Whether its writer still lives is told by a lock: who writes into a folder holds a shared lock on it.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
-import secrets
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+from typing import IO
+
+_TEMPORARY = re.compile(r"\..+\.\w+\.tmp")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, wait: bool = True) -> Iterator[Path]:
     """An empty file to write, which gets the name `path` when the block ends well and is removed otherwise.
 
-    By then its bytes are on the disk, and its permissions are those of the umask, however the block wrote it: one
-    that writes by way of a temporary file of its own (safetensors) would leave it readable by its owner alone.  A kill
-    leaves `path` as it was, and at most the other file, `.NAME.….tmp`, beside it.
+    By then its bytes are on the disk (unless `wait` is False: then a power cut may lose them, a kill may not), and its
+    permissions are those of the umask, however the block wrote it.  Raises an OSError that names `path`.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    mode = os.fstat(handle).st_mode & 0o7777
-    os.close(handle)
-    try:
+    with saying_where(path), _temporary(path, path.parent, _create) as (temporary, mode):
         yield temporary
         os.chmod(temporary, mode)
-        sync(temporary)
+        if wait:
+            sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if wait:
+            sync(path.parent)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `folder` when the block ends well and is removed otherwise.
+
+    Into a folder that is there already the files are moved, in place of those of the same names; its other files stay.
+    Files belong together (weights and their configuration), so the old ones are all removed before the first new one
+    is moved, the largest first, and the largest new one is moved last: a kill in between leaves a folder without
+    weights, never one of two checkpoints.
+    """
+    there = folder.is_dir() and any(not is_temporary(p.name) for p in folder.iterdir())
+    if not there:
+        make_folder(folder.parent)
+    with (
+        saying_where(folder),
+        _temporary(folder, folder if there else folder.parent, _create_folder) as (temporary, _),
+    ):
+        yield temporary
+        made = sorted(temporary.iterdir(), key=lambda p: (p.stat().st_size, p.name))
+        for path in made:
+            sync(path)
+        if not there:
+            clean(folder)
+            os.replace(temporary, folder)
+            sync(folder.parent)
+        elif len(made) == 1:
+            os.replace(made[0], folder / made[0].name)
+            sync(folder)
+        else:
+            _exchange(made, folder)
+
+
+def _exchange(made: list[Path], folder: Path) -> None:
+    old = [folder / path.name for path in made if (folder / path.name).exists()]
+    for path in sorted(old, key=lambda p: -p.stat().st_size):
+        os.unlink(path)
+    sync(folder)
+    for path in made:
+        os.replace(path, folder / path.name)
+    sync(folder)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Add `data` at a file's end and wait until it is on the disk.  Raises an OSError that names `path`."""
+    with saying_where(path):
+        fresh = not path.exists()
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(handle, rest) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        if fresh:
+            sync(path.parent)
+
+
+def truncate(path: Path, size: int) -> None:
+    """Cut a file off after `size` bytes."""
+    with saying_where(path):
+        os.truncate(path, size)
+        sync(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    if path.exists():
+        with saying_where(path):
+            os.unlink(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder and everything in it, if it is there."""
+    if not folder.is_dir():
+        return
+    with saying_where(folder):
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                remove_folder(path)
+            else:
+                os.unlink(path)
+        os.rmdir(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those that it lies in, where they are missing.  Raises an OSError that names it."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    with saying_where(folder):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:  # another process was quicker
+            if not folder.is_dir():
+                raise
+
+
+def lock(path: Path) -> IO[bytes]:
+    """A file, made where it is missing, whose lock is held until it is closed.  BlockingIOError where another process
+    holds it."""
+    with saying_where(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return os.fdopen(handle, "r+b")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that is being written, or that a kill left behind."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def clean(folder: Path) -> None:
+    """Remove what a kill left in a folder.  Nothing is removed while anyone writes there."""
+    if not folder.is_dir():
+        return
+    with _writing_in(folder) as handle:
+        if handle is not None and _alone(handle):
+            for path in [p for p in folder.iterdir() if is_temporary(p.name)]:
+                _discard(path)
 
 
 @contextmanager
@@ -39,8 +169,14 @@ def saying_where(path: Path, more: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if getattr(error, "said", False):  # by a block within: it knows the file better
+            if more:
+                raise _told(f"{error}{more}", error) from error
+            raise
+        if error.filename is not None and not _about(str(error.filename), path):  # it could not be read
+            raise
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise OSError(f"{path}: {why}{more}") from error
+        raise _told(f"{path}: {why}{more}", error) from error
 
 
 def sync(path: Path) -> None:
@@ -50,3 +186,89 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _about(name: str, path: Path) -> bool:
+    """Whether a file's name is that of `path`, of its folder, or of what is written in its place."""
+    return Path(name) in (path, path.parent) or any(is_temporary(part) for part in Path(name).parts)
+
+
+def _told(text: str, error: OSError) -> OSError:
+    told = OSError(text)
+    told.errno, told.said = error.errno, True  # type: ignore[attr-defined]
+    return told
+
+
+@contextmanager
+def _temporary(path: Path, folder: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """(what `make` made under a name of its own in `folder`, what `make` gave), removed at the end if still there."""
+    with _writing_in(folder) as handle:
+        temporary, mode = _claimed(path.name, folder, make, handle)
+        try:
+            yield temporary, mode
+        finally:
+            _discard(temporary)
+
+
+def _claimed(name: str, folder: Path, make: Callable[[Path], int], handle: int | None) -> tuple[Path, int]:
+    names = (folder / f".{name}.{number}.tmp" for number in count())
+    first, second = folder / f".{name}.0.tmp", folder / f".{name}.1.tmp"
+    if handle is not None and (os.path.lexists(first) or os.path.lexists(second)) and _alone(handle):
+        for path in folder.glob(f".{_escaped(name)}.*.tmp"):
+            _discard(path)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    for temporary in names:
+        try:
+            return temporary, make(temporary)
+        except FileExistsError:  # another process writes the same file now
+            continue
+    raise AssertionError("count() ends nowhere")
+
+
+def _escaped(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
+def _create(path: Path) -> int:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        return os.fstat(handle).st_mode & 0o7777
+    finally:
+        os.close(handle)
+
+
+def _create_folder(path: Path) -> int:
+    os.mkdir(path)
+    return 0
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        remove_folder(path)
+    elif os.path.lexists(path):
+        os.unlink(path)
+
+
+@contextmanager
+def _writing_in(folder: Path) -> Iterator[int | None]:
+    """A handle with a shared lock on a folder; None where its file system has no locks: then nothing is cleaned."""
+    handle = os.open(folder, os.O_RDONLY)
+    locks = True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    except OSError:
+        locks = False
+    try:
+        yield handle if locks else None
+    finally:
+        os.close(handle)
+
+
+def _alone(handle: int) -> bool:
+    """Whether nobody else writes in a folder; then the lock is exclusive."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fcntl.flock(handle, fcntl.LOCK_SH)  # a failed conversion may have lost it
+        return False
+    return True

@@ -5,9 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
-import secrets
-import shutil
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -31,24 +28,6 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that gets the name `path` when the block ends well and leaves nothing behind otherwise."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         yield file
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill: it becomes `folder` when the block ends well.  Into a folder that is there, the files
-    written replace those of the same name one by one, and the others stay."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if folder.exists():
-            for file in sorted(temporary.iterdir()):
-                os.replace(file, folder / file.name)
-        else:
-            os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from gemmascope_fast.ops._planes import UNIT
 
 MODES = ("prefix", "matquant")
+# below 2^-14 float16 has steps of 2^-24: a row whose widest scale is this small would have a grid coarser by 1/64
+NARROW = 2.0**-18
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
@@ -144,8 +146,10 @@ def quantize(
     """Asymmetric min–max codes of weight [out_features, in_features]: α = (high − low)/255, z = round(−low/α).
 
     low <= 0 <= high [out_features, groups]: a clipped range in place of each group's least and greatest weight.
-    scale_dtype: float16 for groups, float32 per channel unless said; α is rounded up to it, so that rounding the scale
-    clips nothing.  Zero lies on the grid.  Raises ValueError for weights that are not finite or whose scale overflows.
+    scale_dtype: unless said float32 per channel; for groups float16 where it holds the scales of every row, float32
+    where a row's weights are all too small for it (below 0.001) or a group's too large.  α is rounded up to it, so that
+    rounding the scale clips nothing.  Zero lies on the grid.  Raises ValueError for weights that are not finite, or
+    whose scales a given float16 cannot hold.
     """
     check_group_size(group_size)
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -157,8 +161,8 @@ def quantize(
         raise ValueError("low, high: expected both or neither")
     if low is None or high is None:
         low, high = group_range(weight, group_size)
-    dtype = scale_dtype or (torch.float32 if group_size is None else torch.float16)
-    scale = round_up((high.float() - low.float()) / 255, dtype)
+    scale = (high.float() - low.float()) / 255
+    scale = round_up(scale, scale_dtype or dtype_for(scale, group_size))
     zero = (-low.float() / scale.float()).round().clamp(0, 255)
     frame = Codes(torch.zeros(weight.shape, dtype=torch.uint8), scale, zero.to(torch.uint8), group_size)
     q = (weight / frame.per_weight(scale.float())).round() + frame.per_weight(zero)
@@ -176,12 +180,27 @@ def quantize_alone(
     weight = weight.detach().float()
     if low is None or high is None:
         low, high = group_range(weight, group_size)
-    scale = round_up((high - low).float() / top / step, torch.float32 if group_size is None else torch.float16)
+    scale = (high - low).float() / top / step
+    scale = round_up(scale, dtype_for(scale, group_size))
     coarse = scale.float() * step
     zero = (-low / coarse).round().clamp(0, top)
     frame = Codes(torch.zeros(weight.shape, dtype=torch.uint8), scale, (zero * step).to(torch.uint8), group_size)
     q = (weight / frame.per_weight(coarse)).round() + frame.per_weight(zero)
     return Codes((q.clamp(0, top) * step).to(torch.uint8), scale, frame.zero_point, group_size)
+
+
+def dtype_for(scale: Tensor, group_size: int | None) -> torch.dtype:
+    """Of a matrix's scales [out_features, groups]: float32 per channel; float16 for groups, unless it cannot hold
+    them."""
+    return torch.float32 if group_size is None or _misfit(scale) else torch.float16
+
+
+def _misfit(scale: Tensor) -> str | None:
+    """What float16 would do to scales; None where it holds them."""
+    widest = scale.amax(-1) if scale.numel() else scale
+    if bool((widest > torch.finfo(torch.float16).max).any()):
+        return "too wide"
+    return "too narrow" if bool(((widest > 0) & (widest < NARROW)).any()) else None
 
 
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -190,10 +209,9 @@ def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
         return scale.clamp(min=torch.finfo(torch.float32).tiny)
     if dtype != torch.float16:
         raise TypeError(f"scale_dtype: expected float16 or float32, got {dtype}")
+    if wrong := _misfit(scale):
+        raise ValueError(f"weight: a row's range is {wrong} for float16 scales; pass scale_dtype=torch.float32")
     near = scale.to(torch.float16)
     # the bits of positive halves count upwards in value
     up = torch.where(near.float() < scale, near.view(torch.int16) + 1, near.view(torch.int16)).clamp(min=1)
-    result = up.to(torch.int16).view(torch.float16)
-    if not bool(torch.isfinite(result).all()):
-        raise ValueError("weight: a group's range is too wide for a float16 scale; pass scale_dtype=torch.float32")
-    return result
+    return up.to(torch.int16).view(torch.float16)

@@ -1,8 +1,8 @@
 """The numbers of the screen's bound and the layout of its arrays, under the names that docs/screen.md gives them.
 
 `csrc/cpu/screen_terms.h` holds the same names and numbers for C++ (`TOKEN_STEPS` is `kTokenSteps` there);
-tests/ops/test_screen_terms.py reads both files and the page and compares them.  The numbers that begin with GPU are those
-of the Triton kernels (kernels/screen.py), whose epilogue rounds in other places.
+tests/ops/test_screen_terms.py reads both files and the page and compares them.  The numbers that begin with GPU are
+those of the Triton kernels (kernels/screen.py), whose epilogue rounds in other places.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ _FFN = {"mlp", "ffn", "feed_forward", "block_sparse_moe"}
 
 def targets(model: nn.Module, scope: str = "ffn", head: bool = False) -> dict[str, nn.Linear]:
     """The linear layers a scope names, by module path: "ffn" those inside a feed-forward block, "all-linear" every one
-    but the output head, which `head` adds.  ValueError where there is none or some are quantised already.
+    but the output head, which `head` adds.  Experts that are held as one fused weight (`fused_experts`) are no linear
+    layers.  ValueError where there is none or some are quantised already.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
@@ -44,6 +45,33 @@ def targets(model: nn.Module, scope: str = "ffn", head: bool = False) -> dict[st
     return found
 
 
+def fused_experts(model: nn.Module, scope: str = "ffn") -> list[str]:
+    """Paths of the weights of a scope that hold the matrices of several experts at once, as [experts, rows, columns] or
+    one below the other: these are not quantised."""
+    found = []
+    for name, module in model.named_modules():
+        inside = "experts" in name.split(".")
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
+            continue
+        if not inside and scope == "ffn" and not _FFN & set(name.split(".")):
+            continue
+        for path, weight in module.named_parameters(name, recurse=False):
+            if weight.dim() >= (2 if inside else 3) and weight.is_floating_point():
+                found.append(path)
+    return found
+
+
+def check_experts(model: nn.Module, scope: str, skip_experts: bool = False) -> None:
+    """ValueError for a model with fused experts, unless they are to be skipped."""
+    fused = fused_experts(model, scope)
+    if fused and not skip_experts:
+        raise ValueError(
+            f"model: the experts of {type(model).__name__} are fused weights ({fused[0]} and {len(fused) - 1} more),"
+            " which are not quantised; skip_experts=True (--skip-experts) leaves them as they are and quantises the"
+            " linear layers"
+        )
+
+
 def quantize_(
     model: nn.Module,
     scope: str = "ffn",
@@ -53,6 +81,7 @@ def quantize_(
     mode: str = "prefix",
     extra_precision: bool = False,
     head: bool = False,
+    skip_experts: bool = False,
     activations: str = "int8",
     means: Mapping[str, Tensor] | None = None,
     codes: Mapping[str, Codes] | Trained | None = None,
@@ -63,9 +92,12 @@ def quantize_(
     codes: trained codes in place of untrained min–max ones (a run's result, whose norm gains go into the model, or
     codes by module path); means: input means by module path, about
     which int8 activations are taken.  The embedding table is left alone; the output head is quantised when `head` asks,
-    as a code of its own where its weights are tied.
+    as a code of its own where its weights are tied: `model.tie_weights()` then leaves it alone.
+
+    ValueError for a mixture of experts whose experts are fused weights, unless skip_experts=True leaves those out.
     """
     check_bits(bits)
+    check_experts(model, scope, skip_experts)
     trained = codes if isinstance(codes, Trained) else Trained(dict(codes or {}))
     found = targets(model, scope, head)
     if codes is not None and not set(trained.codes) <= set(found):
@@ -78,7 +110,38 @@ def quantize_(
         bias = None if linear.bias is None else linear.bias.detach()
         packed = Packed.of(code, mode).to(linear.weight.device)
         put(model, name, MatryoshkaLinear(packed, bias, bits, mode, extra_precision, activations, mean))
+    untie(model, found)
     return model
+
+
+def untie(model: nn.Module, names: Iterable[str]) -> None:
+    """Tell a transformers model whose head is among the quantised layers that its head and embedding are two."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if not any(module is head for module in (model.get_submodule(name) for name in names)):
+        return
+    for config in _configs(model):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+    if hasattr(model, "all_tied_weights_keys"):
+        model.all_tied_weights_keys = {}  # type: ignore[assignment]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    config: Any = getattr(model, "config", None)
+    return [config, *([config.get_text_config()] if hasattr(config, "get_text_config") else [])]
+
+
+@contextmanager
+def _tied_as_before(model: nn.Module) -> Iterator[None]:
+    configs = [c for c in _configs(model) if hasattr(c, "tie_word_embeddings")]
+    flags, keys = [c.tie_word_embeddings for c in configs], getattr(model, "all_tied_weights_keys", None)
+    try:
+        yield
+    finally:
+        for config, flag in zip(configs, flags, strict=True):
+            config.tie_word_embeddings = flag
+        if keys is not None:
+            model.all_tied_weights_keys = keys
 
 
 def set_gains(model: nn.Module, gains: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,11 +172,12 @@ def gained(model: nn.Module, gains: Mapping[str, Tensor]) -> Iterator[None]:
 @contextmanager
 def restored(model: nn.Module, before: Mapping[str, nn.Module]) -> Iterator[None]:
     """After the block the model has these modules at their paths again."""
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            put(model, name, module)
+    with _tied_as_before(model):
+        try:
+            yield
+        finally:
+            for name, module in before.items():
+                put(model, name, module)
 
 
 def layers(model: nn.Module) -> dict[str, MatryoshkaLinear]:
@@ -239,4 +303,5 @@ def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.M
         layer = MatryoshkaLinear(packed.to(linear.weight.device), bias, mean=beside.get(f"{name}.mean"))
         layer.activations = activations
         put(model, name, layer.to(linear.weight.device))
+    untie(model, held)
     return model

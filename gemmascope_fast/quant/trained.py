@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from gemmascope_fast.files import identity
 from gemmascope_fast.ops.codes import Codes
 
 
@@ -15,6 +16,13 @@ class Trained:
 
     codes: dict[str, Codes]
     gains: dict[str, Tensor] = field(default_factory=dict)
+
+    def identity(self) -> str:
+        """A digest of every code, scale, zero point and gain."""
+        parts = [
+            (n, c.group_size, *map(identity.of_tensor, (c.q, c.scale, c.zero_point))) for n, c in self.codes.items()
+        ]
+        return identity.of_json([parts, [(n, identity.of_tensor(gain.detach())) for n, gain in self.gains.items()]])
 
 
 def put(parent: nn.Module, name: str, module: nn.Module) -> None:

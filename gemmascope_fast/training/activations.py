@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from gemmascope_fast.attach.tokens import ends
 from gemmascope_fast.attach.transformers.structure import Structure
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.files import identity
+from gemmascope_fast.files.atomic import make_folder, replacing
 from gemmascope_fast.sae.sites import Site
 
 WINDOW = 255  # content tokens after the BOS
@@ -105,14 +105,17 @@ def _what_reaches(model: Any, sites: Sequence[Site]) -> Iterator[Any]:
 
 
 def collect(
-    model: Any, tokenizer: Any, layer: int, text: str, folder: Path, name: str, limit: int | None = None
-) -> list[Tensor]:
+    model: Any, tokenizer: Any, layer: int, text: str, folder: Path, name: str, limit: int | None = None,
+    model_id: str | None = None,
+) -> list[Tensor]:  # fmt: skip
     """Activations of a text as parts fp32 [N_i, d_in], each memory-mapped from a file in `folder`.
 
-    limit: no part begins after that many tokens (a part has `PART` of them).
+    limit: no part begins after that many tokens (a part has `PART` of them).  model_id: `identity.of_module` of the
+    model (default: taken here, of the weights as they are).
 
-    The folder's name has a hash of the text, the model, its dtype and the layer.  Each part appears whole or not at
-    all, and one that is there is not computed again: what was cut off goes on with the first part that is missing.
+    The folder is one model's, of any texts, layers and dtypes: ValueError where it is another's.  Each text has a
+    folder in it, whose name has a hash of tokens, model, dtype and layer.  Each part appears whole or not at all, and
+    one that is there is not computed again: what was cut off goes on with the first part that is missing.
     """
     from tqdm import tqdm
 
@@ -121,9 +124,11 @@ def collect(
     length = _length(model, sum(token is not None for token in (first, last)))
     special = None if last is None else tokenizer.all_special_ids
     end = len(ids) if limit is None else min(len(ids), -(-limit // PART) * PART)
-    key = json.dumps([getattr(model.config, "_name_or_path", ""), str(model.dtype), layer, length, PART, ids])
-    own = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    own.mkdir(parents=True, exist_ok=True)
+    model_id = identity.of_module(model) if model_id is None else model_id
+    identity.claim(folder, {"model": model_id}, "--activations")
+    key = identity.of_json([model_id, str(model.dtype), layer, length, PART, ids])
+    own = folder / f"{name}-{key[:16]}"
+    make_folder(own)
     parts = []
     with tqdm(total=end, desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
         for start in range(0, end, PART):
@@ -144,7 +149,8 @@ def _length(model: Any, special: int) -> int:
 
 def _write(path: Path, rows: Tensor) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, rows.numpy())
+        # into a file itself numpy writes by C's stdio, whose errors do not say that the disk is full
+        np.save(SimpleNamespace(write=file.write), rows.numpy())
 
 
 class Batches:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.files.atomic import make_folder
+from gemmascope_fast.files.write import write_safetensors
 from gemmascope_fast.training.trainer import Trainer
 
 KEY = "gemmascope_fast.training"
@@ -20,8 +20,8 @@ KEY = "gemmascope_fast.training"
 def save_run(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
     """Write the run's state and `about` (what it is a run of); on disk, then renamed onto `path`."""
     tensors, numbers = trainer.state()
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={KEY: json.dumps({"version": 1, "numbers": numbers, "about": about})})
+    make_folder(path.parent)
+    write_safetensors(path, tensors, {KEY: json.dumps({"version": 1, "numbers": numbers, "about": about})})
 
 
 def load_run(path: Path) -> tuple[Trainer, dict[str, Any]]:

@@ -140,7 +140,7 @@ def test_an_interrupted_extraction_goes_on_to_the_same_bytes(loaded, sae, tmp_pa
     # what a kill can leave: half a line, a shard without its line, a temporary file
     with open(cut / "shards.jsonl", "ab") as journal:
         journal.write(b'{"shard": 99')
-    (cut / "latents" / "000099.parquet.tmp").write_bytes(b"half")
+    (cut / "latents" / ".000099.parquet.0.tmp").write_bytes(b"half")
     (cut / "latents" / f"{before:06d}.parquet").write_bytes(b"not recorded")
     done = []
     run(loaded, sae, cut, progress=lambda tokens, _: done.append(tokens))

@@ -60,7 +60,7 @@ def test_two_conversions_at_once_agree(package, monkeypatch):
 
     def convert(_package, folder):
         (folder / "config.json").write_text("mine")
-        key = next(p for p in demo_model.cache_folder().iterdir()).name.rsplit(".", 1)[0]
+        key = folder.name.removeprefix(".").removesuffix(".0.tmp")
         other = demo_model.cache_folder() / key
         other.mkdir()
         (other / "config.json").write_text("theirs")

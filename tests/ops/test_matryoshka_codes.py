@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.ops.codes import Codes, grid, quantize, slice_codes
+from gemmascope_fast.ops.codes import Codes, grid, quantize, quantize_alone, slice_codes
 from gemmascope_fast.quant import storage
+from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.quant.planes import WIDTHS, Packed, bits_read, pack, unpack
 
 ALL = torch.arange(256, dtype=torch.uint8)
@@ -164,15 +166,48 @@ def test_zero_stays_zero_and_constant_rows_survive():
 
 
 def test_half_scales_are_rounded_up_and_never_to_zero():
-    tiny = torch.full((1, 32), 1e-9)
-    tiny[0, ::2] = -1e-9
-    codes = quantize(tiny, 32)
-    assert codes.scale.item() == 2**-24
+    some = torch.cat([matrix(1, 32), torch.full((1, 32), 1e-9), torch.zeros(1, 32)], 1)
+    codes = quantize(some, 32)
+    assert codes.scale.dtype == torch.float16
+    assert codes.scale[0, 1:].tolist() == [2**-24, 2**-24]  # beside the row's other weights they count for nothing
     weight = matrix(64, 64)
     codes = quantize(weight, 32)
     exact = (torch.stack([w.amax(-1).clamp(min=0) - w.amin(-1).clamp(max=0) for w in weight.split(32, 1)], 1)) / 255
     assert bool((codes.scale.float() >= exact).all())
     assert bool((codes.scale.float() <= exact * (1 + 2**-9)).all())
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e-4, 1e-2, 1.0, 1e5, 1e9])
+@pytest.mark.parametrize("group_size", [None, 32, 64])
+def test_weights_of_every_size_keep_their_precision(size, group_size):
+    """float16 scales end at 6e-8 and at 65504: a code of such weights has float32 scales."""
+    weight = matrix(48, 96)
+    unit, codes = quantize(weight, group_size), quantize(weight * size, group_size)
+    for bits in (8, 4, 2):
+        want = (unit.dequantize(bits) - weight).norm() / weight.norm()
+        got = (codes.dequantize(bits) - weight * size).norm() / (weight * size).norm()
+        assert got < 1.02 * want
+    if group_size is None or size in (1.0, 1e-9, 1e-4, 1e9):
+        assert codes.scale.dtype == (torch.float16 if group_size and size == 1 else torch.float32)
+    alone = quantize_alone(weight * size, 4, group_size).dequantize(4, "matquant")
+    assert (alone - weight * size).norm() < 0.2 * (weight * size).norm()
+    layer = nn.Linear(96, 48, bias=False)
+    layer.weight.data.copy_(weight * size)
+    x = matrix(5, 96, seed=1)
+    want = x @ codes.dequantize().t()
+    for activations, slack in (("exact", 1e-5), ("int8", 0.03)):
+        served = MatryoshkaLinear.from_linear(layer, group_size, activations=activations)
+        assert (served(x) - want).norm() <= slack * want.norm()
+
+
+def test_one_row_of_tiny_weights_is_enough():
+    weight = matrix(16, 64)
+    weight[3] *= 1e-7
+    codes = quantize(weight, 32)
+    assert codes.scale.dtype == torch.float32
+    assert (codes.dequantize()[3] - weight[3]).norm() < 0.01 * weight[3].norm()
+    weight[3] = 0
+    assert quantize(weight, 32).scale.dtype == torch.float16
 
 
 def test_rows_read_alone_equal_the_matrix():
@@ -264,7 +299,9 @@ def test_bad_input_names_the_argument():
     with pytest.raises(ValueError, match="finite"):
         quantize(torch.tensor([[float("nan"), 1.0]]))
     with pytest.raises(ValueError, match="float16 scale"):
-        quantize(torch.full((1, 32), 1e10), 32)
+        quantize(torch.full((1, 32), 1e10), 32, torch.float16)
+    with pytest.raises(ValueError, match=r"too narrow for float16 scales; pass scale_dtype=torch\.float32"):
+        quantize(torch.full((1, 32), 1e-9), 32, torch.float16)
     with pytest.raises(ValueError, match="scale"):
         Codes(packed.codes().q, torch.ones(16, 2), torch.zeros(16, 2, dtype=torch.uint8))
     flat = packed.materialize(4)

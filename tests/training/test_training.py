@@ -286,7 +286,7 @@ def test_a_save_that_fails_leaves_the_last_one(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("gemmascope_fast.training.checkpoint.save_file", full)
+    monkeypatch.setattr("gemmascope_fast.files.atomic.os.replace", full)
     with pytest.raises(OSError, match="no space"):
         save_run(trainer, path, {"a": 2})
     assert path.read_bytes() == before

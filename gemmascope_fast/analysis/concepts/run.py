@@ -39,7 +39,10 @@ class Concepts:
         self, model: Any, tokenizer: Any, sae: Coder, layer: int, examples: Sequence[Example],
         progress: Callable[[int], None] = lambda _n: None,
     ) -> None:  # fmt: skip
-        """Raises ValueError for a text without content tokens, or longer than the model's window."""
+        """Raises ValueError for a text without content tokens, or longer than the model's window, and for a transcoder:
+        it does not read what the other methods do."""
+        if "transcoder" in sae.kind:
+            raise ValueError(f"--sae: expected an SAE of the residual stream, got a {sae.kind}")
         self.model, self.tokenizer, self.sae, self.layer, self.examples = model, tokenizer, sae, layer, examples
         self.rows: list[Tensor] = []
         self._bases: dict[tuple[int, ...], float] = {}

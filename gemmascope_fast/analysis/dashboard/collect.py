@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from gemmascope_fast.analysis.extraction.store import Store, digest_of
+from gemmascope_fast.analysis.extraction.store import Store, StoreError, digest_of
 from gemmascope_fast.files.atomic import replacing, saying_where
 
 BINS = 24
@@ -83,7 +83,8 @@ def collect(
 ) -> Collected:
     """Two passes over the shards (progress is told of each shard in each); with `cache`, kept there for the next time.
 
-    left, right: tokens shown before and after the one that fired.  Raises ValueError for sizes that mean nothing.
+    left, right: tokens shown before and after the one that fired.  Raises ValueError for sizes that mean nothing, and
+    StoreError for latents that are NaN or infinite: they have no place in a histogram.
     """
     if k < 1 or left < 0 or right < 0:
         raise ValueError(f"expected k of at least 1 and no negative width, got k {k}, left {left}, right {right}")
@@ -93,7 +94,9 @@ def collect(
         return known
     found = Collected.empty(store.d_sae, k, left, right)
     for shard in range(len(store.shards)):
-        _first_pass(found, store.read("latents", shard, ["document", "position", "feature", "value"]))
+        rows = store.read("latents", shard, ["document", "position", "feature", "value"])
+        _check_finite(store.path("latents", shard), rows)
+        _first_pass(found, rows)
         progress()
     for shard in range(len(store.shards)):
         tokens = store.read("tokens", shard, ["document", "position", "token_id"])
@@ -108,6 +111,17 @@ def _journal(store: Store) -> str:
     """What says which shards there are; a text of no tokens has none."""
     path = store.folder / "shards.jsonl"
     return digest_of(path) if path.exists() else ""
+
+
+def _check_finite(path: Path, rows: dict[str, np.ndarray]) -> None:
+    wrong = np.nonzero(~np.isfinite(rows["value"]))[0]
+    if len(wrong):
+        at = {name: column[wrong[0]] for name, column in rows.items()}
+        raise StoreError(
+            f"{path}: expected finite latents, got {len(wrong)} that are not: {at['value']} for feature"
+            f" {at['feature']} in document {at['document']} at position {at['position']}; the model's activations were"
+            " not finite there"
+        )
 
 
 def _first_pass(found: Collected, rows: dict[str, np.ndarray]) -> None:

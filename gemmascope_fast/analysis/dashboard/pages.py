@@ -16,7 +16,7 @@ from gemmascope_fast.analysis.extraction.store import Store
 from gemmascope_fast.analysis.pair import full_names
 from gemmascope_fast.analysis.pieces import Pieces
 from gemmascope_fast.analysis.templating import render, script_data
-from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.files.atomic import make_folder, remove, replacing
 
 NEURONPEDIA = "https://www.neuronpedia.org"
 ROWS = 100  # of the index at once
@@ -166,12 +166,16 @@ class _Sources:
 
 
 def write(dashboard: Dashboard, out: Path, progress: Callable[[], None] = lambda: None) -> None:
-    """feature/N.html, and last of all index.html; progress is told of each feature's page.  OSError names the file."""
-    (out / "feature").mkdir(parents=True, exist_ok=True)
+    """feature/N.html, and last of all index.html; progress is told of each feature's page.  OSError names the file.
+
+    An index that is there already is removed first: it would be of other pages.  Pages are not waited for one by one,
+    so that a power cut, unlike a kill, may cost some that the index names.
+    """
+    make_folder(out / "feature")
+    remove(out / "index.html")
     for feature in range(len(dashboard)):
-        path = out / "feature" / f"{feature}.html"
-        with saying_where(path):
-            path.write_text(dashboard.page(feature), encoding="utf-8")
+        with replacing(out / "feature" / f"{feature}.html", wait=False) as temporary:
+            temporary.write_text(dashboard.page(feature), encoding="utf-8")
         progress()
-    with saying_where(out / "index.html"), replacing(out / "index.html") as temporary:
+    with replacing(out / "index.html") as temporary:
         temporary.write_text(dashboard.index, encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gemmascope_fast.analysis.evaluation.losses import Losses
@@ -17,13 +17,15 @@ from gemmascope_fast.analysis.evaluation.reconstruction import Reconstruction, c
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.files import identity
+from gemmascope_fast.files.write import write_safetensors
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.sites import Site
 from gemmascope_fast.training.activations import activations_at, windows
 
 PIECE = 1 << 20  # characters tokenised at once
 KEY = "gemmascope_fast.analysis.evaluation"
+PASSES = ("reconstruction", "losses")
 
 
 def pieces(lines: Iterable[str], size: int = PIECE) -> Iterator[str]:
@@ -72,8 +74,9 @@ class Evaluation:
     layer: None for the SAE's own site, a number for a site of the same kind there (the residual stream, where the SAE
     names none), or a `Site`; another place than the checkpoint's own is an error unless `anywhere`.  text() gives the
     text's lines anew each time it is called.  With a `state` file the run is saved there after every `save_every`
-    batches and goes on from it; `about` says what it is a run of.  loss_tokens: the second pass, four whole forwards,
-    ends with the batch in which it has counted that many (None: at the end of the text).
+    batches and goes on from it; ValueError says which differs where it is of another model, SAE or text, and `about`
+    says what else it is a run of.  loss_tokens: the second pass, four whole forwards, ends with the batch in which it
+    has counted that many (None: at the end of the text).
     """
 
     def __init__(
@@ -105,14 +108,23 @@ class Evaluation:
         self.reconstruction = Reconstruction(sae)
         self.losses: Losses | None = None
         self.done = {"reconstruction": 0, "losses": 0, "complete": False}
-        if state is not None and state.exists():
-            self._load(state)
+        self._read = dict.fromkeys(PASSES, "")  # a hash of the token ids that each pass has counted
+        self._next = ""  # the same with the batch that is counted now
+        if state is not None:
+            self.about |= {
+                "model_fingerprint": identity.of_module(model), "sae_fingerprint": identity.of_module(sae),
+                "tokenizer_fingerprint": identity.of_tokenizer(tokenizer),
+            }  # fmt: skip
+            if state.exists():
+                self._load(state)
 
     def run(self, losses: bool = True, progress: Callable[[str, int], None] | None = None) -> dict[str, Any]:
         """Both passes, or what is left of them; returns all figures.  progress(pass, tokens) is told of each batch."""
         with torch.inference_mode():
             if not self.done["complete"]:
                 self._first(progress)
+            else:
+                self._check_text()
             figures = self.reconstruction.figures()
             if losses:
                 self.losses = self.losses or self._new_losses()
@@ -127,13 +139,27 @@ class Evaluation:
     def _new_losses(self) -> Losses:
         return Losses(self.sae, self.sites, self.reconstruction.mean())
 
-    def _batches(self, done: int) -> Iterator[Tensor]:
-        for i, ids in enumerate(token_batches(self.tokenizer, self.text, self.window)):
-            if i >= done:
+    def _batches(self, which: str) -> Iterator[Tensor]:
+        """What a pass has not counted yet.  ValueError where the text that it has counted is another now."""
+        done, read = self.done[which], ""
+        i = 0
+        for i, ids in enumerate(token_batches(self.tokenizer, self.text, self.window), 1):
+            read = hashlib.sha256(read.encode() + ids.numpy().tobytes()).hexdigest()
+            if i == done and read != self._read[which]:
+                break
+            if i > done:
+                self._next = read
                 yield ids
+        if i < done or (i == done and read != self._read[which]):
+            raise ValueError(f"state: {self.path} is an evaluation of another text")
+
+    def _check_text(self) -> None:
+        """ValueError unless a complete first pass was of this text."""
+        for _ in self._batches("reconstruction"):
+            raise ValueError(f"state: {self.path} is an evaluation of another text: more is there now")
 
     def _first(self, progress: Callable[[str, int], None] | None) -> None:
-        batches = self._batches(self.done["reconstruction"])
+        batches = self._batches("reconstruction")
         for seen in activations_at(self.model, list(dict.fromkeys(self.sites)), batches):
             self.reconstruction.add(seen[0], seen[-1])
             self._count("reconstruction", seen[0].shape[0], progress)
@@ -142,7 +168,7 @@ class Evaluation:
 
     def _second(self, progress: Callable[[str, int], None] | None) -> None:
         assert self.losses is not None
-        for ids in self._batches(self.done["losses"]):
+        for ids in self._batches("losses"):
             if self.loss_tokens is not None and self.losses.tokens >= self.loss_tokens:
                 break
             content = content_mask(self.tokenizer, ids)
@@ -152,6 +178,7 @@ class Evaluation:
 
     def _count(self, which: str, tokens: int, progress: Callable[[str, int], None] | None) -> None:
         self.done[which] += 1
+        self._read[which] = self._next
         if progress is not None:
             progress(which, tokens)
         if self.done[which] % self.save_every == 0:
@@ -164,8 +191,8 @@ class Evaluation:
         if self.losses is not None:
             tensors["losses"] = self.losses.sums
             tensors["loss_tokens"] = torch.tensor([self.losses.tokens])
-        with replacing(self.path) as temporary:
-            save_file(tensors, temporary, metadata={KEY: json.dumps({"done": self.done, "about": self.about})})
+        about = {"done": self.done, "read": self._read, "about": self.about}
+        write_safetensors(self.path, tensors, {KEY: json.dumps(about)})
 
     def _load(self, path: Path) -> None:
         try:
@@ -174,9 +201,8 @@ class Evaluation:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: not an evaluation that can be resumed: {error}") from error
-        if stored["about"] != json.loads(json.dumps(self.about)):
-            raise ValueError(f"state: {path} is an evaluation of {stored['about']}, expected {self.about}")
-        self.done = stored["done"]
+        identity.check(f"state {path}", stored["about"], self.about)
+        self.done, self._read = stored["done"], stored["read"]
         self.reconstruction.restore(tensors)
         if "losses" in tensors:
             self.losses = self._new_losses()

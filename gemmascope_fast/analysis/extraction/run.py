@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -12,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from gemmascope_fast.analysis.extraction.sources import Document
-from gemmascope_fast.analysis.extraction.store import Columns, Writer
+from gemmascope_fast.analysis.extraction.store import Columns, StoreError, Writer
 from gemmascope_fast.analysis.extraction.windows import Block, Cursor, Window, batches, blocks, padded
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.calls import Tokens
 from gemmascope_fast.attach.entries import entries
 from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.files import identity
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.training.activations import first_layers
@@ -177,7 +176,8 @@ def extract(
     settings = about | {
         "hook_name": entry.site.hook_name, "d_sae": sae.cfg.d_sae, "window": extractor.window,
         "batch": extractor.batch, "shard": shard, "dtype": str(next(extractor.model.parameters()).dtype),
-        "model_fingerprint": fingerprint(extractor.model), "sae_fingerprint": fingerprint(sae),
+        "model_fingerprint": identity.of_module(extractor.model), "sae_fingerprint": identity.of_module(sae),
+        "tokenizer_fingerprint": identity.of_tokenizer(extractor.tokenizer),
     }  # fmt: skip
     with Writer(out, settings, extractor.tokenizer) as store:
         damaged = store.damaged()
@@ -200,8 +200,20 @@ def extract(
                 if engine is not None:
                     progress(block.tokens, block.done)
             store.finish()
+        else:
+            _check_text(store, fresh)
         store.check()
     return store
+
+
+def _check_text(store: Writer, fresh: Callable[[Cursor], Iterable[Block]]) -> None:
+    """ValueError unless the text of a complete extraction is still the same: it is read again, not run."""
+    for block in fresh(store.cursor(len(store.shards))):
+        if block.tokens or block.documents:
+            raise ValueError(
+                f"--text: {store.folder} is a complete extraction of another text: more is there now; extract into"
+                " another folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -242,17 +254,5 @@ class _Ticks:
 
 
 def raise_damaged(number: int, what: str, count: int) -> None:
-    from gemmascope_fast.analysis.extraction.store import StoreError
-
     more = f" ({count} shards are damaged)" if count > 1 else ""
     raise StoreError(f"shard {number}: {what}{more}; --repair makes it anew, the others are kept")
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Of the names, shapes and a thousandth of the weights: another model or SAE has another."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters()):
-        flat = weight.detach().reshape(-1) if weight.is_contiguous() else weight.detach().t().reshape(-1)
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(flat[::1009].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -14,22 +14,23 @@ anew.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from gemmascope_fast.analysis.extraction.windows import Cursor
 from gemmascope_fast.errors import GemmaScopeFastError, require
-from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.files import atomic as files
+from gemmascope_fast.files import identity
+from gemmascope_fast.files.atomic import replacing, replacing_folder, saying_where
 from gemmascope_fast.files.results import write_json
 
-VERSION = 1
+VERSION = 2  # 1: fingerprints were of a sample of the weights
 TABLES = ("latents", "tokens", "documents")
 SAFE = "; finished shards are safe, and the same command goes on from them"
 Columns = dict[str, Any]
@@ -136,15 +137,13 @@ class Writer(Store):
         known = self.folder / "manifest.json"
         if not known.exists():
             if self.folder.exists() and any(p.name != ".lock" for p in self.folder.iterdir()):
-                strange = [p for p in self.folder.iterdir() if p.name not in (".lock", "tokenizer", *TABLES)]
+                strange = [p for p in self.folder.iterdir() if not _is_ours(p.name)]
                 if strange or not (self.folder / ".lock").exists():
                     raise StoreError(f"--out {folder}: expected an empty folder or one that `extract` wrote")
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / ".lock", "w")  # noqa: SIM115
+            files.make_folder(self.folder)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
+            self._lock = files.lock(self.folder / ".lock")
+        except BlockingIOError as error:
             raise StoreError(f"--out {folder}: another process is writing there") from error
         try:
             self._begin(known, settings, tokenizer)
@@ -155,21 +154,19 @@ class Writer(Store):
     def _begin(self, known: Path, settings: dict[str, Any], tokenizer: Any) -> None:
         if known.exists():
             super().__init__(self.folder)
-            differ = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))
-            if differ:
-                was = ", ".join(f"{k} {self.settings.get(k)!r:.80} (now {settings.get(k)!r:.80})" for k in differ)
-                raise StoreError(f"--out {self.folder}: it holds an extraction with other settings: {was}")
+            identity.check(f"--out {self.folder}", self.settings, settings, StoreError)
         else:
             for table in TABLES:
-                (self.folder / table).mkdir(exist_ok=True)
-            tokenizer.save_pretrained(self.folder / "tokenizer")
+                files.make_folder(self.folder / table)
+            files.remove_folder(self.folder / "tokenizer")  # half of one, or another model's
+            with replacing_folder(self.folder / "tokenizer") as temporary:
+                _save_tokenizer(tokenizer, temporary)
             self.settings, self.shards = settings, []
             self.manifest = {"settings": settings, "complete": False}
             write_json(known, self.manifest)
         truncate_torn_line(self.folder / "shards.jsonl")
-        for table in TABLES:
-            for stray in (self.folder / table).glob("*.tmp"):
-                stray.unlink()
+        for table in (".", *TABLES):
+            files.clean(self.folder / table)
 
     def __enter__(self) -> Writer:
         return self
@@ -186,13 +183,15 @@ class Writer(Store):
         return Cursor(*self.shards[shard - 1]["end"]) if shard else Cursor()
 
     def write(self, index: int, tables: dict[str, Columns], end: Cursor, done: int) -> None:
-        """Shard `index`: the next one, or one that is there already, which must then come out as it was.
+        """Shard `index`: the next one, or one that is there already, which must come out as it was: StoreError where
+        it does not, and no file is replaced by another.
 
         done: bytes of the sources read by then.
 
         OSError where the disk is full: what was finished stays, and the same command goes on from there.
         """
-        written = {table: self._write_table(table, index, tables[table]) for table in TABLES}
+        known = self.shards[index]["sha256"] if index < len(self.shards) else {}
+        written = {table: self._write_table(table, index, tables[table], known.get(table)) for table in TABLES}
         line = {
             "shard": index,
             "rows": {table: rows for table, (rows, _) in written.items()},
@@ -201,20 +200,18 @@ class Writer(Store):
             "end": list(end),
             "done": done,
         }
-        if index < len(self.shards):
-            if line["sha256"] != self.shards[index]["sha256"]:
-                raise StoreError(f"shard {index}: made anew, it differs from what was written before")
+        if known:
             return
-        with saying_where(self.folder / "shards.jsonl", SAFE), open(self.folder / "shards.jsonl", "ab") as journal:
-            journal.write(json.dumps(line).encode() + b"\n")
-            _sync(journal)
+        with saying_where(self.folder / "shards.jsonl", SAFE):
+            files.append(self.folder / "shards.jsonl", json.dumps(line).encode() + b"\n")
         self.shards.append(line)
 
     def finish(self) -> None:
         self.manifest["complete"] = True
         write_json(self.folder / "manifest.json", self.manifest)
 
-    def _write_table(self, table: str, index: int, columns: Columns) -> tuple[int, str]:
+    def _write_table(self, table: str, index: int, columns: Columns, known: str | None) -> tuple[int, str]:
+        """(rows, SHA-256) of the file; StoreError before it is there where the hash is not the known one."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -223,6 +220,11 @@ class Writer(Store):
         with saying_where(path, SAFE), replacing(path) as temporary:
             pq.write_table(rows, temporary, compression="zstd", row_group_size=1 << 20)
             digest = digest_of(temporary)
+            if known is not None and digest != known:
+                raise StoreError(
+                    f"shard {index}: made anew, its {table} differ from what was written before; it needs the text,"
+                    " the machine and the versions of then"
+                )
         return rows.num_rows, digest
 
 
@@ -249,7 +251,7 @@ def truncate_torn_line(path: Path) -> None:
         whole = path.read_bytes()
         kept = whole.rfind(b"\n") + 1
         if kept < len(whole):
-            os.truncate(path, kept)
+            files.truncate(path, kept)
 
 
 def digest_of(path: Path) -> str:
@@ -267,9 +269,20 @@ def shards_of(store: Store, columns: list[str]) -> Iterator[dict[str, np.ndarray
         yield store.read("latents", i, columns)
 
 
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _is_ours(name: str) -> bool:
+    """Whether a kill before the first manifest can have left a file or folder of this name."""
+    return name in (".lock", "tokenizer", *TABLES) or files.is_temporary(name)
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # the tokenizers library raises plain exceptions, of a full disk too
+        if type(error) is not Exception:
+            raise
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(number[1]) if number else None, str(error)) from error
 
 
 def _ascending(path: Path, rows: dict[str, np.ndarray], last: tuple[int, int]) -> tuple[int, int]:

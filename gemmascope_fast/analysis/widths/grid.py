@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from gemmascope_fast.analysis.widths import measure, mixnmatch
 from gemmascope_fast.analysis.widths.measure import Case, Results
 from gemmascope_fast.analysis.widths.mixnmatch import WIDTHS
+from gemmascope_fast.files import identity
+from gemmascope_fast.files.atomic import make_folder
 from gemmascope_fast.quant.model import gained, quantize_, restored, set_bits, targets
 from gemmascope_fast.quant.trained import Trained
 from gemmascope_fast.training.nested.recipe import ALONE, Recipe
@@ -106,19 +108,16 @@ class Comparison:
     recipe: dict[str, Any] = field(default_factory=dict)  # of every trained run: epochs, rates, ...
     steps: int = 0  # of "qat", which is trained end to end; 0: block by block as the others
     progress: Callable[..., Any] = lambda x, **_: x
+    more: dict[str, Any] = field(default_factory=dict)  # of what else the folder is: of an SAE
 
     def __post_init__(self) -> None:
-        self.work.mkdir(parents=True, exist_ok=True)
+        """Raises ValueError, which says what differs, where `work` is of another model, text, recipe or SAE."""
+        make_folder(self.work)
         self.results = Results(self.work / "results.json")
-        about: dict[str, Any] = {
-            "tokens": self.held_out.numel() - self.held_out.shape[0],
-            "training": self.training.numel(),
-        }
-        about |= {"recipe": self.recipe, "steps": self.steps}
-        held = self.results.figures.get("about")
-        if held is not None and held != about:
-            raise ValueError(f"--work: expected a folder of the same comparison, got one of {held}")
-        self.results.put("about", about)
+        self.model_id = identity.of_module(self.model)
+        text, training = identity.of_tensor(self.held_out), identity.of_tensor(self.training)
+        about = {"model": self.model_id, "text": text, "training text": training}
+        self.results.claim("about", about | {"recipe": self.recipe, "steps": self.steps} | self.more)
 
     def do(self, run: Run) -> None:
         """Train and measure one run, as far as it is not done."""
@@ -143,7 +142,8 @@ class Comparison:
 
         recipe = Recipe(run.method, run.group_size, run.bits, run.mode, **self.recipe)
         folder = self.work / ("dithered" if run.dithered else "blocks")
-        shared: dict[str, Any] = {"work": folder, "progress": self.progress}
+        # weights are dithered by their scope, which is part of a run's key, and by nothing else
+        shared: dict[str, Any] = {"work": folder, "progress": self.progress, "model_id": self.model_id}
         if run.method == "qat" and self.steps:
             return finetune(self.model, self.training, recipe, run.scope, steps=self.steps, **shared)
         return train(self.model, self.training, recipe, run.scope, **shared)
@@ -157,7 +157,10 @@ class Comparison:
             stack.enter_context(gained(self.model, trained.gains if trained else {}))
             before = targets(self.model, run.scope)
             with restored(self.model, before):
-                served = quantize_(self.model, run.scope, group_size=run.group_size, codes=trained, activations="exact")
+                served = quantize_(
+                    self.model, run.scope, group_size=run.group_size, codes=trained, activations="exact",
+                    skip_experts=True,
+                )  # fmt: skip
                 parts = mixnmatch.units(served, WIDTHS, "prefix")
                 prefix = f"mix/{run.scope}/{run.label}/{run.group_size}/{windows}"
                 added = mixnmatch.sensitivities(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.files import identity
 from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.ops.codes import Codes, quantize_alone
 from gemmascope_fast.quant.linear import MatryoshkaLinear
@@ -75,9 +76,12 @@ class Case:
     slicing: str = "prefix"  # prefix, matquant, matquant-extra, alone
     activations: str = "exact"
 
+    @property
+    def group(self) -> str:
+        return "channel" if self.group_size is None else f"group{self.group_size}"
+
     def key(self) -> str:
-        group = "channel" if self.group_size is None else f"group{self.group_size}"
-        return f"{self.scope}/{group}/{self.method}/{self.slicing}/int{self.bits}/{self.activations}"
+        return f"{self.scope}/{self.group}/{self.method}/{self.slicing}/int{self.bits}/{self.activations}"
 
 
 class Results:
@@ -85,10 +89,23 @@ class Results:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.figures: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+        self.figures: dict[str, Any] = {}
+        if self.path.exists():
+            try:
+                self.figures = dict(json.loads(self.path.read_text("utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: expected JSON of figures by name: {error}") from error
 
     def __contains__(self, key: str) -> bool:
         return key in self.figures
+
+    def claim(self, key: str, about: dict[str, Any], first: bool = False) -> None:
+        """Say under `key` what the figures are of, or ValueError where they are of something else; first: figures that
+        are there already may be of others."""
+        if key in self.figures or (self.figures and not first):
+            identity.check(self.path, self.figures.get(key, {}), about)
+        else:
+            self.put(key, about)
 
     def put(self, key: str, figure: Any) -> None:
         self.figures[key] = figure
@@ -171,7 +188,8 @@ def compare(
     sliced = [c for c in todo if c not in alone_now]
     if sliced:
         first = replace(sliced[0])
-        with quantised(model, first.scope, group_size=first.group_size, means=means, codes=codes) as served:
+        options = {"group_size": first.group_size, "means": means, "codes": codes, "skip_experts": True}
+        with quantised(model, first.scope, **options) as served:
             for case in progress(sliced):
                 results.put(case.key(), measure_case(served, case, ids))
     return results.figures

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.ops.codes import check_bits
 from gemmascope_fast.quant.model import layers, set_bits
 
@@ -200,7 +201,8 @@ def save_json(points: list[Point], file: Path, about: Mapping[str, Any]) -> None
     """All points, those on the frontier marked."""
     best = {point.label for point in frontier(points)}
     rows = [{**p._asdict(), "frontier": p.label in best} for p in sorted(points, key=lambda p: p.nbytes)]
-    file.write_text(json.dumps({**about, "points": rows}, indent=1) + "\n", encoding="utf-8")
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps({**about, "points": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def plot(points: list[Point], file: Path, title: str) -> None:
@@ -219,4 +221,5 @@ def plot(points: list[Point], file: Path, title: str) -> None:
     axes.plot([p.nbytes / 1e6 for p in best], [p.loss for p in best], "-", color="grey", linewidth=0.8, zorder=0)
     axes.set(xlabel="MB of quantised weights", ylabel="loss, nats a token", title=title)
     axes.legend()
-    figure.savefig(file)
+    with replacing(file) as temporary:
+        figure.savefig(temporary, format=file.suffix[1:])

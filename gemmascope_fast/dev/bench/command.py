@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.device == "cuda":
         raise ValueError("--device cuda: `make gpu` times the GPU kernels; these suites are for the CPU")
-    check_outputs(args)
+    check_outputs(args, ("json", "write_guard"))
     options = _options(args)
     old = Results.load(args.compare) if args.compare else None
     stored = stored_ratios(args.guard) if args.guard else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from gemmascope_fast.dev.bench.engine import bench_name
 from gemmascope_fast.dev.bench.rows import Results
 from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.files.atomic import replacing
 
 # A third: what a busy neighbour alone did not reach in ratios of this suite, and a lost optimisation does.
 LOST = 2 / 3
@@ -77,7 +78,8 @@ def store(path: Path, kind: str, results: Results) -> None:
     kept = {k: r for k, r in results.ratios.items() if is_ours(k) and "(warm)" not in k and "/slice " not in k}
     before = stored.get(kind, {})
     stored[kind] = {key: min(round(r.median, 2), before.get(key, r.median)) for key, r in sorted(kept.items())}
-    path.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
 
 
 def lost(stored: dict[str, float], results: Results) -> dict[str, tuple[float, float]]:

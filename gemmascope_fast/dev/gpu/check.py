@@ -15,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from gemmascope_fast._version import __version__
+from gemmascope_fast.cli.arguments import check_outputs
+from gemmascope_fast.files.results import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="gpu-check.json", help="where the report goes (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-check.json"), help="where the report goes (default: %(default)s)"
+    )
     parser.add_argument("--arch", action="append", help="only this architecture (repeatable): sm_90, gfx942, …")
 
 
 def run(args: argparse.Namespace) -> int:
     """Status 1 where a kernel fails its gate."""
+    check_outputs(args, ("out",))
     report = collect(args.arch)
-    Path(args.out).write_text(json.dumps(report, indent=1) + "\n")
+    write_text(args.out, json.dumps(report, indent=1) + "\n")
     failed = [row for row in report["kernels"] if row["faults"]]
     for row in failed:
         print(f"{row['kernel']} on {row['arch']}: {'; '.join(row['faults'])}", file=sys.stderr)

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.cli.arguments import check_outputs
 from gemmascope_fast.dev.bench.compare import is_ours
 from gemmascope_fast.dev.bench.machine import kind
 from gemmascope_fast.dev.bench.rows import BASELINE, Results, Row
 from gemmascope_fast.dev.report import plots
 from gemmascope_fast.errors import GemmaScopeFastError
+from gemmascope_fast.files.atomic import make_folder, replacing
+from gemmascope_fast.files.results import write_text
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 NOT_MEASURED = "Not measured for this version yet: `make figures` measures this machine and writes the table here.\n"
@@ -34,20 +37,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    check_outputs(args, ("html", "readme"), ("png",))
     runs = [Results.load(path) for path in args.json or [Path("bench.json")]]
     results = together(runs)
     quality = None if args.quality is None else plots.load_quality(args.quality)
     pictures = plots.draw(results, quality)
-    args.html.write_text(page(results, pictures), encoding="utf-8")
+    write_text(args.html, page(results, pictures))
     print(f"page: {args.html}")
     if args.png:
-        args.png.mkdir(parents=True, exist_ok=True)
+        make_folder(args.png)
         for picture in pictures:
-            (args.png / f"{picture.name}.png").write_bytes(picture.png)
+            with replacing(args.png / f"{picture.name}.png") as temporary:
+                temporary.write_bytes(picture.png)
             print(f"plot: {args.png / picture.name}.png")
     if args.readme:
         text = args.readme.read_text(encoding="utf-8")
-        args.readme.write_text(with_table(text, readme_table(runs[0])), encoding="utf-8")
+        write_text(args.readme, with_table(text, readme_table(runs[0])))
         print(f"table: {args.readme}")
     return 0
 

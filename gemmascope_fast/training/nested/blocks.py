@@ -15,18 +15,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.atomic import make_folder, replacing
 from gemmascope_fast.ops.codes import Codes
 from gemmascope_fast.quant.model import targets
 from gemmascope_fast.quant.trained import Trained
 from gemmascope_fast.training import arithmetic
 from gemmascope_fast.training.nested.equivalent import Scales, find
-from gemmascope_fast.training.nested.recipe import ALONE, NestedWeight, Recipe, trainable
+from gemmascope_fast.training.nested.recipe import ALONE, NestedWeight, Recipe, begin_work, trainable
 
 
 class _Stop(Exception):
@@ -93,7 +96,7 @@ class Streams:
     students: dict[int, Tensor]
 
     def save(self, path: Path) -> None:
-        _write({"index": self.index, "teacher": self.teacher, "students": self.students}, path)
+        save_state({"index": self.index, "teacher": self.teacher, "students": self.students}, path)
 
 
 def train(
@@ -103,21 +106,25 @@ def train(
     scope: str = "ffn",
     work: str | Path | None = None,
     progress: Callable[..., Any] | None = None,
+    model_id: str | None = None,
 ) -> Trained:
     """Codes and norm gains, trained on the token windows ids [n, window].  The model is left as it was.
 
     work: a folder where finished blocks and the streams behind them are kept; a run that was interrupted goes on after
-    the last of them.
+    the last of them.  It is one model's and one text's (`nested.begin_work`), of any recipes.  model_id: the model's
+    identity, where the caller knows it.
     """
     names = list(targets(model, scope))
     path, blocks = decoder_blocks(model, names)
-    folder = None if work is None else Path(work) / recipe.key(ids, scope)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = None
+    if work is not None:
+        folder, model_id = begin_work(work, model, ids, model_id)
+        folder /= recipe.key(ids, scope, model_id)
+        make_folder(folder)
     first, arguments = capture(model, blocks, ids)
     kept = None if folder is None else folder / "streams.pt"
     if kept is not None and kept.exists():
-        at = Streams(**torch.load(kept, weights_only=True))
+        at = Streams(**load_state(kept))
     else:
         at = Streams(0, first, dict.fromkeys(recipe.bits, first))
     found = Trained({}, {})
@@ -161,17 +168,32 @@ def _take(found: Trained, trained: Trained, prefix: str) -> None:
 
 def save_trained(trained: Trained, path: Path) -> None:
     codes = {n: {k: getattr(c, k) for k in c.__dataclass_fields__} for n, c in trained.codes.items()}
-    _write({"codes": codes, "gains": trained.gains}, path)
+    save_state({"codes": codes, "gains": trained.gains}, path)
 
 
 def load_trained(path: Path) -> Trained:
-    held = torch.load(path, weights_only=True)
+    held = load_state(path)
     return Trained({n: Codes(**c) for n, c in held["codes"].items()}, held["gains"])
 
 
-def _write(value: Any, path: Path) -> None:
-    with replacing(path) as temporary:
-        torch.save(value, temporary)
+def save_state(value: Any, path: Path) -> None:
+    """torch.save; the file appears whole, and its bytes do not depend on its name."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            # of a write that failed torch tells only that the file ends at the wrong place
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
+
+
+def load_state(path: Path) -> Any:
+    """What `save_state` wrote.  CheckpointError where the file is damaged."""
+    try:
+        return torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError, BadZipFile) as error:
+        raise CheckpointError(f"{path}: not a state that can be resumed: {error}; delete it to begin anew") from error
 
 
 class served:

@@ -21,12 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.quant.model import gained, targets
 from gemmascope_fast.quant.trained import Trained
 from gemmascope_fast.training import arithmetic
-from gemmascope_fast.training.nested.blocks import batches, parameter_groups
-from gemmascope_fast.training.nested.recipe import NestedWeight, Recipe, trainable
+from gemmascope_fast.training.nested.blocks import batches, load_state, parameter_groups, save_state
+from gemmascope_fast.training.nested.recipe import NestedWeight, Recipe, begin_work, trainable
 
 SAMPLED = 8192  # tokens that stand for those which the training text has not
 WARM = 0.1  # share of the steps in which the rates rise
@@ -43,11 +42,13 @@ def finetune(
     work: str | Path | None = None,
     save_every: int = 20,
     progress: Callable[..., Any] | None = None,
+    model_id: str | None = None,
 ) -> Trained:
     """Codes trained for `steps` steps of recipe.batch windows of ids [n, window].  The model is left as it was.
 
     start: where training begins, e.g. the block-by-block result; else the model's own weights.  work: a folder where
-    the state is kept every `save_every` steps; a run that was interrupted goes on from there.
+    the state is kept every `save_every` steps; a run that was interrupted goes on from there.  work, model_id: as in
+    `training.train`.
     """
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
@@ -62,8 +63,9 @@ def finetune(
     vocabulary, used = model.get_output_embeddings().weight.shape[0], ids.unique()  # type: ignore[operator,union-attr]
     kept = None
     if work is not None:
-        kept = Path(work) / f"qat-{recipe.key(ids, scope, steps, start is not None)}.pt"
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        folder, model_id = begin_work(work, model, ids, model_id)
+        begun = None if start is None else start.identity()
+        kept = folder / f"qat-{recipe.key(ids, scope, model_id, steps, begun)}.pt"
     done = _load(kept, nested, optimiser, schedule)
     at = order(ids.shape[0], recipe.batch)
     for _ in range(done):
@@ -189,15 +191,14 @@ def _save(path: Path, step: int, nested: dict[str, NestedWeight], optimiser: Any
         "optimiser": optimiser.state_dict(),
         "schedule": schedule.state_dict(),
     }
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    save_state(state, path)
 
 
 def _load(path: Path | None, nested: dict[str, NestedWeight], optimiser: Any, schedule: Any) -> int:
     """Steps done already; the state of a run that was interrupted is put back."""
     if path is None or not path.exists():
         return 0
-    state = torch.load(path, weights_only=True)
+    state = load_state(path)
     for name, module in nested.items():
         module.load_state_dict(state["nested"][name])
     optimiser.load_state_dict(state["optimiser"])

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.files import identity
 from gemmascope_fast.ops.codes import (
     Codes,
     check_bits,
@@ -26,6 +26,7 @@ from gemmascope_fast.training.nested import straight_through
 
 METHODS = ("omniquant", "qat")
 ALONE = "alone"  # `mode` of a single-width baseline: a grid of its own that spans the range with 2^bits − 1 steps
+LEAST = 1e-30  # scale of a group of zeros in training: small enough for any weights, and its inverse is finite
 PUBLISHED = {8: 0.1, 4: 0.1, 2: 1.0}  # λ of Matryoshka Quantization
 
 
@@ -70,8 +71,22 @@ class Recipe:
 
     def key(self, ids: Tensor, scope: str, *more: object) -> str:
         """Names the run: what is trained, how and on which text."""
-        text = hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()
-        return hashlib.sha256(json.dumps([asdict(self), text, scope, *more], sort_keys=True).encode()).hexdigest()[:16]
+        return identity.of_json([asdict(self), identity.of_tensor(ids, "ids"), scope, *more])[:16]
+
+
+def begin_work(work: str | Path, model: nn.Module, ids: Tensor, model_id: str | None = None) -> tuple[Path, str]:
+    """(the folder, what the model is): the folder that keeps a training's state is one model's and one text's.
+
+    model_id: where the caller knows it.  Raises ValueError that says which differs where the folder is another's.
+    """
+    model_id = identity.of_module(model) if model_id is None else model_id
+    about = {
+        "model": model_id,
+        "arithmetic": str(next(model.parameters()).dtype),
+        "text": identity.of_tensor(ids, "ids"),
+    }
+    identity.claim(Path(work), about)
+    return Path(work), model_id
 
 
 class NestedWeight(nn.Module):
@@ -116,7 +131,7 @@ class NestedWeight(nn.Module):
         weight = self.scaled()
         low, high = self.limits(weight)
         top = (1 << self.bits) - 1 if self.mode == ALONE else 255
-        alpha = ((high - low) / top).clamp(min=torch.finfo(torch.float16).tiny)
+        alpha = ((high - low) / top).clamp(min=LEAST)
         zero = (-low / alpha).clamp(0, top)
         cut = None if self.bits == 8 or self.mode == ALONE else self._cut
         return straight_through.sliced(weight, alpha, zero, self.group_size, top, cut)

@@ -1,0 +1,170 @@
+"""What a job read, as digests: of a model's weights and configuration, an SAE, a tokenizer, a text.
+
+A job that keeps a folder stores them there (`claim`, `check`), so that another model, SAE or text in the same folder is
+an error that says which it is.  A digest is of everything that was read, never of a name, a shape or a sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemmascope_fast.files.atomic import make_folder, replacing
+
+FILE = "identity.json"
+BLOCK = 1 << 26  # bytes hashed at once
+SIZE = 32  # hexadecimal digits of a digest
+# of a configuration: what says nothing about the activations, or depends on where and by what it was loaded
+_BESIDE = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
+    "output_hidden_states", "output_attentions", "_attn_implementation", "_commit_hash",
+}  # fmt: skip
+
+
+def of_module(module: nn.Module) -> str:
+    """Of a model or an SAE: its class, its configuration, and the name, type, shape and bytes of every parameter and
+    stored buffer.  The same on every device.  ValueError for weights that are not in memory.
+
+    About a second a gigabyte and thread.  Nothing is remembered: some edits of weights leave no trace to ask for.
+    """
+    state = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    once: dict[Any, Any] = {}
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        found = []
+        for name, tensor in sorted(state.items()):
+            # tied weights are hashed once
+            key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if _plain(tensor) else name
+            if key not in once:
+                once[key] = pool.submit(of_tensor, tensor.detach(), name)
+            found.append((name, once[key]))
+        weights = [(name, future.result()) for name, future in found]
+    settings = [(name, _settings(part)) for name, part in module.named_modules() if _settings(part)]
+    return of_json([type(module).__name__, weights, settings, _config(module)])
+
+
+def of_tensor(tensor: Tensor, name: str = "tensor") -> str:
+    """Of a tensor's type, shape and bytes, whatever device it is on."""
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass: of the tensors that it is made of
+        parts, context = tensor.__tensor_flatten__()
+        held = [(part, of_tensor(getattr(tensor, part), f"{name}.{part}")) for part in parts]
+        return of_json([type(tensor).__name__, held, str(context)])
+    if tensor.is_meta:
+        raise ValueError(f"{name}: expected weights in memory, got a tensor on the meta device")
+    tensor, order = tensor.detach(), ""
+    if tensor.dim() == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous():
+        tensor, order = tensor.t(), "columns of "  # read as it is held
+    digest = hashlib.sha256(f"{order}{tensor.dtype} {tuple(tensor.shape)}".encode())
+    for block in _blocks(tensor):
+        digest.update(block.cpu().numpy().data)
+    return digest.hexdigest()[:SIZE]
+
+
+def of_tokenizer(tokenizer: Any) -> str:
+    """Of what a transformers tokenizer does with a text: its vocabulary, rules and special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+        rules: Any = [type(tokenizer).__name__, sorted(vocabulary.items())]
+    else:
+        rules = json.loads(backend.to_str())
+        # of the last call, not of the tokenizer
+        rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
+    special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return of_json([rules, special])
+
+
+def of_text(text: str) -> str:
+    """Of a text in memory."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:SIZE]
+
+
+def of_file(path: str | Path) -> str:
+    """Of a file's bytes, as `of_text` of what it says; remembered until its size, times or inode change."""
+    stat = Path(path).stat()
+    return _of_file(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _of_file(path: str, *_stamp: int) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:SIZE]
+
+
+def of_json(value: Any) -> str:
+    """Of a value that JSON can hold; what it cannot counts as its text."""
+    return of_text(json.dumps(value, sort_keys=True, default=str))
+
+
+def check(
+    where: str | Path, was: Mapping[str, Any], now: Mapping[str, Any], error: type[Exception] = ValueError
+) -> None:
+    """Raise `error` unless what a file or folder is of is what it is wanted for; the message says what differs."""
+    was, now = (json.loads(json.dumps(dict(each))) for each in (was, now))
+    differ = [key for key in {**now, **was} if was.get(key) != now.get(key)]
+    if differ:
+        what = ", ".join(f"{key} {was.get(key)!r:.80} (now {now.get(key)!r:.80})" for key in differ)
+        names = [key.removesuffix("_fingerprint") for key in differ]
+        others = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+        raise error(f"{where}: it was begun with another {others}: {what}; take another place, or delete what is there")
+
+
+def claim(folder: Path, about: Mapping[str, Any], name: str = "--work") -> None:
+    """Say in a folder what it is of, where nothing says so yet.  ValueError where it is of something else."""
+    path = folder / FILE
+    if path.exists():
+        try:
+            was = dict(json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: expected JSON that says what the folder is of: {error}") from error
+        check(f"{name} {folder}", was, about)
+        return
+    make_folder(folder)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(dict(about), indent=1) + "\n", "utf-8")
+
+
+def _plain(tensor: Tensor) -> bool:
+    return not hasattr(tensor, "__tensor_flatten__") and not tensor.is_meta
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """The bytes, uint8, without a copy of the whole."""
+    if not tensor.numel():
+        return
+    if tensor.is_contiguous():
+        flat = tensor.reshape(-1).view(torch.uint8)
+        yield from flat.split(BLOCK)
+        return
+    for row in tensor:
+        yield row.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """What a module of this package holds besides tensors: k, widths, slicings."""
+    if not type(module).__module__.startswith("gemmascope_fast."):
+        return {}
+    plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+    return {k: v for k, v in plain.items() if not k.startswith("_") and k != "training"}
+
+
+def _config(module: nn.Module) -> Any:
+    config = getattr(module, "config", None)
+    given: dict[str, Any] = getattr(config, "to_diff_dict", getattr(config, "to_dict", dict))()
+    return _without(given)
+
+
+def _without(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _without(v) for k, v in value.items() if k not in _BESIDE}
+    return [_without(v) for v in value] if isinstance(value, (list, tuple)) else value
