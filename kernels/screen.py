@@ -1,8 +1,8 @@
-"""Triton kernels of the screened encode (docs/screen.md): int8 decides what may fire, fp32 answers.
+"""Triton kernels of the screened encode (docs/how/screen.md): int8 decides what may fire, fp32 answers.
 
 Three launches before the gather: `digits_kernel` quantises the tokens, `screen_kernel` is an int8 GEMM on tensor
 cores whose epilogue compares ẑ + B with the threshold and keeps one bit a pair, `refine_kernel` computes what is
-left in the one order of summation.  Integers are exact; docs/screen.md, "On a GPU", derives what the fp32 steps may
+left in the one order of summation.  Integers are exact; docs/how/screen.md, "On a GPU", derives what the fp32 steps may
 round, and `ops.screen_terms` has the numbers.
 """
 

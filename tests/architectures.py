@@ -164,7 +164,7 @@ def row(structure):
 
 
 def table():
-    """The table of docs/sites.md, one line an architecture."""
+    """The table of docs/reference/sites.md, one line an architecture."""
     from gemmascope_fast.attach.transformers.structure import Structure
 
     lines = ["| architecture | " + " | ".join(f"`{kind}`" for kind in KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
@@ -177,9 +177,9 @@ def table():
     return "\n".join(lines)
 
 
-if __name__ == "__main__":  # python tests/architectures.py: docs/sites.md anew
+if __name__ == "__main__":  # python tests/architectures.py: docs/reference/sites.md anew
     from pathlib import Path
 
-    page = Path(__file__).parent.parent / "docs" / "sites.md"
+    page = Path(__file__).parent.parent / "docs" / "reference" / "sites.md"
     head = page.read_text("utf-8").split("| architecture |")[0]
     page.write_text(head + table() + "\n", "utf-8")

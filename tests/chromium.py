@@ -17,6 +17,8 @@ def dumped(page, profile):
     return subprocess.run(command, capture_output=True, timeout=120, check=True).stdout.decode()
 
 
-def screenshot(page, profile, picture):
-    command = [*options(profile), f"--screenshot={picture}", "--window-size=900,900", page.as_uri()]
+def screenshot(page, profile, picture, size=(900, 900)):
+    width, height = size
+    window = f"--window-size={width},{height}"
+    command = [*options(profile), "--hide-scrollbars", f"--screenshot={picture}", window, page.as_uri()]
     subprocess.run(command, capture_output=True, timeout=120, check=True)

@@ -126,7 +126,7 @@ struct RoofLoops {
   int64_t fma_a_step, int8_a_step;
 };
 
-// ---- the certified screen (docs/screen.md names every quantity) ----
+// ---- the certified screen (docs/how/screen.md names every quantity) ----
 
 // First byte of a row; column k of it is (k / 64) * 256 + k % 64 further on.
 inline int64_t tile_offset(int64_t row, int64_t width) {

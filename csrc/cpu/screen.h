@@ -1,5 +1,5 @@
 // Screened JumpReLU encode: 8-bit rows discard what provably does not fire, a second digit most of the rest,
-// and the deciding dot of dot.h answers for what is left.  The bounds are derived in docs/screen.md.
+// and the deciding dot of dot.h answers for what is left.  The bounds are derived in docs/how/screen.md.
 
 // Rows of codes that stay in L1 while the tokens' digits stream past them: 18 KiB of 32, the rest for a tile
 // of digits.  Each tile of digits then comes from L2 once for all of them.

@@ -1,5 +1,5 @@
 // Building the screen: one feature row's two digits and bounds, and one token's.  Norms are sums in fp64,
-// rounded up.  docs/screen.md derives every constant of screen_terms.h.
+// rounded up.  docs/how/screen.md derives every constant of screen_terms.h.
 
 // The least float that is not below v.
 static inline float round_up(double v) {

@@ -42,8 +42,8 @@ inline void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
                    "centre: expected contiguous float32, got ", centre->scalar_type());
 }
 
-// The inverses of scales [d], powers of two from 1 to kMostScale (docs/screen.md, "Scales"), which are exact;
-// empty where there are none.
+// The inverses of scales [d], powers of two from 1 to kMostScale (docs/how/screen.md, "Scales"), which are
+// exact; empty where there are none.
 inline std::vector<float> inverse_scales(const std::optional<at::Tensor>& scales, int64_t d) {
   if (!scales) return {};
   check_shape(*scales, {d}, "scales");

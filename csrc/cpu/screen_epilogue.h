@@ -1,4 +1,4 @@
-// The screen's epilogue, once for every stage that evaluates it in fp32 (docs/screen.md, "Epilogue"):
+// The screen's epilogue, once for every stage that evaluates it in fp32 (docs/how/screen.md, "Epilogue"):
 //
 //     m = fma(fl(s t), N, start) + sum_j p_j c_j + |w| E + |e| R,      a pair is discarded only where m <= 0
 //

@@ -1,5 +1,5 @@
-// The numbers of the screen's bound and the layout of its arrays, under the names that docs/screen.md gives
-// them.  gemmascope_fast/ops/screen_terms.py holds the same names and numbers for Python and Triton;
+// The numbers of the screen's bound and the layout of its arrays, under the names that docs/how/screen.md
+// gives them.  gemmascope_fast/ops/screen_terms.py holds the same names and numbers for Python and Triton;
 // tests/ops/test_screen_terms.py reads both files and the page and compares them.
 #pragma once
 

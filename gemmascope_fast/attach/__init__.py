@@ -53,7 +53,7 @@ def attach(
 
     saes: an SAE, a list, a Bank (of which this model's SAEs are taken), or a dict keyed by layer, (layer, kind), Site
     or module path (`….output` or `….input` of that very module; a bare path means its output).  Without a key the
-    checkpoint's own site counts; docs/sites.md says what each kind is.  In place of an SAE an `Activations` keeps
+    checkpoint's own site counts; docs/reference/sites.md says what each kind is.  In place of an SAE an `Activations` keeps
     what passes.  A cross-layer transcoder has one set of latents a layer, keyed by where that layer reads, and
     splices every output; a crosscoder has one, keyed by the tuple of its sites, and is only observed.
     mode: None means "observe", or "splice+error" where there are edits.  "observe" changes nothing; "splice" puts the

@@ -2,7 +2,7 @@
 
 With w a row, s its scale and z its zero point, w = s (code - z) + e and e = s2 (code2 - 128) + e2.  The first digit is
 the 8-bit min–max code of `matryoshka.codes.quantize`, per channel.  Norms are summed in fp64 and rounded up;
-`screen_terms` has every number and name; docs/screen.md derives them.
+`screen_terms` has every number and name; docs/how/screen.md derives them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The numbers of the screen's bound and the layout of its arrays, under the names that docs/screen.md gives them.
+"""The numbers of the screen's bound and the layout of its arrays, under the names that docs/how/screen.md gives them.
 
 `csrc/cpu/screen_terms.h` holds the same names and numbers for C++ (`TOKEN_STEPS` is `kTokenSteps` there);
 tests/ops/test_screen_terms.py reads both files and the page and compares them.  The numbers that begin with GPU are
@@ -39,7 +39,7 @@ TILE_ROWS, TILE_COLUMNS = 4, 64  # of a tile of codes or digits
 TILE_STEP = TILE_ROWS * TILE_COLUMNS
 TABLE_LINE = 16  # columns of the table in a cache line
 
-# ---- the epilogue of the Triton kernels (docs/screen.md, "On a GPU")
+# ---- the epilogue of the Triton kernels (docs/how/screen.md, "On a GPU")
 GPU_TOKEN_STEPS = 9  # of ‖r‖ + ‖r̂‖, into E
 GPU_EDGE_STEPS = 8  # of |θ| + ε/2, where a bandwidth moves the edge
 GPU_ERROR_STEPS = 8  # of ‖e‖, into ‖e₂‖

@@ -1,6 +1,6 @@
 """The certified screen: 8-bit rows that prove which features stay below threshold, so that only the rest are computed.
 
-docs/screen.md derives the bound; `ops.screen_rows` builds what is kept per feature, `ops.encode_screened` uses it.
+docs/how/screen.md derives the bound; `ops.screen_rows` builds what is kept per feature, `ops.encode_screened` uses it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 #   mlp_in_no_gain  the same norm without its gain (Gemma Scope 1 transcoders)
 #   attn_out        what attention adds to the residual stream: output of post_attention_layernorm
 #   embed           the token embeddings, unscaled
-# docs/sites.md has a table of the architectures.
+# docs/reference/sites.md has a table of the architectures.
 KINDS = ("resid", "mlp", "attn", "mlp_in", "mlp_in_no_gain", "attn_out", "embed")
 PREFIX = "path:"  # before a module's path in `hook_name`, where the path alone would name a kind
 

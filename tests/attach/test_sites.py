@@ -15,7 +15,7 @@ from gemmascope_fast.sae.sites import Site
 
 transformers = pytest.importorskip("transformers")
 
-PAGE = Path(__file__).parents[2] / "docs" / "sites.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "sites.md"
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(2))
 # Models that visit a block several times a forward, or whose rows are not those of the ids.
 NO_ROWS = {
@@ -27,7 +27,7 @@ NO_ROWS = {
 
 
 def documented():
-    """{architecture: its line of the table} of docs/sites.md."""
+    """{architecture: its line of the table} of docs/reference/sites.md."""
     return {line.split("|")[1].strip(): line for line in PAGE.read_text("utf-8").splitlines() if line.startswith("| ")}
 
 

@@ -112,40 +112,51 @@ def test_several_runs_of_one_machine_make_one_report(tmp_path):
         results_page.together([first, second])
 
 
-def test_table_says_what_the_rows_say():
-    table = results_page.readme_table(made_up())
+def test_tables_say_what_the_rows_say():
+    table = results_page.full_table(made_up())
     assert "| whole SAE | 16 | 16.00 | 4.0 | 2.0 |  | 80% |" in table
     assert table.count("\n| ") == 7  # the heading and two T for each of three ops
+    short = results_page.readme_table(made_up())
+    assert "| 16 | 16.00 |  | 4.0 |  |  |" in short
+    assert short.count("\n| ") == 3  # the heading and two T of the whole SAE
 
 
-def test_table_replaces_what_is_between_the_marks_and_nothing_else():
-    text = f"before\n{results_page.BEGIN}\nold\n{results_page.END}\nafter\n"
-    again = results_page.with_table(text, "new\n")
-    assert again == f"before\n{results_page.BEGIN}\nnew\n{results_page.END}\nafter\n"
+def test_tables_replace_what_is_between_the_marks_and_nothing_else():
+    results = made_up()
+    for begin, end, table in (
+        (results_page.BEGIN, results_page.END, results_page.readme_table),
+        (results_page.ALL_BEGIN, results_page.ALL_END, results_page.full_table),
+    ):
+        again = results_page.with_tables(f"before\n{begin}\nold\n{end}\nafter\n", results)
+        assert again == f"before\n{begin}\n{table(results)}{end}\nafter\n"
+        with pytest.raises(GemmaScopeFastError, match="expected one"):
+            results_page.with_tables(f"{begin}\nold\n{end}\n{end}\n", results)
     with pytest.raises(GemmaScopeFastError, match="expected one"):
-        results_page.with_table("no marks", "new\n")
+        results_page.with_tables("no marks", results)
 
 
 def test_without_rows_of_the_modules_there_is_no_table():
-    with pytest.raises(GemmaScopeFastError, match="suite modules"):
-        results_page.readme_table(Results({}))
+    for table in (results_page.readme_table, results_page.full_table):
+        with pytest.raises(GemmaScopeFastError, match="suite modules"):
+            table(Results({}))
 
 
-def test_the_readmes_figures_are_those_of_the_stored_run():
-    """`make figures` was the last to write the table; without a stored run the README claims none."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = results_page.readme_table(Results.load(STORED)) if STORED.exists() else results_page.NOT_MEASURED
-    assert text == results_page.with_table(text, table)
+@pytest.mark.parametrize("page", ["README.md", "docs/how/speed.md"])
+def test_the_figures_of_readme_and_docs_are_those_of_the_stored_run(page):
+    """`make figures` was the last to write the tables; without a stored run none are claimed."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    results = Results.load(STORED) if STORED.exists() else None
+    assert text == results_page.with_tables(text, results), f"{page}: `make figures` writes the table anew"
 
 
-def test_the_readmes_pictures_are_of_the_stored_run():
+def test_the_pictures_of_speed_are_of_the_stored_run():
     """Each carries a hash of the rows that it was drawn from."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"\]\((docs/images/[\w-]+\.png)\)", text)
+    text = (ROOT / "docs" / "how" / "speed.md").read_text(encoding="utf-8")
+    shown = re.findall(r"\]\(\.\./(images/[\w-]+\.png)\)", text)
     assert len(shown) >= 2
     source = plots.digest(Results.load(STORED)).encode()
     for name in shown:
-        png = (ROOT / name).read_bytes()
+        png = (ROOT / "docs" / name).read_bytes()
         assert source in png, f"{name}: `make figures` draws it anew"
         assert plots.digest(made_up()).encode() not in png
 

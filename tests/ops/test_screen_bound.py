@@ -143,7 +143,7 @@ def test_rounding_along_the_directions_alone(isa, digits):
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("k", [0, 4])
 def test_rounding_is_bounded_by_what_the_page_derives(isa, digits, k):
-    """Rows and tokens on their grids: what is left of the bound is its rounding, written again from docs/screen.md.  A
+    """Rows and tokens on their grids: what is left of the bound is its rounding, written again from docs/how/screen.md.  A
     pair a little nearer to its threshold than that survives the first stage, one a little further away does not."""
     g = torch.Generator().manual_seed(10)
     d, F, u = 64, 24, 2.0**-24
@@ -256,7 +256,7 @@ def test_the_epilogues_rounding_is_bounded_by_what_the_page_derives(isa, digits,
 
 @pytest.mark.parametrize("digits", [1, 2])
 def test_the_second_digits_bound_has_the_norm_of_both_digits(isa, digits):
-    """B₂ = ‖e₂‖R + ‖w‖E + β with both digits of the activations, as docs/screen.md writes it.  Most entries of this
+    """B₂ = ‖e₂‖R + ‖w‖E + β with both digits of the activations, as docs/how/screen.md writes it.  Most entries of this
     token are 1.496 steps, so that a tenth of its norm is in its second digits."""
     d, F, u = 4096, 8, 2.0**-24
     g = torch.Generator().manual_seed(12)

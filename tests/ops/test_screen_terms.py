@@ -1,4 +1,4 @@
-"""The screen's numbers and names, once: C++ (csrc/cpu/screen_terms.h), Python (ops.screen_terms) and docs/screen.md."""
+"""The screen's numbers and names, once: C++ (csrc/cpu/screen_terms.h), Python (ops.screen_terms) and docs/how/screen.md."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from gemmascope_fast.ops.screen_terms import Row
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = (ROOT / "csrc/cpu/screen_terms.h").read_text(encoding="utf-8")
 CODE = re.sub(r"//.*", "", HEADER)
-PAGE = (ROOT / "docs/screen.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how/screen.md").read_text(encoding="utf-8")
 SIZES = [1, 15, 16, 17, 64, 640, 2304, 16_384, 16_385, 66_000]
 DIRECTIONS = [0, 1, 4, 128]
 FUNCTIONS = {

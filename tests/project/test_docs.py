@@ -1,6 +1,8 @@
 """The documentation runs as it is written: every Python block of every page, every command's arguments, every link."""
 
+import hashlib
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,9 +14,11 @@ import gemmascope_fast as gsf
 from gemmascope_fast.analysis import pair
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.ops._library import OPS
+from gemmascope_fast.sae.screen import most_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 PAGES = sorted(DOCS.rglob("*.md"))
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
@@ -82,31 +86,89 @@ def test_commands_parse_and_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_the_navigation_names_pages_that_exist():
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_blocks_that_need_a_network_are_python(page):
+    """Marked `py` in place of `python`: they are not run, but they compile, and what they take from gsf is there."""
+    for block in blocks(page, "py"):
+        compile(block, str(page), "exec")
+        for name in re.findall(r"\bgsf\.(\w+)", block):
+            assert hasattr(gsf, name), name
+
+
+def test_the_navigation_names_every_page():
     named = re.findall(r": ([\w/-]+\.md)$", CONFIG, flags=re.MULTILINE)
-    assert len(named) >= 12
-    for name in named:
-        assert (DOCS / name).exists(), name
+    assert sorted(named) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES)
 
 
-def test_the_api_page_names_what_is_there():
-    named = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE)
-    assert named
-    for path in named:
+def documented():
+    """(path, heading or None) of everything that the reference shows."""
+    text = "\n".join(page.read_text("utf-8") for page in sorted((DOCS / "reference").glob("*.md")))
+    return re.findall(r"^::: (\S+)$(?:\n    options:\n      heading: (\S+)$)?", text, flags=re.MULTILINE)
+
+
+def test_the_reference_names_what_is_there():
+    assert documented()
+    for path, heading in documented():
+        module, _, name = path.rpartition(".")
         try:
-            importlib.import_module(path)
+            found = importlib.import_module(path)
         except ModuleNotFoundError:
-            module, _, name = path.rpartition(".")
-            assert getattr(importlib.import_module(module), name).__doc__, path
+            found = getattr(importlib.import_module(module), name)
+        assert found.__doc__, path
+        if heading.startswith("gsf.") and heading.count(".") == 1:
+            assert getattr(gsf, heading.removeprefix("gsf.")) is found, heading
 
 
-def test_the_api_page_names_every_public_name():
-    """By its own path or by its module's, whose documented members are shown."""
-    named = set(re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text("utf-8"), flags=re.MULTILINE))
-    public = [getattr(gsf, name) for name in gsf.__all__ if name != "__version__"]
+def test_the_reference_names_every_public_name_as_it_is_imported():
+    """Under `gsf.NAME`, or by its module, whose documented members are shown."""
+    headings = {heading for _, heading in documented()}
+    modules = {path for path, heading in documented() if not heading}
+    public = {name: getattr(gsf, name) for name in gsf.__all__ if name != "__version__"}
     assert len(public) > 30
-    lacking = [o for o in public if not o.__doc__ or not {o.__module__, f"{o.__module__}.{o.__qualname__}"} & named]
+    lacking = [
+        n for n, o in public.items() if not o.__doc__ or (f"gsf.{n}" not in headings and o.__module__ not in modules)
+    ]
     assert lacking == []
+
+
+def test_memory_is_computed_from_the_shapes():
+    rows = re.findall(
+        r"^\| [^|]+ \| (\d+) × ([\d,]+) \| (.+) \|$", (DOCS / "reference" / "memory.md").read_text("utf-8"), re.M
+    )
+    assert len(rows) >= 10
+    for d_in, d_sae, shown in rows:
+        d, f = int(d_in), int(d_sae.replace(",", ""))
+        matrix, screen, vectors = 4 * d * f, most_bytes(d, f), 4 * (2 * f + d)
+        held = screen + vectors
+        wanted = [matrix, matrix, screen, 2 * matrix + held, matrix + held, held]
+        assert shown.split(" | ") == [f"{n / 1e9:.3f}" for n in wanted], (d_in, d_sae)
+
+
+def test_speed_of_the_bundled_sae_is_that_of_the_stored_run():
+    text = (DOCS / "how" / "speed.md").read_text("utf-8")
+    stored = json.loads((ROOT / "benchmarks" / "measured" / "exact-real-zen5.json").read_text())["rows"]
+    for row in stored:
+        encode, whole = row["encode_vs"], row["sae_vs"]
+        figures = (
+            encode["eager fp32"],
+            encode["eager bf16"],
+            whole["eager fp32"],
+            whole["bf16 linear + embedding_bag"],
+        )
+        assert f"| {row['T']} | " + " | ".join(f"{n:.1f}" for n in figures) + " |" in text
+
+
+def test_pictures_and_their_figures_are_of_one_run():
+    """`make gallery` makes them; each picture carries a hash of the figures."""
+    folder = DOCS / "images"
+    digest = hashlib.sha256((folder / "gallery.json").read_bytes()).hexdigest().encode()
+    for name in ("demo.png", "feature.png"):
+        assert digest in (folder / name).read_bytes(), name
+        assert (folder / name).stat().st_size < 200_000
+    figures = json.loads((folder / "gallery.json").read_text())["demo"]
+    caption = f"It fires on {figures['fires_on']} of {figures['tokens']} tokens"
+    assert f"Feature {figures['feature']} of the bundled SAE" in README.read_text("utf-8")
+    assert caption in README.read_text("utf-8")
 
 
 def test_explained_arguments_become_a_list_on_the_api_page(monkeypatch):

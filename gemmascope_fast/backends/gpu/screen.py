@@ -1,6 +1,6 @@
 """Launchers of the screened encode: the same bytes as `gpu.encode`, a quarter of the bytes read.
 
-The bound and its terms are those of docs/screen.md; its section "On a GPU" says which roundings differ here.
+The bound and its terms are those of docs/how/screen.md; its section "On a GPU" says which roundings differ here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`gemmascope-fast dev report`: one self-contained page, PNG plots and the README's table from a benchmark's JSON."""
+"""`report`: one self-contained page, PNG plots, and the tables of README and docs, from a benchmark's JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,16 @@ from gemmascope_fast.errors import GemmaScopeFastError
 from gemmascope_fast.files.atomic import make_folder, replacing
 from gemmascope_fast.files.results import write_text
 
-BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"  # the table of the whole SAE, for the README
+ALL_BEGIN, ALL_END = "<!-- all figures -->", "<!-- end of all figures -->"  # the table of every op, for docs/
 NOT_MEASURED = "Not measured for this version yet: `make figures` measures this machine and writes the table here.\n"
-# what the README shows: (op, heading)
-README_OPS = (("encode", "encode"), ("decode", "decode"), ("SAE", "whole SAE"))
+OPS_SHOWN = (("encode", "encode"), ("decode", "decode"), ("SAE", "whole SAE"))  # (op, heading)
+README_PEERS = (
+    ("SAELens fp32", "× SAELens"),
+    ("eager fp32", "× eager PyTorch"),
+    ("torch.compile fp32", "× torch.compile"),
+    ("F.linear + embedding_bag, bf16", "× fastest bf16 (inexact)"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots there too")
     parser.add_argument("--quality", type=Path, metavar="FILE", help="what `gemmascope-fast quantize --table` wrote")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the table between the marks in this file")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        nargs="+",
+        default=[],
+        help="replace the tables between the marks in these files",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,10 +63,9 @@ def run(args: argparse.Namespace) -> int:
             with replacing(args.png / f"{picture.name}.png") as temporary:
                 temporary.write_bytes(picture.png)
             print(f"plot: {args.png / picture.name}.png")
-    if args.readme:
-        text = args.readme.read_text(encoding="utf-8")
-        write_text(args.readme, with_table(text, readme_table(runs[0])))
-        print(f"table: {args.readme}")
+    for file in args.readme:
+        file.write_text(with_tables(file.read_text(encoding="utf-8"), runs[0]), encoding="utf-8")
+        print(f"table: {file}")
     return 0
 
 
@@ -126,51 +138,86 @@ def _cells(row: Row, results: Results) -> dict[str, Any]:
     }
 
 
-# ---- the README's table -----------------------------------------------------------------------------
+# ---- the tables of README and docs ------------------------------------------------------------------
 
 
 def readme_table(results: Results) -> str:
-    """Markdown: this package's median times on the widest case, and the paired speed-up over each peer that was there.
-
-    A peer's figure is its paired ratio to the baseline divided into ours: both from the rounds of one run.
-    """
-    shapes = {(r.d_in, r.d_sae) for r in results.rows if r.op == "SAE"}
-    if not shapes:
-        raise GemmaScopeFastError("the JSON holds no rows of the suite modules: expected op SAE")
-    shape = max(shapes, key=lambda s: s[0] * s[1])
-    machine, roof = results.machine, results.machine["roof"]
-    bandwidth = f"; read bandwidth measured in the same run: {roof['read_gb_s']:.1f} GB/s" if roof else ""
+    """Markdown: this package's median times of the whole SAE on the widest case, and its speed-up over each peer."""
+    shape = _widest(results)
     lines = [
-        f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch"
-        f" {machine['versions']['torch']}; {shape[0]} × {shape[1]}, fp32{bandwidth}.",
+        _machine(results, shape),
+        "",
+        "| tokens | ms | " + " | ".join(title for _, title in README_PEERS) + " |",
+        "|---" * (2 + len(README_PEERS)) + "|",
+    ]
+    for T, at in _by_tokens(results, "SAE", shape):
+        cells = " | ".join(_against(at, impl, results) for impl, _ in README_PEERS)
+        lines.append(f"| {T} | {at['ours'].median_ms:.2f} | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def full_table(results: Results) -> str:
+    """Markdown: the same of every op, with the share of the roof."""
+    shape = _widest(results)
+    lines = [
+        _machine(results, shape),
         "",
         "| | T | ms | × eager fp32 | × eager bf16 (inexact) | × torch.compile | share of the roof |",
         "|---|---|---|---|---|---|---|",
     ]
-    for op, title in README_OPS:
-        for T in sorted({r.T for r in results.rows if r.op == op and (r.d_in, r.d_sae) == shape}):
-            at = {r.impl: r for r in results.rows if (r.op, r.T, r.d_in, r.d_sae) == (op, T, *shape)}
-            lines.append(_readme_row(title, T, at, results))
+    for op, title in OPS_SHOWN:
+        for T, at in _by_tokens(results, op, shape):
+            ours = at["ours"]
+            peers = [_against(at, impl, results) for impl in ("eager fp32", "eager bf16", "torch.compile fp32")]
+            share = "" if ours.roof_share is None else f"{ours.roof_share:.0%}"
+            lines.append(f"| {title} | {T} | {ours.median_ms:.2f} | " + " | ".join([*peers, share]) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _readme_row(title: str, T: int, at: dict[str, Row], results: Results) -> str:
-    ours = at["ours"]
-    own = results.ratios[ours.key].median
-
-    def against(impl: str) -> str:
-        if impl not in at:
-            return ""
-        return f"{own / results.ratios[at[impl].key].median:.1f}"
-
-    share = "" if ours.roof_share is None else f"{ours.roof_share:.0%}"
-    cells = (f"{own:.1f}", against("eager bf16"), against("torch.compile fp32"), share)
-    return f"| {title} | {T} | {ours.median_ms:.2f} | " + " | ".join(cells) + " |"
+def _widest(results: Results) -> tuple[int, int]:
+    shapes = {(r.d_in, r.d_sae) for r in results.rows if r.op == "SAE"}
+    if not shapes:
+        raise GemmaScopeFastError("the JSON holds no rows of the suite modules: expected op SAE")
+    return max(shapes, key=lambda s: s[0] * s[1])
 
 
-def with_table(text: str, table: str) -> str:
-    """The text with the part between the two marks replaced.  Raises GemmaScopeFastError where they are not there."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise GemmaScopeFastError(f"expected one {BEGIN!r} and one {END!r}")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}{END}{rest.split(END)[1]}"
+def _machine(results: Results, shape: tuple[int, int]) -> str:
+    machine, roof = results.machine, results.machine["roof"]
+    bandwidth = f"; read bandwidth measured in the same run: {roof['read_gb_s']:.1f} GB/s" if roof else ""
+    return (
+        f"{machine['processor']}, {machine['isa']}, {machine['threads']} threads, torch {machine['versions']['torch']};"
+        f" {shape[0]} × {shape[1]}, fp32{bandwidth}."
+    )
+
+
+def _by_tokens(results: Results, op: str, shape: tuple[int, int]) -> list[tuple[int, dict[str, Row]]]:
+    """(T, implementation -> row) in ascending order of T."""
+    rows = [r for r in results.rows if r.op == op and (r.d_in, r.d_sae) == shape]
+    return [(T, {r.impl: r for r in rows if r.T == T}) for T in sorted({r.T for r in rows})]
+
+
+def _against(at: dict[str, Row], impl: str, results: Results) -> str:
+    """The paired speed-up over a peer: its ratio to the baseline divided into ours, both from the rounds of one run."""
+    if impl not in at:
+        return ""
+    own = results.ratios[at["ours"].key].median
+    return f"{own:.1f}" if impl == BASELINE else f"{own / results.ratios[at[impl].key].median:.1f}"
+
+
+def with_tables(text: str, results: Results | None) -> str:
+    """The text with the parts between the marks replaced; without results they say that nothing was measured.
+
+    Raises GemmaScopeFastError where the text has neither pair of marks, or one of them twice.
+    """
+    found = False
+    for begin, end, table in ((BEGIN, END, readme_table), (ALL_BEGIN, ALL_END, full_table)):
+        if (text.count(begin), text.count(end)) == (0, 0):
+            continue
+        if (text.count(begin), text.count(end)) != (1, 1):
+            raise GemmaScopeFastError(f"expected one {begin!r} and one {end!r}")
+        before, rest = text.split(begin)
+        shown = NOT_MEASURED if results is None else table(results)
+        text, found = f"{before}{begin}\n{shown}{end}{rest.split(end)[1]}", True
+    if not found:
+        raise GemmaScopeFastError(f"expected one {BEGIN!r} and one {END!r}, or one {ALL_BEGIN!r} and one {ALL_END!r}")
+    return text
