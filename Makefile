@@ -120,7 +120,8 @@ mutations: env ## break the code on purpose, in a copy: the tests must notice ea
 
 gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, gated, broken on purpose
 	$(VENV)/bin/gemmascope-fast dev gpu-check --out gpu-check.json
-	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/backends/test_cuda_host.py tests/backends/test_cuda_host_matryoshka.py tests/backends/test_triton_interpreter.py
+	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/backends/test_cuda_host.py tests/backends/test_cuda_host_matryoshka.py \
+	    tests/backends/test_triton_interpreter.py tests/backends/test_ptx.py
 
 # Takes 6 GB: torch's CUDA build, into an environment of its own.  No GPU is needed or looked for.
 $(VENV_CUDA)/torch.stamp:
@@ -134,11 +135,11 @@ wheel-cuda: $(VENV_CUDA)/torch.stamp ## a wheel with the CUDA C++ kernels in dis
 	GSF_REQUIRE_EXT=1 GSF_REQUIRE_CUDA=1 $(VENV_CUDA)/bin/python setup.py -q build --build-base build/cuda \
 	    bdist_wheel --dist-dir dist/cuda
 	$(VENV_CUDA)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/cuda/*.whl
-	$(VENV_CUDA)/bin/python -m pip install --quiet dist/cuda/*.whl
+	$(VENV_CUDA)/bin/python -m pip install --quiet dist/cuda/*.whl pytest pytest-timeout pytest-benchmark
 	cd $(VENV_CUDA) && bin/python $(CURDIR)/scripts/check_cuda_wheel.py
 
 gpu: ## for a machine with a device: tests, sanitizers, benchmark, profile; one archive to attach to an issue
-	scripts/gpu.sh $(PYTHON)
+	scripts/gpu.sh $(if $(wildcard $(VENV_CUDA)/bin/python),$(CURDIR)/$(VENV_CUDA)/bin/python,$(PYTHON))
 
 sanitize: env ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
 	tests/sanitize.sh $(PY)

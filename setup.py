@@ -1,6 +1,7 @@
 """Builds gemmascope_fast._C where a C++ compiler is found; without one the package installs and says so.
 
-The metadata is in pyproject.toml.  GSF_REQUIRE_EXT=1 turns a failed build of the extension into an error.
+The metadata is in pyproject.toml.  GSF_REQUIRE_EXT=1 turns a failed build of the extension into an error,
+GSF_REQUIRE_CUDA=1 one of the CUDA kernels.
 """
 
 import os
@@ -37,17 +38,25 @@ def extension() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class OptionalBuild(BuildExtension):
-        """A compiler that cannot build the extension leaves a working, slower package that says so."""
+        """A compiler that cannot build an extension leaves a working, slower package that says so.
+
+        Extensions are built one by one: where the CUDA kernels fail, the native ones stay.
+        """
 
         def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                if required:
-                    raise
-                print(f"gemmascope-fast: the native kernels were not built: {error}")
-                # setuptools would otherwise copy an extension that does not exist
-                self.extensions = []
+            wanted, built, compiler, inplace = self.extensions, [], self.compiler, self.inplace
+            for ext in wanted:
+                self.extensions, self.compiler, self.inplace = [ext], compiler, inplace
+                what = "CUDA" if ext.name.endswith("_cuda") else "native"
+                try:
+                    super().run()
+                    built.append(ext)
+                except Exception as error:
+                    if os.environ.get("GSF_REQUIRE_CUDA" if what == "CUDA" else "GSF_REQUIRE_EXT") == "1":
+                        raise
+                    print(f"gemmascope-fast: the {what} kernels were not built: {error}")
+            # setuptools would otherwise copy an extension that does not exist
+            self.extensions, self.inplace = built, inplace
 
     flags = ["-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
     # The order and the rounding of every sum is part of the contract: no contraction, no fast-math.
@@ -83,6 +92,19 @@ def cuda_toolkit() -> str | None:
     return None if found is None else str(Path(found[1].strip()).resolve())
 
 
+ARCHITECTURES = ("8.0", "8.6", "9.0", "10.0", "12.0")
+
+
+def architectures(home: str) -> str:
+    """TORCH_CUDA_ARCH_LIST: those that this nvcc knows, and PTX of the newest of them for devices that come later."""
+    command = [str(Path(home) / "bin" / "nvcc"), "--list-gpu-code"]
+    known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    chosen = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
+    if not chosen:
+        raise RuntimeError(f"nvcc: expected one that compiles for one of {', '.join(ARCHITECTURES)}, it knows {known}")
+    return ";".join(chosen) + "+PTX"
+
+
 def cuda_extension(cxx_flags: list[str]) -> list:
     """gemmascope_fast._C_cuda where torch is a CUDA build and nvcc is there; no GPU is needed or looked for.
 
@@ -95,7 +117,14 @@ def cuda_extension(cxx_flags: list[str]) -> list:
         if os.environ.get("GSF_REQUIRE_CUDA") == "1":
             raise RuntimeError(f"GSF_REQUIRE_CUDA=1: torch's CUDA is {torch.version.cuda}, nvcc's home {CUDA_HOME}")
         return []
-    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;9.0;10.0;12.0+PTX")
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        try:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures(CUDA_HOME)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+            if os.environ.get("GSF_REQUIRE_CUDA") == "1":
+                raise
+            print(f"gemmascope-fast: the CUDA kernels were not built: {error}")
+            return []
     sources = sorted(ROOT.glob("csrc/cuda/*.cpp")) + sorted(ROOT.glob("csrc/cuda/*.cu"))
     return [
         CUDAExtension(

@@ -7,6 +7,8 @@ entries at a time while there are as many, AHEAD after that; and `order` starts 
 import triton
 import triton.language as tl
 
+from gemmascope_fast.kernels.lanes import canonical
+
 
 @triton.jit
 def added(
@@ -76,4 +78,5 @@ def decode_kernel(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + k, mask=inside, other=0.0)
     acc = tl.where(fits, acc, float("nan"))
-    tl.store(out_ptr + n * d + k, acc, mask=inside)
+    # a NaN that the hardware makes has other bytes on NVIDIA than on x86
+    tl.store(out_ptr + n * d + k, canonical(acc), mask=inside)

@@ -7,6 +7,7 @@ byte of them twice.  Integers are exact; the fp32 steps are those of the native 
 import triton
 import triton.language as tl
 
+from gemmascope_fast.kernels.lanes import canonical
 from gemmascope_fast.kernels.planes import codes_tile
 
 
@@ -87,4 +88,4 @@ def matryoshka_linear_kernel(
     shape: tl.constexpr = [BT, BLOCKS * 16]
     y = tl.fma(acc, tl.broadcast_to(s, shape), tl.broadcast_to(bias[None, :], shape))
     at = t.to(tl.int64)[:, None] * out + row[None, :]
-    tl.store(y_ptr + at, y, mask=t_in[:, None] & (row < out)[None, :])
+    tl.store(y_ptr + at, canonical(y), mask=t_in[:, None] & (row < out)[None, :])

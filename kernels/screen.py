@@ -92,8 +92,8 @@ def digits_kernel(
     tl.store(sum_ptr + 2 * t + 1, tl.sum(lows, axis=0))
 
     rounding = 0.5 * unit * root  # each entry is off by half a unit at most
-    R = unit * tl.sqrt(tl.sum(lengths, axis=0)) * grow
-    E = rounding + kappa * (tl.sqrt(size) + LOST) * grow + TOKEN_STEPS * (2 * R + rounding)
+    R = unit * tl.sqrt_rn(tl.sum(lengths, axis=0)) * grow
+    E = rounding + kappa * (tl.sqrt_rn(size) + LOST) * grow + TOKEN_STEPS * (2 * R + rounding)
     tl.store(token_ptr + 3 * t, unit)
     tl.store(token_ptr + 3 * t + 1, R * UP)
     tl.store(token_ptr + 3 * t + 2, tl.where(usable, E * UP, float("inf")))

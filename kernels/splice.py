@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from gemmascope_fast.kernels.decode import row_sum
+from gemmascope_fast.kernels.lanes import canonical
 
 
 @triton.jit
@@ -82,5 +83,5 @@ def splice_kernel(
             extra = tl.fma(tl.zeros([BLOCK], tl.float32) + delta, row, extra)
             changed = 1
     # without a change the base passes bit for bit: adding +0 would turn a -0 into +0
-    out = tl.where(changed != 0, base + extra, base)
+    out = tl.where(changed != 0, canonical(base + extra), base if ERROR else canonical(base))
     tl.store(out_ptr + t * d + k, tl.where(fits, out, float("nan")), mask=inside)

@@ -6,6 +6,15 @@
 
 namespace gsf::cuda {
 
+// Lane j plus lane j + HALF, down to one.  Each width is a loop of its own: with a bound that varies, the compiler keeps
+// the lanes in local memory.
+template <int HALF>
+GSF_DEVICE void fold(float (&acc)[16]) {
+#pragma unroll
+  for (int j = 0; j < HALF; ++j) acc[j] = add_rn(acc[j], acc[j + HALF]);
+  if constexpr (HALF > 1) fold<HALF / 2>(acc);
+}
+
 // One dot in the one order of summation, by one thread: for the rare word whose values did not fit its
 // slots.
 template <typename W>
@@ -18,11 +27,7 @@ GSF_DEVICE float dot_alone(const float* x, const W* w, int64_t d) {
       acc[j] = fma_rn(inside ? x[k + j] : 0.0f, inside ? widened(w[k + j]) : 0.0f, acc[j]);
     }
   }
-#pragma unroll
-  for (int half = 8; half > 0; half /= 2) {
-#pragma unroll
-    for (int j = 0; j < half; ++j) acc[j] = add_rn(acc[j], acc[j + half]);
-  }
+  fold<8>(acc);
   return acc[0];
 }
 

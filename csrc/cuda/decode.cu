@@ -18,7 +18,7 @@ GSF_DEVICE float entry(const DecodeArgs& a, int64_t i, float* value, int64_t k) 
 
 GSF_DEVICE void store(const DecodeArgs& a, int64_t n, int64_t k, float sum, bool fits) {
   const float out = a.bias ? add_rn(sum, a.bias[k]) : sum;
-  a.out[n * a.d + k] = fits ? out : quiet_nan();
+  a.out[n * a.d + k] = fits ? canonical(out) : quiet_nan();
 }
 
 // Few rows: a block takes 32 columns of one row; its 8 warps fetch 128 features' segments, 16 loads a thread

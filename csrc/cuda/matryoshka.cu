@@ -249,7 +249,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) matryoshka_few(MatryoshkaArgs a) {
   }
   const int64_t o = rows * 16 + row;
   if (finishes && o < a.out)
-    a.y[f.token * a.out + o] = fma_rn(f.acc, a.s[f.token], a.bias ? a.bias[o] : 0.0f);
+    a.y[f.token * a.out + o] = canonical(fma_rn(f.acc, a.s[f.token], a.bias ? a.bias[o] : 0.0f));
 }
 
 // ---- which kernel serves which shape ---------------------------------------------------------------------

@@ -95,9 +95,9 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
     extra = fma_rn(delta, widened(w[f * a.d_out + k]), extra);
     changed = true;
   }
-  const float base = a.x ? a.x[t * a.d_out + k] : add_rn(sum, a.bias[k]);
+  const float base = a.x ? a.x[t * a.d_out + k] : canonical(add_rn(sum, a.bias[k]));
   // without a change the base passes bit for bit: adding +0 would turn a -0 into +0
-  const float out = changed ? add_rn(base, extra) : base;
+  const float out = changed ? canonical(add_rn(base, extra)) : base;
   a.out[t * a.d_out + k] = start <= a.g.capacity ? out : quiet_nan();
 }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.backends.gpu.launch import refuse_while_capturing
 from gemmascope_fast.ops._exact import outside_autocast
 from gemmascope_fast.ops._planes import rule_of
 from gemmascope_fast.ops.codes import check_bits, check_mode, quantize
@@ -161,6 +162,7 @@ class MatryoshkaLinear(MatryoshkaMatrix):
         # what the mean adds is folded into the bias at this width, in fp32
         centred = self.mean is not None and not exact
         if centred and self._offset is None:
+            refuse_while_capturing(self.scale.device, "the mean's part of the bias")
             self._offset = self._fold()
         if self._operands is None:
             # a module's own lookup of a dozen buffers takes longer than the product of a small layer

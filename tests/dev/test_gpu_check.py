@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from gemmascope_fast.backends.gpu import sass
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.dev.gpu import aot, check, devices, model, nvcc
 from gemmascope_fast.dev.gpu.specs import all_specs
@@ -114,6 +115,7 @@ def test_nvcc_compiles_within_the_gates():
         rows = nvcc.compile_source(nvcc.SOURCES / "cuda" / name, "sm_90")
         assert len(rows) == kernels
         assert all(row["faults"] == [] for row in rows)
+        assert all(row["stack"] == 0 and 0 <= row["machine"]["ffma"] < 1 and row["machine"]["loads"] for row in rows)
         assert all(row["bytes"] > 0 and row["model_microseconds"]["H100"] > 0 for row in rows)
 
 
@@ -129,6 +131,78 @@ def test_the_gate_of_nvcc_sees_a_spill(tmp_path, monkeypatch):
     monkeypatch.setattr(nvcc, "SOURCES", sources)
     rows = nvcc.compile_source(sources / "cuda" / "encode.cu", "sm_90")
     assert any("spills" in fault for row in rows if "encode_tile" in row["kernel"] for fault in row["faults"])
+
+
+def lines(*instructions):
+    return "".join(f"        /*{16 * i:04x}*/                   {text} ;\n" for i, text in enumerate(instructions))
+
+
+def test_machine_code_is_read():
+    found = sass.of_text(lines("LDC R1, c[0x0][0x28]", "@!P0 LDG.E.128.CONSTANT R4, [R2.64]", "LDG.E R5, [R2]",
+                               "LDG.E.U8 R5, [R2]", "LDGSTS.E.BYPASS.128 [R3], [R2.64]", "FFMA R4, R4, R5, R6", "NOP",
+                               "EXIT", "NOP"))  # fmt: skip
+    assert (found.instructions, found.ffma, found.loads) == (7, 1 / 7, {"16": 2, "4": 1, "1": 1})
+    assert found.faults() == []
+
+
+ROOT = (
+    "MUFU.RSQ R3, R2",
+    "FMUL.FTZ R4, R2, R3",
+    "FMUL.FTZ R3, R3, 0.5",
+    "CALL.REL.NOINC `($__internal_0_$__sqrt_rn_f32)",
+)
+
+
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        (ROOT, None),  # to nearest
+        (ROOT[:3], "2 FMUL.FTZ"),
+        (("MUFU.RSQ R3, R2",), "MUFU.RSQ"),
+        (("FCHK P0, R1, R2", "MUFU.RCP R3, R2"), None),
+        (("I2F.U32.RP R3, R2", "MUFU.RCP R3, R3", "F2I.FTZ.U32.TRUNC.NTZ R3, R3"), None),  # integers
+        (("MUFU.RCP R3, R2",), "MUFU.RCP"),
+        (("MUFU.EX2 R3, R2",), "MUFU.EX2"),
+        (("FFMA.FTZ R1, R2, R3, R4",), "FFMA.FTZ"),
+        (("FADD.FTZ.RZ R1, R2, R3",), "FADD.FTZ"),
+        (("FSETP.GT.FTZ.AND P0, PT, R1, R2, PT",), "FSETP"),
+    ],
+)
+def test_the_gate_sees_how_machine_code_rounds(code, fault):
+    faults = sass.of_text(lines(*code, "EXIT")).faults()
+    assert (faults == []) if fault is None else (len(faults) >= 1 and any(fault in f for f in faults))
+
+
+def test_the_gate_sees_what_ptx_approximates():
+    text = "\tsqrt.approx.ftz.f32 \t%r1, %r2;\n\t@%p1 div.full.f32 \t%r1, %r2, %r3;\n\tadd.rn.f32 \t%r1, %r2, %r3;\n"
+    assert sass.ptx_faults(text) == ["1 div.full.f32", "1 sqrt.approx.ftz.f32"]
+
+
+KERNEL = """
+__global__ void __launch_bounds__(256) kernel(float* y, const float* x, int n) {{
+  {body}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "fault"),
+    [
+        ("y[0] = __fsqrt_rn(x[0]) / x[1];", None),
+        ("y[0] = rsqrtf(x[0]);", "MUFU.RSQ"),
+        ("y[0] = __expf(x[0]);", "MUFU.EX2"),
+        ("float a[16]; for (int i = 0; i < 16; ++i) a[i] = x[i];\n#pragma unroll 1\n"
+         "  for (int i = 0; i < n; ++i) y[i] = a[i % 16] += 1;", "stack frame (64 bytes)"),
+    ],
+)  # fmt: skip
+def test_the_gate_of_nvcc_sees_approximations_and_stack_frames(tmp_path, monkeypatch, body, fault):
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    monkeypatch.setattr(nvcc, "cost", lambda kernel: (1, 1, "fp32"))
+    path = tmp_path / "kernel.cu"
+    path.write_text(KERNEL.format(body=body))
+    (row,) = nvcc.compile_source(path, "sm_90")
+    assert (row["faults"] == []) if fault is None else any(fault in f for f in row["faults"]), row["faults"]
 
 
 def test_a_kernel_outside_the_gates_is_status_one(tmp_path, monkeypatch, capsys):

@@ -5,11 +5,15 @@ tests/backends/test_triton_interpreter.py starts it; by hand: `TRITON_INTERPRET=
 
 import os
 import random
+import sys
 
 import pytest
 import torch
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+COMPILED = (
+    os.environ.get("GSF_PTX") == "1"
+)  # tests/ptx/ptx_triton_plugin.py runs compiled kernels in the interpreter's place
+collect_ignore_glob = [] if COMPILED or os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
 
 
 def in_order(executor, kept=[]):  # noqa: B006  the interpreter's own __call__, asked for once
@@ -24,6 +28,8 @@ def grid_order(monkeypatch):
     from triton.runtime import interpreter
 
     def shuffled(self, *args_dev, **kwargs):
+        # kernels read memory, not strides
+        assert all(a.is_contiguous() for a in args_dev if isinstance(a, torch.Tensor))
         axes = self.grid(kwargs) if callable(self.grid) else self.grid
         order = list(range(axes[0]))
         random.Random(len(order)).shuffle(order)
@@ -60,6 +66,9 @@ def same_bytes():
 @pytest.fixture
 def last_program(monkeypatch):
     """Only the last program of each grid runs: for tensors of which nobody can fill the whole."""
+    if COMPILED:
+        monkeypatch.setattr(sys.modules["ptx_library"].Options, "last_block_alone", True)
+        return
     from triton.runtime import interpreter
 
     def last(self, *args_dev, **kwargs):

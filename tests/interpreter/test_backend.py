@@ -52,7 +52,7 @@ def calls():
     code, code2, table = ops.screen_rows(W, b, theta, bias, True)
     from test_matryoshka import layer_args
 
-    x8, bits, *rest = layer_args(16, 32, 2, 8)
+    x8, bits, *rest = layer_args(16, 64, 3, 8, group_size=32)
     edits = loop.EditTable.of([], 40)
     return {
         "encode": (encode.encode, [x, W, b, theta]),
@@ -62,11 +62,11 @@ def calls():
         "decode": (decode.decode, [crow, col, values, rows, bias, b]),
         "sampled_dot": (decode.sampled_dot, [x, rows, b, crow, col]),
         "splice": (lambda *a: loop.splice(*a, edits), [x, W, b, theta, rows, bias]),
-        "matryoshka_linear": (lambda x8, plane, scale: matryoshka.matryoshka_linear(
-            x8, [plane, *bits[1:]], scale, *rest[1:]), [x8, bits[0], rest[0]]),
-        "matryoshka_slice": (lambda *a: planes.matryoshka_slice(list(a), 16, 32, 8, 0), bits),
+        "matryoshka_linear": (lambda x8, plane, scale, zero, bias, mean: matryoshka.matryoshka_linear(
+            x8, [plane, *bits[1:]], scale, zero, bias, mean, *rest[4:]), [x8, bits[0], *rest[:4]]),
+        "matryoshka_slice": (lambda *a: planes.matryoshka_slice(list(a), 16, 64, 8, 0), bits),
         "matryoshka_dequantize": (
-            lambda *a: planes.matryoshka_dequantize(list(a[:5]), *a[5:], 16, 32, 0, 8, 0), [*bits, *rest[:2]],
+            lambda *a: planes.matryoshka_dequantize(list(a[:5]), *a[5:], 16, 64, 32, 8, 0), [*bits, *rest[:2]],
         ),
     }  # fmt: skip
 

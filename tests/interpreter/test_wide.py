@@ -30,8 +30,9 @@ def check(words, x, w, exact=True):
     assert [i for i in range(32) if bits >> i & 1] == col.tolist()
     if exact:
         assert torch.equal(words.slots[-1, -1], values[: encode.SLOTS])
-    else:
-        torch.testing.assert_close(words.slots[-1, -1], values[: encode.SLOTS])
+    else:  # products of tf32: both factors are off by a part in 2^11
+        size = (x[-1].abs() @ w.rows[tail][col[: encode.SLOTS].long()].abs().t()) * 2**-10
+        assert bool(((words.slots[-1, -1] - values[: encode.SLOTS]).abs() <= 1.01 * size + 1e-5).all())
 
 
 def test_exact(last_program, weights):
@@ -39,7 +40,6 @@ def test_exact(last_program, weights):
 
 
 def test_tensor(last_program, weights):
-    # in the interpreter products are fp32's
     check(tensor.fill_tensor(*weights), *weights, exact=False)
 
 

@@ -75,14 +75,14 @@ def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Ten
     out = torch.empty(N, d, device=W_dec.device)
     if out.numel() == 0:
         return out
-    rows, config = W_dec.contiguous(), config_for(N)
+    rows, config, crow = W_dec.contiguous(), config_for(N), crow.contiguous()
     scale = None if row_scale is None else row_scale.float().contiguous()
     bias = None if b_dec is None else b_dec.float().contiguous()
     # a grid whose longest rows start last waits for them alone
     order = crow.diff().argsort(descending=True) if N >= ORDERED_ROWS else crow
     with on(W_dec):
         module.decode_kernel[grid(N * cdiv(d, config.BLOCK), "decode")](
-            crow.contiguous(), col.contiguous(), values.float().contiguous(), rows,
+            crow, col.contiguous(), values.float().contiguous(), rows,
             out if scale is None else scale, out if bias is None else bias, order, out, N, d,
             col.numel(),
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_ORDER=order is not crow,

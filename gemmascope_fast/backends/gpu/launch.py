@@ -55,6 +55,17 @@ def check_capability(capability: tuple[int, int], device: str) -> None:
         raise BackendError(f"{device}: expected compute capability {least} or newer, got {have}")
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of a CUDA device is being captured into a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_while_capturing(device: torch.device, what: str) -> None:
+    """BackendError where something that is kept would be made inside a capture: it holds nothing before a replay."""
+    if capturing(device):
+        raise BackendError(f"{what}: made and kept by the first call, which cannot be captured; call once before it")
+
+
 def grid(programs: int, what: str) -> tuple[int]:
     """A one-dimensional grid; ValueError beyond the device's limit."""
     if programs > MAX_GRID:

@@ -101,17 +101,19 @@ def matryoshka_linear(
     units, blocks = cdiv(width, 32), cdiv(out_features, 16)
     group_units = group_size // 32 if group_size else max(1, units)
     q, s = quantize_tokens(x.float() if mean is None else x.float() - mean.float())
-    q = torch.nn.functional.pad(q, (0, units * 32 - width))
+    # q keeps the strides of x, and padding by nothing copies nothing
+    q = torch.nn.functional.pad(q, (0, units * 32 - width)).contiguous()
     groups = scale.shape[1]
     padded = torch.nn.functional.pad(q, (0, groups * group_units * 32 - units * 32))
-    sums = padded.reshape(T, groups, -1).sum(2, dtype=torch.int32)
+    sums = padded.reshape(T, groups, -1).sum(2, dtype=torch.int32).contiguous()
     stored = stored_bits(planes)
     widths = [p.shape[2] // 64 for p in planes]
     read, used = planes_of(widths, stored, bits, rule)
     config = config_for(T)
     with on(x):
         module.matryoshka_linear_kernel[grid(cdiv(blocks, config.BLOCKS) * cdiv(T, config.BT), "matryoshka_linear")](
-            q, s, sums, *five(planes[:used]), scale, zero_point, y if bias is None else bias.float().contiguous(), y,
+            q, s, sums, *five(planes[:used]), scale.contiguous(), zero_point.contiguous(),
+            y if bias is None else bias.float().contiguous(), y,
             T, out_features, blocks, units, groups, group_units,
             top_code(bits, rule), middle(bits, rule), **widths_of(tuple(widths[:used])),
             BITS=bits, DROP=read - bits, ROUNDS=rule != PREFIX and read > bits, WIDE=group_units > 16,

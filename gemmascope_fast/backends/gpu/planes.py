@@ -86,7 +86,8 @@ def what(planes: list[Tensor], bits: int, rule: int) -> tuple[int, int, dict[str
 
 def five(planes: list[Tensor]) -> list[Tensor]:
     """A pointer for each plane that a kernel may take; one of width 0 is not read."""
-    return [p.contiguous() for p in planes] + [planes[0]] * (5 - len(planes))
+    whole = [p.contiguous() for p in planes]
+    return whole + whole[:1] * (5 - len(planes))
 
 
 def widths_of(widths: tuple[int, ...]) -> dict[str, int]:

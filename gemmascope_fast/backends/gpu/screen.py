@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gemmascope_fast.backends.gpu.encode import SLOTS, FixedLatents, Weights, Words, compressed, fixed, widenable
-from gemmascope_fast.backends.gpu.launch import cdiv, check_devices, grid, kernels, on
+from gemmascope_fast.backends.gpu.launch import cdiv, check_devices, grid, kernels, on, refuse_while_capturing
 from gemmascope_fast.ops.encode import check_encode
 from gemmascope_fast.ops.screen_rows import rows_of, up32
 from gemmascope_fast.ops.screen_terms import GPU_ERROR_STEPS, TILE_COLUMNS, TILE_ROWS, Row, U, dot_kappa, table_stride
@@ -101,6 +101,7 @@ class ScreenArrays:
             second = SecondDigit(_signed(code2, F, d), t[Row.SCALE2].contiguous(), error2)
         zero = t[Row.ZERO].to(torch.int32) - 128
         scale, error, norm, bias = (t[row].contiguous() for row in (Row.SCALE, Row.ERROR, Row.NORM, Row.CENTRED_BIAS))
+        centre, scales = (None if v is None else v.contiguous() for v in (centre, scales))
         return cls(_signed(code, F, d), scale, zero, error, norm, bias, slack, centre, second, scales)
 
 
@@ -144,6 +145,7 @@ def _arrays(
     tensors, fixed_by = (code2, table, centre, scales), (device, W_enc.shape)
     known = _ARRAYS.get(code)
     if known is None or any(a is not b for a, b in zip(known[0], tensors, strict=True)) or known[1] != fixed_by:
+        refuse_while_capturing(device, "the screen's codes by rows")
         own = W_enc.device != device and all(t is None or t.device == W_enc.device for t in (code, *tensors))
         there = device if own else code.device
         second, rest, middle, powers = (None if t is None else t.to(there) if own else t for t in tensors)

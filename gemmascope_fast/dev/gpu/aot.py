@@ -6,11 +6,15 @@ import importlib
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from gemmascope_fast.backends.gpu import sass
 from gemmascope_fast.backends.gpu.launch import interpreted
 from gemmascope_fast.dev.gpu.devices import ARCHS, occupancy
+from gemmascope_fast.dev.gpu.sass import Sass
 from gemmascope_fast.dev.gpu.specs import KernelSpec
 from gemmascope_fast.errors import BackendError
 
@@ -27,12 +31,18 @@ class Binary:
     spilled: int
     shared: int
     occupancy: float
+    stack: int = 0  # bytes of a stack frame a thread that are no spills: arrays that the compiler could not unroll
+    machine: Sass | None = None  # of NVIDIA's binaries
 
     def faults(self, few_warps: str = "") -> list[str]:
         """What the gate objects to; empty where it passes.  few_warps: why a low occupancy is right, if it is."""
         found = []
         if self.spilled:
             found.append(f"spills ({self.spilled})")
+        if self.stack > self.spilled:
+            found.append(f"stack frame ({self.stack} bytes)")
+        if self.machine is not None:
+            found += self.machine.faults()
         if self.shared > ARCHS[self.arch].shared_block:
             found.append(f"takes {self.shared} bytes of shared memory, the device has {ARCHS[self.arch].shared_block}")
         if not few_warps and self.occupancy < LEAST_OCCUPANCY:
@@ -61,7 +71,14 @@ def compile_spec(spec: KernelSpec, arch: str) -> Binary:
     made = triton.compile(ASTSource(fn, signature, dict(spec.constants), attributes), target=target, options=options)
     registers, spilled = _read_cubin(made.asm["cubin"]) if nvidia else _read_amdgcn(made.asm["amdgcn"])
     shared = int(made.metadata.shared)
-    return Binary(spec.label, arch, registers, spilled, shared, occupancy(ARCHS[arch], spec.warps, registers, shared))
+    share = occupancy(ARCHS[arch], spec.warps, registers, shared)
+    return Binary(spec.label, arch, registers, spilled, shared, share, machine=_machine(made.asm) if nvidia else None)
+
+
+def _machine(asm: Mapping[str, Any]) -> Sass:
+    """The machine code with what the PTX before it approximates."""
+    (found,) = sass.read(asm["cubin"]).values()
+    return replace(found, rounding=(*found.rounding, *sass.ptx_faults(asm["ptx"])))
 
 
 def cuobjdump() -> str:

@@ -63,14 +63,23 @@ class Device:
     bf16: float
     int8: float
     int32: float
+    units: int  # multiprocessors
+    lanes: int  # fp32 lanes of one
     launch: float = 3e-6  # seconds that a dependent launch costs
+
+    @property
+    def clock(self) -> float:
+        """The clock in Hz that the fp32 peak stands on."""
+        return self.fp32 / (2 * self.units * self.lanes)
 
 
 DEVICES = (
-    Device("A100", "sm_80", 2.039e12, 19.5e12, 156e12, 312e12, 624e12, 9.75e12),
-    Device("H100", "sm_90", 3.35e12, 67e12, 494e12, 989e12, 1979e12, 16.75e12),
-    Device("B200", "sm_100", 8.0e12, 75e12, 1125e12, 2250e12, 4500e12, 18.75e12),
-    Device("RTX 4090", "sm_86", 1.008e12, 82.6e12, 82.6e12, 165e12, 661e12, 20.6e12),  # sm_89 runs sm_86 binaries
+    Device("A100", "sm_80", 2.039e12, 19.5e12, 156e12, 312e12, 624e12, 9.75e12, 108, 64),
+    Device("H100", "sm_90", 3.35e12, 67e12, 494e12, 989e12, 1979e12, 16.75e12, 132, 128),
+    Device("B200", "sm_100", 8.0e12, 75e12, 1125e12, 2250e12, 4500e12, 18.75e12, 148, 128),
+    Device(
+        "RTX 4090", "sm_86", 1.008e12, 82.6e12, 82.6e12, 165e12, 661e12, 20.6e12, 128, 128
+    ),  # sm_89 runs sm_86 binaries
 )
 
 

@@ -18,6 +18,46 @@ class CudaWork(NamedTuple):
     kind: str = "fp32"
 
 
+class Executed(NamedTuple):
+    """What a kernel executed, as the PTX interpreter counts it (tests/ptx/ptx_counts.py); instructions of a warp."""
+
+    instructions: int = 0
+    fma: int = 0  # of fp32, by lane
+    global_requests: int = 0
+    global_bytes: int = 0  # that lanes asked for
+    sectors: int = 0  # of 32 bytes, summed over requests
+    shared_requests: int = 0
+    wavefronts: int = 0  # passes over the banks of shared memory
+    ideal_wavefronts: int = 0  # the fewest that the words need
+
+    @property
+    def sectors_per_request(self) -> float:
+        return self.sectors / max(1, self.global_requests)
+
+    @property
+    def sector_use(self) -> float:
+        """Bytes asked for over bytes of the sectors touched; above 1 where lanes ask for the same bytes."""
+        return self.global_bytes / max(1, 32 * self.sectors)
+
+    @property
+    def bank_conflicts(self) -> float:
+        """Passes over the banks for each that was needed; 1 is none."""
+        return self.wavefronts / max(1, self.ideal_wavefronts)
+
+
+def executed_times(device: Device, work: Executed, bytes: int) -> dict[str, float]:
+    """Model, in seconds: what each part of the device needs alone; the kernel takes at least the largest.
+
+    issue: four warp instructions a multiprocessor and clock, PTX instructions standing for machine instructions;
+    shared: one wavefront a multiprocessor and clock; memory: `bytes`, which memory must deliver at least once.
+    """
+    return {
+        "issue": work.instructions / (4 * device.units * device.clock),
+        "shared": work.wavefronts / (device.units * device.clock),
+        "memory": bytes / device.bandwidth,
+    }
+
+
 def loops() -> list[dict[str, Any]]:
     """Per device: encode, decode and the fused loop of one token, against the least that any kernel could take."""
     specs = {s.label: s for s in all_specs()}

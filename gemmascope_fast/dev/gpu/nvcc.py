@@ -6,11 +6,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.backends.gpu import sass
 from gemmascope_fast.dev.gpu.aot import Binary
 from gemmascope_fast.dev.gpu.devices import ARCHS, model_times, occupancy
+from gemmascope_fast.dev.gpu.sass import Sass
 from gemmascope_fast.dev.gpu.specs import L0, OUT, WORDS, D, F
 from gemmascope_fast.errors import BackendError
 
@@ -39,31 +42,35 @@ def compile_source(path: Path, arch: str) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", *FLAGS, f"-arch={arch}", "-I", str(SOURCES), "-o", f"{folder}/out.cubin", str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BackendError(f"{path.name} for {arch}: {done.stderr[-2000:]}")
-    return [_row(path, arch, *found) for found in _kernels(done.stderr)]
+        if done.returncode != 0:
+            raise BackendError(f"{path.name} for {arch}: {done.stderr[-2000:]}")
+        machine = sass.read(Path(folder, "out.cubin").read_bytes())
+    return [_row(path, arch, machine[name], name, *rest) for name, *rest in _kernels(done.stderr)]
 
 
-def _kernels(text: str) -> list[tuple[str, int, int, int]]:
-    """(mangled name, registers, spilled bytes, static shared bytes) of each entry in ptxas's report."""
+def _kernels(text: str) -> list[tuple[str, int, int, int, int]]:
+    """(mangled name, registers, spilled, static shared and stack bytes) of each entry in ptxas's report."""
     found = []
     for part in re.split(r"Compiling entry function '", text)[1:]:
         name = part.split("'", 1)[0]
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
         registers = int(re.search(r"Used (\d+) registers", part)[1])  # type: ignore[index]
         shared = re.search(r"(\d+) bytes smem", part)
-        found.append((name, registers, spills, int(shared[1]) if shared else 0))
+        stack = max((int(n) for n in re.findall(r"(\d+) bytes stack frame", part)), default=0)
+        found.append((name, registers, spills, int(shared[1]) if shared else 0, stack))
     return found
 
 
-def _row(path: Path, arch: str, name: str, registers: int, spilled: int, shared: int) -> dict[str, Any]:
+def _row(
+    path: Path, arch: str, machine: Sass, name: str, registers: int, spilled: int, shared: int, stack: int
+) -> dict[str, Any]:
     share = occupancy(ARCHS[arch], WARPS, registers, shared)
     plain = _plain(name)
-    binary = Binary(f"{path.stem}: {plain}", arch, registers, spilled, shared, share)
+    binary = Binary(f"{path.stem}: {plain}", arch, registers, spilled, shared, share, stack, machine)
     moved, operations, kind = cost(plain)
     return {
         "source": "cuda",
-        **vars(binary),
+        **asdict(binary),
         "bytes": moved,
         "operations": operations,
         "operations_kind": kind,
