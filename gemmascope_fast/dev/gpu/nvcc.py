@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.backends.gpu import sass
+from gemmascope_fast.dev.gpu import sass
 from gemmascope_fast.dev.gpu.aot import Binary
 from gemmascope_fast.dev.gpu.devices import ARCHS, model_times, occupancy
 from gemmascope_fast.dev.gpu.sass import Sass
