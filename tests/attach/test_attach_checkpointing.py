@@ -243,7 +243,7 @@ def test_a_run_that_came_later_takes_no_part():
         model = trained(how)
         with gsf.attach(model, {(1, "attn"): sae(d_in=HEADS)}, mode="splice"):
             loss = loss_of(model)
-            with gsf.attach(model, {(2, "mlp"): sae()}, mode="splice") as later:
+            with gsf.attach(model, {(2, "attn"): sae(d_in=HEADS)}, mode="splice") as later:
                 loss_of(model)
                 loss.backward()
         assert len(later.tokens) == 18
