@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from gemmascope_fast.backends.gpu import sass
+from gemmascope_fast.dev.gpu import sass
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.dev.gpu import aot, check, devices, model, nvcc
 from gemmascope_fast.dev.gpu.specs import all_specs
