@@ -287,6 +287,34 @@ def test_a_conversion_into_a_folder_never_mixes_two_checkpoints(root, tmp_path, 
     assert at > 4
 
 
+def test_a_site_written_over_another_has_no_index_of_both(root, tmp_path, monkeypatch):
+    def write(out, top):
+        run(["dashboard", "--latents", root / "latents", "--no-weights", "--out", out, "--top", top])
+
+    old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
+    write(old, 1)
+    write(new, 3)
+    assert all(tree(old)[page] != tree(new)[page] for page in ("feature/1.html", "feature/5.html"))
+    at, over = 0, False
+    while not over:
+        at += 1
+        shutil.copytree(old, out)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "os", Disk(at))
+            try:
+                write(out, 3)
+                over = True
+            except Killed:
+                pass
+        if (out / "index.html").exists():
+            pages = {name: page for name, page in tree(out).items() if name.endswith(".html")}
+            assert any(pages.items() <= tree(site).items() for site in (old, new))
+        write(out, 3)
+        assert tree(out) == tree(new)
+        shutil.rmtree(out)
+    assert at > FEATURES
+
+
 SCRIPT = """
 import os, sys
 sys.path.insert(0, sys.argv[1])

@@ -35,6 +35,11 @@ COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py 
 CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
 SITES, ORIGIN = "tests/attach/test_sites.py", "tests/test_origin.py"
 EXTRACTION, JOBS = "tests/analysis/test_extraction.py", "tests/analysis/test_jobs_bad_input.py"
+IDENTITY, CRASH, ERRORS = (
+    "tests/files/test_identity.py",
+    "tests/files/test_crash_points.py",
+    "tests/analysis/test_jobs_errors.py",
+)
 
 CPP = [
     # nested codes: sums of 16 bits, slices, groups
@@ -216,4 +221,26 @@ PYTHON = [
     Mutation("a text may outgrow the model's window", "gemmascope_fast/analysis/extraction/texts.py", "min(window, len(own)) > most", "min(window, len(own)) > 2 * most", JOBS + " -k longer"),
     Mutation("a full disk costs the earlier file", "gemmascope_fast/cli/arguments.py", "    with saying_where(path), replacing(path) as temporary:\n        temporary.write_text(text", "    with saying_where(path):\n        path.write_text(text", JOBS + " -k keeps_the_earlier"),
     Mutation("outputs are not checked first", "gemmascope_fast/cli/arguments.py", "if not path.parent.is_dir() or path.is_dir():", "if False:", JOBS + " -k told_first"),
+    # what jobs keep, and of what it is
+    Mutation("a sample of the weights stands for them", "gemmascope_fast/files/identity.py", "yield from flat.split(BLOCK)", "yield from flat[::1009].split(BLOCK)", IDENTITY + " -k any_weight"),
+    Mutation("a matrix by columns is taken for another by rows", "gemmascope_fast/files/identity.py", 'tensor, order = tensor.t(), "columns of "', 'tensor, order = tensor.t(), ""', IDENTITY + " -k layout"),
+    Mutation("the configuration counts for nothing", "gemmascope_fast/files/identity.py", "weights, settings, _config(module)]", "weights, settings]", IDENTITY + " -k configuration"),
+    Mutation("a training's folder serves another model", "gemmascope_fast/training/nested/recipe.py", "    identity.claim(Path(work), about)\n", "", IDENTITY + " -k python_too"),
+    Mutation("activations serve another model", "gemmascope_fast/training/activations.py", '    identity.claim(folder, {"model": model_id}, "--activations")\n', "", IDENTITY + " -k same_folder"),
+    Mutation("a table serves another model", "gemmascope_fast/analysis/widths/measure.py", "if key in self.figures or (self.figures and not first):", "if False:", IDENTITY + " -k same_folder"),
+    Mutation("an evaluation goes on with another text", "gemmascope_fast/analysis/evaluation/run.py", "if i == done and read != self._read[which]:", "if False:", IDENTITY + " -k grew"),
+    Mutation("a complete extraction takes another text", "gemmascope_fast/analysis/extraction/run.py", "            _check_text(store, fresh)\n", "            pass\n", IDENTITY + " -k same_folder"),
+    Mutation("a kill at the first manifest blocks the folder", "gemmascope_fast/analysis/extraction/store.py", " or files.is_temporary(name)", "", CRASH + " -k extraction"),
+    Mutation("a repaired shard may differ", "gemmascope_fast/analysis/extraction/store.py", "if known is not None and digest != known:", "if False:", ERRORS + " -k repaired"),
+    Mutation("the journal is not on the disk", "gemmascope_fast/files/atomic.py", "                rest = rest[os.write(handle, rest) :]\n            os.fsync(handle)\n", "                rest = rest[os.write(handle, rest) :]\n", ERRORS + " -k counts_when"),
+    Mutation("a conversion mixes two checkpoints", "gemmascope_fast/files/atomic.py", "    for path in sorted(old, key=lambda p: -p.stat().st_size):\n        os.unlink(path)\n", "", CRASH + " -k never_mixes"),
+    Mutation("what a kill left stays", "gemmascope_fast/files/atomic.py", '        for path in folder.glob(f".{_escaped(name)}.*.tmp"):\n            _discard(path)\n', "", ERRORS + " -k left"),
+    Mutation("what another writer writes is removed", "gemmascope_fast/files/atomic.py", "        fcntl.flock(handle, fcntl.LOCK_SH)  # a failed conversion may have lost it\n        return False", "        return True", ERRORS + " -k another_writer"),
+    Mutation("an old index stands for new pages", "gemmascope_fast/analysis/dashboard/pages.py", '    remove(out / "index.html")\n', "", CRASH + " -k written_over"),
+    Mutation("latents that are not finite pass", "gemmascope_fast/analysis/dashboard/collect.py", "        _check_finite(store.path(\"latents\", shard), rows)\n", "", ERRORS + " -k not_finite"),
+    Mutation("a coder of several sites passes", "gemmascope_fast/checkpoints/bundled.py", "if sae.kind in SEVERAL:", "if False:", ERRORS + " -k several_sites"),
+    Mutation("small scales are float16 too", "gemmascope_fast/ops/codes.py", "(widest > 0) & (widest < NARROW)", "(widest > 0) & (widest < 0)", "tests/ops/test_matryoshka_codes.py -k every_size"),
+    Mutation("training rounds small scales up", "gemmascope_fast/training/nested/recipe.py", "clamp(min=LEAST)", "clamp(min=6.1e-5)", "tests/training/test_matryoshka_training.py -k tiny_weights"),
+    Mutation("experts are left out without a word", "gemmascope_fast/quant/model.py", "if fused and not skip_experts:", "if False:", "tests/ops/test_matryoshka_models.py"),
+    Mutation("a quantised head is tied again", "gemmascope_fast/quant/model.py", "            config.tie_word_embeddings = False\n", "            pass\n", "tests/ops/test_matryoshka_models.py -k tied"),
 ]  # fmt: skip

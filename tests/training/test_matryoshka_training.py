@@ -41,6 +41,20 @@ def test_the_trained_slice_is_the_served_slice(group_size, mode):
         assert bool((apart <= 256 * 2**-9).float().mean() > 0.9)
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-5, 1e-3])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_the_trained_slice_of_tiny_weights_is_the_served_one(group_size, size):
+    linear = nn.Linear(70, 40)
+    linear.weight.data.mul_(size)
+    module = NestedWeight(linear, Recipe("qat", group_size))
+    for bits in (8, 4, 2):
+        module.bits = bits
+        got, want = module.sliced().detach(), module.codes().dequantize(bits)
+        assert (got - want).norm() < 0.02 * want.norm()
+    module.sliced().square().sum().backward()
+    assert all(bool(p.grad.isfinite().all()) for p in (module.weight, module.clip_low, module.clip_high))
+
+
 def test_gradients_pass_straight_through_the_rounding_and_stop_at_the_clip():
     module = NestedWeight(nn.Linear(8, 4), Recipe("qat"))
     with torch.no_grad():
