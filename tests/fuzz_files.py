@@ -185,6 +185,16 @@ def mutate_json(data: bytes, draw: random.Random) -> bytes:
     return json.dumps(config).encode("utf-8", "surrogatepass")
 
 
+def mutate_metadata(metadata: dict[str, object], draw: random.Random) -> None:
+    """safetensors: one of the texts under __metadata__, an object of JSON or the shape of latents."""
+    key = draw.choice(list(metadata))
+    held = metadata[key]
+    if isinstance(held, str) and held.startswith("{"):
+        metadata[key] = mutate_json(held.encode(), draw).decode("utf-8", "replace")
+    else:
+        metadata[key] = draw.choice(("-3,-10", "3,-10", "3", "", "3,10,1", "1e9,10", "9" * 30, "3,²"))
+
+
 def mutate_header(data: bytes, draw: random.Random) -> bytes:
     """safetensors: a header that is well-formed JSON of the right length and says something else."""
     (length,) = struct.unpack("<Q", data[:8])
@@ -196,6 +206,8 @@ def mutate_header(data: bytes, draw: random.Random) -> bytes:
             del header[name]
         elif how == 1:
             header[draw.choice(("W_enc", "w_enc", "b_dec", "x", "screen.codes", "__metadata__"))] = item
+        elif name == "__metadata__" and how < 6 and isinstance(item, dict) and item:
+            mutate_metadata(item, draw)
         elif not isinstance(item, dict) or "dtype" not in item or how == 2:
             header[name] = any_json(draw) if how < 5 or not isinstance(item, dict) else item | {"k": any_json(draw)}
         elif how == 3:
@@ -215,6 +227,7 @@ def mutate_header(data: bytes, draw: random.Random) -> bytes:
     text = json.dumps(header).encode("utf-8", "surrogatepass")
     if draw.random() < 0.1 and len(text) > 2:
         text = text[:-1] + b"," + text[1:]  # every name twice
+    text = text.ljust(length * draw.randrange(2))  # as long as it was: then the arrays lie where they did
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
 

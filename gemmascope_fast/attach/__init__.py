@@ -53,13 +53,13 @@ def attach(
 
     saes: an SAE, a list, a Bank (of which this model's SAEs are taken), or a dict keyed by layer, (layer, kind), Site
     or module path (`….output` or `….input` of that very module; a bare path means its output).  Without a key the
-    checkpoint's own site counts; docs/reference/sites.md says what each kind is.  In place of an SAE an `Activations` keeps
-    what passes.  A cross-layer transcoder has one set of latents a layer, keyed by where that layer reads, and
+    checkpoint's own site counts; docs/reference/sites.md says what each kind is.  In place of an SAE an `Activations`
+    keeps what passes.  A cross-layer transcoder has one set of latents a layer, keyed by where that layer reads, and
     splices every output; a crosscoder has one, keyed by the tuple of its sites, and is only observed.
     mode: None means "observe", or "splice+error" where there are edits.  "observe" changes nothing; "splice" puts the
-    reconstruction in the activation's place; "splice+error" adds
-    what the reconstruction lacks, so that without edits the activation passes bit for bit (and nothing is decoded),
-    while the gradient goes through the latents, with the error a constant unless `error_grad`.
+    reconstruction in the activation's place; "splice+error" adds what the reconstruction lacks, so that without edits
+    the activation passes bit for bit (and nothing is decoded), while the gradient goes through the latents, with the
+    error a constant unless `error_grad`.
     edits: interventions (Clamp, Scale, Ablate, Add, MinClamp, Mask, Direction) in their order: one, a list where one
     SAE is attached, or a dict keyed as `saes`; at a site of no SAE a Direction alone.  They act on the selected tokens.
     tokens: "content", the default: neither BOS, EOS, PAD, padding nor a chat's first four tokens, on which Gemma Scope

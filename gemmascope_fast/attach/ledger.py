@@ -120,8 +120,7 @@ class Ledger:
 
     def _mark(self, cache: Any) -> Mark | None:
         marks = getattr(cache, "__dict__", {}).get(_MARKS)
-        mark = marks.of.get(self) if isinstance(marks, _Marks) else None
-        if mark is None:
+        if not isinstance(marks, _Marks) or (mark := marks.of.get(self)) is None:
             return None
         return mark if marks.owner is not None and marks.owner() is cache else mark.copied()
 
@@ -132,8 +131,8 @@ class Ledger:
         marks = known.get(_MARKS)
         if not isinstance(marks, _Marks) or marks.owner is None or marks.owner() is not cache:
             old, marks = marks, _Marks(cache)
-            for ledger, mark in old.of.items() if isinstance(old, _Marks) else ():
-                marks.of[ledger] = mark.copied()
+            for ledger, known_mark in old.of.items() if isinstance(old, _Marks) else ():
+                marks.of[ledger] = known_mark.copied()
             known[_MARKS] = marks
         mark = marks.of.get(self)
         if mark is None or mark.group is not group or mark.calls is not None:

@@ -66,7 +66,8 @@ class _Table:
 
 def _lineage(group: Group) -> list[tuple[Group, Parent, Sequence[Call]]]:
     """The groups that it continues, the first one first, and itself: what the cache held when each began, its calls."""
-    found, calls = [], len(group.calls)
+    found: list[tuple[Group, Parent, Sequence[Call]]] = []
+    calls = len(group.calls)
     while True:
         held = group.parent or Parent(group, 0, tuple(range(group.rows)), group.first)
         found.append((group, held, group.calls[:calls]))

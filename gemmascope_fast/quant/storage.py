@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.errors import CheckpointError
+from gemmascope_fast.files.fields import integer, integers, json_object, shown
+from gemmascope_fast.files.regular import check_regular
 from gemmascope_fast.files.write import write_safetensors
 from gemmascope_fast.quant.planes import WIDTHS, Packed
 
@@ -50,26 +52,30 @@ def load(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor], dict[s
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    check_regular(path)
     try:
         with safe_open(str(path), framework="pt") as file:
-            header = json.loads((file.metadata() or {})[KEY])
+            stored = (file.metadata() or {})[KEY]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a readable file of matryoshka codes: {error}") from error
+    header = json_object(path, f"metadata {KEY!r}", stored)
+    integer(path, "version", header.get("version"), VERSION, VERSION)
     try:
-        if header["version"] != VERSION:
-            raise CheckpointError(f"{path}: version: expected {VERSION}, got {header['version']}")
-        matrices = {name: _matrix(tensors, name, layer) for name, layer in header["layers"].items()}
+        matrices = {name: _matrix(path, tensors, name, layer) for name, layer in header["layers"].items()}
         about = header["about"]
+        if not isinstance(about, dict):
+            raise ValueError(f"about: expected an object, got {shown(about)}")
     except (KeyError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise CheckpointError(f"{path}: codes, scales and shapes disagree: {error}") from error
     return matrices, tensors, about
 
 
-def _matrix(tensors: dict[str, Tensor], name: str, layer: dict[str, Any]) -> Packed:
+def _matrix(path: Path, tensors: dict[str, Tensor], name: str, layer: dict[str, Any]) -> Packed:
     """Take one matrix's tensors out of `tensors`."""
-    rows, columns = layer["shape"]
-    stored = layer["stored"]
+    rows, columns = (integer(path, f"{name}: shape", n) for n in integers(path, f"{name}: shape", layer["shape"], 2))
+    stored, group = integer(path, f"{name}: stored", layer["stored"], 2, 8), layer["group_size"]
+    group = None if group is None else integer(path, f"{name}: group_size", group)
     planes = tuple(tensors.pop(f"{name}.plane{i}") for i in range(len(WIDTHS[stored])))
     crow, col = tensors.pop(f"{name}.overflow_crow", None), tensors.pop(f"{name}.overflow_col", None)
     if (crow is None) != (col is None):
@@ -79,4 +85,4 @@ def _matrix(tensors: dict[str, Tensor], name: str, layer: dict[str, Any]) -> Pac
         raise ValueError(f"{name}.scale: expected finite values")
     overflow = None if crow is None or col is None else (crow, col)
     zero = tensors.pop(f"{name}.zero_point")
-    return Packed(planes, scale, zero, rows, columns, layer["group_size"], stored, layer["mode"], overflow)
+    return Packed(planes, scale, zero, rows, columns, group, stored, layer["mode"], overflow)

@@ -183,7 +183,7 @@ def test_attribution_where_the_graph_is_kept(how):
         model = trained(each)
         with gsf.attach(model, SAES["several"](), mode="splice+error") as run:
             found.append(run.attribution(loss_of(model)))
-            found[-1]["path"] = run.integrated_gradients((0, "mlp"), lambda: loss_of(model), 3)
+            found[-1]["path"] = run.integrated_gradients((0, "mlp"), lambda model=model: loss_of(model), 3)
     for key, want in found[0].items():
         torch.testing.assert_close(found[1][key].to_dense(), want.to_dense(), rtol=1e-4, atol=1e-7)
         assert want.nnz
@@ -282,7 +282,7 @@ def test_a_whole_model_checkpointed_by_hand(reentrant):
 
     with (
         gsf.attach(model, {(1, "attn"): sae(d_in=HEADS)}, mode="splice", tokens="all"),
-        pytest.raises(gsf.AttachError, match="the model itself is called by torch.utils.checkpoint"),
+        pytest.raises(gsf.AttachError, match=r"the model itself is called by torch\.utils\.checkpoint"),
     ):
         checkpoint(whole, embeds, use_reentrant=reentrant)
     with gsf.attach(model, {(1, "attn"): sae(d_in=HEADS)}, tokens="all") as run:

@@ -2,14 +2,22 @@
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
+import torch
 from checkpoint_files import weights, write_gemma_scope_2, write_saelens
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as save_torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints.loading import from_pretrained, open_checkpoint
+from gemmascope_fast.ops.codes import quantize
+from gemmascope_fast.quant import storage
+from gemmascope_fast.quant.planes import Packed
 
 JUMPRELU = {"architecture": "jumprelu", "sae_lens_version": "6.54.0", "apply_b_dec_to_input": False}
 
@@ -179,3 +187,46 @@ def test_messages_stay_short(tmp_path):
 def test_open_checkpoint_names_what_it_is_given(tmp_path):
     with pytest.raises(gsf.CheckpointError, match="no such file"):
         open_checkpoint(tmp_path / "nothing")
+
+
+# ---- nested codes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nested(tmp_path):
+    matrix = Packed.of(quantize(torch.randn(20, 40, generator=torch.Generator().manual_seed(0))))
+    storage.save(tmp_path / "codes.safetensors", {"a": matrix}, {}, {"what": "a test"})
+    return tmp_path / "codes.safetensors"
+
+
+BAD = [{"shape": s} for s in ([20, -40], [20], [20.0, 40], [0, 40], "ab", [True, 40], [20, 2**63], [36, 40], None)]
+BAD += [{"group_size": g} for g in (0, -1, 32.0, "32", True, 16)]
+BAD += [{"stored": s} for s in (0, -8, 7, 16, "8", 8.0, [8])]
+BAD += [{"mode": m} for m in (None, 3, "other", ["prefix"])]
+
+
+@pytest.mark.parametrize("change", [None, [], 3, *BAD], ids=str)
+def test_nested_codes(nested, change):
+    arrays, metadata = load_file(nested), safe_open(nested, "pt").metadata()
+    header = json.loads(metadata["matryoshka"])
+    assert storage.load(nested)[2] == {"what": "a test"}
+    header["layers"]["a"] = header["layers"]["a"] | change if isinstance(change, dict) else change
+    save_torch(arrays, nested, {"matryoshka": json.dumps(header)})
+    with pytest.raises(gsf.CheckpointError, match=str(nested)):
+        storage.load(nested)
+
+
+NO_HEADERS = ["", "[", "[]", "3", "[" * 100_000, '{"version": 2}', '{"version": true}', '{"version": 1}']
+
+
+@pytest.mark.parametrize("text", NO_HEADERS)
+def test_nested_headers(nested, text):
+    save_torch(load_file(nested), nested, {"matryoshka": text})
+    with pytest.raises(gsf.CheckpointError, match=str(nested)):
+        storage.load(nested)
+
+
+def test_nested_codes_in_a_fifo(tmp_path):
+    os.mkfifo(tmp_path / "codes.safetensors")
+    with pytest.raises(gsf.CheckpointError, match="got a FIFO"):
+        storage.load(tmp_path / "codes.safetensors")

@@ -11,6 +11,7 @@ import zipfile
 
 import fuzz_checkpoints as fuzz
 import fuzz_files as files
+import fuzz_forged as files_forged
 import numpy as np
 import pytest
 import torch
@@ -34,11 +35,11 @@ quick = settings(
 
 def test_a_sample_of_mutated_files():
     cases = os.environ.get("GSF_MUTATIONS", "100")
-    command = [sys.executable, "-X", "faulthandler", fuzz.__file__, "--together", "--cases", cases]
+    command = [sys.executable, "-X", "faulthandler", fuzz.__file__, "--together", "--cases", cases, "--forged", cases]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == len(fuzz.FORMATS)
+    assert len(lines) == 2 * len(fuzz.FORMATS)
     # mutations that all break, or none, would test little
     assert all(" 0 loaded" not in line and " 0 refused" not in line for line in lines)
 
@@ -53,6 +54,24 @@ def test_the_fuzzer_sees_what_it_looks_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fuzz, "load", nameless)
     assert "names no file" in fuzz.run_case("native", 0, variants, tmp_path / "case")
+
+    def greedy(folder, kind):
+        torch.ones(80 << 20, dtype=torch.uint8)
+
+    monkeypatch.setattr(fuzz, "load", greedy)
+    if os.access("/proc/self/clear_refs", os.W_OK):
+        assert "took 8" in fuzz.run_case("native", 0, variants, tmp_path / "case")
+
+
+def test_forged_files_are_functions_of_their_number(monkeypatch):
+    files_forged.small_packed_files(monkeypatch.setattr)
+    for kind in ("screened", "packed", "latents", "gemma-scope-1", "saelens", "native"):
+        variants, changed = fuzz.FORMATS[kind](), 0
+        for number in range(20):
+            made = files_forged.forged(kind, variants[0], random.Random(number))
+            changed += made != variants[0]
+            assert made == files_forged.forged(kind, variants[0], random.Random(number))
+        assert changed > 10
 
 
 # ---- what is accepted, others accept, and read alike -----------------------------------------------------------

@@ -6,9 +6,8 @@ import shutil
 
 import pytest
 
-from gemmascope_fast.dev.gpu import sass
 from gemmascope_fast.cli import main as cli
-from gemmascope_fast.dev.gpu import aot, check, devices, model, nvcc
+from gemmascope_fast.dev.gpu import aot, check, devices, model, nvcc, sass
 from gemmascope_fast.dev.gpu.specs import all_specs
 
 SPECS = {s.label: s for s in all_specs()}

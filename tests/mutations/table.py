@@ -31,6 +31,9 @@ UNIT, NESTED, KERNELS = "csrc/cpu/matryoshka_unit.h", "csrc/cpu/matryoshka.h", "
 PACKED = (
     "tests/checkpoints/test_packed.py tests/checkpoints/test_packed_damage.py tests/checkpoints/test_packed_memory.py"
 )
+FORGED, HOSTILE = "tests/checkpoints/test_checkpoints_forged.py", "tests/checkpoints/test_checkpoints_hostile.py"
+FIELDS, HUB = "tests/checkpoints/test_checkpoints_fields.py", "tests/checkpoints/test_hub.py"
+LOADERS = "gemmascope_fast/checkpoints/"
 COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py tests/analysis/test_variants.py tests/analysis/test_conversation.py"
 CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
 SITES, ORIGIN = "tests/attach/test_sites.py", "tests/test_origin.py"
@@ -175,6 +178,36 @@ PYTHON = [
     Mutation("another checkpoint serves a decoder", "gemmascope_fast/checkpoints/mapped.py", "or source_of(checkpoint) != about[\"source\"]", "", PACKED),
     Mutation("decoders are mapped at any byte", "gemmascope_fast/checkpoints/packed.py", " and entry.at % 4 == 0", "", PACKED),
     Mutation("complex x passes", "gemmascope_fast/sae/base.py", "if not x.is_floating_point():", "if False:", BAD),
+    # files that somebody else wrote
+    Mutation("a table may let columns past d_sae survive", LOADERS + "stored_screen.py", "if not bool((beyond == past).all()):", "if False:", FORGED),
+    Mutation("a table's numbers are not looked at", LOADERS + "stored_screen.py", "if not bool(((inside >= least) & (inside <= most)).all()):", "if False:", FORGED),
+    Mutation("zero points lie between codes", LOADERS + "stored_screen.py", "if not bool((zero == zero.round()).all()):", "if False:", FORGED),
+    Mutation("a stored screen is taken as it is", LOADERS + "native.py", "    check_screen(path, screen, sae.d_in, sae.d_sae)\n", "", FORGED),
+    Mutation("a packed screen is taken as it is", "gemmascope_fast/checkpoints/mapped.py", "    check_screen(path, screen, layout.d_in, layout.d_sae)\n", "", FORGED),
+    Mutation("a packed file may say another checkpoint's shape", "gemmascope_fast/checkpoints/mapped.py", "        if said[name] != value:", "        if False:", FORGED),
+    Mutation("packed vectors may be infinite", "gemmascope_fast/checkpoints/mapped.py", "if name in VECTORS and not bool(torch.isfinite(tensor).all()):", "if False:", FORGED),
+    Mutation("panels of any size", "gemmascope_fast/checkpoints/packed.py", "    if panel % 64:", "    if False:", FORGED),
+    Mutation("checksums are not counted", "gemmascope_fast/checkpoints/packed.py", "sums[name], len(layout.pieces(name)), (1 << 32) - 1)", "sums[name], None, (1 << 32) - 1)", FORGED),
+    Mutation("a bool is an integer", "gemmascope_fast/files/fields.py", "if type(value) is int and least <= value <= most:", "if isinstance(value, int) and least <= value <= most:", FIELDS),
+    Mutation("negative sizes pass", "gemmascope_fast/files/fields.py", "return [integer(path, what, number, 0, most) for number in value]", "return [integer(path, what, number, -most, most) for number in value]", HOSTILE),
+    Mutation("arrays of any number of dimensions", "gemmascope_fast/files/fields.py", " or len(value) > MAX_DIMENSIONS", "", HOSTILE),
+    Mutation("headers of any size are parsed", "gemmascope_fast/files/arrays.py", "if length > min(MAX_JSON, size - 8):", "if length > size - 8:", HOSTILE),
+    Mutation("zip directories of any size are parsed", "gemmascope_fast/files/arrays.py", "with _SmallReads(path, \"rb\") as file, zipfile", "with open(path, \"rb\") as file, zipfile", HOSTILE),
+    Mutation("npy headers of any size are read", "gemmascope_fast/files/arrays.py", "member.read(MAX_NPY_HEADER)", "member.read()", HOSTILE),
+    Mutation("bombs are counted one by one", "gemmascope_fast/files/arrays.py", "if there > BOMB_BYTES and there > BOMB_RATIO * stored:", "if False:", HOSTILE),
+    Mutation("the end of a long row goes to its beginning", "gemmascope_fast/files/arrays.py", "rows[row, column : column + first].copy_", "rows[row, :first].copy_", HOSTILE),
+    Mutation("what became a FIFO is read", "gemmascope_fast/files/regular.py", "if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):", "if False:", HOSTILE),
+    Mutation("configs of any size are parsed", "gemmascope_fast/files/regular.py", "    if len(data) > most:", "    if False:", HOSTILE),
+    Mutation("any activation function loads as ReLU", LOADERS + "base.py", "if config.get(key) is not None and not", "if False and not", FIELDS),
+    Mutation("top-k without k loads as ReLU", LOADERS + "saelens.py", "    if new.get(\"activation_fn\") == \"topk\" and new", "    if arguments and new.get(\"activation_fn\") == \"topk\" and new", FIELDS),
+    Mutation("any k", LOADERS + "saelens.py", "config.get(\"k\"), 1, _d_sae(arrays))", "config.get(\"k\"), -9, MOST)", FIELDS),
+    Mutation("k beside another kind is passed over", LOADERS + "base.py", "if self.k is not None and self.kind != \"topk_sae\":", "if False:", FIELDS),
+    Mutation("latents of any dtype", "gemmascope_fast/files/arrays.py", "if not entries[\"values\"].dtype.is_floating_point:", "if False:", FIELDS),
+    Mutation("a hub that is down has answered", LOADERS + "hub.py", "else status < 500", "else True", HUB),
+    Mutation("a name server is waited for", LOADERS + "hub.py", "answers.get(timeout=wait + 0.5)", "answers.get()", HUB),
+    Mutation("a commit in the cache is asked for", LOADERS + "repository.py", "if commit and not force else None", "if False else None", HUB),
+    Mutation("release and folder may both be given", "gemmascope_fast/checkpoints/loading.py", "    if len(given) != 1:", "    if not given:", HUB),
+    Mutation("demo is a repository", LOADERS + "repository.py", "    if source == \"demo\":", "    if source == \"\":", HUB),
     Mutation("a list passes for a tensor", "gemmascope_fast/ops/_library.py", "if not isinstance(value, torch.Tensor):", "if False:", BAD),
     Mutation("latents of another device pass", "gemmascope_fast/ops/latents.py", "if latents.device != device:", "if False:", BAD),
     # the jobs: extraction, dashboard, concepts, comparisons

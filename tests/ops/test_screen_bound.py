@@ -143,7 +143,8 @@ def test_rounding_along_the_directions_alone(isa, digits):
 @pytest.mark.parametrize("digits", [1, 2])
 @pytest.mark.parametrize("k", [0, 4])
 def test_rounding_is_bounded_by_what_the_page_derives(isa, digits, k):
-    """Rows and tokens on their grids: what is left of the bound is its rounding, written again from docs/how/screen.md.  A
+    """Rows and tokens on their grids: what is left of the bound is its rounding, written again from
+    docs/how/screen.md.  A
     pair a little nearer to its threshold than that survives the first stage, one a little further away does not."""
     g = torch.Generator().manual_seed(10)
     d, F, u = 64, 24, 2.0**-24

@@ -1,4 +1,4 @@
-"""The screen's numbers and names, once: C++ (csrc/cpu/screen_terms.h), Python (ops.screen_terms) and docs/how/screen.md."""
+"""The screen's numbers and names: C++ (csrc/cpu/screen_terms.h), ops.screen_terms and docs/how/screen.md agree."""
 
 import math
 import os

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.dev.gpu import sass
 from gemmascope_fast.backends.gpu.launch import interpreted
+from gemmascope_fast.dev.gpu import sass
 from gemmascope_fast.dev.gpu.devices import ARCHS, occupancy
 from gemmascope_fast.dev.gpu.sass import Sass
 from gemmascope_fast.dev.gpu.specs import KernelSpec
