@@ -242,6 +242,7 @@ def test_another_table_of_the_same_code_is_looked_at(same_bytes):
 def test_what_lies_past_the_last_feature_is_never_one(F, value, same_bytes):
     """A forged table and forged codes beyond d_sae: the bytes and the pairs looked at of the honest ones."""
     x, W, b, theta, mean = case(3, 40, F)
+    x[1, 5] = float("nan")  # a token whose bound says nothing
     code, code2, table = ops.screen_rows(W, b, theta, mean, True)
     *_, honest = gpu.encode_screened(x, W, b, theta, code, code2, table, mean)
     table[:, F:] = value

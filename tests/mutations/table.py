@@ -22,9 +22,16 @@ PREPARE, BACKENDS = "tests/sae/test_prepare.py", "tests/backends/test_backends.p
 
 SCREEN, REFINE, BUILD = "csrc/cpu/screen.h", "csrc/cpu/screen_refine.h", "csrc/cpu/screen_build.h"
 AMX, LANES = "csrc/cpu/screen_amx.h", "csrc/cpu/screen_lanes.h"
+EPILOGUE, TERMS = "csrc/cpu/screen_epilogue.h", "csrc/cpu/screen_terms.h"
 SCREENED = "tests/sae/test_screen.py tests/ops/test_screen_bound.py tests/ops/test_screen_rows.py tests/sae/test_screen_prepare.py"
-SCALED = "tests/sae/test_screen_scales.py"
+SCALED, BOUND, FORGED = (
+    "tests/sae/test_screen_scales.py",
+    "tests/ops/test_screen_bound.py",
+    "tests/ops/test_screen_forged.py",
+)
 SCREENED_BY_AMX = f"{SCREENED} -k amx"
+
+GPU_SCREEN = "tests/backends/test_triton_interpreter.py -k test_screen"
 
 UNIT, NESTED, KERNELS = "csrc/cpu/matryoshka_unit.h", "csrc/cpu/matryoshka.h", "tests/ops/test_matryoshka_kernels.py"
 
@@ -77,14 +84,25 @@ CPP = [
     Mutation("scales may be below one", "csrc/cpu/screen_checks.h", "s[i] >= 1.0f", "s[i] >= 0.25f", SCALED),
     Mutation("scales may be above 2^20", "csrc/cpu/screen_checks.h", "s[i] <= kMostScale", "s[i] <= 8 * kMostScale", SCALED),
     Mutation("tokens of nothing are screened", BUILD, "top >= kTiny && ", "", SCREENED),
-    Mutation("the zero point is forgotten", SCREEN, "isub16(raw, imul16(zero,", "isub16(raw, imul16(isub16(zero, zero),", SCREENED),
-    Mutation("the second digits of a token are lost", SCREEN, "n2[i] = raw[8 + i] -", "n2[i] = 0 * raw[8 + i] -", SCREENED),
+    Mutation("the zero point is forgotten", EPILOGUE, "isub16(sums, imul16(to_int16(zero), digit_sums))", "sums", SCREENED),
+    Mutation("the epilogue forgets the rows' error", EPILOGUE, "m = fma16(feature.row(kError), token.plane(kReach), m);", "", SCREENED),
+    Mutation("the epilogue forgets the rows' norm", EPILOGUE, "m = fma16(feature.row(kNorm), token.plane(kTokenError), m);", "", SCREENED),
+    Mutation("the second digits of a token are lost", SCREEN, "n2[i] = n[8 + i];", "n2[i] = 0 * n[8 + i];", SCREENED),
     Mutation("violations are not counted", REFINE, "++stats.violations;", ";", SCREENED),
-    Mutation("the second digit's bound is nothing", REFINE, "static_cast<double>(table[kError2 * a.stride]) * token.reach2", "0.0 * token.reach2", SCREENED),
-    Mutation("no rounding along the directions in the bound", BUILD, "(1.02 * (static_cast<double>(a.k) + 4) * kU + kFar * a.frobenius) * norm_c", "0.0", SCREENED),
-    Mutation("the directions are not added back", SCREEN, "load16(lanes + (4 + j) * plane), v);", "zero16(), v);", SCREENED),
+    # terms without which hardly any problem goes wrong
+    Mutation("no underflow in the bound", BUILD, "static_cast<double>(a.d) * kUnderflow", "0.0", BOUND),
+    Mutation("one step of the epilogue for seven", TERMS, "return kTokenSteps * kU +", "return kU +", BOUND),
+    Mutation("the second digit's bound has the norm of the first digits", REFINE, "kError2, token.reach2,", "kError2, token.reach,", BOUND),
+    Mutation("a bandwidth has no slack for the epilogue", "csrc/cpu/ops_screen.cpp", "start_steps(k) * std::fabs(edge)", "0.0 * std::fabs(edge)", BOUND),
+    Mutation("the certificate is 1,000 times looser", REFINE, "<= c[p].bound)", "<= 1000 * c[p].bound)", BOUND),
+    Mutation("another number in C++ than in Python", TERMS, "kStartSteps = 5", "kStartSteps = 6", "tests/ops/test_screen_terms.py"),
+    # a forged screen
+    Mutation("features that are not there are found", EPILOGUE, "a.encode.F - f < kTileRows ?", "a.encode.F - f < 0 ?", FORGED),
+    Mutation("the second digit's bound is nothing", REFINE, "kError2, token.reach2,", "kError2, 0.0 * token.reach2,", SCREENED),
+    Mutation("no rounding along the directions in the bound", BUILD, "coefficient_steps(a.k, a.frobenius) * norm_c", "0.0", SCREENED),
+    Mutation("the directions are not added back", EPILOGUE, "feature.row(kScreenRows + j), token.coefficient(j), m)", "zero16(), token.coefficient(j), m)", SCREENED),
     Mutation("the second look stays where it discards little", REFINE, "2 * stats.looked_out > stats.looked", "2 * stats.looked_out < stats.looked", SCREENED),
-    Mutation("the second look forgets the zero point", REFINE, "* token.sum2;\n    n[i] =", "* 0;\n    n[i] =", SCREENED),
+    Mutation("the second look forgets the zero point", REFINE, "features.row(kZero), load16i(digit_sums)", "zero16(), load16i(digit_sums)", SCREENED),
     Mutation("the second look drops the last of a group", REFINE, "((1u << count) - 1); left; left", "((1u << (count - 1)) - 1); left; left", SCREENED),
     Mutation("the last candidates are dropped", REFINE, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
     Mutation("the second digit of mapped rows is given up", REFINE, "(!a.adaptive || a.mapped ||", "(!a.adaptive ||", SCREENED),
@@ -93,23 +111,22 @@ CPP = [
     Mutation("rows with gaps between them are read without", "csrc/cpu/ops_common.cpp", "(W.stride(1) == W.size(0) || W.size(1) < 2)", "true", ENCODE),
     Mutation("a matrix of columns is read as rows", "csrc/cpu/ops_common.cpp", "= W.stride(0) == 1 &&", "=", ENCODE),
     # its first stage with a token a lane: on AVX-512, and what AMX shares of it
-    Mutation("a token a lane forgets the rows' error", LANES, "v = fma16(set16(table[kError * a.stride]), load16(lanes + kLaneTokens), v);", "", SCREENED, "avx512"),
-    Mutation("a token a lane forgets the rows' norm", LANES, "v = fma16(set16(table[kNorm * a.stride]), load16(lanes + 2 * kLaneTokens), v);", "", SCREENED, "avx512"),
-    Mutation("a token a lane forgets the zero point", LANES, "isub16(sums, imul16(zero, load16i(of_digits)))", "sums", SCREENED, "avx512"),
-    Mutation("a token a lane does not add the directions back", LANES, "load16(lanes + (kLanePlanes + j) * kLaneTokens), v);", "zero16(), v);", SCREENED, "avx512"),
-    Mutation("tokens that are not there are screened", LANES, "to_float16(m)) & tokens_of(a, block + n);", "to_float16(m));", SCREENED, "avx512"),
+    Mutation("a token a lane forgets the zero point", LANES, "less_zero16(acc[f][n], feature.row(kZero), tokens.digit_sums(kDigitSum))", "acc[f][n]", SCREENED, "avx512"),
+    Mutation("a token a lane takes a sum of digits for a coefficient", EPILOGUE, "plane(kPackedPlanes + j)", "plane(kTokenPlanes + j)", SCREENED, "avx512"),
+    Mutation("tokens that are not there are screened", LANES, "left < kLaneTokens ? (1u << left) - 1 : 0xFFFFu", "left < 0 ? 0u : 0xFFFFu", SCREENED, "avx512"),
+    Mutation("a token a lane finds features that are not there", LANES, "f < a.encode.F ? tokens : 0", "f < 0 ? 0 : tokens", FORGED, "avx512"),
     Mutation("a token a lane leaves out the last columns", LANES, "step < a.width; step += kTileColumns) {\n    for (int64_t line", "step + kTileColumns < a.width; step += kTileColumns) {\n    for (int64_t line", SCREENED, "avx512"),
     Mutation("a panel's second tile is its first", LANES, "code + f / kTileRows * kTileRows * a.width +", "code +", SCREENED, "avx512"),
     Mutation("the second vector of tokens is the first", LANES, "load_digits64(digits + n * vector)", "load_digits64(digits + n * 0)", SCREENED, "avx512"),
     Mutation("the last block of tokens is left out", LANES, "b1 = (group + 1) * blocks / groups;", "b1 = (group + 1) * blocks / groups - (blocks > 1);", SCREENED, "avx512"),
     # and on AMX
-    Mutation("AMX forgets the zero point of the second digits", AMX, "load16i(n2), 1)", "load16i(n2), 0)", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX screens tokens that are not there", AMX, "left_of_row(a, lanes, f, both) & tokens_of(a, block)", "left_of_row(a, lanes, f, both)", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX forgets the zero point of the second digits", AMX, "tokens.digit_sums(kDigitSum2)", "tokens.digit_sums(kDigitSum)", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX screens tokens that are not there", AMX, "joined16(m1, m2)) & tokens_of(a, block, f)", "joined16(m1, m2))", SCREENED_BY_AMX, "amx"),
     Mutation("AMX drops the last rows of a panel", AMX, "row < rows; ++row", "row + 1 < rows; ++row", SCREENED_BY_AMX, "amx"),
     Mutation("AMX exchanges neighbours", AMX, "kTileRows * row + 2 * pair + half;", "kTileRows * row + 2 * pair + 1 - half;", SCREENED_BY_AMX, "amx"),
     Mutation("AMX leaves out the last columns", AMX, "step < steps; ++step) {\n      for (int64_t line", "step + 1 < steps; ++step) {\n      for (int64_t line", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX screens tokens that have no first digits", AMX, "to_float16(m1)) & tokens_of(a, block)", "to_float16(m1))", SCREENED_BY_AMX, "amx"),
-    Mutation("AMX forgets the zero point of the first digits", AMX, "n1, CandidateSink& out) {\n  const float* lanes = lanes_of(a, block);\n  const I16 m1 = without_zero(a, lanes, f, load16i(n1), 0);", "n1, CandidateSink& out) {\n  const float* lanes = lanes_of(a, block);\n  const I16 m1 = load16i(n1);", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX screens tokens that have no first digits", AMX, "to_float16(m1)) & tokens_of(a, block, f)", "to_float16(m1))", SCREENED_BY_AMX, "amx"),
+    Mutation("AMX forgets the zero point of the first digits", AMX, "int32_t* n1, CandidateSink& out) {\n  const OneFeature feature = one_feature(a, f);\n  const TokenBlock tokens = token_block(a, block);\n  const I16 m1 = less_zero16(load16i(n1), feature.row(kZero), tokens.digit_sums(kDigitSum));", "int32_t* n1, CandidateSink& out) {\n  const OneFeature feature = one_feature(a, f);\n  const TokenBlock tokens = token_block(a, block);\n  const I16 m1 = load16i(n1);", SCREENED_BY_AMX, "amx"),
     Mutation("AMX takes the first block's sums for the second's", AMX, "n[2 * half + b][row]", "n[2 * half][row]", SCREENED_BY_AMX, "amx"),
     Mutation("AMX leaves out a lone last block", AMX, "(blocks + kBlocks - 1) / kBlocks", "blocks / kBlocks", SCREENED_BY_AMX, "amx"),
     # the comparison
@@ -210,6 +227,8 @@ PYTHON = [
     Mutation("demo is a repository", LOADERS + "repository.py", "    if source == \"demo\":", "    if source == \"\":", HUB),
     Mutation("a list passes for a tensor", "gemmascope_fast/ops/_library.py", "if not isinstance(value, torch.Tensor):", "if False:", BAD),
     Mutation("latents of another device pass", "gemmascope_fast/ops/latents.py", "if latents.device != device:", "if False:", BAD),
+    Mutation("a GPU's certificate is 1,000 times looser", "kernels/screen.py", "> tl.reshape(bound, [PAIRS]))", "> 1000 * tl.reshape(bound, [PAIRS]))", GPU_SCREEN),
+    Mutation("a GPU's screen finds features that are not there", "kernels/screen.py", "HAS_BANDWIDTH) & f_in[None, :] & t_in", "HAS_BANDWIDTH) & t_in", GPU_SCREEN),
     # the jobs: extraction, dashboard, concepts, comparisons
     Mutation("no correction for having tested many", "gemmascope_fast/analysis/compare/sets.py", 'found["q"] = false_discovery_control(found["p"]) if len(features) else found["p"]', 'found["q"] = found["p"]', COMPARE + " -k every_figure"),
     Mutation("ranks of the other set", "gemmascope_fast/analysis/compare/sets.py", 'parts["auc"].append(result.statistic / (len(x) * len(y)))', 'parts["auc"].append(1 - result.statistic / (len(x) * len(y)))', COMPARE + " -k every_figure"),
