@@ -98,7 +98,7 @@ def test_the_page_in_a_browser(model, sae, tmp_path):
     """A feature is chosen and a token hovered over: shading, histogram and tip are what the latents say."""
     reading = read_text(model, Letters(), sae, LAYER, "some text", model_name="tiny")
     values, features = reading.latents[3].topk(8)
-    feature = int(features[0, 0])
+    feature = int(features[0])
     page = tmp_path / "page.html"
     page.write_text(render(reading).replace("</body>", ACT % {"feature": feature} + "</body>"), "utf-8")
     document = dumped(page, tmp_path / "profile")
@@ -110,8 +110,8 @@ def test_the_page_in_a_browser(model, sae, tmp_path):
     tip = re.search(r'<div id="tip".*?>(.*?)</div>', document, re.DOTALL)[1].split("\n")
     assert tip[0].endswith(f"L0 {int(reading.latents.l0()[3])}")
     found = [(int(f), float(v)) for f, v in (line.split() for line in tip[1:])]
-    assert [f for f, _ in found] == features[0].tolist()
-    assert [v for _, v in found] == pytest.approx(values[0].tolist(), abs=0.01)
+    assert [f for f, _ in found] == features.tolist()
+    assert [v for _, v in found] == pytest.approx(values.tolist(), abs=0.01)
     histogram = document.split('id="histogram"')[1].split("</svg>")[0]
     counts = [int(c) for c in re.findall(r'text-anchor="middle">(\d+)<', histogram)]
     assert histogram.count("<rect") == 20

@@ -44,6 +44,8 @@ LOADERS = "gemmascope_fast/checkpoints/"
 COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py tests/analysis/test_variants.py tests/analysis/test_conversation.py"
 CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
 SITES, ORIGIN = "tests/attach/test_sites.py", "tests/test_origin.py"
+DERIVATIVES, AUTOCAST = "tests/ops/test_derivatives.py", "tests/ops/test_autocast.py"
+TENSORS = "tests/ops/test_latents_as_tensors.py"
 EXTRACTION, JOBS = "tests/analysis/test_extraction.py", "tests/analysis/test_jobs_bad_input.py"
 IDENTITY, CRASH, ERRORS = (
     "tests/files/test_identity.py",
@@ -272,6 +274,20 @@ PYTHON = [
     Mutation("a damaged shard is taken for whole", "gemmascope_fast/analysis/extraction/store.py", 'elif digest_of(path) != shard["sha256"][table]:', "elif False:", EXTRACTION + " -k damaged"),
     Mutation("a text may outgrow the model's window", "gemmascope_fast/analysis/extraction/texts.py", "min(window, len(own)) > most", "min(window, len(own)) > 2 * most", JOBS + " -k longer"),
     Mutation("a full disk costs the earlier file", "gemmascope_fast/cli/arguments.py", "    with saying_where(path), replacing(path) as temporary:\n        temporary.write_text(text", "    with saying_where(path):\n        path.write_text(text", JOBS + " -k keeps_the_earlier"),
+    # derivatives, autocast, latents as tensors
+    Mutation("forward mode passes an op by", "gemmascope_fast/ops/_transforms.py", "if forward_ad._current_level >= 0 or (", "if (", DERIVATIVES + " -k forward_ad"),
+    Mutation("a transform passes an op by", "gemmascope_fast/ops/_library.py", "known = run is self.dispatched and not transformed()", "known = run is self.dispatched", DERIVATIVES + " -k test_ops"),
+    Mutation("backward runs on the backend around it", "gemmascope_fast/ops/_transforms.py", "ctx.backend = requested()", "ctx.backend = None", DERIVATIVES + " -k backend_of_its_forward"),
+    Mutation("a tangent of the weights is lost", "gemmascope_fast/ops/sampled_dot.py", "if rows[1] is not None:", "if False:", DERIVATIVES + " -k test_ops"),
+    Mutation("latents that are zero have no tangent", "gemmascope_fast/sae/jumprelu.py", "if derivative_wanted(latents):", "if latents.requires_grad:", DERIVATIVES + " -k where_they_are_zero"),
+    Mutation("a decoded token's features have no tangent", "gemmascope_fast/ops/latents.py", "if few and isinstance(ids, list) and not derivative_wanted(self.values):", "if few and isinstance(ids, list):", DERIVATIVES + " -k one_row"),
+    Mutation("the error term has the tangent of x", "gemmascope_fast/attach/carry.py", "    if not derivative_wanted(*graph):", "    if not any(t is not None and t.requires_grad for t in graph):", "tests/attach/test_attach_derivatives.py"),
+    Mutation("autocast rounds exact products", "gemmascope_fast/ops/_exact.py", "    if not torch.is_autocast_enabled(device.type):\n", "    if True:\n", AUTOCAST),
+    Mutation("autocast rounds a backward", "gemmascope_fast/ops/_exact.py", "    if torch.compiler.is_compiling() or not derivative_wanted(a, b):\n", "    if True:\n", AUTOCAST + " -k modules"),
+    Mutation("a nested layer's offset is rounded by autocast", "gemmascope_fast/quant/linear.py", "with torch.no_grad(), outside_autocast(self.mean.device):", "with torch.no_grad():", AUTOCAST + " -k nested"),
+    Mutation("latents are indexed by token", "gemmascope_fast/ops/latents_index.py", "    each = math.prod(lead[1:])\n", "    each = 1\n", TENSORS),
+    Mutation("a zero that is not stored is never the maximum", "gemmascope_fast/ops/latents_reduce.py", "wins = full | ~(stored <= 0)", "wins = full | ~(stored <= -9)", TENSORS),
+    Mutation("pickled latents are not checked", "gemmascope_fast/ops/latents.py", "        if not self.crow_indices.is_meta:\n            self.validate()\n", "", TENSORS),
     Mutation("outputs are not checked first", "gemmascope_fast/cli/arguments.py", "if not path.parent.is_dir() or path.is_dir():", "if False:", JOBS + " -k told_first"),
     # what jobs keep, and of what it is
     Mutation("a sample of the weights stands for them", "gemmascope_fast/files/identity.py", "yield from flat.split(BLOCK)", "yield from flat[::1009].split(BLOCK)", IDENTITY + " -k any_weight"),
