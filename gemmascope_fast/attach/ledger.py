@@ -2,7 +2,8 @@
 
 A cache carries a mark that names the sequences in it, so a copy of a cache is known as well.  Between two calls a cache
 may be cropped, reordered, or lose and repeat sequences.  Its length tells the first; for the rest the ledger keeps a
-few numbers of the last columns' keys (`prints`) and finds each row of the next call among them.
+few numbers of the last columns' keys, or of recurrent states (`prints`), and finds each row of the next call among
+them.  A cache that shows neither, such as a quantised one, is taken to keep its rows in their order.
 """
 
 from __future__ import annotations
@@ -22,8 +23,6 @@ from gemmascope_fast.errors import AttachError
 
 _MARKS = "_gemmascope_fast_marks"
 COLUMNS, DIMENSIONS = 64, 4  # of the keys that are kept: 1 KB a sequence; keys of the last layer depend on all before
-_GROWING = ("DynamicLayer", "DynamicIndexedLayer", "DynamicSlidingWindowLayer", "LinearAttentionAndFullAttentionLayer")
-_FIXED = ("StaticLayer", "StaticIndexedLayer", "LinearAttentionAndStaticFullAttentionLayer")
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _parent(mark: Mark, cache: Any, start: int | None, batch: int) -> Parent | N
     calls = len(group.calls) if mark.calls is None else mark.calls
     prints = group.prints if mark.calls is None else mark.prints
     columns = group.end if start is None else start
-    rows = _rows(prints, None if start is None else _prints(cache, start), batch, group.rows)
+    rows = _rows(prints, _prints(cache, columns), batch, group.rows)
     return None if rows is None else Parent(group, calls, rows, columns)
 
 
@@ -189,21 +188,20 @@ def _rows(
 
 
 def _prints(cache: Any, end: int) -> tuple[int, Tensor] | None:
-    """(first column, [B, columns, dimensions] of the keys): the last columns up to `end`, from the last layer that
-    holds them; None for caches of other kinds."""
+    """(first column, [B, columns, dimensions]): of the keys of the last columns up to `end`, or of recurrent states,
+    from the last layer that shows them; None for caches of other kinds."""
     cache = getattr(cache, "self_attention_cache", cache)
     for layer in reversed(getattr(cache, "layers", None) or ()):
         keys, kind = getattr(layer, "keys", None), type(layer).__name__
-        if not isinstance(keys, Tensor) or keys.dim() != 4:
-            continue
-        if kind in _FIXED and keys.shape[2] >= end:
-            keys = keys[:, 0, :end]
-        elif kind in _GROWING and 0 < keys.shape[2] <= end:
-            keys = keys[:, 0]
-        else:
-            continue
-        kept = keys[:, -COLUMNS:, :DIMENSIONS].detach().clone()
-        return end - kept.shape[1], kept
+        if isinstance(keys, Tensor) and keys.dim() == 4 and "Quant" not in kind:
+            if keys.shape[2] > end:  # room for more
+                keys = keys[:, :, :end]
+            kept = keys[:, 0, -COLUMNS:, :DIMENSIONS].detach().clone()
+            return end - kept.shape[1], kept
+        states = getattr(layer, "recurrent_states", None) or getattr(layer, "conv_states", None)
+        state = states.get(0) if keys is None and isinstance(states, Mapping) else None
+        if isinstance(state, Tensor):
+            return end - 1, state.flatten(1)[:, None, : COLUMNS * DIMENSIONS].detach().clone()
     return None
 
 

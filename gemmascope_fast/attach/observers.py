@@ -35,7 +35,7 @@ class TopK:
 
     @property
     def values(self) -> Tensor:
-        return torch.cat([torch.empty(0, self.k), *(v for v, _, _ in self._parts)])
+        return torch.cat([v for v, _, _ in self._parts]) if self._parts else torch.empty(0, self.k)
 
     @property
     def indices(self) -> Tensor:
@@ -106,11 +106,11 @@ class TopContexts:
         if k < 1 or left < 0 or right < 0:
             raise ValueError(f"expected k of at least 1 and no negative width, got k {k}, left {left}, right {right}")
         self.k, self.left, self.right = k, left, right
-        self.values = torch.full((d_sae, k), -torch.inf)
+        self.values = torch.full((d_sae, k), -torch.inf, dtype=torch.float32)
         self.contexts = torch.full((d_sae, k, left + 1 + right), -1, dtype=torch.int64)
         self.sequence = torch.full((d_sae, k), -1, dtype=torch.int64)
         self.position = torch.full((d_sae, k), -1, dtype=torch.int64)
-        self._before: dict[int, Tensor] = {}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by sequence, its last positions and ids
 
     def update(self, latents: SparseLatents, tokens: Tokens) -> None:
         around = self._windows(tokens)
@@ -124,7 +124,7 @@ class TopContexts:
         at = torch.repeat_interleave(torch.arange(own.numel()), counts)
         kept = rank < self.k
         at, rank, rows, values = at[kept], rank[kept], rows[kept], values[kept]
-        new = torch.full((own.numel(), self.k), -torch.inf)
+        new = torch.full((own.numel(), self.k), -torch.inf, dtype=torch.float32)
         new[at, rank] = values
         row = torch.full((own.numel(), self.k), -1, dtype=torch.int64)
         row[at, rank] = rows
@@ -144,14 +144,17 @@ class TopContexts:
     def _windows(self, tokens: Tokens) -> Tensor:
         """int64 [n, left + 1 + right] around each row, within its sequence."""
         around = torch.full((len(tokens), self.left + 1 + self.right), -1, dtype=torch.int64)
-        before: dict[int, Tensor] = {}
+        before: dict[int, tuple[Tensor, Tensor]] = {}
         for sequence in tokens.sequence.unique().tolist():
             rows = (tokens.sequence == sequence).nonzero()[:, 0]
-            earlier = self._before.get(sequence, torch.empty(0, dtype=torch.int64))
-            ids = torch.cat([earlier, tokens.token_id[rows]])
+            own = tokens.position[rows], tokens.token_id[rows]
+            earlier = self._before.get(sequence, (own[0][:0], own[1][:0]))
+            kept = earlier[0] < own[0][0]  # the others were taken back: a rejected draft, a cache that was cropped
+            position, ids = (torch.cat([old[kept], new]) for old, new in zip(earlier, own, strict=True))
             padded = torch.cat([ids.new_full((self.left,), -1), ids, ids.new_full((self.right,), -1)])
-            around[rows] = padded.unfold(0, self.left + 1 + self.right, 1)[earlier.numel() :]
-            before[sequence] = ids[max(ids.numel() - self.left, 0) :]
+            around[rows] = padded.unfold(0, self.left + 1 + self.right, 1)[int(kept.sum()) :]
+            first = max(ids.numel() - self.left, 0)
+            before[sequence] = position[first:], ids[first:]
         self._before = before
         return around
 
