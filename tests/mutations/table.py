@@ -46,6 +46,7 @@ CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_da
 SITES, ORIGIN = "tests/attach/test_sites.py", "tests/test_origin.py"
 DERIVATIVES, AUTOCAST = "tests/ops/test_derivatives.py", "tests/ops/test_autocast.py"
 TENSORS = "tests/ops/test_latents_as_tensors.py"
+SITES, ORIGIN = "tests/attach/test_sites.py", "tests/attach/test_origin.py"
 EXTRACTION, JOBS = "tests/analysis/test_extraction.py", "tests/analysis/test_jobs_bad_input.py"
 IDENTITY, CRASH, ERRORS = (
     "tests/files/test_identity.py",
