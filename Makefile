@@ -38,8 +38,9 @@ env: $(VENV)/build.stamp ## make .venv with everything and build the extension (
 demo: env ## Gemma 3 270M reads a text, an SAE reads Gemma
 	$(VENV)/bin/gemmascope-fast demo
 
-test: env ## the whole test suite
-	$(PY) -m pytest
+# One thread a worker: two workers with two threads each would wait for each other.
+test: env ## the whole test suite, on two cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 # SAELens wants transformers < 6 and transformer-lens < 4.  circuit-tracer, dictionary_learning and SAEBench pin older
 # versions of what it shares with them, so they come without their dependencies and with what their coders import.

@@ -10,8 +10,7 @@
 
 namespace gsf::cuda {
 
-constexpr int kSlots =
-    4;  // values kept per word of 32 features (gemmascope_fast/backends/gpu/encode.py, SLOTS)
+constexpr int kSlots = 4;  // values kept per word of 32 features; SLOTS in backends/gpu/encode.py
 
 struct EncodeArgs {
   const float* x;          // [T][d], widened
@@ -57,12 +56,7 @@ struct SpliceArgs {
   int64_t d_out, edits;
 };
 
-enum EditKind : int32_t {
-  kScale = 0,
-  kClamp = 1,
-  kAdd = 2,
-  kMinClamp = 3
-};  // gemmascope_fast/backends/gpu/loop.py
+enum EditKind : int32_t { kScale = 0, kClamp = 1, kAdd = 2, kMinClamp = 3 };  // as in backends/gpu/loop.py
 
 struct TokensArgs {
   const float* x;     // [T][d], widened

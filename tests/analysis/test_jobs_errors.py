@@ -26,6 +26,16 @@ for module in ("pyarrow", "scipy", "sklearn", "matplotlib"):
 COMMANDS = ("demo", "eval", "extract", "concepts", "compare-texts", "compare-models", "variants", "conversation",
             "compare", "profile", "watch")  # fmt: skip
 
+NAMES = {  # short name here: words of the command
+    "compare-texts": "compare texts", "compare-models": "compare models", "variants": "compare variants",
+    "conversation": "compare conversation", "compare": "quantize tables", "profile": "dev profile",
+    "gpu-check": "dev gpu-check", "report": "dev report", "bench": "dev bench",
+}  # fmt: skip
+
+
+def named(command):
+    return NAMES.get(command, command).split()
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -51,7 +61,7 @@ def words(root, tmp_path, command, sae):
         "compare-texts": ["--a", text, "--b", text], "compare-models": ["--model-b", root / "model", "--text", text],
         "compare": ["--work", tmp_path / "work"], "watch": ["--prompt", "abc"],
     }  # fmt: skip
-    return [command, *pair, *more.get(command, [])]
+    return [*named(command), *pair, *more.get(command, [])]
 
 
 def of_several_sites(kind):
@@ -74,11 +84,11 @@ def of_several_sites(kind):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_coder_of_several_sites_is_one_sentence(root, tmp_path, capsys, monkeypatch, command, layer, kind):
     made = of_several_sites(kind)
-    monkeypatch.setattr("gemmascope_fast.checkpoints.loading.from_pretrained", lambda *_: made)
+    monkeypatch.setattr("gemmascope_fast.analysis.pair.from_pretrained", lambda *_: made)
     monkeypatch.setattr("gemmascope_fast.analysis.pair.load_model", lambda *_: pytest.fail("a model was loaded"))
     message = said([*words(root, tmp_path, command, "some/clt"), *layer], capsys)
     assert message == (
-        f"gemmascope-fast {command}: --sae some/clt: expected an SAE or transcoder that reads one site and writes one,"
+        f"gemmascope-fast {' '.join(named(command))}: --sae some/clt: expected an SAE or transcoder that reads one site and writes one,"
         f" got a {kind}; in Python `attach` takes it"
     )
     assert not list(tmp_path.iterdir())
@@ -112,13 +122,14 @@ PLACES = [
 def test_a_place_that_cannot_be_written_is_told_before_any_work(
     root, tmp_path, capsys, monkeypatch, command, flag, kind
 ):
-    for name in ("demo_model.load_model", "demo_model.load_pair", "demo_model.load_sae", "demo.load_pair"):
+    loaders = ("analysis.pair.load_model", "analysis.pair.load_pair", "analysis.pair.load_sae", "cli.demo.load_pair")
+    for name in loaders:
         monkeypatch.setattr(f"gemmascope_fast.{name}", lambda *_: pytest.fail("something was loaded"))
     for name in (
-        "gpu.check.collect",
-        "bench.command.run",
-        "report.results_page.Results.load",
-        "dashboard.command.build",
+        "dev.gpu.check.collect",
+        "dev.bench.command.run_suites",
+        "dev.report.results_page.Results.load",
+        "cli.dashboard.build",
     ):
         monkeypatch.setattr(f"gemmascope_fast.{name}", lambda *_, **__: pytest.fail("it worked"))
     (tmp_path / "file").write_text("")
@@ -137,8 +148,8 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(
         wrong = wrong[1:] if kind == "folder of file" else wrong
     before = tree(tmp_path)
     for place in wrong:
-        message = said([command, *own, flag, place], capsys)
-        assert message.startswith(f"gemmascope-fast {command}: {flag}: expected"), message
+        message = said([*named(command), *own, flag, place], capsys)
+        assert message.startswith(f"gemmascope-fast {' '.join(named(command))}: {flag}: expected"), message
         assert tree(tmp_path) == before
 
 

@@ -317,7 +317,7 @@ def test_what_cannot_be_done_is_named_before_anything_runs(model, sae, name):
 
 def test_observing_takes_no_edits_and_several_saes_need_a_site(model, sae):
     with pytest.raises(gsf.AttachError, match="mode 'observe'"):
-        gsf.attach(model, {LAYER: sae}, edits=gsf.Clamp(1, 1.0), tokens="all")
+        gsf.attach(model, {LAYER: sae}, mode="observe", edits=gsf.Clamp(1, 1.0), tokens="all")
     with pytest.raises(gsf.AttachError, match="names no site"):
         gsf.attach(model, {1: sae, 2: sae}, mode="splice", edits=gsf.Clamp(1, 1.0), tokens="all")
 

@@ -19,7 +19,7 @@ from cuda_host import (
 
 from gemmascope_fast import ops
 from gemmascope_fast.attach import Ablate, Add, Clamp, MinClamp, Scale
-from gemmascope_fast.backends.gpu.loop import EditTable
+from gemmascope_fast.attach.fused import edit_table
 from gemmascope_fast.dev.testing import same_bytes
 
 SHAPES = [(1, 33, 70), (4, 16, 32), (6, 17, 131), (8, 64, 31), (9, 65, 40), (33, 20, 97)]
@@ -143,7 +143,7 @@ def test_offsets_beyond_2_to_the_31(host):
 def test_the_fused_loop(host, T, F, dtype, error):
     args = case(T, 33, F, dtype)
     W_dec, b_dec = torch.randn(F, 33).to(dtype), torch.randn(33).to(dtype)
-    table = EditTable.of([Ablate(0), Scale(3, 2.5), Clamp(5, 1.5), Add([7, 31], -0.75), MinClamp(9, 0.5)], F)
+    table = edit_table([Ablate(0), Scale(3, 2.5), Clamp(5, 1.5), Add([7, 31], -0.75), MinClamp(9, 0.5)], F)
     columns = (table.features, table.kind, table.amount)
     csr = ops.encode(*args, None)
     base = args[0].float() if error else ops.decode(*csr, W_dec, b_dec, None)

@@ -111,7 +111,7 @@ def test_a_forged_screen_of_other_shapes(screened, tmp_path, name):
 def test_a_screen_that_is_what_a_build_gives_is_taken(screened, tmp_path):
     forged_native(screened / "sae.safetensors", tmp_path / "sae.safetensors", lambda tensors: None)
     sae, x = from_pretrained(tmp_path), make_activations(3, 9, 64)
-    assert sae._prepared.screen is not None
+    assert sae.screen_cache.screen is not None
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from gemmascope_fast import SAEConfig, TopKSAE
 from gemmascope_fast import quant as matryoshka
+from gemmascope_fast.analysis import pair as pair_module
 from gemmascope_fast.analysis.evaluation.run import Evaluation
-from gemmascope_fast.checkpoints import bundled as demo_model
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.files import identity
@@ -31,9 +31,9 @@ for module in ("pyarrow", "transformers"):
 
 def test_a_model_read_again_is_the_same_and_any_weight_counts(tmp_path):
     save_model(tmp_path / "a")
-    a, tokenizer = demo_model.load_model(str(tmp_path / "a"))
+    a, tokenizer = pair_module.load_model(str(tmp_path / "a"))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    b, other = demo_model.load_model(str(tmp_path / "b"))
+    b, other = pair_module.load_model(str(tmp_path / "b"))
     assert identity.of_module(a) == identity.of_module(b)
     a.generate(torch.tensor([[1, 5]]), max_new_tokens=3, do_sample=False)
     assert identity.of_module(a) == identity.of_module(b)
@@ -50,7 +50,7 @@ def test_a_model_read_again_is_the_same_and_any_weight_counts(tmp_path):
     other(["ab", "abc"], padding=True, truncation=True, max_length=2)  # leaves its mark in the tokenizer's state
     assert identity.of_tokenizer(tokenizer) == identity.of_tokenizer(other)
     save_model(tmp_path / "c", letters="bacdefghijklmnopqrstuvwxyz \n")
-    assert identity.of_tokenizer(demo_model.load_model(str(tmp_path / "c"))[1]) != identity.of_tokenizer(other)
+    assert identity.of_tokenizer(pair_module.load_model(str(tmp_path / "c"))[1]) != identity.of_tokenizer(other)
 
 
 @pytest.mark.parametrize("setting", ["rms_norm_eps", "query_pre_attn_scalar", "final_logit_softcapping"])
@@ -162,7 +162,7 @@ class Names:
                 "--out", at / "trained.safetensors",
             ],
             "compare --work": [
-                "compare", *pair, "--work", at / "tables", "--text-file", text, "--windows", "2",
+                "quantize", "tables", *pair, "--work", at / "tables", "--text-file", text, "--windows", "2",
                 "--train-windows", "6", "--epochs", "1", "--only", "grid", "--methods", "minmax", "--quick",
             ],
         }[job]  # fmt: skip
@@ -261,7 +261,7 @@ def test_in_python_too(tmp_path):
 
 
 def test_an_evaluation_resumed_on_a_text_that_grew_or_changed(root, tmp_path):
-    model, tokenizer = demo_model.load_model(str(root / "a"))
+    model, tokenizer = pair_module.load_model(str(root / "a"))
     sae, text = make_sae(), letters(800, seed=1)
 
     def make(text, **more):

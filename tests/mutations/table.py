@@ -43,7 +43,6 @@ FIELDS, HUB = "tests/checkpoints/test_checkpoints_fields.py", "tests/checkpoints
 LOADERS = "gemmascope_fast/checkpoints/"
 COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py tests/analysis/test_variants.py tests/analysis/test_conversation.py"
 CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
-SITES, ORIGIN = "tests/attach/test_sites.py", "tests/test_origin.py"
 DERIVATIVES, AUTOCAST = "tests/ops/test_derivatives.py", "tests/ops/test_autocast.py"
 TENSORS = "tests/ops/test_latents_as_tensors.py"
 SITES, ORIGIN = "tests/attach/test_sites.py", "tests/attach/test_origin.py"
@@ -210,7 +209,6 @@ PYTHON = [
     Mutation("checksums are not counted", "gemmascope_fast/checkpoints/packed.py", "sums[name], len(layout.pieces(name)), (1 << 32) - 1)", "sums[name], None, (1 << 32) - 1)", FORGED),
     Mutation("a bool is an integer", "gemmascope_fast/files/fields.py", "if type(value) is int and least <= value <= most:", "if isinstance(value, int) and least <= value <= most:", FIELDS),
     Mutation("negative sizes pass", "gemmascope_fast/files/fields.py", "return [integer(path, what, number, 0, most) for number in value]", "return [integer(path, what, number, -most, most) for number in value]", HOSTILE),
-    Mutation("arrays of any number of dimensions", "gemmascope_fast/files/fields.py", " or len(value) > MAX_DIMENSIONS", "", HOSTILE),
     Mutation("headers of any size are parsed", "gemmascope_fast/files/arrays.py", "if length > min(MAX_JSON, size - 8):", "if length > size - 8:", HOSTILE),
     Mutation("zip directories of any size are parsed", "gemmascope_fast/files/arrays.py", "with _SmallReads(path, \"rb\") as file, zipfile", "with open(path, \"rb\") as file, zipfile", HOSTILE),
     Mutation("npy headers of any size are read", "gemmascope_fast/files/arrays.py", "member.read(MAX_NPY_HEADER)", "member.read()", HOSTILE),

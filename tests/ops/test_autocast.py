@@ -167,10 +167,10 @@ def test_a_spliced_skip_transcoder_in_a_model_under_autocast(autocast):
     block = tiny.layer(model)
     with torch.no_grad(), torch.autocast("cpu", autocast):
         read = Activations()
-        outer = gsf.attach(model, {gsf.Site("mlp_in", 1): read})
+        outer = gsf.attach(model, {gsf.Site("mlp_in", 1): read}, tokens="all")
         with (
             outer,
-            gsf.attach(model, coder, mode="splice") as run,
+            gsf.attach(model, coder, mode="splice", tokens="all") as run,
             tiny.Hand(block.post_feedforward_layernorm) as written,
         ):
             model(tiny.ids())

@@ -294,9 +294,10 @@ def test_a_saved_file_is_loaded_by_another_process(tmp_path):
     dense, latents = pair((2, 5))
     torch.save(latents[1:], tmp_path / "part.pt")
     code = (
-        "import sys, torch, gemmascope_fast as gsf\n"
+        "import sys, torch\n"
+        "from gemmascope_fast import SparseLatents\n"
         "part = torch.load(sys.argv[1], weights_only=True)\n"
-        "assert type(part) is gsf.SparseLatents and part.shape == (1, 5, 7)\n"
+        "assert type(part) is SparseLatents and part.shape == (1, 5, 7)\n"
         "print(float(part.sum()))"
     )
     run = subprocess.run(

@@ -137,7 +137,7 @@ def test_the_fused_loop_leaves_them_to_the_steps(lent):
 
     from gemmascope_fast.attach.fused import Fused
 
-    fused = Fused(SimpleNamespace(run=SimpleNamespace(path=None)), [])
+    fused = Fused(SimpleNamespace(state=SimpleNamespace(path=None)), [])
     call, rows = SimpleNamespace(chosen=None), SimpleNamespace(is_cuda=True, shape=(1, 40), dtype=torch.float32)
     sae = make_sae(0, 40, 67, 5).prepare()
     with torch.no_grad():

@@ -16,7 +16,7 @@ from gemmascope_fast.training.activations import Batches
 from gemmascope_fast.training.checkpoint import load_run, save_run
 from gemmascope_fast.training.trainer import PARAMETERS, Scaling, TrainConfig, Trainer, loss_terms
 
-HERE = str(Path(__file__).parents[1])
+HERE = str(Path(__file__).parent)
 D, F, N = 24, 96, 40
 CONFIG = TrainConfig(
     d_sae=F,

@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_outputs(args, ("html", "readme"), ("png",))
+    check_outputs(args, ("html",), ("png",))
+    for file in args.readme:
+        if not file.is_file():
+            raise ValueError(f"--readme: expected a file with the marks, got {file}")
     runs = [Results.load(path) for path in args.json or [Path("bench.json")]]
     results = together(runs)
     quality = None if args.quality is None else plots.load_quality(args.quality)
@@ -64,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
                 temporary.write_bytes(picture.png)
             print(f"plot: {args.png / picture.name}.png")
     for file in args.readme:
-        file.write_text(with_tables(file.read_text(encoding="utf-8"), runs[0]), encoding="utf-8")
+        write_text(file, with_tables(file.read_text(encoding="utf-8"), runs[0]))
         print(f"table: {file}")
     return 0
 
