@@ -186,7 +186,8 @@ def _entry(key: Key, coder: Any, structure: Structure | None = None, anywhere: b
     reads = site if site.kind == "path" else own if layer is None else own.at(layer)
     if not anywhere:
         check_site(key, reads, own, structure)
-    return Entry(key, coder, reads, own_out if layer is None else own_out.at(layer))
+    moved = layer is not None and (own is None or layer != own.at_layer)
+    return Entry(key, coder, reads, own_out.at(layer) if moved else own_out)
 
 
 def site_of(key: Key, own: Site | None = None) -> Site:

@@ -88,7 +88,8 @@ def test_a_coder_of_several_sites_is_one_sentence(root, tmp_path, capsys, monkey
     monkeypatch.setattr("gemmascope_fast.analysis.pair.load_model", lambda *_: pytest.fail("a model was loaded"))
     message = said([*words(root, tmp_path, command, "some/clt"), *layer], capsys)
     assert message == (
-        f"gemmascope-fast {' '.join(named(command))}: --sae some/clt: expected an SAE or transcoder that reads one site and writes one,"
+        f"gemmascope-fast {' '.join(named(command))}: --sae some/clt: expected an SAE or transcoder that reads one site"
+        " and writes one,"
         f" got a {kind}; in Python `attach` takes it"
     )
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,8 @@ def test_encode(T):
     with executed() as kernels:
         encode.encode(*problem(T))
     found = kernels["encode_kernel"]
-    assert found.fma == T * D * F
+    # the 16 lanes of a dot may be folded by FMAs too
+    assert T * D * F <= found.fma <= T * (D + 16) * F
     assert found.sectors * 32 >= 4 * D * F  # all weights, once
     assert found.wavefronts >= found.ideal_wavefronts > 0
     assert 1 <= found.sectors_per_request <= 16
