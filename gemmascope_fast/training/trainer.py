@@ -244,12 +244,13 @@ class Trainer:
         that rounding the weights does not move the mean's contribution.
         """
         p, scale = {name: value.detach() for name, value in self.params.items()}, self.scaling.scale
-        W_enc = p["W_enc_rows"].t().to(dtype)
+        # copies: the trainer goes on with its own parameters
+        W_enc = p["W_enc_rows"].to(dtype, copy=True).t()
         mean = self.scaling.mean.double()
         b_enc = scale * p["b_enc"].double() - mean @ W_enc.double()
         return JumpReLUSAE.from_weights(
             W_enc=W_enc.float(),
-            W_dec=p["W_dec"].to(dtype).float(),
+            W_dec=p["W_dec"].to(dtype, copy=True).float(),
             b_enc=b_enc.float(),
             b_dec=(scale * p["b_dec"].double() + mean).float(),
             threshold=scale * p["threshold"],
