@@ -1,6 +1,8 @@
 """A KeyboardInterrupt at any line of entering or leaving a run leaves nothing of it in the model."""
 
+import linecache
 import sys
+import threading
 import types
 
 import attach_models as tiny
@@ -33,7 +35,9 @@ class Interrupt:
         path = frame.f_code.co_filename
         if not path.startswith(HERE) and not path.endswith(TORCH):
             return None
-        if self.on and event == "line":
+        # Python looks for signals after calls and jumps: none comes between the body of a `with` and its exit, but the
+        # tracer is told of that line, and an exception there would leave the lock taken
+        if self.on and event == "line" and "with _LOCK" not in linecache.getline(path, frame.f_lineno):
             self.lines += 1
             if self.lines == self.at:
                 self.on, self.where = False, f"{path}:{frame.f_lineno}"
@@ -132,3 +136,19 @@ def test_a_run_inside_another_leaves_it_alone(model):
             model(tiny.ids(), use_cache=False)
         assert outer.latents[1].n_rows in (18, 36)
         assert left(model) == before
+
+
+def test_no_lock_is_left_taken():
+    """After all of the above: a thread that attaches would wait for ever."""
+    free = []
+
+    def take():
+        for module in (checkpointing, places, sys.modules["gemmascope_fast.attach.run"]):
+            free.append(module._LOCK.acquire(timeout=5))
+            if free[-1]:
+                module._LOCK.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    assert free == [True, True, True]
