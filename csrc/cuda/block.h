@@ -6,8 +6,8 @@
 
 namespace gsf::cuda {
 
-// Lane j plus lane j + HALF, down to one.  Each width is a loop of its own: with a bound that varies, the compiler keeps
-// the lanes in local memory.
+// Lane j plus lane j + HALF, down to one.  Each width is a loop of its own: with a bound that varies, the
+// compiler keeps the lanes in local memory.
 template <int HALF>
 GSF_DEVICE void fold(float (&acc)[16]) {
 #pragma unroll

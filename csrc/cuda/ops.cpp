@@ -1,5 +1,5 @@
-// The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/backends/gpu/register.py puts
-// under the package's own ops.  Tensors and checks live here, kernels in the .cu files.
+// The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/backends/gpu/register.py
+// puts under the package's own ops.  Tensors and checks live here, kernels in the .cu files.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
