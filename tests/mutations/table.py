@@ -175,12 +175,12 @@ CPP = [
 
 PYTHON = [
     Mutation("dW_dec without the gradient", "gemmascope_fast/ops/decode.py", "values[order], grad, None", "values, grad, None", DECODE),
-    Mutation("dx counts twice", "gemmascope_fast/ops/encode.py", "decode(crow, col, grad, W_enc.t()", "decode(crow, col, 2 * grad, W_enc.t()", ENCODE),
+    Mutation("dx counts twice", "gemmascope_fast/ops/encode.py", "decode.step(crow, col, grad, W_enc.t()", "decode.step(crow, col, 2 * grad, W_enc.t()", ENCODE),
     Mutation("db of the wrong order", "gemmascope_fast/ops/encode.py", "by_feature = grad[order]", "by_feature = grad", ENCODE),
     Mutation("a threshold is not checked again", "gemmascope_fast/sae/weights.py", "    check_threshold(weights.threshold)\n", "", PREPARE),
     Mutation("in-place edits are not watched", "gemmascope_fast/sae/weights.py", "None if t.is_inference() else t._version", "None", PREPARE),
-    Mutation("topk prefers the later of equals", "gemmascope_fast/ops/latents.py", "by_value = torch.sort(self.values.detach(), descending=True, stable=True).indices", "by_value = torch.sort(self.values.detach().flip(0), descending=True, stable=True).indices.neg() + self.nnz - 1", LATENTS),
-    Mutation("slices keep their offset", "gemmascope_fast/ops/latents.py", "crow - begin, self", "crow, self", LATENTS),
+    Mutation("topk prefers the later of equals", "gemmascope_fast/ops/latents_reduce.py", "by_value = torch.sort(values.detach(), descending=True, stable=True).indices", "by_value = torch.sort(values.detach().flip(0), descending=True, stable=True).indices.neg() + values.numel() - 1", LATENTS),
+    Mutation("slices keep their offset", "gemmascope_fast/ops/latents_index.py", "cls(crow - begin, latents", "cls(crow, latents", LATENTS),
     Mutation("cat keeps offsets", "gemmascope_fast/ops/latents.py", "p.crow_indices[1:] + base", "p.crow_indices[1:]", LATENTS),
     Mutation("dθ without θ", "gemmascope_fast/sae/straight_through.py", "dtheta = -(theta / ctx.bandwidth) * near * grad", "dtheta = -(1 / ctx.bandwidth) * near * grad", SAE),
     Mutation("decoder rows are not announced", "gemmascope_fast/sae/jumprelu.py", "self.rows.prefetch(self.W_dec, latents.col_indices)", "pass", PACKED),
@@ -272,7 +272,7 @@ PYTHON = [
     Mutation("a torn line of the journal stays", "gemmascope_fast/analysis/extraction/store.py", "if kept < len(whole):", "if False:", EXTRACTION + " -k interrupted"),
     Mutation("a damaged shard is taken for whole", "gemmascope_fast/analysis/extraction/store.py", 'elif digest_of(path) != shard["sha256"][table]:', "elif False:", EXTRACTION + " -k damaged"),
     Mutation("a text may outgrow the model's window", "gemmascope_fast/analysis/extraction/texts.py", "min(window, len(own)) > most", "min(window, len(own)) > 2 * most", JOBS + " -k longer"),
-    Mutation("a full disk costs the earlier file", "gemmascope_fast/cli/arguments.py", "    with saying_where(path), replacing(path) as temporary:\n        temporary.write_text(text", "    with saying_where(path):\n        path.write_text(text", JOBS + " -k keeps_the_earlier"),
+    Mutation("a full disk costs the earlier file", "gemmascope_fast/files/results.py", "    with saying_where(path), replacing(path) as temporary:\n        temporary.write_text(text", "    with saying_where(path):\n        path.write_text(text", JOBS + " -k keeps_the_earlier"),
     # derivatives, autocast, latents as tensors
     Mutation("forward mode passes an op by", "gemmascope_fast/ops/_transforms.py", "if forward_ad._current_level >= 0 or (", "if (", DERIVATIVES + " -k forward_ad"),
     Mutation("a transform passes an op by", "gemmascope_fast/ops/_library.py", "known = run is self.dispatched and not transformed()", "known = run is self.dispatched", DERIVATIVES + " -k test_ops"),
@@ -305,7 +305,7 @@ PYTHON = [
     Mutation("what another writer writes is removed", "gemmascope_fast/files/atomic.py", "        fcntl.flock(handle, fcntl.LOCK_SH)  # a failed conversion may have lost it\n        return False", "        return True", ERRORS + " -k another_writer"),
     Mutation("an old index stands for new pages", "gemmascope_fast/analysis/dashboard/pages.py", '    remove(out / "index.html")\n', "", CRASH + " -k written_over"),
     Mutation("latents that are not finite pass", "gemmascope_fast/analysis/dashboard/collect.py", "        _check_finite(store.path(\"latents\", shard), rows)\n", "", ERRORS + " -k not_finite"),
-    Mutation("a coder of several sites passes", "gemmascope_fast/checkpoints/bundled.py", "if sae.kind in SEVERAL:", "if False:", ERRORS + " -k several_sites"),
+    Mutation("a coder of several sites passes", "gemmascope_fast/analysis/pair.py", "if sae.kind in SEVERAL:", "if False:", ERRORS + " -k several_sites"),
     Mutation("small scales are float16 too", "gemmascope_fast/ops/codes.py", "(widest > 0) & (widest < NARROW)", "(widest > 0) & (widest < 0)", "tests/ops/test_matryoshka_codes.py -k every_size"),
     Mutation("training rounds small scales up", "gemmascope_fast/training/nested/recipe.py", "clamp(min=LEAST)", "clamp(min=6.1e-5)", "tests/training/test_matryoshka_training.py -k tiny_weights"),
     Mutation("experts are left out without a word", "gemmascope_fast/quant/model.py", "if fused and not skip_experts:", "if False:", "tests/ops/test_matryoshka_models.py"),
