@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,10 +18,10 @@ from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.config import SAEConfig
 from gemmascope_fast.sae.pinned import pin_rows
 from gemmascope_fast.sae.rows import Rows, as_rows
-from gemmascope_fast.sae.screen import balancing_scales, decoder_spread, massive_dimensions
+from gemmascope_fast.sae.screen import Screen, balancing_scales, decoder_spread, massive_dimensions
 from gemmascope_fast.sae.screen_cache import ScreenCache, ScreenOptions
 from gemmascope_fast.sae.straight_through import with_gradients
-from gemmascope_fast.sae.weights import EncoderWeights, check_weights
+from gemmascope_fast.sae.weights import EncoderWeights, check_encoder, check_weights
 
 
 class JumpReLUSAE(Coder):
@@ -95,13 +96,27 @@ class JumpReLUSAE(Coder):
         if precision != "exact":
             return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
         if self._unpacked(screen):
-            csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
+            csr = self.encode_unscreened(flat, self.encoder_weights(), bandwidth)
         else:
             csr = self.screen_cache.encode(self, flat, screen, bandwidth)
         if bandwidth is not None:
             csr = with_gradients(csr, self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
+        """(crow_indices, col_indices, values fp32) of x [N, d_in], every pair in full precision."""
+        return ops.encode(x, *weights, bandwidth)
+
+    def encode_screened(
+        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
+    ) -> Sequence[Tensor]:
+        """The same bytes; `screen` is of these weights."""
+        return screen.encode(x, *weights, bandwidth=bandwidth, mapped=self.rows.holds(weights.W_enc))
+
+    def check_encoder(self, weights: EncoderWeights) -> None:
+        """Raise ValueError where edited weights are not an encoder of this SAE any more."""
+        check_encoder(weights, self.d_in, self.d_sae)
 
     def _unpacked(self, screen: bool | None) -> bool:
         """Whether op `encode` serves, whose bytes are the same: torch.compile cannot trace what is packed, and what is
