@@ -23,6 +23,12 @@ constexpr int64_t kMostTokens = 1024, kFewestTokens = 64;
 // Features that are screened before there is a floor, for each of the k: half of them are left, and from
 // there on about k a doubling.  The sum, k (n / 2 + log2(F / (k n))), is least for n = 3.
 constexpr int64_t kSeed = 3;
+// Features that a phase ends with, for each that it began with.  With one digit of the activations every pair
+// that is left costs a second look, so that floors rise often; with both it costs a few operations, and fewer
+// phases are waited for.
+constexpr int64_t kGrowth = 2, kGrowthOfBoth = 4;
+// Candidates that one thread turns into floors sooner than others would have begun: 10 ns each.
+constexpr size_t kFewCandidates = 4096;
 
 void check_k(int64_t k, int64_t F) {
   TORCH_CHECK_VALUE(k >= 1 && k <= F, "k: expected 1 to d_sae = ", F, ", got ", k);
@@ -64,7 +70,10 @@ class Floors {
   // Takes lower bounds into account and gives the tokens their floors.
   void add(const std::vector<std::vector<Candidate>>& pieces, size_t begin, size_t end, ScreenCall& call) {
     const int64_t T = call.args.encode.T;
-    const int64_t workers = together_ ? 1 : std::min<int64_t>(std::max(1, at::get_num_threads()), T);
+    size_t count = 0;
+    for (size_t i = begin; i < end; ++i) count += pieces[i].size();
+    const bool alone = together_ || count < kFewCandidates;
+    const int64_t workers = alone ? 1 : std::min<int64_t>(std::max(1, at::get_num_threads()), T);
     run_workers(static_cast<int>(workers), [&](int worker) {
       const int64_t t0 = worker * T / workers, t1 = (worker + 1) * T / workers;
       for (size_t i = begin; i < end; ++i) {
@@ -110,15 +119,15 @@ struct Pieces {
   std::vector<int64_t> starts{0};  // of the ranges, and the end of the last
   std::vector<size_t> phases{0};   // first ranges of the phases, and the end of the last
 
-  // Ranges of `features` at most; the first phase has `seed` features, each other one as many as all before.
-  Pieces(int64_t F, int64_t seed, int64_t features, int64_t workers) {
-    for (int64_t f = 0; f < F;) {
-      const int64_t end =
-          std::min(F, f ? 2 * f : (seed + kChunkFeatures - 1) / kChunkFeatures * kChunkFeatures);
+  // Ranges of `features` at most; the first phase has `seed` features, each other one ends with `growth`
+  // times those that it begins with.
+  Pieces(int64_t F, int64_t seed, int64_t growth, int64_t features, int64_t workers) {
+    int64_t end = (seed + kChunkFeatures - 1) / kChunkFeatures * kChunkFeatures;
+    for (int64_t f = 0; f < F; f = end, end *= growth) {
+      end = std::min(F, end);
       int64_t step = kChunkFeatures;
       while (2 * step <= features && (end - f) / (2 * step) >= 4 * workers) step *= 2;
       for (; f < end; f += step) starts.push_back(std::min(end, f + step));
-      f = end;
       phases.push_back(starts.size() - 1);
     }
   }
@@ -138,7 +147,8 @@ void thin(std::vector<Candidate>& pairs, const ScreenArgs& args) {
 // What is left of all tokens of a call, the k greatest among it.
 Csr ranked(ScreenCall& call, int64_t k, Floors& floors, int64_t tokens, std::vector<ScreenStats>& counts) {
   const int workers = static_cast<int>(counts.size());
-  const Pieces pieces(tokens == 0 ? 0 : call.args.encode.F, kSeed * k, call.features, workers);
+  const Pieces pieces(tokens == 0 ? 0 : call.args.encode.F, kSeed * k,
+                      call.args.both ? kGrowthOfBoth : kGrowth, call.features, workers);
   std::vector<std::vector<Candidate>> waiting(pieces.size());
   std::vector<CandidateBuffer> space(workers);
   for (size_t phase = 0; phase + 1 < pieces.phases.size(); ++phase) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class JumpReLUSAE(Coder):
     [d_sae, d_in] storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
     """
 
+    reconstructs_input: ClassVar[bool] = True  # so that b_dec and W_dec say what activations are like
     rows: Rows  # where the rows of W_enc and W_dec live
     screen_cache: ScreenCache  # the screen, built at first use
 
@@ -100,7 +101,7 @@ class JumpReLUSAE(Coder):
         else:
             csr = self.screen_cache.encode(self, flat, screen, bandwidth)
         if bandwidth is not None:
-            csr = with_gradients(csr, self.threshold, bandwidth)
+            csr = with_gradients((csr[0], csr[1], csr[2]), self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
 
@@ -197,15 +198,15 @@ class JumpReLUSAE(Coder):
 
     def screen_centre(self) -> Tensor | None:
         """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
-        return self.b_dec.detach().float() if self.kind == "sae" else None
+        return self.b_dec.detach().float() if self.reconstructs_input else None
 
     def screen_directions(self) -> Tensor | None:
         """What the screen takes out of activations unless told: the massive dimensions, [k, d_in]."""
-        return massive_dimensions(self.b_dec.detach().float()) if self.kind == "sae" else None
+        return massive_dimensions(self.b_dec.detach().float()) if self.reconstructs_input else None
 
     def screen_scales(self) -> Tensor | None:
         """How the screen balances dimensions unless a sample tells: by what the decoder writes into each."""
-        if self.kind != "sae" or not self.d_sae:
+        if not self.reconstructs_input or not self.d_sae:
             return None
         return balancing_scales(self.W_enc.detach(), decoder_spread(self.W_dec.detach()), self.screen_directions())
 
@@ -240,6 +241,7 @@ class JumpReLUTranscoder(JumpReLUSAE):
     """Reads one site, reconstructs another: x̂ is the output at `cfg.site_out`."""
 
     kind = "transcoder"
+    reconstructs_input = False
 
 
 class JumpReLUSkipTranscoder(JumpReLUTranscoder):
