@@ -115,7 +115,6 @@ CPP = [
     Mutation("rows with gaps between them are read without", "csrc/cpu/ops_common.cpp", "(W.stride(1) == W.size(0) || W.size(1) < 2)", "true", ENCODE),
     Mutation("a matrix of columns is read as rows", "csrc/cpu/ops_common.cpp", "= W.stride(0) == 1 &&", "=", ENCODE),
     # top-k: floors, ties, and what the screen cannot judge
-    Mutation("a floor discards what equals it", TOPK_DRIVER, "std::nextafter(static_cast<float>(c.z - c.bound), -std::numeric_limits<float>::infinity())", "std::nextafter(static_cast<float>(c.z - c.bound), std::numeric_limits<float>::infinity())", TOPK),
     Mutation("a floor is taken of one pair too few", TOPK_DRIVER, "static_cast<int64_t>(lows.size()) < wanted_ ? 0.0f", "static_cast<int64_t>(lows.size()) + 1 < wanted_ ? 0.0f", TOPK),
     Mutation("a floor is of upper bounds", TOPK_DRIVER, "c.z - c.bound), -std", "c.z + c.bound), -std", TOPK),
     Mutation("pairs that the screen cannot judge count for a floor", TOPK_DRIVER, "if (args.table[kStart * args.stride + c.feature] == std::numeric_limits<float>::infinity()) return;", "", TOPK),
