@@ -1,9 +1,9 @@
 """Llama Scope (OpenMOSS), Llama 3.1 8B and DeepSeek R1 Distill Llama 8B, with the activation scale folded in.
 
 The first series has `hyperparams.json` and `checkpoints/final.safetensors`, the R1 series `config.json` and
-`sae_weights.safetensors`.  Both were trained on activations scaled to a mean norm of √d_model.  With s = √d_model / norm
-a latent is z = s · (x @ W_enc) + b_enc where it fires, and x̂ = (f @ W_dec + b_dec) / s_out.  Here s goes into W_enc
-and s_out into W_dec and b_dec, so that raw activations go in and come out.
+`sae_weights.safetensors`.  Both were trained on activations scaled to a mean norm of √d_model.  With s = √d_model /
+norm a latent is z = s · (x @ W_enc) + b_enc where it fires, and x̂ = (f @ W_dec + b_dec) / s_out.  Here s goes into
+W_enc and s_out into W_dec and b_dec, so that raw activations go in and come out.
 
 The threshold θ.  First series: one number for all features, in units of raw activations.  The library scales its
 weights to raw activations before it compares, so z / s > θ; and where `sparsity_include_decoder_norm` is true, z / s
@@ -24,7 +24,7 @@ from gemmascope_fast.checkpoints import transformer_lens
 from gemmascope_fast.checkpoints.base import Checkpoint, one_of, read_json
 from gemmascope_fast.checkpoints.torch_write import tensor_of
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files.arrays import Block, Entry, open_safetensors
+from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.fields import flag, integer, shown, text
 from gemmascope_fast.files.write import Source, write_json, write_safetensors
 from gemmascope_fast.sae.sites import Site
@@ -138,8 +138,8 @@ def _checkpoint(
     if subtracts and transcodes:
         raise CheckpointError(f"{config_path}: apply_decoder_bias_to_pre_encoder: expected false for a transcoder")
     s, s_out = scales
-    made = arrays | {name: _times(entry, s) for name, entry in arrays.items() if name == "W_enc"}
-    made |= {name: _times(entry, 1 / s_out) for name, entry in arrays.items() if name in ("W_dec", "b_dec")}
+    made = arrays | {name: entry.scaled(s) for name, entry in arrays.items() if name == "W_enc"}
+    made |= {name: entry.scaled(1 / s_out) for name, entry in arrays.items() if name in ("W_dec", "b_dec")}
     if _by_decoder_norm(config_path, config) and {"W_dec", "b_enc"} <= set(arrays):
         made["threshold"] = _over_norm(path, arrays, threshold)
     elif isinstance(threshold, Entry):
@@ -159,12 +159,6 @@ def _checkpoint(
         if integer(config_path, name, config.get(name, size)) != size:
             raise CheckpointError(f"{config_path}: {name}: {config[name]} contradicts the arrays, which have {size}")
     return found
-
-
-def _times(entry: Entry, factor: float) -> Entry:
-    """The entry times a number, whichever way it is stored."""
-    block: Block = lambda rows, start: rows.double() * factor  # noqa: E731
-    return entry.transposed().mapped(block).transposed() if entry.flip else entry.mapped(block)
 
 
 def _by_decoder_norm(path: Path, config: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.kinds import KINDS
 from gemmascope_fast.checkpoints.repository import LLAMA_SCOPE, SUFFIXES, check_inside, locate
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files.arrays import BLOCK_BYTES, Block
+from gemmascope_fast.files.arrays import BLOCK_BYTES
 from gemmascope_fast.files.progress import progress_bar
 from gemmascope_fast.files.regular import check_regular
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
@@ -315,12 +315,8 @@ def _told(checkpoint: Checkpoint, kind: str | None, site: Site | None, site_out:
 def _scaled(checkpoint: Checkpoint, scale: float) -> Checkpoint:
     """SAELens's norm_scaling_factor folded in: W_enc · s, W_dec / s, b_dec / s."""
     arrays = dict(checkpoint.arrays)
-
-    def times(factor: float) -> Block:
-        return lambda block, start: block.double() * factor
-
-    arrays["W_enc"] = arrays["W_enc"].mapped(times(scale))
-    arrays |= {name: arrays[name].mapped(times(1 / scale)) for name in ("W_dec", "b_dec")}
+    arrays["W_enc"] = arrays["W_enc"].scaled(scale)
+    arrays |= {name: arrays[name].scaled(1 / scale) for name in ("W_dec", "b_dec")}
     return replace(checkpoint, arrays=arrays, normalisation="none")
 
 
