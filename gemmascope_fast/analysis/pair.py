@@ -68,7 +68,7 @@ def load_pair(
 ) -> tuple[Any, Any, JumpReLUSAE, int]:
     """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own).
 
-    anywhere: `layer` need not be the SAE's own; it becomes its own.  Raises ValueError where neither the arguments nor
+    anywhere: `layer` need not be the SAE's own; it becomes its own.  Raises ValueError if neither the arguments nor
     the checkpoint name a residual-stream layer, AttachError where they name different ones.
     """
     loaded = load_sae(sae, sae_id)

@@ -228,7 +228,7 @@ def check_edits(edits: Sequence[Edit], d_sae: int | None, d_out: int | None) -> 
 
 
 def _check_pair(one: Edit, other: Edit) -> None:
-    """Raise EditError where two edits of the same rows cannot both hold."""
+    """Raise EditError if two edits of the same rows cannot both hold."""
     for mask, edit in ((one, other), (other, one)):
         if isinstance(mask, Mask) and isinstance(edit, (Clamp, Add, MinClamp, Scale)):
             dropped = set(edit.features) - set(mask.features)  # type: ignore[arg-type]

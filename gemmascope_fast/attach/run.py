@@ -378,7 +378,7 @@ class Run(ExitStack[None]):
         was prefilled (also in a copy of the cache), several `generate` calls.  A cache that was cropped, reordered,
         or lost and repeated rows gives the sequences it holds: what was taken back is in `latents` and `tokens` alone.
 
-        Raises AttachError where a cache held columns that this run never saw (it names their positions), or where the
+        Raises AttachError if a cache held columns that this run never saw (it names their positions), or where the
         rows cannot be told.
         """
         latents = self.latents[key]
@@ -405,7 +405,7 @@ class Run(ExitStack[None]):
         logits, a reward): by key, SparseLatents [N, d_sae] with the pattern of `latents`.
 
         The error terms are constants (in "splice+error"; with several sites a latent's value includes what it does
-        through later ones).  Raises AttachError where no gradient reaches the latents: in "observe", under no_grad.
+        through later ones).  Raises AttachError if no gradient reaches the latents: in "observe", under no_grad.
         """
         return attribution(self._parts, metric, retain_graph)
 

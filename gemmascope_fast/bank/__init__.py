@@ -120,7 +120,7 @@ class Bank(Mapping[str, BankedSAE]):
     The listing is read now (of a repository: its listing alone), headers and weights at first use.  Weights are
     read-only: an SAE may leave and be read again.  Safe to use from several threads.
 
-    Raises CheckpointError where there is no checkpoint, ValueError for budgets or dtypes that mean nothing.
+    Raises CheckpointError if there is no checkpoint, ValueError for budgets or dtypes that mean nothing.
     """
 
     def __init__(

@@ -80,7 +80,7 @@ class Member:
     def load(self, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """The module, its parameters without gradient.
 
-        Raises CheckpointError where a file is not the one whose header was read: a bank's SAEs may be read many
+        Raises CheckpointError if a file is not the one whose header was read: a bank's SAEs may be read many
         times, and all readings must give the same weights.
         """
         checkpoint, stamp = self._open()

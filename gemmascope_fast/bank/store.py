@@ -115,7 +115,7 @@ class Store:
     def acquire(self, name: str) -> Lease:
         """The SAE on the device, pinned: loads it, evicts for it, waits for what other threads have in use.
 
-        Raises BankError where it cannot get room, CheckpointError where it cannot be read.
+        Raises BankError if it cannot get room, CheckpointError where it cannot be read.
         """
         self.check_fits(name)
         me = threading.get_ident()

@@ -37,7 +37,7 @@ def load_demo() -> Demo:
     """Gemma 3 270M, its tokenizer, the bundled SAE and its layer; no network.
 
     The first call converts the installed GGUF (about a minute) and keeps the weights in `cache_folder()`.
-    Raises GemmaScopeFastError where the extra `demo` is not installed.
+    Raises GemmaScopeFastError if the extra `demo` is not installed.
     """
     model, tokenizer = load_demo_model()
     sae = load_demo_sae()

@@ -215,7 +215,7 @@ class Mapped(Rows):
         """Put into the memo of a deepcopy of `sae` the rows out of a second private mapping: no memory is taken, and an
         edit of one SAE is not seen in the other.
 
-        Raises ValueError where rows were edited in place: what was edited is in this mapping alone.
+        Raises ValueError if rows were edited in place: what was edited is in this mapping alone.
         """
         twin = None
         for name, array in (("W_enc", ROWS), ("W_dec", "W_dec")):

@@ -58,7 +58,7 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
     """The screen stored beside the weights that `sae` was just loaded with; None where there is none, or where the
     weights were cast on the way and are no longer those it was built from.
 
-    Raises CheckpointError where it is of other weights than the file's, or holds what no build gives.
+    Raises CheckpointError if it is of other weights than the file's, or holds what no build gives.
     """
     entries, metadata = open_safetensors(path)
     about = _metadata(path, metadata)

@@ -82,7 +82,7 @@ class Entry:
     def blocks(self, dtype: torch.dtype, finite: bool = True) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in `dtype`) of the array as stored; of one that is flipped, of its transpose.
 
-        Raises CheckpointError where the file ends early or, if `finite`, a value is not (before or after the cast).
+        Raises CheckpointError if the file ends early or, if `finite`, a value is not (before or after the cast).
         """
         stored = self.stored or self.shape
         rows, width = (stored[0] if stored else 1), math.prod(stored[1:])

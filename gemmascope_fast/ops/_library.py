@@ -21,7 +21,7 @@ LIBRARY = torch.library.Library("gemmascope_fast", "DEF")
 
 
 def expect_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> None:
-    """Raise TypeError where an argument is no tensor: a list or a numpy array."""
+    """Raise TypeError if an argument is no tensor: a list or a numpy array."""
     if not isinstance(value, torch.Tensor):
         kind = type(value)
         came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"

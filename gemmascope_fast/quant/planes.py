@@ -29,7 +29,7 @@ from gemmascope_fast.ops.matryoshka_slice import matryoshka_slice, resliced, unp
 def bits_read(bits: int, mode: str = "prefix", stored: int = 8) -> int:
     """Bits a weight that a slice to `bits` reads from `stored` bits: whole planes; the paper's needs one more.
 
-    Raises ValueError where the planes hold fewer.
+    Raises ValueError if the planes hold fewer.
     """
     check_bits(bits)
     check_mode(mode)

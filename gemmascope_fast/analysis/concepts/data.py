@@ -62,7 +62,7 @@ def load_examples(path: str | Path) -> list[Example]:
 def split(examples: Sequence[Example], seed: int = 0) -> list[Split]:
     """One split for each concept: half of every concept's texts for training, the other half for the test.
 
-    Raises ValueError where a concept has fewer than four texts, or there is nothing that is not of it.
+    Raises ValueError if a concept has fewer than four texts, or there is nothing that is not of it.
     """
     concepts = sorted({e.concept for e in examples})
     generator = torch.Generator().manual_seed(seed)

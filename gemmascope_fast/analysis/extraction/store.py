@@ -56,7 +56,7 @@ class Store:
     """Latents in a folder, for reading; `Writer` makes them."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises StoreError where there are none."""
+        """Raises StoreError if there are none."""
         require("pyarrow", "analysis", "latents")
         self.folder = Path(folder)
         try:
@@ -83,7 +83,7 @@ class Store:
         return [self.path(table, i) for i in range(len(self.shards))]
 
     def read(self, table: str, shard: int, columns: list[str] | None = None) -> dict[str, np.ndarray]:
-        """One shard's columns as numpy arrays.  Raises StoreError where the file is damaged."""
+        """One shard's columns as numpy arrays.  Raises StoreError if the file is damaged."""
         import pyarrow.parquet as pq
 
         path = self.path(table, shard)

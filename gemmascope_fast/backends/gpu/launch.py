@@ -25,7 +25,7 @@ def interpreted() -> bool:
 def kernels(name: str, *tensors: Tensor | None) -> ModuleType:
     """The module kernels/<name>.py, after making sure that its kernels can run on these tensors.
 
-    Raises BackendError where Triton is missing or the device is none of its, ValueError where devices differ.
+    Raises BackendError if Triton is missing or the device is none of its, ValueError where devices differ.
     """
     check_devices(*tensors)
     if importlib.util.find_spec("triton") is None:

@@ -38,7 +38,7 @@ class EditTable:
     def of(cls, entries: Iterable[tuple[int, int, float]], d_sae: int, device: torch.device | str = "cpu") -> EditTable:
         """From (feature, kind, amount) entries, kind one of SCALE, CLAMP, ADD and MIN_CLAMP.
 
-        Raises ValueError where two entries name one feature, IndexError for a feature beyond d_sae.
+        Raises ValueError if two entries name one feature, IndexError for a feature beyond d_sae.
         """
         rows: dict[int, tuple[int, float]] = {}
         for feature, kind, amount in entries:

@@ -88,7 +88,7 @@ class ScreenArrays:
     ) -> ScreenArrays:
         """From what op `screen_rows` gives, for W_enc of this shape [d_in, d_sae]: codes by rows, signed.
 
-        Raises ValueError or TypeError where the tensors do not fit the shape: nothing on the device checks.
+        Raises ValueError or TypeError if the tensors do not fit the shape: nothing on the device checks.
         """
         d, F = shape
         _check_rows(code, code2, table, centre, scales, d, F)
@@ -176,7 +176,7 @@ def encode_screened(
 
     W_enc may be the transposed view of rows [d_sae, d_in] in pinned host memory, everything else on the device, but for
     the screen's tensors, which may lie with the rows and are then copied once: only the rows of what the screen leaves
-    are read.  Raises StaleScreenError where a refined pair lies outside the bound.
+    are read.  Raises StaleScreenError if a refined pair lies outside the bound.
     """
     weights = checked(x, W_enc, b_enc, threshold, bandwidth)
     arrays = _arrays(x.device, W_enc, code, code2, table, centre, scales)
