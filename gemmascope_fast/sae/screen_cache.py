@@ -74,7 +74,7 @@ class ScreenOptions:
         if not isinstance(directions, int | None):
             expect_tensor("directions", directions, "a number or a torch.Tensor")
         if isinstance(directions, int) and directions and sample is None:
-            raise ValueError(f"directions: finding {directions} of them needs a sample")
+            raise ValueError(f"directions: {directions} of them can only be found in a sample; pass one")
         spread = None
         if sample is not None:
             if sample.shape[-1:] != (d_in,) or not sample.is_floating_point():
