@@ -1,6 +1,6 @@
 """Op `decode`: sparse rows times a matrix of feature rows.
 
-out[n] = sum over the row's features, ascending, of values · W_dec[f] by fused multiply-add, plus b_dec last.
+out[n] = sum over the row's features, in ascending order, of values · W_dec[f] by fused multiply-add; then b_dec.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def decode_reference(
 ) -> Tensor:
     """crow_indices int64 [N+1], col_indices int32 [nnz], values [nnz], W_dec [d_sae, d_out] → fp32 [N, d_out].
 
-    W_dec may be float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
+    W_dec is float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
     """
     check_decode(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
     col = col_indices.long()
@@ -47,13 +47,13 @@ def check_decode(
     b_dec: Tensor | None,
     row_scale: Tensor | None,
 ) -> None:
-    """What the native kernel checks, for the reference."""
+    """The same checks as in the native kernel, for the reference."""
     if W_dec.dim() != 2:
         raise ValueError(f"W_dec: expected [d_sae, d_out], got {tuple(W_dec.shape)}")
     if W_dec.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
     if W_dec.dtype == torch.int8 and row_scale is None:
-        raise ValueError("row_scale: int8 rows need one")
+        raise ValueError("row_scale: required for int8 W_dec")
     check_csr(crow_indices, col_indices, W_dec.shape[0])
     if not values.is_floating_point():
         raise TypeError(f"values: expected a floating dtype, got {values.dtype}")
@@ -87,7 +87,7 @@ def _cost(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tens
 decode = register(SCHEMA, decode_reference, _fake, _cost)
 
 
-# ---- gradients of decode and sampled_dot, each of which is made of the other ----------------------------------
+# ---- gradients of decode and sampled_dot: each uses the other ------------------------------------------------
 
 
 def _save(ctx, inputs, output):
@@ -95,7 +95,7 @@ def _save(ctx, inputs, output):
 
 
 def _decode_backward(ctx, needs, grad):
-    """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, ascending, of values · grad[n]."""
+    """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, in ascending order, of values · grad[n]."""
     crow, col, values, W_dec, b_dec, row_scale = ctx.saved_tensors
     _crow, _col, need_values, need_W, need_b, need_scale = needs
     if row_scale is not None and (need_values or need_W or need_scale):
@@ -113,7 +113,7 @@ def _decode_backward(ctx, needs, grad):
 
 
 def _decode_jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
-    """The sum is linear in each of its factors."""
+    """The output is linear in values, in W_dec and in b_dec."""
     crow, col, values, W_dec, _b_dec, row_scale = ctx.saved_tensors
     parts = [] if db is None else [db.float().expand(crow.numel() - 1, -1)]
     for v, rows, scale in (

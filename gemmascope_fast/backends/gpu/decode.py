@@ -65,7 +65,7 @@ def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Ten
     if W_dec.dtype not in (*FLOATS, torch.int8):
         raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
     if W_dec.dtype == torch.int8 and row_scale is None:
-        raise ValueError("row_scale: int8 rows need one")
+        raise ValueError("row_scale: required for int8 W_dec")
     F, d = W_dec.shape
     for name, tensor, shape in (("values", values, col.shape), ("b_dec", b_dec, (d,)), ("row_scale", row_scale, (F,))):
         if tensor is not None and tuple(tensor.shape) != tuple(shape):
