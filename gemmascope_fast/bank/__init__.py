@@ -136,7 +136,7 @@ class Bank(Mapping[str, BankedSAE]):
         revision: str | None = None,
     ) -> None:
         if ahead < 0:
-            raise ValueError(f"ahead: expected a count, got {ahead}")
+            raise ValueError(f"ahead: expected 0 or more, got {ahead}")
         self._store = Store(torch.device(device), held_dtype(dtype), device_bytes, host_bytes, ahead, screen)
         several = isinstance(source, Mapping)
         for model, place in source.items() if isinstance(source, Mapping) else [(None, source)]:

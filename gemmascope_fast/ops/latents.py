@@ -288,8 +288,7 @@ class SparseLatents:
 
     def __mul__(self, scalar: Any) -> SparseLatents:
         """Multiply by a finite number or a tensor of one element. ValueError for NaN and infinity, because 0 times
-        those
-        is not 0."""
+        those is not 0."""
         return self.with_values(self.values * scalar) if _is_scalar(scalar) else NotImplemented
 
     __rmul__ = __mul__

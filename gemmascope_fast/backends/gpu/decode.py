@@ -100,7 +100,7 @@ def sampled_dot(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tens
         raise TypeError(f"x, rows: expected floating tensors, rows of at most 32 bits, got {x.dtype} and {rows.dtype}")
     if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1] or crow_indices.numel() != x.shape[0] + 1:
         raise ValueError(
-            f"x: expected [N, d] beside rows [F, d] and {crow_indices.numel()} offsets,"
+            f"x: expected [N, d] with rows [F, d] and {crow_indices.numel()} offsets,"
             f" got {tuple(x.shape)} and {tuple(rows.shape)}"
         )
     module = kernels("sampled_dot", x, rows, bias, crow_indices, col_indices)

@@ -211,7 +211,7 @@ def fixed(x: Tensor, weights: Weights, fill: Fill, capacity: int) -> FixedLatent
     """Latents of one pass in tensors of the given capacity.  With a capacity of T * F nothing can overflow."""
     T, F = x.shape[0], weights.rows.shape[0]
     if capacity < 0:
-        raise ValueError(f"capacity: expected a count, got {capacity}")
+        raise ValueError(f"capacity: expected 0 or more, got {capacity}")
     if T == 0 or F == 0 or chunk_tokens(F) < T:
         raise ValueError(f"x: expected from 1 to {chunk_tokens(F)} tokens for a fixed capacity, got {T}")
     words = fill(x, weights)

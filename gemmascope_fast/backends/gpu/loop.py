@@ -77,7 +77,7 @@ def splice(
     _check(x, W_enc, b_enc, threshold, W_dec, b_dec, edits, error)
     capacity = x.shape[0] * W_enc.shape[1] if capacity is None else capacity
     if capacity < 0:
-        raise ValueError(f"capacity: expected a count, got {capacity}")
+        raise ValueError(f"capacity: expected 0 or more, got {capacity}")
     if _backend() == "cuda":
         out, crow, col, values = torch.ops.gemmascope_fast_cuda.splice(
             x, W_enc, b_enc, threshold, W_dec, b_dec, edits.features, edits.kind, edits.amount, error, capacity
