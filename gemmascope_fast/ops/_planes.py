@@ -46,7 +46,7 @@ def check_planes(planes: Sequence[Tensor], out_features: int, in_features: int, 
     blocks, units = -(-out_features // ROWS), -(-in_features // UNIT)
     stored = stored_bits(planes)
     if not 1 <= bits <= stored <= 8:
-        raise ValueError(f"bits: expected a width from 1 to the {stored} bits stored, got {bits}")
+        raise ValueError(f"bits: expected a width from 1 to the {stored} stored, got {bits}")
     if rule not in (PREFIX, MATQUANT, EXTRA):
         raise ValueError(f"rule: expected 0, 1 or 2, got {rule}")
     if [p.shape for p in planes] != [(blocks, units, 64 * w) for w in WIDTHS[stored]]:

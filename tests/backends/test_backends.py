@@ -142,7 +142,7 @@ def test_without_the_extension_the_reference_serves_and_info_says_so():
         assert rows[op]["backend"] == "eager"
         assert "the compiled extension is missing" in rows[op]["reason"]
     assert found["cpu"]["isa"] is None
-    assert "not there" in found["extension_missing"]
+    assert "missing" in found["extension_missing"]
 
 
 def test_every_op_declares_its_parts():
