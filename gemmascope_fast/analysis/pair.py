@@ -1,4 +1,4 @@
-"""The model and the SAE that a command's --model, --sae, --sae-id and --layer name; "demo" is the bundled pair."""
+"""Loads the model and the SAE named by --model, --sae, --sae-id and --layer; "demo" is the bundled pair."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SEVERAL = ("cross_layer_transcoder", "crosscoder")  # kinds that read or write s
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval.
+    """(model, tokenizer) for --model: "demo", or what transformers accepts; in fp32 and eval mode.
 
-    The model is of the class that its checkpoint names (a language model, a reward model, an encoder), a causal
-    language model where it names none.
+    The model has the class that its checkpoint names (a language model, a reward model, an encoder), or is a causal
+    language model if it names none.
     """
     if name == "demo":
         return load_demo_model()
@@ -33,20 +33,20 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 
 def full_names(settings: dict[str, Any]) -> tuple[str, str]:
-    """(model, SAE) of an extraction's settings as titles show them: what "demo" stands for is spelled out."""
+    """(model, SAE) of an extraction's settings for titles; "demo" is replaced by its full name."""
     model, sae = str(settings.get("model", "a model")), str(settings.get("sae", "an SAE"))
     return MODEL_NAME if model == "demo" else model, SAE_FILE.stem if sae == "demo" else sae
 
 
 def sae_place(name: str) -> str:
-    """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
+    """Where a command's SAE is stored: "demo" is the bundled file, any other name is unchanged."""
     return str(SAE_FILE) if name == "demo" else name
 
 
 def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
-    """The SAE for a command line's --sae: "demo", or a file, folder or repository.
+    """The SAE for --sae: "demo", or a file, folder or repository.
 
-    Raises ValueError for a coder of several sites, which no command takes.
+    Raises ValueError for a coder of several sites, which no command accepts.
     """
     if name == "demo":
         return load_demo_sae()
@@ -54,7 +54,7 @@ def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
     if sae.kind in SEVERAL:
         raise ValueError(
             f"--sae {name}: expected an SAE or transcoder that reads one site and writes one, got a {sae.kind};"
-            " in Python `attach` takes it"
+            " use `attach` in Python"
         )
     return sae
 
@@ -68,8 +68,8 @@ def load_pair(
 ) -> tuple[Any, Any, JumpReLUSAE, int]:
     """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own).
 
-    anywhere: `layer` need not be the SAE's own; it becomes its own.  Raises ValueError if neither the arguments nor
-    the checkpoint name a residual-stream layer, AttachError where they name different ones.
+    anywhere: `layer` may differ from the SAE's own, and replaces it.  Raises ValueError if neither the arguments nor
+    the checkpoint name a residual-stream layer, AttachError if they name different ones.
     """
     loaded = load_sae(sae, sae_id)
     if layer is not None and loaded.cfg.site is not None:
@@ -80,5 +80,5 @@ def load_pair(
     if layer is None and loaded.cfg.site is not None and loaded.cfg.site.kind == "resid":
         layer = loaded.cfg.site.layer
     if layer is None:
-        raise ValueError("--layer: expected a layer number, for the checkpoint names no residual-stream layer")
+        raise ValueError("--layer: expected a layer number, because the checkpoint names no residual-stream layer")
     return *load_model(model), loaded, layer

@@ -1,4 +1,4 @@
-"""Which features differ between two sets of texts: effect sizes, tests, correction for having tested many."""
+"""Which features differ between two sets of texts: effect sizes, tests, correction for multiple testing."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 512  # features made dense at once
+BLOCK = 512  # features made dense at a time
 Rows = dict[str, np.ndarray]
 
 
 def compare_sets(
     a: Any, b: Any, *, least: int = 3, test: str = "rank", permutations: int = 2000, seed: int = 0
 ) -> dict:
-    """Every feature that is not zero in at least `least` texts of either set, strongest difference first.
+    """All features that are not zero in at least `least` texts of either set, largest difference first.
 
     a, b: csr_array [texts, d_sae].  test "rank": Mann-Whitney U, two-sided, with the correction for ties;
-    "permutation": of the difference of means over n shuffles of the labels, p = (1 + as extreme) / (1 + n).
-    Columns: feature, mean_a, mean_b, d (Cohen's, pooled standard deviation), auc (chance that a text of a exceeds one
-    of b, ties half), p, q (Benjamini-Hochberg).  ValueError for a set of fewer than two texts.
+    "permutation": difference of means over n shuffles of the labels, p = (1 + number as extreme) / (1 + n).
+    Columns: feature, mean_a, mean_b, d (Cohen's, pooled standard deviation), auc (probability that a text of a exceeds
+    one of b, ties count half), p, q (Benjamini-Hochberg).  ValueError for a set of fewer than two texts.
     """
     from scipy.stats import false_discovery_control, mannwhitneyu
 
@@ -50,7 +50,7 @@ def compare_sets(
 
 
 def cohen_d(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Difference of column means over the pooled standard deviation; 0 where nothing varies."""
+    """Difference of column means divided by the pooled standard deviation; 0 if nothing varies."""
     n, m = len(x), len(y)
     variance = ((n - 1) * x.var(0, ddof=1) + (m - 1) * y.var(0, ddof=1)) / (n + m - 2)
     return np.divide(x.mean(0) - y.mean(0), np.sqrt(variance), out=np.zeros(x.shape[1]), where=variance > 0)
@@ -61,7 +61,7 @@ def _fired(x: Any) -> np.ndarray:
 
 
 def _shuffles(n: int, m: int, count: int, seed: int) -> np.ndarray:
-    """bool [count, n + m]: which texts count as the first set."""
+    """bool [count, n + m]: which texts are in the first set."""
     generator = np.random.default_rng(seed)
     found = np.zeros((count, n + m), bool)
     for row in found:
@@ -75,7 +75,7 @@ def _permuted(x: np.ndarray, y: np.ndarray, shuffles: np.ndarray) -> np.ndarray:
     weights = np.where(shuffles, 1 / n, -1 / m)
     seen = np.abs(weights @ both)
     own = np.abs(x.mean(0) - y.mean(0))
-    # equal shuffles are as extreme: a slack of rounding of the two sums
+    # equal shuffles count as extreme, so allow for rounding of the two sums
     return (1 + (seen >= own * (1 - 1e-12)).sum(0)) / (1 + len(shuffles))
 
 
@@ -83,8 +83,8 @@ def _permuted(x: np.ndarray, y: np.ndarray, shuffles: np.ndarray) -> np.ndarray:
 
 
 def covariates(text: str) -> np.ndarray:
-    """What a preference may be about besides content: log of characters, line breaks, list items, markdown marks, code
-    blocks; each per text."""
+    """Covariates that a preference may depend on besides content: log of characters, line breaks, list items, markdown
+    marks, code blocks; for each text."""
     lines = text.split("\n")
     items = sum(bool(re.match(r"\s*(?:[-*•]|\d+[.)])\s", line)) for line in lines)
     marks = len(re.findall(r"\*\*|^#{1,6}\s|`", text, flags=re.MULTILINE))
@@ -95,12 +95,12 @@ COVARIATES = ("log length", "line breaks", "list items", "markdown marks", "code
 
 
 def compare_pairs(chosen: Any, rejected: Any, z: np.ndarray | None, *, least: int = 3) -> Rows:
-    """Features of preferred against rejected answers to the same prompts, before and after covariates.
+    """Features of preferred versus rejected answers to the same prompts, before and after covariates.
 
     chosen, rejected: csr_array [pairs, d_sae]; z [pairs, c]: differences of the covariates, None for none.  With
-    y = chosen - rejected, `before` is mean(y) / sd(y), p_before the t test of mean 0; `after` is the intercept of y on
-    z by least squares (what is left between two answers of equal length and format) over the same sd(y), p_after its
-    t test.  Columns of z that are constant or depend on others take no part.  q: Benjamini-Hochberg.
+    y = chosen - rejected, `before` is mean(y) / sd(y), p_before the t test of mean 0. `after` is the intercept of y on
+    z by least squares (the difference that remains at equal length and format) divided by the same sd(y), p_after its
+    t test.  Columns of z that are constant or depend on others are left out.  q: Benjamini-Hochberg.
     """
     from scipy.stats import false_discovery_control, t
 
@@ -144,11 +144,10 @@ def _ratio(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def separability(
     x: np.ndarray, labels: Sequence[bool], folds: int = 5, seed: int = 0, *, paired: bool = False
 ) -> float:
-    """ROC AUC of a difference-of-means direction between two sets of texts [n, d], each text scored by the folds it is
-    not in.  Dimensions are weighted by their inverse variance within the sets, of the fold's training texts.
-
-    paired: the n-th text of one set and the n-th of the other are alike (two answers to one prompt) and share a fold:
-    a partner in the training texts, under the other label, would turn the score round.
+    """ROC AUC of a difference-of-means direction between two sets of texts [n, d], with cross-validation: the direction
+    is computed without the text's fold. Dimensions are weighted by their inverse variance within the training sets.
+    paired: text n of one set and text n of the other are similar (two answers to one prompt), so they share a fold.
+    Otherwise a similar text with the other label in the training set would reverse the score.
     """
     y = np.asarray(labels, bool)
     generator = np.random.default_rng(seed)
@@ -168,7 +167,7 @@ def separability(
         own, others = x[train & y], x[train & ~y]
         within = (own.var(0) * len(own) + others.var(0) * len(others)) / int(train.sum())
         difference = own.mean(0) - others.mean(0)
-        # a dimension that never varies within the sets separates them or says nothing
+        # a dimension that never varies within the sets separates them or gives no information
         w = difference / np.maximum(within, 1e-6 * max(float(within.mean()), 1e-12))
         high, low = x[test & y] @ w, x[test & ~y] @ w
         wins = (high[:, None] > low).sum() + 0.5 * (high[:, None] == low).sum()
