@@ -1,4 +1,4 @@
-"""Sparse decode against torch's embedding_bag and the dense product.  Verified before it is timed."""
+"""Sparse decode compared with torch's embedding_bag and the dense product.  Verified before timing."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def bench_decode(benchmark, case, tokens, peer):
     dense, call = latents.to_dense(), PEERS[peer]
     exact = dense.double() @ sae.W_dec.double() + sae.b_dec.double()
     size = dense.abs().double() @ sae.W_dec.abs().double() + sae.b_dec.abs().double()
-    # any order of at most d_sae products and the bias; ours sums only what fires
+    # bound for any order of at most d_sae products and the bias; ours sums only what fires
     terms = int(latents.l0().max()) + 2 if peer == "ours" else sae.d_sae + 2
     assert bool(((call(sae, latents, dense).double() - exact).abs() <= 1.01 * terms * 2.0**-24 * size).all())
     following = rotated(sae, tokens)

@@ -1,9 +1,9 @@
-"""What taking directions out of the activations is worth to the screen, on real activations: candidates and time.
+"""Benefit for the screen of removing directions from real activations: number of candidates and time.
 
     python benchmarks/bench_directions.py [--tokens 16,256,1024] [--json directions.json]
 
-The bundled SAE on Gemma 3 270M's activations of a text, as in bench_exact.py's case `real`: no directions, what the
-screen takes out unless told (massive dimensions), and 8 principal directions of other tokens.
+Uses the bundled SAE on Gemma 3 270M's activations of a text, as bench_exact.py's case `real`: without directions, with
+the screen's default (massive dimensions), and with 8 principal directions of other tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gemmascope_fast.dev.bench.machine import describe
 from gemmascope_fast.dev.bench.timing import interleave, percentiles_ms
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
-FROM = 512  # tokens from here on are the sample; those before it are timed with the sample's directions too
+FROM = 512  # tokens from here on are the sample; earlier ones are timed, also with the sample's directions
 
 
 def encode(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""Exact encode against eager fp32 and bf16.  Verified against fp64 before it is timed."""
+"""Exact encode compared with eager fp32 and bf16.  Verified against fp64 before timing."""
 
 import pytest
 import torch

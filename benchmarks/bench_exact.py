@@ -1,36 +1,36 @@
-"""The exact encode against what a laptop runs today: every ratio in one process, interleaved, verified before timed.
+"""Exact encode compared with other implementations: each ratio in one process, interleaved, verified before timing.
 
     python benchmarks/bench_exact.py [--cases 2304x16384,real] [--tokens 1,16,256] [--json exact.json]
 
 Cases: Gemma Scope's shapes with calibrated synthetic weights and activations (gemmascope_fast.dev.testing: the
 spectrum, the mean and the massive dimension of Gemma 3 270M's layer 12; L0 about 76 to 110), and `real`: the bundled
-SAE on Gemma 3 270M's own activations of a text.  For few tokens every implementation goes round enough copies of its
-weights to exceed four times the last-level cache.  Ratios are medians of paired rounds.
+SAE on Gemma 3 270M's own activations of a text.  For few tokens every implementation cycles through enough copies of
+its weights to exceed four times the last-level cache.  Ratios are medians of paired rounds.
 
-Beside each ratio to eager fp32 stands the greatest that an int8 pass could have in this run: eager's time over the
-time of reading the codes once, or of their integer products, whichever is longer, at the rates that the roof measures.
-Where int8 is only four times fp32, as on Zen 4, an exact answer cannot be eight times eager for many tokens.  Where
-eager reads its weights at the rate of the roof, one token cannot be five times faster: four bytes a weight against one.
-Shares of the roof are of the encode called by itself, round after round over the same copies.  The share of int8 counts
-one product a weight and token, also where both digits of the activations are multiplied.
+Next to each ratio to eager fp32 is the largest that an int8 pass could reach in this run: eager's time divided by the
+time to read the codes once, or of their integer products, whichever is longer, at the measured rates of the roof.
+If int8 is only four times as fast as fp32, as on Zen 4, an exact result cannot be eight times as fast as eager for
+many tokens.  If eager reads its weights at the roof's bandwidth, one token cannot be five times as fast: four bytes
+per weight against one. Shares of the roof are for the encode called alone, repeatedly over the same copies.  The share
+of int8 counts one product per weight and token, even if both digits of the activations are multiplied.
 
-The synthetic activations are kinder than real ones: with one digit of the activations 0.3 % of pairs are left that do
+The synthetic activations are easier than real ones: with one digit of the activations 0.3 % of pairs are left that do
 not fire, and 1.5 to 1.7 % for Gemma 3 270M's layer 12 (`real`; with two digits and one token 0.07 and 0.54 %; 3 to 6 %
 before the screen balanced dimensions).
 
 `real` gains less from 64 tokens on than Gemma Scope's shapes: 1.5 % of its pairs fire, three times the share of an SAE
-of 16,384, as many are false, and each is a dot of 640 in fp32 from the last cache, of a row and a token that no tile
-shares.  Of an encode of 256 tokens on Zen 5 half is the products with their sums and three tenths is those pairs (a
-profile by samples; int8_share 0.31 in exact-real-zen5.json).  Eager meets an encoder of 10 MB that stays in the cache,
-so it does not wait for memory either.
+of 16,384, and as many are false. Each is a dot of 640 in fp32 from the last-level cache, of a row and a token that no
+tile shares.  In an encode of 256 tokens on Zen 5, half of the time is the products with their sums and three tenths is
+those pairs (sampling profile; int8_share 0.31 in exact-real-zen5.json).  Eager has an encoder of 10 MB that stays in
+the cache, so it does not wait for memory either.
 
-Against bf16, where arithmetic binds, an int8 pass gains about a factor of two at most: VNNI multiplies twice as many
-pairs in an instruction as vdpbf16ps.  From 64 tokens on ours comes to six tenths of the int8 peak, and the exact answer
-also reads the full-precision rows of what fires, at 64 tokens of 2304 × 16,384 nearly as many bytes as codes.  So the
-whole SAE takes 1.8 and 1.9 times less there at 64 and 256 tokens than the best peer (bf16 linear, embedding_bag), 2.0
-to 2.5 at others (exact-2304x16384-zen5.json).  Tried and no help: rows of candidates fetched while other features are
-multiplied, rows and tokens of the next pairs fetched while pairs are refined, the second look where fewer than half of
-the candidates are false.
+Compared with bf16, when arithmetic is the limit, an int8 pass gains at most about a factor of two: VNNI multiplies
+twice as many pairs per instruction as vdpbf16ps.  From 64 tokens on, ours reaches six tenths of the int8 peak, and the
+exact result also needs the full-precision rows of what fires, at 64 tokens of 2304 × 16,384 nearly as many bytes as
+codes.  So the whole SAE takes 1.8 and 1.9 times less there at 64 and 256 tokens than the best peer (bf16 linear,
+embedding_bag), 2.0 to 2.5 at others (exact-2304x16384-zen5.json).  Tried without benefit: prefetching rows of
+candidates while other features are multiplied, prefetching rows and tokens of the next pairs during exact products,
+the second look if fewer than half of the candidates are false.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from gemmascope_fast.dev.bench.timing import interleave, paired, percentiles_ms
 from gemmascope_fast.dev.testing import compare_support
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
-SECONDS = 1.5  # a set of implementations is timed for about so long
+SECONDS = 1.5  # approximate time for a set of implementations
 
 
 # ---- what is compared ---------------------------------------------------------------------------------
@@ -69,11 +69,11 @@ def on_avx512(call: Callable[[], Any]) -> Any:
 
 
 class Rotated:
-    """Weights in the layouts that each implementation likes best, as many copies as `tokens` ask for; each call of
-    `sae`, `fp32` and `bf16` gives the next."""
+    """Weights in the fastest layout for each implementation, with as many copies as needed for `tokens`; each call of
+    `sae`, `fp32` and `bf16` returns the next copy."""
 
     def __init__(self, sae: JumpReLUSAE, tokens: int) -> None:
-        # two of them for many tokens: a decode would find the rows in cache that its peer had just read
+        # two copies for many tokens: otherwise a decode would find in cache the rows that its peer had just read
         self.sae = itertools.cycle(copies(sae, 2 if tokens > FEW_TOKENS else None)).__next__
         dense = copies(sae, 1 if tokens > FEW_TOKENS else None, bytes_read=4, prepare=False)
         self.fp32 = itertools.cycle([peers.Dense.of(s) for s in dense]).__next__
@@ -143,7 +143,7 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, chosen: se
         whole["torch.compile fp32"] = lambda: compiled(weights.fp32(), x)
     timed(row, "sae", whole)
 
-    # a copy after the other: the second to read the same rows would find them in cache
+    # use alternating copies: the second to read the same rows would find them in cache
     decoders: dict[str, Callable[[], Any]] = {
         "ours": lambda: weights.sae().decode(latents),
         "embedding_bag": lambda: embedding_bag_decode(weights.sae(), latents),
@@ -151,7 +151,7 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, chosen: se
     timed(row, "decode", decoders)
 
     read = screen.code.nbytes + stats[0] * (screen.code2 is not None) * sae.d_in + stats[1] * 4 * sae.d_in
-    # by itself, as the roof is measured: what ran between two calls above has emptied the caches of all but weights
+    # alone, as the roof is measured: the other calls above evict everything but weights from the caches
     seconds = statistics.median(interleave({"ours": encoders["ours"]}, SECONDS)["ours"])
     row["alone_ms"] = 1e3 * seconds
     row["read_gb_s"] = read / seconds / 1e9
@@ -164,7 +164,7 @@ def measure(case: str, sae: JumpReLUSAE, x: Tensor, roofs: roof.Roof, chosen: se
 
 
 def call_cost() -> float:
-    """µs of an op call over its kernel: the call for one token of an SAE so small that the kernel is nothing."""
+    """µs of overhead of an op call: the call for one token of an SAE so small that the kernel takes no time."""
     sae = JumpReLUSAE(*(torch.zeros(s) for s in ((64, 16), (16, 64), (16,), (64,))), torch.ones(16))
     screen = sae.requires_grad_(False).prepare().screen_cache.screen
     args = (torch.randn(1, 64), sae.W_enc, sae.b_enc, sae.threshold)
@@ -214,7 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="real,2304x16384,2304x65536,3584x16384")
     parser.add_argument("--tokens", default="1,4,16,64,256,1024")
-    parser.add_argument("--peers", default="", help="compile: torch.compile too (slow to start)")
+    parser.add_argument("--peers", default="", help="compile: also torch.compile (slow to start)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

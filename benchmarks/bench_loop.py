@@ -1,21 +1,22 @@
-"""What an SAE in the loop costs: time inside the hooks per decoded token over the model's own time, in one run.
+"""Overhead of an SAE in a generating model: time inside the hooks per token divided by the model's own time.
 
     python benchmarks/bench_loop.py --case 270m            # Gemma 3 270M, fp32, the bundled SAE at its layer
     python benchmarks/bench_loop.py --case 270m-16k        # one layer at d_sae 16,384
     python benchmarks/bench_loop.py --case 270m-all        # all 18 layers at d_sae 16,384
     python benchmarks/bench_loop.py --case 2b --case 2b-all    # Gemma 2 2B's shape in bf16, random weights
 
-Every variant decodes the same number of tokens greedily, turn by turn (A/B interleaved, several rounds).  Per step
-the time inside the hooks is taken from the run itself, the rest of the step is the model's; the figure is the median
-of one over the median of the other.  The A/B column compares whole steps with and without hooks: a cross-check, as
-noisy as the machine.  Peers do the same by hand in the same places: dense eager fp32, and SAELens where it is there.
+Every variant generates the same number of tokens greedily, in turns (A/B interleaved, several rounds).  In each step
+the run reports the time inside its hooks, and the rest of the step is the model's; the result is the median of the
+first divided by the median of the second.  The A/B column compares whole steps with and without hooks, as a check; it
+is as noisy as the machine.  Peers use hand-written hooks at the same places: dense eager fp32, and SAELens if
+installed.
 
 Random SAEs are calibrated on the model's own activations to an L0 of about 76.  In the 2B cases each of the 26 blocks
-has weights of its own (5.2 GB in all), and the SAEs share the matrices of four, so that it fits: every SAE's screen is
-read from memory again where the last-level cache is smaller than four of them (some virtual machines show the cache of
-a whole processor).  Observed latents are verified against fp64 before anything is timed, and
-observing must not change a token.  The clamp is at the last layer with an SAE: at an earlier one it would drive the
-later layers out of the range that their SAEs are calibrated to.
+has its own weights (5.2 GB in total), and the SAEs share the matrices of four, to fit in memory. Every SAE's screen is
+read from memory again if the last-level cache is smaller than four of them (some virtual machines report the cache of
+a whole processor).  Observed latents are verified against fp64 before timing, and observing must not change a token.
+The clamp is at the last layer with an SAE: at an earlier one, later layers would leave the range that their SAEs
+are calibrated for.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Bench:
 
     @functools.cached_property
     def dense(self) -> dict[int, peers.Dense]:
-        """The SAEs laid out for dense products, sharing what they share."""
+        """The SAEs laid out for dense products; shared matrices stay shared."""
         laid: dict[int, Tensor] = {}
         found = {}
         for layer, sae in self.saes.items():
@@ -103,7 +104,7 @@ class Clock:
     seconds: float = 0.0
 
 
-Variant = Callable[[Bench], Any]  # a context manager that gives something with `seconds`
+Variant = Callable[[Bench], Any]  # a context manager that yields something with `seconds`
 
 
 def ours(mode: str, clamped: int = 0) -> Variant:
@@ -118,7 +119,7 @@ def ours(mode: str, clamped: int = 0) -> Variant:
 
 
 def by_hand(read: Callable[[peers.Dense], Callable[[Tensor], Tensor | None]]) -> Variant:
-    """Forward hooks in the same places; `read` makes of an SAE what a hook does with x [1, S, d]."""
+    """Forward hooks at the same places; `read` makes from an SAE the function that a hook calls with x [1, S, d]."""
 
     @contextmanager
     def enter(bench: Bench) -> Iterator[Clock]:
@@ -147,7 +148,7 @@ def _timed(work: Callable[[Tensor], Tensor | None], clock: Clock) -> Callable[..
 
 
 def eager(sae: peers.Dense, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
-    """As one writes it in PyTorch: dense, in fp32; with the error term decode and add it back."""
+    """The usual PyTorch code: dense, in fp32; with the error term, decode and add it back."""
 
     def work(x: Tensor) -> Tensor | None:
         wide = x[0].float()
@@ -161,7 +162,7 @@ def eager(sae: peers.Dense, with_error: bool = False) -> Callable[[Tensor], Tens
 
 
 def saelens(sae: peers.Dense, with_error: bool = False) -> Callable[[Tensor], Tensor | None]:
-    """SAELens's own module on the same weights, called from the same hook."""
+    """SAELens's own module with the same weights, called from the same hook."""
     theirs = peers.saelens_sae(sae)
     theirs.use_error_term = with_error
 
@@ -192,7 +193,7 @@ if importlib.util.find_spec("sae_lens"):
 
 @dataclass
 class Steps:
-    """Per decoded token, seconds: the whole step, and what of it was inside the hooks."""
+    """Seconds per generated token: the whole step, and the part inside the hooks."""
 
     whole: list[float] = field(default_factory=list)
     hooks: list[float] = field(default_factory=list)
@@ -213,7 +214,7 @@ def _deciles(values: list[float]) -> tuple[float, float]:
 
 
 def decode(bench: Bench, variant: Variant | None, tokens: int, steps: Steps) -> Tensor:
-    """Greedy decoding; each step after the prefill is one entry.  Gives the sequence."""
+    """Greedy decoding; each step after the prefill is one entry.  Returns the sequence."""
     marks: list[tuple[float, float]] = []
     with torch.inference_mode(), variant(bench) if variant else _nothing() as clock:
 
@@ -236,8 +237,8 @@ def _nothing() -> Iterator[Clock]:
 
 
 def verify(bench: Bench) -> float:
-    """Latents of every layer against fp64, tokens unchanged; gives the mean L0 of decoded tokens (BOS, of which
-    thousands fire, is not one)."""
+    """Compare the latents of every layer with fp64, and the tokens with an unobserved run; returns the mean L0 of
+    generated tokens (not BOS, on which thousands fire)."""
     tokens, prompt = DECODED, bench.ids.shape[1]
     plain = decode(bench, None, tokens, Steps())
     with torch.inference_mode():

@@ -1,9 +1,9 @@
-"""`MatryoshkaLinear` at 8, 4 and 2 bits against bf16 `F.linear` and torch's own 8- and 4-bit products.
+"""`MatryoshkaLinear` at 8, 4 and 2 bits compared with bf16 `F.linear` and torch's own 8- and 4-bit products.
 
     python benchmarks/bench_matryoshka.py [--shape 9216x2304] [--tokens 1,4,16,64] [--json FILE]
 
-All peers take turns in one process, so that a busy machine slows them alike; each is verified before it is timed.
-For up to 16 tokens every call reads another copy of the weights, out of enough copies to exceed four times the
+All peers take turns in one process, so that a busy machine slows all of them equally; each is verified before timing.
+For up to 16 tokens every call reads another copy of the weights, and the copies together exceed four times the
 last-level cache.  The roof, this machine's read bandwidth, is measured in the same run.
 """
 
@@ -35,8 +35,8 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class Peer(NamedTuple):
-    """How to make one more copy of a layer, the bytes of its weights, the dtype of what it reads, and how far its
-    product may lie, relatively, from that of `exact`: its own weights and activations as rounded, or None for those
+    """How to make one more copy of a layer, the bytes of its weights, the dtype of its input, and the allowed relative
+    error of its product against that of `exact`: its own weights and activations as rounded, or None for those
     before rounding."""
 
     make: Callable[[], Layer]
@@ -47,13 +47,13 @@ class Peer(NamedTuple):
 
 
 def rounded_product(layer: Any, x: Tensor) -> Tensor:
-    """What `MatryoshkaLinear` stands for: int8 activations times the weights that it serves, in fp64."""
+    """The exact result of `MatryoshkaLinear`: int8 activations times the weights that it uses, in fp64."""
     step = x.abs().amax(1, keepdim=True) / 127
     return ((x / step).round() * step).double() @ layer.weight.double().t()
 
 
 def peers_of(weight: Tensor, group_size: int | None) -> dict[str, Peer]:
-    """One weight matrix [out, in] in every form that is timed; each gives [T, out]."""
+    """One weight matrix [out, in] in every form that is timed; each returns [T, out]."""
     codes, half = quantize(weight, group_size), weight.bfloat16()
     found = {}
     for bits in OURS:
@@ -80,14 +80,14 @@ def peers_of(weight: Tensor, group_size: int | None) -> dict[str, Peer]:
 
 
 def verify(name: str, peer: Peer, layer: Layer, x: Tensor, weight: Tensor) -> None:
-    """Raises AssertionError where the product is further off than the peer's rounding explains."""
+    """Raises AssertionError if the error of the product is larger than the peer's rounding explains."""
     exact = x.double() @ weight.double().t() if peer.exact is None else peer.exact(layer, x)
     error = float((layer(x.to(peer.dtype)).double() - exact).norm() / exact.norm())
     assert error <= peer.allowed, f"{name}: relative error {error:.2g}, expected at most {peer.allowed:.2g}"
 
 
 def measure(weight: Tensor, found: dict[str, Peer], tokens: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Figures of each at so many tokens: median, p20, p80 in ms, times faster than bf16, bytes."""
+    """Results of each for this number of tokens: median, p20, p80 in ms, times faster than bf16, bytes."""
     x = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(tokens))
     calls: dict[str, Callable[[], Tensor]] = {}
     for name, peer in found.items():

@@ -1,4 +1,4 @@
-"""The whole SAE, encode and decode, against eager PyTorch and torch.compile.  Verified before it is timed."""
+"""The whole SAE, encode and decode, compared with eager PyTorch and torch.compile.  Verified before timing."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def bench_sae(benchmark, case, tokens, peer):
     if peer == "ours":
         check = compare_support(sae.encode_sparse(x), x, sae)
         assert check.equal, check
-        # against the dense product in fp64 of the very latents: what is left is the rounding of a few hundred terms
+        # compared with the dense fp64 product of the same latents: only a few hundred terms' rounding is left
         dense = sae.encode(x).double()
         exact = dense @ sae.W_dec.double() + sae.b_dec.double()
         size = dense @ sae.W_dec.abs().double() + sae.b_dec.abs().double()

@@ -1,11 +1,11 @@
-"""Our int8 matrix product inside the screen against torch's own `at::native::cpublas::brgemm`, on the same operands.
+"""The screen's int8 matrix product compared with torch's `at::native::cpublas::brgemm`, on the same operands.
 
     python benchmarks/brgemm.py [--d-in 2304] [--d-sae 16384] [--tokens 256,1024] [--json brgemm.json]
 
-Operands: the uint8 codes of the encoder's rows and the int8 digits of the activations.  brgemm gets them as it likes
-them (digits packed four deep, blocks of the best size found here), and leaves its int32 sums in a scratch block that
-stays in cache.  Ours is the whole op with thresholds that nothing exceeds: quantising the activations, the product,
-the bound and the comparison of every pair, and no refinement.  The ratio therefore errs against us.
+Operands: the uint8 codes of the encoder's rows and the int8 digits of the activations.  brgemm gets them in its best
+form (digits packed four deep, blocks of the best size found here), and leaves its int32 sums in a scratch block that
+stays in cache.  Ours is the whole op, with thresholds that nothing exceeds: quantising the activations, the product,
+the bound and the comparison of every pair, but no exact products.  So the ratio is biased against us.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def packed(digits: Tensor, nb: int) -> Tensor:
 
 
 def best_blocks(product: Any, code: Tensor, digits: Tensor) -> tuple[int, int]:
-    """Rows and tokens of a block, of those tried, with which brgemm is fastest."""
+    """Rows and tokens per block, among those tried, for which brgemm is fastest."""
     tried = {}
     for mb in (16, 32, 64, 128):
         for nb in (16, 32, 64):

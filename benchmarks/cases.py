@@ -1,7 +1,7 @@
-"""The one set of cases and peers for tests, `gemmascope-fast dev bench` and the pytest-benchmark files here.
+"""The cases and peers shared by tests, `gemmascope-fast dev bench` and the pytest-benchmark files here.
 
-They live in the package (gemmascope_fast/dev/bench/cases.py, peers.py), so that an installed one can be timed too; what
-is added here is which of them `make bench` takes: GSF_BENCH_CASES=640x4096,2304x65536 names others.
+They are in the package (gemmascope_fast/dev/bench/cases.py, peers.py), so that an installed package can be timed too.
+This file adds which of them `make bench` uses: GSF_BENCH_CASES=640x4096,2304x65536 selects others.
 """
 
 from __future__ import annotations

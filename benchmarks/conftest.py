@@ -1,4 +1,4 @@
-"""Machine, versions and threads beside every figure."""
+"""Adds machine, versions and threads to every result."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The Makefile's variables mean one thing each: its recipes are printed (`make -n`), never run."""
+"""Each variable of the Makefile has one meaning: its recipes are printed (`make -n`), never run."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""QAT end to end: every width's loss falls, runs go on, the head's losses, and CPUs without products of bf16."""
+"""QAT end to end: every width's loss decreases, runs resume, the head's losses, and CPUs without bf16 products."""
 
 import pytest
 import torch
