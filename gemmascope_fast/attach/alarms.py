@@ -92,7 +92,7 @@ class Alarm:
         while (event := self._queue.get()) is not None:
             try:
                 self.fn(event)
-            except Exception as error:  # noqa: BLE001 kept for whoever asks; the model goes on
+            except Exception as error:  # noqa: BLE001 kept in `errors`; the model continues
                 self.errors.append(error)
 
     def close(self) -> None:

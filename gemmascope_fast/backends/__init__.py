@@ -18,7 +18,7 @@ import torch
 
 from gemmascope_fast.backends.gpu import register
 from gemmascope_fast.errors import BackendError
-from gemmascope_fast.ops._library import (  # noqa: F401 - asked here by what is above the ops
+from gemmascope_fast.ops._library import (  # noqa: F401 - imported from here by other packages
     OPS,
     Op,
     requested,

@@ -322,7 +322,7 @@ class Store:
         try:
             self._open(wanted.name)
             self._bring_ahead(wanted)
-        except Exception as error:  # noqa: BLE001  (whoever uses the SAE meets it again, in its own thread)
+        except Exception as error:  # noqa: BLE001  (the thread that uses the SAE gets the error again)
             self.stats.failed += 1
             self.stats.error = error.with_traceback(None)  # the traceback's frames would keep half an SAE in memory
 

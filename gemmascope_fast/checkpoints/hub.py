@@ -62,7 +62,7 @@ def _ask(repo: str, revision: str | None, seconds: float, answers: queue.SimpleQ
 
     try:
         HfApi().repo_info(repo, revision=revision, timeout=seconds)
-    except Exception as error:  # noqa: BLE001  (handed over, and told apart there)
+    except Exception as error:  # noqa: BLE001  (passed to the caller's thread, which handles it)
         answers.put(error)
     else:
         answers.put(None)

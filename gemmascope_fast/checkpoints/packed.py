@@ -131,7 +131,7 @@ def open_layout(path: Path) -> tuple[Layout, dict[str, Any]]:
     one_of(path, "kind", about.get("kind"), PACKED_KINDS)
     file = text(path, "file", about.get("file"))
     if file in (None, "..") or Path(file).name != file:
-        raise CheckpointError(f"{path}: file: expected the name of a file beside this one, got {shown(file)}")
+        raise CheckpointError(f"{path}: file: expected the name of a file in the same folder, got {shown(file)}")
     there = {name: (entry.dtype, entry.shape, entry.at) for name, entry in entries.items()}
     if there != layout.arrays():  # otherwise the sizes could exceed the file
         raise CheckpointError(f"{path}: metadata {KEY!r}: does not fit the arrays")

@@ -23,7 +23,7 @@ from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.fields import integer, integers, shown, sizes
 from gemmascope_fast.files.regular import MAX_JSON, check_regular, open_regular
 
-BLOCK_BYTES = 1 << 20  # a block is in memory several times (raw, cast, finite mask), which is small beside an SAE
+BLOCK_BYTES = 1 << 20  # a block is in memory several times (raw, cast, finite mask), which is small compared to an SAE
 BOMB_BYTES, BOMB_RATIO = 64 << 20, 50
 MAX_MEMBERS = 64
 MAX_DIRECTORY = 1 << 20  # bytes of a zip file's directory; numpy needs 60 per member

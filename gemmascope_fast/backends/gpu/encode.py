@@ -146,7 +146,7 @@ def gather(x: Tensor, w: Weights, words: Words, total: Tensor | None, capacity: 
 
     total: inclusive sums of the counts, int64 [T * words], or None: then the kernel sums them.
     """
-    module = kernels("compact", x, words.bitmap)  # rows may lie in pinned host memory
+    module = kernels("compact", x, words.bitmap)  # rows may be in pinned host memory
     T, count = words.count.shape
     crow = torch.empty(T + 1, dtype=torch.int64, device=x.device)
     col = torch.empty(capacity, dtype=torch.int32, device=x.device)

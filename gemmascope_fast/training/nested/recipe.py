@@ -90,7 +90,7 @@ def begin_work(work: str | Path, model: nn.Module, ids: Tensor, model_id: str | 
 
 
 class NestedWeight(nn.Module):
-    """A linear layer whose weight is the slice to `bits` of its own nested code; differentiable.
+    """A linear layer whose weight is the slice to `bits` of its nested code; differentiable.
 
     columns, rows: channel scales whose logarithms are learned elsewhere (`equivalent.Scales`). The code is that of
     W · columns / rows, and the input is divided by `columns` unless something before the layer does so.
