@@ -6,14 +6,11 @@ than its time: on a shared machine the roof moves with the neighbours, so it is 
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -90,44 +87,3 @@ def last_level_cache() -> int:
         text = entry.read_text().strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     return max(sizes, default=DEFAULT_CACHE_BYTES)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threads", type=int, nargs="+", metavar="N", help="numbers of threads, one row each (default: torch's)"
-    )
-    parser.add_argument("--isa", choices=("all", *backends.ISAS), help="default: the one in use")
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-
-
-def run(args: argparse.Namespace) -> int:
-    isas = backends.supported_isas() if args.isa == "all" else [args.isa or backends.isa()]
-    roofs = []
-    for isa in isas:
-        for threads in args.threads or [torch.get_num_threads()]:
-            roofs.append(_forced(isa, threads))
-    rows = [asdict(roof) for roof in roofs]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    _show(rows)
-    return 0
-
-
-def _forced(isa: str | None, threads: int) -> Roof:
-    if isa is None:
-        return measure(threads)
-    with backends.forced_isa(isa):
-        return measure(threads)
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    titles = ("threads", "instructions", "read GB/s", "fp32 Gflop/s", "int8 Gop/s", "spread")
-    table = Table(*titles, title="the roof, measured", caption="spread: best pass over median pass")
-    for row in rows:
-        numbers = (f"{row[k]:.1f}" for k in ("read_gb_s", "fma_gflop_s", "int8_gop_s"))
-        table.add_row(str(row["threads"]), row["isa"], *numbers, f"{row['spread']:.0%}")
-    Console().print(table)

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from gemmascope_fast.checkpoints.bundled import EXAMPLES
 from gemmascope_fast.errors import require
+from gemmascope_fast.training.text import NAMED
 
 CHUNK = 1 << 20  # bytes of a text file decoded at once
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
@@ -48,13 +49,13 @@ class Source:
 
 def resolve(names: Sequence[str]) -> list[Source]:
     """Each of `names`: a file (.txt, .jsonl, .ndjson, each also .gz; .parquet), a folder of those, 'pydoc', 'stdlib',
-    'demo:past', 'demo:present', or hf:DATASET[:CONFIG][@SPLIT].  ValueError for what is none of them, before anything
-    is read.
+    '-' for standard input (as a .txt), 'demo:past', 'demo:present', or hf:DATASET[:CONFIG][@SPLIT].  ValueError for
+    anything else, before a file is read.
     """
     found: list[Source] = []
     for name in names:
         path = Path(name)
-        if name in ("pydoc", "stdlib"):
+        if name in NAMED:
             found.append(_builtin(name))
         elif name in BUNDLED:
             found.append(_file(BUNDLED[name]))
@@ -260,9 +261,7 @@ def _next_batch(path: Path, batches: Iterator[Any]) -> Any:
 
 
 def _builtin(name: str) -> Source:
-    from gemmascope_fast.training.text import pydoc_topics, stdlib_docstrings
-
-    text = {"pydoc": pydoc_topics, "stdlib": stdlib_docstrings}[name]()
+    text = NAMED[name]()
     size = len(text.encode())
 
     def read(_column: str, split: str) -> Iterator[Document]:
