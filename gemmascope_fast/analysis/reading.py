@@ -38,7 +38,7 @@ def read_text(
 ) -> Reading:
     """Run the text through the model and the SAE at the output of `layer`.
 
-    L0, FVU, dead fraction and support are over the content tokens (no BOS, EOS, PAD); cross-entropies are in
+    L0, FVU, dead_fraction and support are over the content tokens (no BOS, EOS, PAD); cross-entropies are in
     nats, the mean over the content tokens that have a token before them.  Raises ValueError for a text of fewer
     than two content tokens, an unknown layer, or another kind of SAE.
     """
@@ -183,8 +183,8 @@ LABELS = {
     "ce_base": "cross-entropy, model alone (nats per token)",
     "ce_spliced": "cross-entropy, SAE spliced in",
     "ce_mean_ablated": "cross-entropy, layer output replaced by its mean",
-    "delta_loss": "delta LM loss (spliced - alone)",
-    "dead_fraction": "share of features silent on this text",
+    "delta_loss": "delta_loss: cross-entropy, spliced - alone",
+    "dead_fraction": "dead_fraction: features that never fire on this text",
     "support_equal": "support equals fp64 outside the error bound",
     "support_flips_vs_eager": "pairs that differ from eager fp32",
     "backend": "backend",

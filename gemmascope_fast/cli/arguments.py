@@ -72,18 +72,18 @@ def add_pair(parser: argparse.ArgumentParser) -> None:
 
 
 def add_prompt(parser: argparse._ActionsContainer, note: str, default: str | None = None) -> None:
-    parser.add_argument("--prompt", default=default, metavar="TEXT", help="text, literally: " + note)
+    parser.add_argument("--prompt", default=default, metavar="TEXT", help="text, literally; " + note)
 
 
-def add_text(parser: argparse._ActionsContainer, default: list[str] | None, note: str) -> None:
-    what = "files; '-' is standard input: "
+def add_text(parser: argparse._ActionsContainer, default: list[str] | None, note: str = "") -> None:
+    what = "files, 'pydoc', 'stdlib', or '-' for standard input"
     parser.add_argument("--text", nargs="+", default=default, metavar="FILE", help=what + note)
 
 
 def add_documents(parser: argparse.ArgumentParser, split: str, text: bool = True) -> None:
     """--text, --column and --split."""
     if text:
-        note = "of .txt, .jsonl, .parquet (.gz too), folders of them, hf:DATASET[:CONFIG][@SPLIT], 'pydoc' or 'stdlib'"
+        note = "; also folders, hf:DATASET[:CONFIG][@SPLIT]; files are .txt, .jsonl (each also .gz) or .parquet"
         add_text(parser, ["pydoc"], note)
     parser.add_argument("--column", default="text", metavar="KEY", help="the text's key in JSON lines and Parquet")
     parser.add_argument("--split", default=split, metavar="UNIT", help="documents of a .txt: file, paragraph or line")

@@ -25,7 +25,7 @@ PASSAGE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group()
     common.add_prompt(source, "the text to read (default: a passage of about 120 words)")
-    common.add_text(source, None, "read these UTF-8 files instead, 'pydoc' or 'stdlib'")
+    common.add_text(source, None, "; instead of --prompt")
     common.add_pair(parser)
     parser.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="read only the text's first N tokens")
     parser.add_argument("--top", type=int, default=4, metavar="N", help="features shown per token")
@@ -67,6 +67,6 @@ def show(reading: Reading, top: int) -> None:
         tokens.append((Text(repr(piece)), str(l0), "   ".join(found) if reading.content[i] else "special, not read"))
     common.print_table(("token", "L0", "top features: activation"), tokens, "What the SAE sees")
     figures = reading.figures
-    rows = [(f"{key}: {label}", common.figure(figures[key])) for key, label in LABELS.items()]
+    rows = [(label, common.figure(figures[key])) for key, label in LABELS.items()]
     rows += [(f"time per token, {label}", f"{figures['ms_per_token'][key]:.3f} ms") for key, label in TIMES.items()]
     common.print_table(("figure", "value"), rows, f"{figures['model']}, layer {figures['layer']}")

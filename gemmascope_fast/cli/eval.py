@@ -17,7 +17,7 @@ from gemmascope_fast.files.results import save_figure
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_pair(parser)
-    common.add_text(parser, ["pydoc"], "of UTF-8, 'pydoc' or 'stdlib'")
+    common.add_text(parser, ["pydoc"])
     parser.add_argument("--held-out", action="store_true", help="read its last tenth only, which `train` never sees")
     common.add_window(parser, 255)
     parser.add_argument("--no-losses", action="store_true", help="leave out the second pass: cross-entropies")
@@ -111,4 +111,4 @@ def plot_frequencies(frequencies: Any, path: Path, title: str) -> None:
     axes.set_xlabel("log10 of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
     axes.set_title(f"{title}; {len(frequencies) - len(alive)} of {len(frequencies)} features never fire")
-    save_figure(common.figure, path)
+    save_figure(figure, path)

@@ -17,7 +17,7 @@ STORED = (2, 3, 4, 6, 8)  # widths of a file of whole planes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Nested low-bit codes of a model's linear layers, as a file, and the loss at each width.  It computes on the"
-        " CPU and has no --device and --dtype: models are trained and measured in bf16 where the processor multiplies it,"
+        " CPU and has no --device and --dtype: models run in bf16 where the processor multiplies it,"
         " otherwise in fp32; `info` shows which."
     )
     add = parser.add_argument
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--bits", type=int, default=8, metavar="N", help="width of that file: 2, 3, 4, 6 or 8")
     note = "measure every width into this JSON file; continues one that exists"
     common.add_output(parser, "--table", note, "kept file")
-    common.add_text(parser, ["pydoc"], "of UTF-8, 'pydoc' or 'stdlib', to calibrate on (first) and measure on (last)")
+    common.add_text(parser, ["pydoc"], "; to calibrate on (first) and measure on (last)")
     add("--windows", type=int, default=40, metavar="N", help="held-out windows of 255 tokens, the text's last")
     common.add_output(parser, "--work", "keep finished blocks of training here, and continue from them", "kept folder")
     add("--quick", action="store_true", help="10 windows and a quarter of the training")

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_model(parser)
     common.add_sae(parser, note=", for the SAE's table")
     common.add_layer(parser)
-    common.add_text(parser, ["pydoc"], "of UTF-8, 'pydoc' or 'stdlib', to train on (first) and measure on (last)")
+    common.add_text(parser, ["pydoc"], "; to train on (first) and measure on (last)")
     add("--windows", type=int, default=40, metavar="N", help="held-out windows of 255 tokens, the text's last")
     add("--train-windows", type=int, default=80, metavar="N", help="training windows of 255 tokens")
     add("--epochs", type=int, default=4, metavar="N", help="passes over the windows for each block")

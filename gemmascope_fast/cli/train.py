@@ -26,8 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--d-sae", type=int, default=4096, metavar="N", help="features")
     add("--l0", type=float, default=60.0, metavar="X", help="target L0")
     note = (
-        "of UTF-8, 'pydoc' (the language reference), 'stdlib' (docstrings) or 'sampled' (the model writes); a text"
-        " named twice counts twice; the last tenth of each is held out"
+        "; also 'sampled', which the model writes; a text named twice counts twice; the last tenth of each is held out"
     )
     common.add_text(parser, ["pydoc", "stdlib"], note)
     note = "train on the first N tokens of each text, measure on a ninth as many held-out ones (default: all)"

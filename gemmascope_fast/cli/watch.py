@@ -31,10 +31,10 @@ ROWS = 8  # tokens whose features are shown at once
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_prompt(parser, "continue it and exit (default: ask for lines until /quit)")
-    for name, what, does in (("clamp", "VALUE", "hold at a value"), ("add", "STRENGTH", "add a strength to")):
-        metavar = f"FEATURE={what}"
-        parser.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=f"{does} this feature")
-    parser.add_argument("--ablate", action="append", default=[], type=int, metavar="FEATURE", help="set it to zero")
+    edits = {"action": "append", "default": []}
+    parser.add_argument("--clamp", metavar="FEATURE=VALUE", help="set this feature to a value", **edits)
+    parser.add_argument("--add", metavar="FEATURE=STRENGTH", help="add a strength to this feature", **edits)
+    parser.add_argument("--ablate", type=int, metavar="FEATURE", help="set this feature to zero", **edits)
     parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="tokens written for each line")
     parser.add_argument("--top", type=int, default=4, metavar="N", help="features shown per token")
     parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")

@@ -11,6 +11,7 @@ import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.cli import watch
+from gemmascope_fast.cli.arguments import load_pair
 
 LAYER, TEXT = 1, "abcabd"
 
@@ -33,7 +34,7 @@ def arguments(folder, *more):
 @pytest.fixture(scope="module")
 def session(folder):
     args = arguments(folder)
-    return watch.Session(*watch.load_pair(args.model, args.sae, args.sae_id, args.layer), args)
+    return watch.Session(*load_pair(args), args)
 
 
 def test_each_token_is_shown_with_its_strongest_features(session):

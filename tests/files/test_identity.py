@@ -147,7 +147,7 @@ class Names:
         at = self.folder
         pair = ["--model", at / "model", "--sae", at / "sae.safetensors"]
         text = at / "text.txt"
-        small = ["--train-windows", "6", "--windows", "2", "--batch", "2", "--text-file", text]
+        small = ["--train-windows", "6", "--windows", "2", "--batch", "2", "--text", text]
         return {
             "extract": ["extract", *pair, "--text", text, "--window", "100", "--out", at / "out"],
             "eval": ["eval", *pair, "--text", text, "--window", "50", "--no-losses", "--state", at / "state"],
@@ -162,7 +162,7 @@ class Names:
                 "--out", at / "trained.safetensors",
             ],
             "compare --work": [
-                "quantize", "tables", *pair, "--work", at / "tables", "--text-file", text, "--windows", "2",
+                "quantize", "tables", *pair, "--work", at / "tables", "--text", text, "--windows", "2",
                 "--train-windows", "6", "--epochs", "1", "--only", "grid", "--methods", "minmax", "--quick",
             ],
         }[job]  # fmt: skip
