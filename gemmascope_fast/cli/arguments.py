@@ -105,7 +105,7 @@ def add_output(
     default: Path | None = None, required: bool = False,
 ) -> None:  # fmt: skip
     """A file or folder to write.  kind: "file" or "folder", which are refused where they exist, unless --overwrite;
-    "kept file" or "kept folder", which the command continues or adds to."""
+    "kept file" or "kept folder", which the command continues or adds to and never replaces."""
     action = parser.add_argument(
         flag, type=Path, default=default, metavar="FOLDER" if "folder" in kind else "FILE", help=what,
         **({"required": required} if flag.startswith("-") else {}),

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     common.add_pair(parser)
     common.add_documents(parser, "file")
-    common.add_out(parser, "a folder of shards; an extraction that was stopped continues", "kept folder", required=True)
+    common.add_out(parser, "a folder of shards; continues what is there", "kept folder", required=True)
     common.add_window(parser)
     parser.add_argument("--batch", type=int, default=2048, metavar="N", help="tokens of a forward, padding included")
     parser.add_argument("--shard", type=int, default=32768, metavar="N", help="tokens of a shard")
@@ -114,12 +114,9 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     from gemmascope_fast.analysis.extraction.run import extract
     from gemmascope_fast.analysis.extraction.sources import documents, resolve
-    from gemmascope_fast.analysis.extraction.store import discard
     from gemmascope_fast.analysis.pair import check_device
     from gemmascope_fast.attach.entries import entries
 
-    if args.overwrite and args.repair:
-        raise ValueError("--repair: expected no --overwrite, which begins again")
     sources = resolve(args.text)  # bad input is found before any work
     if args.engine == "ray":
         require("ray", "ray", "--engine ray")
@@ -144,8 +141,6 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     }  # fmt: skip
     reading = Bar(sum(s.size or 0 for s in sources) if all(s.size is not None for s in sources) else None)
     begin = time.perf_counter()
-    if args.overwrite:
-        discard(args.out)
     try:
         store = extract(
             extractor, lambda: documents(sources, args.column, args.split), args.out, about=about, shard=args.shard,

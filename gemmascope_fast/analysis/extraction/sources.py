@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import re
 import zlib
@@ -55,7 +56,9 @@ def resolve(names: Sequence[str]) -> list[Source]:
     found: list[Source] = []
     for name in names:
         path = Path(name)
-        if name in NAMED:
+        if name == "-":
+            found.append(_standard_input())
+        elif name in NAMED:
             found.append(_builtin(name))
         elif name in BUNDLED:
             found.append(_file(BUNDLED[name]))
@@ -136,8 +139,18 @@ def _open(path: Path) -> tuple[IO[bytes], Callable[[], int]]:
     return file, file.tell
 
 
-def _text(path: Path, _column: str, split: str) -> Iterator[Document]:
-    file, done = _open(path)
+def _standard_input() -> Source:
+    data = NAMED["-"]().encode()  # held: a job may read its texts more than once
+
+    def read(column: str, split: str) -> Iterator[Document]:
+        file = io.BytesIO(data)
+        return _text(Path("-"), column, split, (file, file.tell))
+
+    return Source("-", len(data), read)
+
+
+def _text(path: Path, _column: str, split: str, opened: Any = None) -> Iterator[Document]:
+    file, done = opened or _open(path)
     with file:
         if split == "file":
             yield Document(_decoded(path, file), str(path), 1, done)

@@ -228,24 +228,6 @@ class Writer(Store):
         return rows.num_rows, digest
 
 
-def discard(folder: Path) -> None:
-    """Remove an extraction, if there is one.  StoreError where another process writes it, or where the folder has other
-    files: then nothing is removed."""
-    if not (folder / "manifest.json").exists():
-        return
-    own = ("manifest.json", "shards.jsonl", "dashboard.npz")
-    other = sorted(p.name for p in folder.iterdir() if not _is_ours(p.name) and p.name not in own)
-    if other:
-        raise StoreError(f"--overwrite: {folder} has files that `extract` did not write: {', '.join(other)}")
-    try:
-        with files.lock(folder / ".lock"):
-            for name in own:
-                files.remove(folder / name)
-            files.remove_folder(folder)
-    except BlockingIOError as error:
-        raise StoreError(f"--out {folder}: another process is writing there") from error
-
-
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """The finished shards.  A last line that a kill cut short does not count; any other damage is a StoreError."""
     if not path.exists():
