@@ -106,16 +106,14 @@ def add_output(
 ) -> None:  # fmt: skip
     """A file or folder to write.  kind: "file" or "folder", which are refused where they exist, unless --overwrite;
     "kept file" or "kept folder", which the command continues or adds to and never replaces."""
-    action = parser.add_argument(
-        flag, type=Path, default=default, metavar="FOLDER" if "folder" in kind else "FILE", help=what,
-        **({"required": required} if flag.startswith("-") else {}),
-    )  # fmt: skip
+    metavar = "PATH" if flag == "--out" else "FOLDER" if "folder" in kind else "FILE"
+    options: dict[str, Any] = {"required": required} if flag.startswith("-") else {}
+    action = parser.add_argument(flag, type=Path, default=default, metavar=metavar, help=what, **options)
     parser.set_defaults(outputs=(*(parser.get_default("outputs") or ()), (action.dest, flag, kind)))
 
 
 def add_out(parser: argparse.ArgumentParser, what: str, kind: str = "file", **options: Any) -> None:
     add_output(parser, "--out", f"where the result is written: {what}", kind, **options)
-    parser._option_string_actions["--out"].metavar = "PATH"
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

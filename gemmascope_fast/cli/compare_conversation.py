@@ -48,7 +48,7 @@ def _record(trace: Any) -> dict[str, Any]:
 
 
 def _show(traces: Sequence[Any], roles: dict[str, dict[str, Any]]) -> None:
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for number, trace in enumerate(traces, 1):
         record = _record(trace)
         # no space within: a narrow terminal breaks lines between features

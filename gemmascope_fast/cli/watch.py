@@ -31,7 +31,7 @@ ROWS = 8  # tokens whose features are shown at once
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_prompt(parser, "continue it and exit (default: ask for lines until /quit)")
-    edits = {"action": "append", "default": []}
+    edits: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--clamp", metavar="FEATURE=VALUE", help="set this feature to a value", **edits)
     parser.add_argument("--add", metavar="FEATURE=STRENGTH", help="add a strength to this feature", **edits)
     parser.add_argument("--ablate", type=int, metavar="FEATURE", help="set this feature to zero", **edits)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +87,11 @@ def sampled(model: Any, tokenizer: Any, rounds: int = 4, tokens: int = 250, seed
 
 
 # What a name stands for in --text, besides a file.
-NAMED = {"pydoc": pydoc_topics, "stdlib": stdlib_docstrings, "-": lambda: sys.stdin.read()}
+NAMED: dict[str, Callable[[], str]] = {
+    "pydoc": pydoc_topics,
+    "stdlib": stdlib_docstrings,
+    "-": lambda: sys.stdin.read(),
+}
 
 
 def read_text(name: str) -> str:

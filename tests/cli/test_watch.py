@@ -103,6 +103,28 @@ def test_the_command_shows_both_texts_and_goes_on_over_lines(folder, monkeypatch
     assert "not read" not in out
 
 
+def test_ctrl_c_ends_what_is_written_and_not_the_session(folder, monkeypatch, capsys):
+    args = arguments(folder)
+    write, calls = watch.Session.write, []
+
+    def interrupted(self, *given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return write(self, *given)
+
+    monkeypatch.setattr(watch.Session, "write", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TEXT}\n{TEXT}\n/quit\n"))
+    assert args.run(args) == 0
+    out = capsys.readouterr().out
+    assert (out.count("interrupted"), out.count("as it is")) == (1, 1)
+    assert calls[1][0] == TEXT  # the interrupted line is not part of the text
+    calls.clear()  # with --prompt there is no session to go back to
+    words = ["watch", "--model", str(folder / "model"), "--sae", str(folder / "own.safetensors"), "--prompt", TEXT]
+    assert cli.main(words) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "gemmascope-fast watch: interrupted"
+
+
 def test_a_prompt_is_enough(folder, capsys):
     args = arguments(folder, "--prompt", TEXT, "--clamp", "3=60", "--add", "4=2", "--ablate", "5", "--top", "2")
     assert args.run(args) == 0
