@@ -132,8 +132,8 @@ def add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """ValueError where an output could not be written, or exists without --overwrite, and for --plot without its extra:
-    before any work.  Nothing is made yet."""
+    """Checks the outputs before any work; nothing is made yet.  ValueError where one cannot be written, or exists and
+    there is no --overwrite, and for --plot without matplotlib."""
     for dest, flag, kind in getattr(args, "outputs", ()):
         path: Path | None = getattr(args, dest)
         if path is None or (dest == "json" and path == STDOUT):
@@ -165,13 +165,14 @@ def write_figures(args: argparse.Namespace, value: Any) -> None:
 
 @contextmanager
 def console(args: argparse.Namespace) -> Iterator[None]:
-    """Within the block --quiet silences progress, and with `--json -` only `write_figures` reaches standard output."""
+    """Within the block --quiet silences progress, and with `--json -` standard output gets the figures alone."""
     args.stdout = sys.stdout
-    with (
-        progress.quiet(args.quiet),
-        redirect_stdout(sys.stderr if getattr(args, "json", None) == STDOUT else sys.stdout),
-    ):
-        yield
+    other = sys.stderr if getattr(args, "json", None) == STDOUT else sys.stdout
+    with progress.quiet(args.quiet), redirect_stdout(other):
+        try:
+            yield
+        finally:
+            progress.close_bars()
 
 
 # ---- what several commands do --------------------------------------------------------------------------

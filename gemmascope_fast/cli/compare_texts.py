@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     require("scipy", "analysis", "compare-texts")
     if (args.pairs is None) == (args.a is None or args.b is None):
-        raise ValueError("expected --a TEXT and --b TEXT, or --pairs FILE")
+        raise ValueError("expected --a FILE and --b FILE, or --pairs FILE")
     if args.reward and (args.pairs is None or args.layers):
         raise ValueError("--reward: expected --pairs, and no --layers")
     from gemmascope_fast.cli.extract import sites_of

@@ -110,7 +110,7 @@ class Session:
         self.text = ""
 
     def hold(self, kind: str, feature: str, amount: str = "") -> None:
-        """Add an edit from its words.  ValueError for a feature that the SAE lacks, and for no number."""
+        """Add an edit from its words.  ValueError for a feature that the SAE lacks, or an amount that is no number."""
         from gemmascope_fast.attach import Ablate, Add, Clamp
 
         try:

@@ -65,9 +65,9 @@ class Profile:
 
 
 def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], trace: Path | None = None) -> Profile:
-    """Runs `loop` twice: once to warm up and to count what our ops declare, once profiled.
+    """Runs `loop` twice: first to warm up and to count the cost that our ops declare, then profiled.
 
-    `layers` are the modules whose time is told apart, in the order in which they run; none within another.
+    `layers` are the modules whose time is reported separately, in the order in which they run, none nested.
     With `trace` the Chrome trace is written there (chrome://tracing, ui.perfetto.dev).
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its own starts and stops
@@ -99,7 +99,7 @@ def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], tr
 
 
 def _layers(events: Any, names: Iterable[str]) -> tuple[dict[str, LayerShare], float]:
-    """Each part's share, and the time of our ops over all, those within another of ours not counted again.
+    """(each part's share, total time of our ops).  An op within another of ours is not counted twice.
 
     A hook that was registered before ours runs after the range of its layer has ended, so an op belongs to the part
     that began last before it.
@@ -151,7 +151,7 @@ def _share(event: Any, costs: dict[str, tuple[int, int]], roof: Roof | None) -> 
 
 
 def _modelled_gb_s(name: str) -> float | None:
-    """The vendor's bandwidth of the device whose name is in this one, None of one that is not known."""
+    """The vendor's bandwidth of the device with this name; None for an unknown device."""
     from gemmascope_fast.dev.gpu.devices import DEVICES
 
     words = set(name.replace("-", " ").split())
@@ -160,7 +160,7 @@ def _modelled_gb_s(name: str) -> float | None:
 
 @contextmanager
 def _named(layers: dict[str, torch.nn.Module]) -> Iterator[None]:
-    """Within the block each module's forward is a range of its own in the profile."""
+    """Within the block each module's forward is a named range in the profile."""
     open_: dict[str, list[Any]] = {name: [] for name in layers}
     handles = []
     for name, module in layers.items():
@@ -202,7 +202,7 @@ def _costs() -> Iterator[dict[str, tuple[int, int]]]:
 
 
 def _peak_memory() -> int | None:
-    """The process's peak resident bytes, None where the system does not tell."""
+    """The process's peak resident memory in bytes; None if the system does not report it."""
     status = Path("/proc/self/status")
     if not status.is_file():
         return None

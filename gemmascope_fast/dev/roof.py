@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: read bandwidth, fp32 multiply-adds, int8 products.
+"""The highest rates of this machine, measured: read bandwidth, fp32 multiply-adds, int8 products.
 
 The loops are native (csrc/cpu/roof.h) and run on the instruction set in use.  A kernel's share of the roof says more
 than its time: on a shared machine the roof moves with the neighbours, so it is measured in the run that it judges.
@@ -44,7 +44,7 @@ class Roof:
         return max(bytes_ / self.read_gb_s, flops / self.fma_gflop_s, int_ops / self.int8_gop_s) / 1e9
 
     def share(self, seconds: float, bytes_: float, flops: float = 0.0, int_ops: float = 0.0) -> float:
-        """How near `seconds` comes to the least time: 1 is the roof."""
+        """Least time over `seconds`: 1 is the roof."""
         return self.seconds(bytes_, flops, int_ops) / seconds
 
 
@@ -81,7 +81,7 @@ def measure(threads: int | None = None) -> Roof:
 
 @functools.cache
 def last_level_cache() -> int:
-    """Bytes of the largest cache that core 0 sees, as Linux tells it; 32 MiB where it does not."""
+    """Bytes of the largest cache of core 0, as Linux reports it; otherwise 32 MiB."""
     sizes = []
     for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = entry.read_text().strip()

@@ -34,6 +34,15 @@ def bar(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
     return tqdm(iterable, disable=_QUIET[0], **options)
 
 
+def close_bars() -> None:
+    """End the line of every bar that an exception left open."""
+    if "tqdm" in sys.modules:
+        from tqdm import tqdm
+
+        for each in list(getattr(tqdm, "_instances", ())):
+            each.close()
+
+
 def say(text: str) -> None:
     """One line."""
     if not _QUIET[0]:
@@ -49,7 +58,7 @@ def status(text: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def progress_bar(total: int, name: str, shown: bool | None) -> Iterator[Callable[[int], object]]:
-    """A bar on stderr, by what it is to be told of bytes that are done; None: above 256 MB on a terminal."""
+    """A bar on stderr; gives the function to call with the bytes done.  shown: None is above 256 MB on a terminal."""
     if not ((total > BAR_BYTES and sys.stderr.isatty()) if shown is None else shown) or _QUIET[0]:
         yield lambda _bytes: None
         return

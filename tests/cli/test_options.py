@@ -299,6 +299,17 @@ def test_ctrl_c_is_one_line_and_status_130(capsys, monkeypatch):
     assert capsys.readouterr().err == "gemmascope-fast ls: interrupted\n"
 
 
+def test_ctrl_c_ends_the_line_of_a_bar(capsys, monkeypatch):
+    def interrupted(args):
+        for _ in progress.bar(range(9), desc="working"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemmascope_fast.cli.ls.run", interrupted)
+    assert cli.main(["ls", "demo"]) == 130
+    last = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
+    assert last == "gemmascope-fast ls: interrupted"
+
+
 def test_quiet_silences_what_it_should_and_no_longer(capsys):
     with progress.quiet():
         assert list(progress.bar([1, 2])) == [1, 2]

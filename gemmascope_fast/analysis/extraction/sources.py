@@ -103,7 +103,7 @@ def _file(path: Path) -> Source:
     kind = _kind(path)
     if kind not in SUFFIXES:
         raise ValueError(f"--text {path}: expected a name ending in {', '.join(SUFFIXES)}")
-    readers = {".txt": _text, ".parquet": _parquet}
+    readers: dict[str, Any] = {".txt": _text, ".parquet": _parquet}
     if kind == ".parquet":
         require("pyarrow", "analysis", f"--text {path}")
     read = readers.get(kind, _json_lines)

@@ -87,14 +87,14 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _compared(old: Results, new: Results) -> int:
-    """Print the changes; 1 where something of ours got slower beyond the noise."""
+    """Print the changes; 1 if an op of this package got slower beyond the noise."""
     from gemmascope_fast.dev.bench.compare import compare
     from gemmascope_fast.dev.bench.machine import kind
 
     changes = compare(old, new)
     before, now = kind(old.machine), kind(new.machine)
     if before != now:
-        print(f"WARNING: the runs are of different machines, {before} and {now}: what changed may be theirs")
+        print(f"WARNING: the runs are of different machines, {before} and {now}: the machines may be the reason")
     print(f"\n{len(changes)} measurements in both runs; speed-up over eager fp32, before and now:")
     for change in changes:
         if change.beyond_noise:
@@ -106,7 +106,7 @@ def _compared(old: Results, new: Results) -> int:
 
 
 def _guarded(every: Stored, results: Results, options: Options) -> int:
-    """1 where a ratio fell by more than a third, twice: it is measured again before it counts."""
+    """1 if a ratio fell by more than a third.  It counts only if it does so again in a second run."""
     from gemmascope_fast.dev.bench.compare import bench_names, lost
     from gemmascope_fast.dev.bench.machine import kind
     from gemmascope_fast.dev.bench.run import run_suites

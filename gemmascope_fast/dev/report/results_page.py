@@ -25,7 +25,7 @@ README_PEERS = (
 
 
 def together(runs: Sequence[Results]) -> Results:
-    """One run's rows beside another's, under the first one's machine and roof; a row of both is the first's.
+    """The rows of all runs, with the machine and roof of the first.  Of a row in several runs the first is taken.
 
     Raises GemmaScopeFastError where they are of different kinds of machine or numbers of threads.
     """
@@ -33,7 +33,7 @@ def together(runs: Sequence[Results]) -> Results:
     for run in runs:
         here, there = ((kind(r.machine), r.machine["threads"]) for r in (first, run))
         if here != there:
-            raise GemmaScopeFastError(f"runs of different machines: {here} and {there} make no one report")
+            raise GemmaScopeFastError(f"runs of different machines: {here} and {there} cannot be in one report")
         known = {row.key for row in whole.rows}
         whole.rows += [row for row in run.rows if row.key not in known]
         whole.ratios = {**run.ratios, **whole.ratios}
@@ -48,7 +48,7 @@ def together(runs: Sequence[Results]) -> Results:
 
 
 def page(results: Results, pictures: Sequence[plots.Picture]) -> str:
-    """The page as text: no network, no other file."""
+    """The page as self-contained HTML."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -152,7 +152,7 @@ def _by_tokens(results: Results, op: str, shape: tuple[int, int]) -> list[tuple[
 
 
 def _against(at: dict[str, Row], impl: str, results: Results) -> str:
-    """The paired speed-up over a peer: its ratio to the baseline divided into ours, both from the rounds of one run."""
+    """The paired speed-up over a peer: our ratio to the baseline over its ratio, both from the rounds of one run."""
     if impl not in at:
         return ""
     own = results.ratios[at["ours"].key].median
@@ -160,7 +160,7 @@ def _against(at: dict[str, Row], impl: str, results: Results) -> str:
 
 
 def with_tables(text: str, results: Results | None) -> str:
-    """The text with the parts between the marks replaced; without results they say that nothing was measured.
+    """The text with new tables between the marks; without results they say that nothing was measured.
 
     Raises GemmaScopeFastError where the text has neither pair of marks, or one of them twice.
     """
