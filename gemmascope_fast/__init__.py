@@ -33,11 +33,12 @@ if TYPE_CHECKING:
     from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
     from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
     from gemmascope_fast.sae.sites import Site
-    from gemmascope_fast.sae.topk import TopKSAE
+    from gemmascope_fast.sae.topk import AbsTopKSAE, TopKSAE
 
 __all__ = [
     "SAE",
     "Ablate",
+    "AbsTopKSAE",
     "Add",
     "AttachError",
     "BackendError",
@@ -102,6 +103,7 @@ _MODULES = {  # public name -> the module that defines it
     "SparseLatents": "ops.latents",
     "StaleScreenError": "errors",
     "TopKSAE": "sae.topk",
+    "AbsTopKSAE": "sae.topk",
     "accelerate": "dropin",
     "attach": "attach",
     "backend": "backends",

@@ -150,6 +150,7 @@ struct ScreenToken {
   float t;               // scale of the first digit
   float reach, error;    // R and E with the first digit alone
   float reach2, error2;  // R and E with both
+  float floor;           // what an upper bound must exceed
   int32_t sum, sum2;     // of the digits
   int32_t fits;          // 0: the token skips the screen
 };
@@ -161,6 +162,8 @@ inline float token_number(const ScreenToken& token, TokenPlane plane, bool both)
       return both ? token.t * static_cast<float>(kDigit2) : token.t;
     case kReach:
       return both ? token.reach2 : token.reach;
+    case kFloor:
+      return token.floor;
     default:
       return both ? token.error2 : token.error;
   }
@@ -235,6 +238,7 @@ struct ScreenArgs {
   int64_t width, stride, k;
   bool both;      // the first stage reads both digits of the activations
   bool adaptive;  // the second digit of the rows is read where it pays; otherwise wherever there is one
+  bool ranked;    // a token's `floor` stands for the features' thresholds, of which none is above 0
   bool mapped;    // rows may come from a disk: the second digit is read wherever there is one, and what is
                   // left comes sorted by row
 };

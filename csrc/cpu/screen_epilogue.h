@@ -1,6 +1,7 @@
 // The screen's epilogue, once for every stage that evaluates it in fp32 (docs/how/screen.md, "Epilogue"):
 //
-//     m = fma(fl(s t), N, start) + sum_j p_j c_j + |w| E + |e| R,      a pair is discarded only where m <= 0
+//     m = fma(fl(s t), N, start) + sum_j p_j c_j + |w| E + |e| R,      a pair is discarded only where m <=
+//     floor
 //
 // every + a fused multiply-add, in this order.  What differs from stage to stage is where the sixteen pairs'
 // numbers lie: `Feature` gives rows of the table, `Token` planes of the tokens' numbers, for sixteen pairs.
@@ -21,7 +22,7 @@ static inline uint32_t left_by_bound(const Feature& feature, const Token& token,
   for (int64_t j = 0; j < k; ++j) m = fma16(feature.row(kScreenRows + j), token.coefficient(j), m);
   m = fma16(feature.row(kNorm), token.plane(kTokenError), m);
   m = fma16(feature.row(kError), token.plane(kReach), m);
-  return not_below16(m);
+  return above16(m, token.plane(kFloor));
 }
 
 // Four features from f on: lane 4 r + i is feature f + i.
@@ -90,13 +91,14 @@ struct PairFeatures {
 };
 
 struct PairTokens {
-  float number[kTokenError + 1][16];
+  float number[kFloor + 1][16];
   const float* along[16];  // their coefficients
   inline void set(int i, const ScreenToken& token, bool both, const float* coefficients) {
     along[i] = coefficients;
     number[kUnit][i] = token_number(token, kUnit, both);
     number[kReach][i] = token_number(token, kReach, both);
     number[kTokenError][i] = token_number(token, kTokenError, both);
+    number[kFloor][i] = token.floor;
   }
   inline V16 plane(int64_t p) const { return load16(number[p]); }
   inline V16 coefficient(int64_t j) const {

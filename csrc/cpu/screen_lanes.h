@@ -34,7 +34,7 @@ static void screen_pack(const ScreenArgs& a, int64_t block, int8_t* digits, floa
       }
     }
     const ScreenToken& token = a.tokens[t];
-    for (int plane = kUnit; plane <= kTokenError; ++plane) {
+    for (int plane = kUnit; plane <= kFloor; ++plane) {
       lanes[plane * kLaneTokens + i] = token_number(token, static_cast<TokenPlane>(plane), a.both);
     }
     memcpy(&lanes[kDigitSum * kLaneTokens + i], &token.sum, sizeof token.sum);

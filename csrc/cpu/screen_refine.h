@@ -130,8 +130,13 @@ static inline double least_stored(const EncodeArgs& a, int64_t f) {
   return a.half_bandwidth > 0.0f && edge < tau ? edge : tau;
 }
 
+// The same for one pair, where the k greatest of a token are wanted too.
+static inline double least_wanted(const ScreenArgs& a, const Candidate& c) {
+  return a.ranked ? a.tokens[c.token].floor : least_stored(a.encode, c.feature);
+}
+
 static inline bool discarded(const ScreenArgs& a, const Candidate& c) {
-  return c.z + c.bound <= least_stored(a.encode, c.feature) && !never_discarded(a, c.feature);
+  return c.z + c.bound <= least_wanted(a, c) && !never_discarded(a, c.feature);
 }
 
 // Whether the rows' second digit is worth reading: of the pairs that the first could not decide, at least
@@ -164,7 +169,7 @@ static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, C
   };
   // pairs that fire whatever the bound are not worth the rows' second digit
   for (Candidate* c = begin; c < end; ++c) {
-    if (c->z - c->bound > least_stored(a.encode, c->feature)) continue;
+    if (c->z - c->bound > least_wanted(a, *c)) continue;
     four[waiting++] = c;
     if (waiting == 4) decide();
   }

@@ -56,9 +56,10 @@ enum TokenPlane : int {
   kUnit = 0,       // what an integer dot is multiplied by beside s: t, or t / 256 with both digits
   kReach,          // R
   kTokenError,     // E
+  kFloor,          // what a pair's upper bound must exceed: 0, or of a top-k what k others are known to reach
   kDigitSum,       // of the first digits, as int32
   kTokenPlanes,    // and after these, in ScreenArgs::lanes, the coefficients along the k directions
-  kDigitSum2 = 4,  // of the second digits, in packed_lanes
+  kDigitSum2 = 5,  // of the second digits, in packed_lanes
   kPackedPlanes    // and after these its coefficients
 };
 

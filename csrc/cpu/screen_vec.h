@@ -16,10 +16,8 @@ static inline I16 imul16(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; 
 static inline I16 to_int16(V16 a) { return {_mm512_cvttps_epi32(a.v)}; }
 static inline V16 mul16(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline V16 repeat4(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
-// Bit i: lane i is not <= 0, so NaN is set.
-static inline uint32_t not_below16(V16 a) {
-  return _mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NLE_UQ);
-}
+// Bit i: lane i of a is not <= that of floor, so NaN is set.
+static inline uint32_t above16(V16 a, V16 floor) { return _mm512_cmp_ps_mask(a.v, floor.v, _CMP_NLE_UQ); }
 static inline __m512i sums_of_4(const I16* a) {
   const __m512i ab =
       _mm512_add_epi32(_mm512_unpacklo_epi32(a[0].v, a[1].v), _mm512_unpackhi_epi32(a[0].v, a[1].v));
@@ -99,10 +97,9 @@ static inline V16 repeat4(const float* p) {
   const __m256 v = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
   return {v, v};
 }
-static inline uint32_t not_below16(V16 a) {
-  const __m256 zero = _mm256_setzero_ps();
-  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, zero, _CMP_NLE_UQ))) |
-         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, zero, _CMP_NLE_UQ))) << 8;
+static inline uint32_t above16(V16 a, V16 floor) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, floor.lo, _CMP_NLE_UQ))) |
+         static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, floor.hi, _CMP_NLE_UQ))) << 8;
 }
 static inline __m128i sums_of_4(const __m256i* s) {
   const __m256i h = _mm256_hadd_epi32(_mm256_hadd_epi32(s[0], s[1]), _mm256_hadd_epi32(s[2], s[3]));
@@ -166,9 +163,9 @@ static inline V16 repeat4(const float* p) {
   for (int i = 0; i < 16; ++i) r.v[i] = p[i & 3];
   return r;
 }
-static inline uint32_t not_below16(const V16& a) {
+static inline uint32_t above16(const V16& a, const V16& floor) {
   uint32_t set = 0;
-  for (int i = 0; i < 16; ++i) set |= static_cast<uint32_t>(!(a.v[i] <= 0.0f)) << i;
+  for (int i = 0; i < 16; ++i) set |= static_cast<uint32_t>(!(a.v[i] <= floor.v[i])) << i;
   return set;
 }
 static inline I16 sums16(const I16* a) {

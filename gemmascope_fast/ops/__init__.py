@@ -7,6 +7,8 @@ from gemmascope_fast.ops.decode import decode, decode_reference
 from gemmascope_fast.ops.encode import encode, encode_reference
 from gemmascope_fast.ops.encode_screened import encode_screened, encode_screened_reference
 from gemmascope_fast.ops.encode_tensor import encode_tensor, encode_tensor_reference
+from gemmascope_fast.ops.encode_topk import encode_topk, encode_topk_reference
+from gemmascope_fast.ops.encode_topk_screened import encode_topk_screened, encode_topk_screened_reference
 from gemmascope_fast.ops.matryoshka_dequantize import matryoshka_dequantize, matryoshka_dequantize_reference
 from gemmascope_fast.ops.matryoshka_linear import matryoshka_linear, matryoshka_linear_reference
 from gemmascope_fast.ops.matryoshka_pack import matryoshka_pack, matryoshka_pack_reference
@@ -29,6 +31,10 @@ __all__ = [
     "encode_screened_reference",
     "encode_tensor",
     "encode_tensor_reference",
+    "encode_topk",
+    "encode_topk_reference",
+    "encode_topk_screened",
+    "encode_topk_screened_reference",
     "matryoshka_dequantize",
     "matryoshka_dequantize_reference",
     "matryoshka_linear",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,10 @@ from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.config import SAEConfig
 from gemmascope_fast.sae.pinned import pin_rows
 from gemmascope_fast.sae.rows import Rows, as_rows
-from gemmascope_fast.sae.screen import balancing_scales, decoder_spread, massive_dimensions
+from gemmascope_fast.sae.screen import Screen, balancing_scales, decoder_spread, massive_dimensions
 from gemmascope_fast.sae.screen_cache import ScreenCache, ScreenOptions
 from gemmascope_fast.sae.straight_through import with_gradients
-from gemmascope_fast.sae.weights import EncoderWeights, check_weights
+from gemmascope_fast.sae.weights import EncoderWeights, check_encoder, check_weights
 
 
 class JumpReLUSAE(Coder):
@@ -31,6 +32,7 @@ class JumpReLUSAE(Coder):
     [d_sae, d_in] storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
     """
 
+    reconstructs_input: ClassVar[bool] = True  # so that b_dec and W_dec say what activations are like
     rows: Rows  # where the rows of W_enc and W_dec live
     screen_cache: ScreenCache  # the screen, built at first use
 
@@ -95,13 +97,27 @@ class JumpReLUSAE(Coder):
         if precision != "exact":
             return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
         if self._unpacked(screen):
-            csr = ops.encode(flat, self.W_enc, self.b_enc, self.threshold, bandwidth)
+            csr = self.encode_unscreened(flat, self.encoder_weights(), bandwidth)
         else:
             csr = self.screen_cache.encode(self, flat, screen, bandwidth)
         if bandwidth is not None:
-            csr = with_gradients(csr, self.threshold, bandwidth)
+            csr = with_gradients((csr[0], csr[1], csr[2]), self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
+        """(crow_indices, col_indices, values fp32) of x [N, d_in], every pair in full precision."""
+        return ops.encode(x, *weights, bandwidth)
+
+    def encode_screened(
+        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
+    ) -> Sequence[Tensor]:
+        """The same bytes; `screen` is of these weights."""
+        return screen.encode(x, *weights, bandwidth=bandwidth, mapped=self.rows.holds(weights.W_enc))
+
+    def check_encoder(self, weights: EncoderWeights) -> None:
+        """Raise ValueError where edited weights are not an encoder of this SAE any more."""
+        check_encoder(weights, self.d_in, self.d_sae)
 
     def _unpacked(self, screen: bool | None) -> bool:
         """Whether op `encode` serves, whose bytes are the same: torch.compile cannot trace what is packed, and what is
@@ -182,15 +198,15 @@ class JumpReLUSAE(Coder):
 
     def screen_centre(self) -> Tensor | None:
         """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
-        return self.b_dec.detach().float() if self.kind == "sae" else None
+        return self.b_dec.detach().float() if self.reconstructs_input else None
 
     def screen_directions(self) -> Tensor | None:
         """What the screen takes out of activations unless told: the massive dimensions, [k, d_in]."""
-        return massive_dimensions(self.b_dec.detach().float()) if self.kind == "sae" else None
+        return massive_dimensions(self.b_dec.detach().float()) if self.reconstructs_input else None
 
     def screen_scales(self) -> Tensor | None:
         """How the screen balances dimensions unless a sample tells: by what the decoder writes into each."""
-        if self.kind != "sae" or not self.d_sae:
+        if not self.reconstructs_input or not self.d_sae:
             return None
         return balancing_scales(self.W_enc.detach(), decoder_spread(self.W_dec.detach()), self.screen_directions())
 
@@ -225,6 +241,7 @@ class JumpReLUTranscoder(JumpReLUSAE):
     """Reads one site, reconstructs another: x̂ is the output at `cfg.site_out`."""
 
     kind = "transcoder"
+    reconstructs_input = False
 
 
 class JumpReLUSkipTranscoder(JumpReLUTranscoder):

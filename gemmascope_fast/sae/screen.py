@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -107,14 +107,38 @@ class Screen:
         mapped: W_enc lies in a mapped file, whose pages are announced before they are read.
         Raises StaleScreenError where a refined pair lies outside its bound: the weights are not those of the build.
         """
-        crow, col, values, stats = self.call(x, W_enc, b_enc, threshold, digits, bandwidth, mapped)
-        _survivors, refined, violations, _rest = stats.tolist()
-        if violations:
-            raise StaleScreenError(
-                f"{violations} of {refined} refined pairs lie outside the screen's bound: the weights were changed in a"
-                " way that nobody can see; call sae.prepare(force=True) after such an edit"
+        return _certified(*self.call(x, W_enc, b_enc, threshold, digits, bandwidth, mapped))
+
+    def encode_topk(
+        self,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        k: int,
+        per_batch: bool = False,
+        digits: int = 0,
+        mapped: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(crow_indices, col_indices, values fp32): the bytes of `ops.encode_topk` on the same arguments.
+
+        The screen must have been built with thresholds of at most 0.  Raises as `encode`.
+        """
+        kept = (self.code, self.code2, self.table, self.centre)
+        return _certified(
+            *ops.encode_topk_screened(
+                x, W_enc, b_enc, k, *kept, digits, self.directions, mapped, self.scales, per_batch
             )
-        return crow, col, values
+        )
+
+    def mirrored(self, W_enc: Tensor, b_enc: Tensor) -> Screen:
+        """The screen of the same rows for -b_enc and for activations of the opposite sign.  The codes are shared."""
+        centre = None if self.centre is None else -self.centre
+        two = self.code2 is not None
+        with torch.no_grad():
+            *_codes, table = ops.screen_rows(
+                W_enc, -b_enc, torch.zeros_like(b_enc), centre, two, self.directions, self.scales
+            )
+        return replace(self, table=table, centre=centre)
 
     def call(
         self,
@@ -146,6 +170,17 @@ class Screen:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())
+
+
+def _certified(crow: Tensor, col: Tensor, values: Tensor, stats: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The latents, where every refined pair lay within its bound."""
+    _survivors, refined, violations, _rest = stats.tolist()
+    if violations:
+        raise StaleScreenError(
+            f"{violations} of {refined} refined pairs lie outside the screen's bound: the weights were changed in a"
+            " way that nobody can see; call sae.prepare(force=True) after such an edit"
+        )
+    return crow, col, values
 
 
 def _first_digit(codes: Codes | None, device: torch.device) -> tuple[Tensor, ...]:

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gemmascope_fast import backends, ops
+from gemmascope_fast import backends
 from gemmascope_fast.ops._library import expect_tensor
 from gemmascope_fast.ops._transforms import derivative_wanted
 from gemmascope_fast.ops.codes import Codes
 from gemmascope_fast.sae.rows import Rows
 from gemmascope_fast.sae.screen import Screen, balancing_scales, pays, principal_directions
-from gemmascope_fast.sae.weights import EncoderWeights, WeightWatch, check_encoder
+from gemmascope_fast.sae.weights import EncoderWeights, WeightWatch
 
 
 class Screened(Protocol):
@@ -34,6 +34,11 @@ class Screened(Protocol):
     @property
     def d_sae(self) -> int: ...
     def encoder_weights(self) -> EncoderWeights: ...
+    def check_encoder(self, weights: EncoderWeights) -> None: ...
+    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]: ...
+    def encode_screened(
+        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
+    ) -> Sequence[Tensor]: ...
     def screen_centre(self) -> Tensor | None: ...
     def screen_directions(self) -> Tensor | None: ...
     def screen_scales(self) -> Tensor | None: ...
@@ -124,7 +129,7 @@ class ScreenCache:
         if not force and not self._watch.changed(weights):
             return weights
         with self._lock, torch.no_grad():
-            check_encoder(weights, sae.d_in, sae.d_sae)
+            sae.check_encoder(weights)
             sae.rows = sae.rows.after_change(sae)
             held = weights.W_enc.data
             laid_out = sae.rows.lay_out(held)
@@ -170,19 +175,18 @@ class ScreenCache:
             screen = True
         # with a bandwidth weights are being trained: a screen would be built for one use
         if screen is False or (screen is None and (bandwidth is not None or not pays(x, weights.W_enc))):
-            return ops.encode(x, *weights, bandwidth)
+            return sae.encode_unscreened(x, weights, bandwidth)
         if self._watch.vectors_changed(weights):
             weights = self._vectors_edited(sae)
         if screen is None and not self._worth_building():
-            return ops.encode(x, *weights, bandwidth)
-        current = self._current(sae, weights)
-        return current.encode(x, *weights, bandwidth=bandwidth, mapped=sae.rows.holds(weights.W_enc))
+            return sae.encode_unscreened(x, weights, bandwidth)
+        return sae.encode_screened(self._current(sae, weights), x, weights, bandwidth)
 
     def _vectors_edited(self, sae: Screened) -> EncoderWeights:
         """b_enc or threshold were edited in a way that bumps no version: weights to check again."""
         weights = sae.encoder_weights()
         with self._lock:
-            check_encoder(weights, sae.d_in, sae.d_sae)
+            sae.check_encoder(weights)
             self._watch.note(weights)
         return weights
 

@@ -2,64 +2,130 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
-from gemmascope_fast.ops._library import in_dtype
+from gemmascope_fast.ops.encode_topk import greatest_of
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.screen import Screen
+from gemmascope_fast.sae.weights import EncoderWeights
 
 
 class TopKSAE(JumpReLUSAE):
-    """The k greatest pre-activations of a token, where they are positive; ties go to the lower feature.
+    """The k greatest pre-activations of a token, where they are positive (Gao et al., arXiv 2406.04093).
 
-    Rows are encoded in chunks: before the k are taken about half of all features are there.
+    Of equal values the lower feature is taken, and NaN comes first.  The screen serves it as it serves JumpReLU: the
+    bytes are those of computing every pair.  Thresholds must be at most 0.
     """
 
     kind = "topk_sae"
-    chunk = 256  # tokens; 256 · 16,384 candidate pairs of 8 bytes are 34 MB
 
     def __init__(self, *args: Any, k: int, **more: Any) -> None:
         super().__init__(*args, **more)
         if not 0 < k <= self.cfg.d_sae:
             raise ValueError(f"k: expected 1 to d_sae = {self.cfg.d_sae}, got {k}")
         self.k = k
+        _check_no_threshold(self.threshold)
 
     def encode_sparse(
-        self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
+        self,
+        x: Tensor,
+        screen: bool | None = None,
+        bandwidth: float | None = None,
+        precision: str = "exact",
+        per_batch: bool = False,
     ) -> SparseLatents:
+        """As `JumpReLUSAE.encode_sparse`, at most k latents a token; it has no bandwidth.
+
+        per_batch: the k · N greatest of the whole batch instead, as BatchTopK trains.
+        """
         if bandwidth is not None:
             raise ValueError("bandwidth: a top-k SAE has no threshold to train")
+        if precision != "exact":
+            wide = super().encode_sparse(x, screen, None, precision)
+            csr = greatest_of(wide.crow_indices, wide.col_indices, wide.values, self.k, per_batch)
+            return SparseLatents(*csr, wide.shape)
+        if not per_batch:
+            return super().encode_sparse(x, screen)
         flat = self._tokens(x)
-        # at least one chunk, so that no tokens give no rows
-        exact = precision == "exact"
-        wide = (
-            self._positive(rows, screen) if exact else JumpReLUSAE.encode_sparse(self, rows, screen, None, precision)
-            for rows in in_dtype(flat, torch.float32).split(self.chunk)
-        )
-        whole = SparseLatents.cat([_greatest(part, self.k) for part in wide]).to(self.dtype)
-        return SparseLatents(whole.crow_indices, whole.col_indices, whole.values, (*x.shape[:-1], self.cfg.d_sae))
-
-    def _positive(self, rows: Tensor, screen: bool | None) -> SparseLatents:
-        """What is above threshold, in float32: the k greatest are chosen before any of them is rounded."""
-        if self._unpacked(screen):
-            csr = ops.encode(rows, self.W_enc, self.b_enc, self.threshold, None)
+        self.rows.check()
+        weights = self.screen_cache.refresh(self)
+        if self._unpacked(screen) or screen is False:
+            csr = ops.encode_topk(flat, weights.W_enc, weights.b_enc, self.k, True)
         else:
-            csr = self.screen_cache.encode(self, rows, screen)
+            self.prepare()
+            assert self.screen_cache.screen is not None
+            mapped = self.rows.holds(weights.W_enc)
+            csr = self.screen_cache.screen.encode_topk(flat, weights.W_enc, weights.b_enc, self.k, True, mapped=mapped)
         crow, col, values = csr
-        return SparseLatents(crow, col, values, (rows.shape[0], self.cfg.d_sae))
+        return SparseLatents(crow, col, values.to(self.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
+        return ops.encode_topk(x, weights.W_enc, weights.b_enc, self.k)
+
+    def encode_screened(
+        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
+    ) -> Sequence[Tensor]:
+        return screen.encode_topk(x, weights.W_enc, weights.b_enc, self.k, mapped=self.rows.holds(weights.W_enc))
+
+    def check_encoder(self, weights: EncoderWeights) -> None:
+        super().check_encoder(weights)
+        _check_no_threshold(weights.threshold)
 
 
-def _greatest(latents: SparseLatents, k: int) -> SparseLatents:
-    """The k greatest of each row, columns still ascending."""
-    rows, n = latents.row_indices(), latents.n_rows
-    by_value = torch.sort(latents.values.detach().float(), descending=True, stable=True).indices
-    order = by_value[torch.sort(rows[by_value], stable=True).indices]
-    rank = torch.arange(latents.nnz, device=latents.device) - latents.crow_indices[rows[order]]
-    keep = torch.sort(order[rank < k]).values
-    crow = torch.zeros(n + 1, dtype=torch.int64, device=latents.device)
-    crow[1:] = torch.bincount(rows[keep], minlength=n).cumsum(0)
-    return SparseLatents(crow, latents.col_indices[keep], latents.values[keep], latents.shape)
+class AbsTopKSAE(TopKSAE):
+    """The k pre-activations of a token that are greatest in magnitude, with their sign (Zhu et al., arXiv 2510.00404).
+
+    The k greatest of z and the k greatest of -z hold them; each is an encode of its own, so that it takes twice the
+    time of `TopKSAE`.  Of equal magnitudes the lower feature is taken, and NaN comes first.
+    """
+
+    kind = "abs_topk_sae"
+    _mirror: tuple[Screen, Screen] | None = None  # a screen, and that of the opposite sign
+
+    def encode_sparse(self, x: Tensor, *args: Any, **options: Any) -> SparseLatents:
+        if options.get("precision", "exact") != "exact" or options.get("per_batch"):
+            raise ValueError("precision, per_batch: a top-k SAE by magnitude is exact, and ranks each token alone")
+        return super().encode_sparse(x, *args, **options)
+
+    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
+        W, b = weights.W_enc, weights.b_enc
+        return _by_magnitude(ops.encode_topk(x, W, b, self.k), ops.encode_topk(-x, W, -b, self.k), self.k)
+
+    def encode_screened(
+        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
+    ) -> Sequence[Tensor]:
+        W, b, mapped = weights.W_enc, weights.b_enc, self.rows.holds(weights.W_enc)
+        if self._mirror is None or self._mirror[0] is not screen:
+            self._mirror = screen, screen.mirrored(W.detach(), b.detach())
+        up = screen.encode_topk(x, W, b, self.k, mapped=mapped)
+        down = self._mirror[1].encode_topk(-x, W, -b, self.k, mapped=mapped)
+        return _by_magnitude(up, down, self.k)
+
+
+def _by_magnitude(up: Sequence[Tensor], down: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k greatest magnitudes of each row from the k greatest of z and those of -z."""
+    rows, cols, values = [], [], []
+    for sign, (crow, col, value) in ((1.0, up), (-1.0, down)):
+        row = torch.repeat_interleave(torch.arange(crow.numel() - 1, device=crow.device), crow.diff())
+        # a NaN is among both
+        kept = torch.ones_like(col, dtype=torch.bool) if sign > 0 else ~value.isnan()
+        rows.append(row[kept])
+        cols.append(col[kept])
+        values.append(sign * value[kept])
+    row, col, value = torch.cat(rows), torch.cat(cols), torch.cat(values)
+    order = torch.sort(col, stable=True).indices
+    order = order[torch.sort(row[order], stable=True).indices]
+    crow = torch.zeros(up[0].numel(), dtype=torch.int64, device=col.device)
+    crow[1:] = torch.bincount(row, minlength=crow.numel() - 1).cumsum(0)
+    return greatest_of(crow, col[order], value[order], k)
+
+
+def _check_no_threshold(threshold: Tensor) -> None:
+    if not threshold.is_meta and bool((threshold.detach() > 0).any()):
+        raise ValueError("threshold: a top-k SAE has none; expected values of at most 0")

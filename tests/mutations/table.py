@@ -29,6 +29,8 @@ SCALED, BOUND, FORGED = (
     "tests/ops/test_screen_bound.py",
     "tests/ops/test_screen_forged.py",
 )
+TOPK_DRIVER, GREATEST = "csrc/cpu/ops_topk.cpp", "csrc/cpu/greatest.cpp"
+TOPK = "tests/ops/test_encode_topk.py tests/sae/test_topk.py"
 SCREENED_BY_AMX = f"{SCREENED} -k amx"
 
 GPU_SCREEN = "tests/backends/test_triton_interpreter.py -k test_screen"
@@ -74,7 +76,7 @@ CPP = [
     Mutation("half of the norm of the rows", BUILD, "round_up((norm > across ? norm : across) * kUp)", "round_up(0.5 * norm * kUp)", SCREENED),
     Mutation("half of the error of the first digits", BUILD, "out.error = round_up((l1 +", "out.error = round_up((0.5 * l1 +", SCREENED),
     Mutation("half of the error of both digits", BUILD, "out.error2 = round_up((l2 +", "out.error2 = round_up((0.5 * l2 +", SCREENED),
-    Mutation("NaN is discarded by the screen", "csrc/cpu/screen_vec.h", "_mm512_setzero_ps(), _CMP_NLE_UQ", "_mm512_setzero_ps(), _CMP_GT_OQ", SCREENED),
+    Mutation("NaN is discarded by the screen", "csrc/cpu/screen_vec.h", "a.v, floor.v, _CMP_NLE_UQ", "a.v, floor.v, _CMP_GT_OQ", SCREENED),
     Mutation("an activation's norm is without scales", BUILD, "dmul16(dwiden16(x), dwiden16(per))", "dwiden16(x)", SCALED),
     Mutation("activations are not divided by their scales", BUILD, "mul16(sub16(x, columns16(a.mu, k, d, 0.0f)), per)", "sub16(x, columns16(a.mu, k, d, 0.0f))", SCALED),
     Mutation("the centre keeps its scale in b'", BUILD, "dmul16(mu, dwiden16(columns16(a.per_scale, k, a.d, 1.0f)))", "mu", SCALED),
@@ -95,7 +97,7 @@ CPP = [
     Mutation("no underflow in the bound", BUILD, "static_cast<double>(a.d) * kUnderflow", "0.0", BOUND),
     Mutation("one step of the epilogue for seven", TERMS, "return kTokenSteps * kU +", "return kU +", BOUND),
     Mutation("the second digit's bound has the norm of the first digits", REFINE, "kError2, token.reach2,", "kError2, token.reach,", BOUND),
-    Mutation("a bandwidth has no slack for the epilogue", "csrc/cpu/ops_screen.cpp", "start_steps(k) * std::fabs(edge)", "0.0 * std::fabs(edge)", BOUND),
+    Mutation("a bandwidth has no slack for the epilogue", "csrc/cpu/screen_call.cpp", "start_steps(k) * std::fabs(edge)", "0.0 * std::fabs(edge)", BOUND),
     Mutation("the certificate is 1,000 times looser", REFINE, "<= c[p].bound)", "<= 1000 * c[p].bound)", BOUND),
     Mutation("another number in C++ than in Python", TERMS, "kStartSteps = 5", "kStartSteps = 6", "tests/ops/test_screen_terms.py"),
     # a forged screen
@@ -109,9 +111,20 @@ CPP = [
     Mutation("the last candidates are dropped", REFINE, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
     Mutation("the second digit of mapped rows is given up", REFINE, "(!a.adaptive || a.mapped ||", "(!a.adaptive ||", SCREENED),
     Mutation("crowded chunks of mapped rows are lost", "csrc/cpu/ops_screen.cpp", "      finish(worker, chunk, pairs);\n      finished", "      finished", SCREENED),
-    Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    announce_pairs(e, pairs);", "", PACKED),
+    Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    call.announce(pairs);", "", PACKED),
     Mutation("rows with gaps between them are read without", "csrc/cpu/ops_common.cpp", "(W.stride(1) == W.size(0) || W.size(1) < 2)", "true", ENCODE),
     Mutation("a matrix of columns is read as rows", "csrc/cpu/ops_common.cpp", "= W.stride(0) == 1 &&", "=", ENCODE),
+    # top-k: floors, ties, and what the screen cannot judge
+    Mutation("a floor is taken of one pair too few", TOPK_DRIVER, "static_cast<int64_t>(lows.size()) < wanted_ ? 0.0f", "static_cast<int64_t>(lows.size()) + 1 < wanted_ ? 0.0f", TOPK),
+    Mutation("a floor is of upper bounds", TOPK_DRIVER, "c.z - c.bound), -std", "c.z + c.bound), -std", TOPK),
+    Mutation("pairs that the screen cannot judge count for a floor", TOPK_DRIVER, "if (args.table[kStart * args.stride + c.feature] == std::numeric_limits<float>::infinity()) return;", "", TOPK),
+    Mutation("pairs that the screen cannot judge are thinned", TOPK_DRIVER, "return judged && c.z", "return c.z", TOPK),
+    Mutation("the batch's floor is one token's", TOPK_DRIVER, "wanted_(together ? tokens * k : k)", "wanted_(k)", TOPK),
+    Mutation("the last range of features is not screened", TOPK_DRIVER, "phase + 1 < pieces.phases.size()", "phase + 2 < pieces.phases.size()", TOPK),
+    Mutation("floors never reach the first stage", TOPK_DRIVER, "    call.floors_changed();", "", TOPK),
+    Mutation("all of equal values are taken", GREATEST, "cut.equal-- > 0", "cut.equal > 0", TOPK),
+    Mutation("equal values are not counted", GREATEST, "return {key, k - above};", "return {key, k - above - 1};", TOPK),
+    Mutation("a token's candidates are judged by thresholds alone", REFINE, "a.ranked ? a.tokens[c.token].floor : ", "", TOPK),
     # its first stage with a token a lane: on AVX-512, and what AMX shares of it
     Mutation("a token a lane forgets the zero point", LANES, "less_zero16(acc[f][n], feature.row(kZero), tokens.digit_sums(kDigitSum))", "acc[f][n]", SCREENED, "avx512"),
     Mutation("a token a lane takes a sum of digits for a coefficient", EPILOGUE, "plane(kPackedPlanes + j)", "plane(kTokenPlanes + j)", SCREENED, "avx512"),

@@ -7,7 +7,7 @@ import torch
 
 import gemmascope_fast as gsf
 from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
-from gemmascope_fast.sae.topk import TopKSAE
+from gemmascope_fast.sae.topk import AbsTopKSAE, TopKSAE
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 D, F, T = 33, 70, 19
@@ -34,7 +34,8 @@ KINDS = {
     "sae": lambda w: gsf.JumpReLUSAE.from_weights(**w),
     "transcoder": lambda w: gsf.JumpReLUTranscoder.from_weights(**w),
     "skip": lambda w: gsf.JumpReLUSkipTranscoder.from_weights(**w),
-    "topk": lambda w: TopKSAE.from_weights(**w, k=5),
+    "topk": lambda w: TopKSAE.from_weights(**w | {"threshold": 0 * w["threshold"]}, k=5),
+    "abs topk": lambda w: AbsTopKSAE.from_weights(**w | {"threshold": 0 * w["threshold"]}, k=5),
     "crosscoder": lambda w: Crosscoder.from_weights(**w, n_layers=3),
 }
 

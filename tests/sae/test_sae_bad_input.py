@@ -30,7 +30,7 @@ def test_what_is_no_tensor_is_named(kind):
     crosscoder = gsf.Crosscoder.from_weights(**w, n_layers=3)
     coders = {
         "sae": sae,
-        "top-k": gsf.TopKSAE.from_weights(**w, k=4),
+        "top-k": gsf.TopKSAE.from_weights(**w | {"threshold": torch.zeros(F)}, k=4),
         "crosscoder": crosscoder,
         "matryoshka": gsf.MatryoshkaSAE.from_sae(sae),
         "skip": gsf.JumpReLUSkipTranscoder.from_weights(**w, W_skip=torch.eye(D)),

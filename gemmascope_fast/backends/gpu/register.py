@@ -22,6 +22,8 @@ TRITON = {
     "encode": "encode",
     "encode_tensor": "tensor",
     "encode_screened": "screen",
+    "encode_topk": "topk",
+    "encode_topk_screened": "topk",
     "decode": "decode",
     "sampled_dot": "decode",
     "matryoshka_linear": "matryoshka",

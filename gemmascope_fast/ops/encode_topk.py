@@ -1,0 +1,101 @@
+"""Op `encode_topk`: the k greatest positive pre-activations of each token, as compressed sparse rows.
+
+z = x @ W_enc + b_enc.  Of the pairs with z > 0, or z NaN, those with the k greatest z of a token are stored: NaN comes
+before every number, and of equal values the lower feature is taken.  A ReLU before or after the choice gives the same:
+what is not positive is not stored.  With `per_batch` the k·N greatest of the whole batch are stored; of equal values
+those of the earlier token (BatchTopK as it is trained: Bussmann et al., arXiv 2412.06410).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gemmascope_fast.ops._csr import from_mask, row_indices
+from gemmascope_fast.ops._exact import exact_product
+from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops.encode import Csr, backward_of_encode, check_encode, save_for_encode, tangent_of_encode
+
+SCHEMA = (
+    "encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, int k, bool per_batch=False)"
+    " -> (Tensor crow_indices, Tensor col_indices, Tensor values)"
+)
+
+
+def encode_topk_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, per_batch: bool = False) -> Csr:
+    """Dense eager fp32, and a stable sort.  Its sums are in torch's order, not the fixed one.
+
+    x [N, d_in], W_enc [d_in, d_sae], b_enc [d_sae]; 16-bit inputs are widened first.  k from 1 to d_sae.
+    Gives crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].
+    Raises ValueError for another k, and where shapes or devices do not fit.
+    """
+    check_encode_topk(x, W_enc, b_enc, k)
+    z = exact_product(x, W_enc) + b_enc.float()
+    crow, col = from_mask(greatest(z.detach(), k, per_batch))
+    return crow, col, z[row_indices(crow), col.long()]
+
+
+def greatest(z: Tensor, k: int, per_batch: bool = False) -> Tensor:
+    """Where the k greatest of each row of z [N, d_sae] are, among what is positive or NaN: bool [N, d_sae]."""
+    candidate = ~(z <= 0)
+    ranked = torch.where(candidate, z, 0.0)
+    if per_batch:
+        ranked, k = ranked.reshape(1, -1), min(k * z.shape[0], z.numel())
+    # stable: of equal values the first; NaN sorts above every number
+    first = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :k]
+    chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, first, True)
+    return chosen.reshape(z.shape) & candidate
+
+
+def greatest_of(crow: Tensor, col: Tensor, values: Tensor, k: int, per_batch: bool = False) -> Csr:
+    """The k latents of each row (with per_batch: k a row of the whole batch) that are greatest in magnitude.
+
+    NaN is greatest; of equal values the first is taken.  Columns still ascend.
+    """
+    rows, n = row_indices(crow), crow.numel() - 1
+    order = torch.sort(values.detach().float().abs(), descending=True, stable=True).indices
+    if per_batch:
+        order = order[: k * n]
+    else:
+        order = order[torch.sort(rows[order], stable=True).indices]
+        rank = torch.arange(order.numel(), device=col.device) - crow[rows[order]]
+        order = order[rank < k]
+    keep = torch.sort(order).values
+    kept = torch.zeros_like(crow)
+    kept[1:] = torch.bincount(rows[keep], minlength=n).cumsum(0)
+    return kept, col[keep], values[keep]
+
+
+def check_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
+    """Raise what the native kernel raises."""
+    check_encode(x, W_enc, b_enc, b_enc, None)
+    if not 1 <= k <= W_enc.shape[1]:
+        raise ValueError(f"k: expected 1 to d_sae = {W_enc.shape[1]}, got {k}")
+
+
+def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, per_batch: bool = False) -> Csr:
+    nnz = torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
+        x.new_empty(nnz, dtype=torch.int32),
+        x.new_empty(nnz, dtype=torch.float32),
+    )
+
+
+def _cost(x: Tensor, W_enc: Tensor, *_: object) -> Cost:
+    weights = W_enc.numel() * W_enc.element_size()
+    return Cost(bytes=weights + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
+
+
+encode_topk = register(SCHEMA, encode_topk_reference, _fake, _cost, ragged=True)
+
+
+def _backward(ctx, needs, _grad_crow, _grad_col, grad):
+    return (*backward_of_encode(ctx, needs, grad), None, None)
+
+
+def _jvp(ctx, dx, dW, db, *_rest):
+    return None, None, tangent_of_encode(ctx, dx, dW, db)
+
+
+register_autograd(encode_topk, save_for_encode, _backward, _jvp)
