@@ -301,6 +301,8 @@ PYTHON = [
     Mutation("a zero that is not stored is never the maximum", "gemmascope_fast/ops/latents_reduce.py", "wins = full | ~(stored <= 0)", "wins = full | ~(stored <= -9)", TENSORS),
     Mutation("pickled latents are not checked", "gemmascope_fast/ops/latents.py", "        if not self.crow_indices.is_meta:\n            self.validate()\n", "", TENSORS),
     Mutation("outputs are not checked first", "gemmascope_fast/cli/arguments.py", "if not there.is_dir():", "if False:", JOBS + " -k told_first"),
+    Mutation("outputs that exist are replaced", "gemmascope_fast/cli/arguments.py", 'if taken and "kept" not in kind and not args.overwrite:', "if False:", "tests/cli/test_options.py -k checked_before"),
+    Mutation("--json - shares standard output", "gemmascope_fast/cli/arguments.py", 'other = sys.stderr if getattr', 'other = sys.stdout if getattr', "tests/cli/test_options.py -k alone_there"),
     # what jobs keep, and of what it is
     Mutation("a sample of the weights stands for them", "gemmascope_fast/files/identity.py", "yield from flat.split(BLOCK)", "yield from flat[::1009].split(BLOCK)", IDENTITY + " -k any_weight"),
     Mutation("a matrix by columns is taken for another by rows", "gemmascope_fast/files/identity.py", 'tensor, order = tensor.t(), "columns of "', 'tensor, order = tensor.t(), ""', IDENTITY + " -k layout"),
