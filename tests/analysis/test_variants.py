@@ -115,7 +115,7 @@ def test_labels_are_the_likeliest_continuations(loaded):
             scores.append(sum(float(logits[len(prompt) - 1 + i, t]) for i, t in enumerate(answer)))
         assert best == int(np.argmax(scores))
         assert own == pytest.approx(scores, abs=1e-4)
-    with pytest.raises(ValueError, match="--prompt"):
+    with pytest.raises(ValueError, match="--template"):
         classify(model, tokenizer, texts, labels, "no place")
 
 

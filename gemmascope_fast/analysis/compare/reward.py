@@ -9,18 +9,18 @@ import numpy as np
 import torch
 
 from gemmascope_fast.attach import attach
-from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.attach.tokens import device_of, opening
 from gemmascope_fast.checkpoints.hub import from_hub_or_cache
 
 
-def load_reward_model(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for --reward: a sequence classifier of one output, fp32 and eval."""
+def load_reward_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer) for --reward: a sequence classifier of one output, in eval mode."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if name == "demo":
         raise ValueError("--reward: expected --model, a sequence classifier; the demo's model is none")
     with from_hub_or_cache(name) as local:
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype="float32", **local).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, **local).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, **local)
     if model.config.num_labels != 1:
         raise ValueError(f"--reward {name}: expected a model of one output, got {model.config.num_labels}")
@@ -46,8 +46,8 @@ def attributed(
         if not 0 < len(ids) <= window:
             raise ValueError(f"text {number}: expected 1 to {window} tokens (--window), got {len(ids)}")
         with torch.enable_grad(), attach(model, sites, mode="splice+error", tokens="content") as run:
-            reward = model(torch.tensor([[*head, *ids]])).logits[0, 0]
-            found = run.attribution(reward)[key]
+            reward = model(torch.tensor([[*head, *ids]], device=device_of(model))).logits[0, 0]
+            found = run.attribution(reward)[key].cpu()
         features, at = np.unique(found.col_indices.numpy().astype(np.int64), return_inverse=True)
         total = np.zeros(len(features))
         np.add.at(total, at, found.values.double().numpy())

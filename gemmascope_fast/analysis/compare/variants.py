@@ -14,7 +14,7 @@ import torch
 
 from gemmascope_fast.analysis.extraction.sources import json_lines, string
 from gemmascope_fast.analysis.extraction.windows import padded
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import device_of, opening, room
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def label_scores(
     prompt with its label is longer than the model's window.
     """
     if "{text}" not in template:
-        raise ValueError(f"--prompt: expected a prompt with {{text}}, got {template!r}")
+        raise ValueError(f"--template: expected a question with {{text}}, got {template!r}")
     head = opening(tokenizer)
     answers = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
     prompts = [
@@ -104,13 +104,13 @@ def label_scores(
         # logits where a label is read alone: the output head is most of a small model's weights
         first = len(prompts[part[0]]) - 1 if keeps else 0
         for j, answer in enumerate(answers):
-            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0)
-            more = {"logits_to_keep": torch.arange(first, ids.shape[1])} if keeps else {}
+            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0, device_of(model))
+            more = {"logits_to_keep": torch.arange(first, ids.shape[1], device=ids.device)} if keeps else {}
             with torch.inference_mode():
                 logits = model(ids, attention_mask=mask, use_cache=False, **more).logits
             for row, i in zip(logits, part, strict=True):
                 begin = len(prompts[i]) - 1 - first
-                own_rows = row[begin : begin + len(answer)].float().log_softmax(-1)
+                own_rows = row[begin : begin + len(answer)].float().cpu().log_softmax(-1)
                 scores[i, j] = float(own_rows[torch.arange(len(answer)), torch.tensor(answer)].sum())
         progress(len(part))
     return scores

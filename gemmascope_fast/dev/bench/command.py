@@ -6,44 +6,61 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemmascope_fast.cli.arguments import check_outputs
-from gemmascope_fast.dev.bench.cases import CASES
-from gemmascope_fast.dev.bench.compare import Stored, bench_names, compare, lost, store, stored_ratios
-from gemmascope_fast.dev.bench.machine import kind
-from gemmascope_fast.dev.bench.rows import Results, Row
-from gemmascope_fast.dev.bench.run import QUICK, SUITES, Options, run_suites
+from gemmascope_fast.cli import arguments as common
+from gemmascope_fast.files.atomic import make_folder
+from gemmascope_fast.files.progress import say
+
+if TYPE_CHECKING:
+    from gemmascope_fast.dev.bench.compare import Stored
+    from gemmascope_fast.dev.bench.rows import Results, Row
+    from gemmascope_fast.dev.bench.run import Options
 
 GUARD_THREADS = 2
+SUITES = ("ops", "modules", "loop", "scaling")
+CASES = ("640x4096", "2304x16384", "3584x16384", "2304x65536")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)}")
-    parser.add_argument("--case", nargs="+", choices=sorted(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="T", help="numbers of tokens (default: each case's)")
-    parser.add_argument("--op", nargs="+", metavar="OP", help="only these: encode, decode, SAE, linear, …")
-    parser.add_argument("--quick", action="store_true", help="one small shape, short timings: under three minutes")
-    parser.add_argument("--seconds", type=float, help="time of each measurement (default: 3, quick 0.5)")
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's number")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--compare", type=Path, metavar="OLD", help="say what changed beyond noise since that JSON")
-    parser.add_argument("--guard", type=Path, metavar="RATIOS", help="fail where a stored ratio fell by over a third")
-    parser.add_argument("--write-guard", type=Path, metavar="RATIOS", help="store this run's ratios for --guard")
+    parser.description = "Time every op and compare with other libraries.  Each case has its own types: no --dtype."
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)} (default: ops modules)")
+    note = f"of {', '.join(CASES)} (default: the first two)"
+    add("--case", nargs="+", choices=CASES, metavar="CASE", help=note)
+    add("--tokens", type=int, nargs="+", metavar="T", help="numbers of tokens (default: each case's)")
+    add("--op", nargs="+", metavar="OP", help="only these: encode, decode, SAE, linear, … (default: all)")
+    add("--quick", action="store_true", help="one small shape, short timings: under three minutes")
+    add("--seconds", type=float, metavar="X", help="time of each measurement (default: 3, with --quick 0.5)")
+    add("--threads", type=int, metavar="N", help="number of threads (default: torch's)")
+    common.add_device(parser)
+    common.add_json(parser)
+    add("--compare", type=Path, metavar="FILE", help="print what changed beyond noise since that JSON of another run")
+    add("--guard", type=Path, metavar="FILE", help="fail where a ratio stored in that file fell by over a third")
+    note = "store this run's ratios for --guard, beside those that are there"
+    common.add_output(parser, "--write-guard", note, "kept file")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.device == "cuda":
-        raise ValueError("--device cuda: `make gpu` times the GPU kernels; these suites are for the CPU")
-    check_outputs(args, ("json", "write_guard"))
+    from gemmascope_fast.dev.bench import compare, run
+    from gemmascope_fast.dev.bench.machine import kind
+    from gemmascope_fast.dev.bench.rows import Results
+
+    if args.device != "cpu":
+        raise ValueError(f"--device {args.device}: `make gpu` times the GPU kernels; these suites are for the CPU")
     options = _options(args)
     old = Results.load(args.compare) if args.compare else None
-    stored = stored_ratios(args.guard) if args.guard else None
-    results = run_suites(options, save=args.json)
+    stored = compare.stored_ratios(args.guard) if args.guard else None
+    save = None if args.json == common.STDOUT else args.json
+    if save is not None:
+        make_folder(save.parent)
+    results = run.run_suites(options, say, save=save)
+    if args.json == common.STDOUT:
+        common.write_figures(args, results.plain())
     _show(results)
     if args.write_guard:
-        store(args.write_guard, kind(results.machine), results)
+        make_folder(args.write_guard.parent)
+        compare.store(args.write_guard, kind(results.machine), results)
     status = 0
     if old is not None:
         status |= _compared(old, results)
@@ -53,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> Options:
+    from gemmascope_fast.dev.bench.run import QUICK, Options
+
     options = QUICK if args.quick else Options()
     if args.guard or args.write_guard:
         options = replace(options, threads=GUARD_THREADS)
@@ -68,11 +87,14 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _compared(old: Results, new: Results) -> int:
-    """Print the changes; 1 where something of ours got slower beyond the noise."""
+    """Print the changes; 1 if an op of this package got slower beyond the noise."""
+    from gemmascope_fast.dev.bench.compare import compare
+    from gemmascope_fast.dev.bench.machine import kind
+
     changes = compare(old, new)
     before, now = kind(old.machine), kind(new.machine)
     if before != now:
-        print(f"WARNING: the runs are of different machines, {before} and {now}: what changed may be theirs")
+        print(f"WARNING: the runs are of different machines, {before} and {now}: the machines may be the reason")
     print(f"\n{len(changes)} measurements in both runs; speed-up over eager fp32, before and now:")
     for change in changes:
         if change.beyond_noise:
@@ -84,17 +106,21 @@ def _compared(old: Results, new: Results) -> int:
 
 
 def _guarded(every: Stored, results: Results, options: Options) -> int:
-    """What fell by more than a third is measured once more before it counts."""
+    """1 if a ratio fell by more than a third.  It counts only if it does so again in a second run."""
+    from gemmascope_fast.dev.bench.compare import bench_names, lost
+    from gemmascope_fast.dev.bench.machine import kind
+    from gemmascope_fast.dev.bench.run import run_suites
+
     here = kind(results.machine)
     if here not in every:
-        print(f"guard: ratios are stored for {'; '.join(every)}, none for {here}: nothing was held")
+        print(f"guard: ratios are stored for {'; '.join(every)}, none for {here}: nothing was compared")
         return 0
     stored = every[here]
     fallen = lost(stored, results)
     if fallen:
         names = bench_names(fallen, results)
-        print(f"measuring again: {', '.join(sorted(names))}")
-        again = run_suites(options, only=names)
+        say(f"measuring again: {', '.join(sorted(names))}")
+        again = run_suites(options, say, only=names)
         fallen = lost({key: stored[key] for key in fallen}, again)
     for key, (before, now) in fallen.items():
         print(f"REGRESSION: {key}: {before:.2f} times eager fp32 stored, {now:.2f} now, twice")

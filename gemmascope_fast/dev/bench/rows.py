@@ -71,9 +71,12 @@ class Results:
     exponents: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
 
+    def plain(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"format": FORMAT, **asdict(self)}
+
     def save(self, path: Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
-        write_text(path, text + "\n")
+        write_text(path, json.dumps(self.plain(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:
