@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemmascope_fast import backends
 from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
+from gemmascope_fast.dev.bench.machine import process_memory
 from gemmascope_fast.dev.roof import Roof, measure
 from gemmascope_fast.files.atomic import replacing
 from gemmascope_fast.files.results import write_json
@@ -206,13 +207,10 @@ def _costs() -> Iterator[dict[str, tuple[int, int]]]:
 
 def _peak_memory() -> int | None:
     """The process's peak resident bytes, None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    try:
+        return process_memory("VmHWM")
+    except OSError:
         return None
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    return None
 
 
 # ---- the command ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast import ops
+from gemmascope_fast import backends, ops
 from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.cases import FEW_TOKENS, Case, copy_count, rotated, rotated_dense, sae_copies
 from gemmascope_fast.dev.bench.checks import Truth, close
@@ -21,8 +21,6 @@ from gemmascope_fast.dev.roof import last_level_cache
 from gemmascope_fast.ops.codes import quantize, slice_codes
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
-
-Pool = Callable[[], JumpReLUSAE]
 
 
 def ops_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Iterator[Plan]:
@@ -59,6 +57,14 @@ def encode_bench(case: Case, T: int) -> Bench:
         work = screened_work(sae, x) if route else full_work(sae, x)
         return _candidate("fp32", call, work, verdict, sae, lambda s: s.encode_sparse(x, screen=screen), T)
 
+    def on_avx512() -> Candidate:
+        def call(s: JumpReLUSAE) -> Any:
+            with backends.forced_isa("avx512"):
+                return s.encode_sparse(x)
+
+        verdict, work = truth.ours(call(sae)), screened_work(sae, x)
+        return _candidate("fp32", _on(pool, call), work, verdict, sae, call, T)
+
     def dense(encode: Callable[[Any, Tensor], Tensor], of: Callable[[], Any], dtype: str) -> Candidate:
         own, xs = of(), x if dtype == "fp32" else x.bfloat16()
         verdict = truth.latents(encode(own, xs), dtype)
@@ -72,6 +78,8 @@ def encode_bench(case: Case, T: int) -> Bench:
 
     for name, screen in (("ours", None), ("ours, screen", True), ("ours, no screen", False)):
         bench.add(name, _named(name, functools.partial(ours, screen)))
+    if backends.isa() == "amx":
+        bench.add("ours on AVX-512", _named("ours on AVX-512", on_avx512))
     bench.add("eager fp32", _named("eager fp32", lambda: dense(peers.eager_encode, wide, "fp32")))
     bench.add("eager bf16", _named("eager bf16", lambda: dense(peers.eager_encode, half, "bf16")))
     bench.add(
@@ -160,30 +168,29 @@ def backward_bench(case: Case, T: int) -> Bench:
 # ---- nested linear layers ---------------------------------------------------------------------------
 
 
-# Scales are fp16 and zero points 8 bits a group of 32; a nested layer holds all its planes whatever it reads.
-SCALE_BITS = 24 / 32
-NESTED_BITS = 8 + SCALE_BITS
+GROUP_BITS = 24  # an fp16 scale and an 8-bit zero point a group
 LINEAR_POOLS = 11  # implementations, of which each has copies of its own in the memory that copies may take
 
 
-def linear_bench(rows: int, columns: int, T: int) -> Bench:
-    """A layer [rows, columns] at 8, 4 and 2 bits of one nested code, groups of 32, against torch's and torchao's.
+def linear_bench(rows: int, columns: int, T: int, group_size: int | None = 32) -> Bench:
+    """A layer [rows, columns] at 8, 4 and 2 bits of one nested code, against torch's and torchao's.
 
-    A quantised layer is verified against fp64 products of its own rounded weights where it shows them, else against
-    the layer's by the error that its number of bits allows.
+    group_size: weights that share a scale; None: a row (torch's 4 bits have groups of 128 then).  A layer is verified
+    against fp64 products of the weights before rounding, within the error that its number of bits allows.
     """
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(rows, columns, generator=g) / columns**0.5
     x = torch.randn(T, columns, generator=g)
     linear = nn.Linear(columns, rows, bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    bench = Bench("ops", "linear", T, columns, rows, None)
+    bench = Bench("ops", "linear" if group_size == 32 else "linear, one scale a row", T, columns, rows, None)
+    scale_bits = GROUP_BITS / (group_size or columns)
     exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
 
     def add(name: str, dtype: str, width: float, make: Callable[[], Callable[[Tensor], Tensor]], check: Any) -> None:
         def build() -> Candidate:
             xs = x if dtype == "fp32" else x.bfloat16()
-            held = NESTED_BITS if name.startswith("ours") else width
+            held = 8 + scale_bits if name.startswith("ours") else width  # a nested layer holds all its planes
             count = copy_count(int(rows * columns * width / 8), T, int(LINEAR_POOLS * rows * columns * held / 8))
             layers = [make() for _ in range(count)]
             verdict = check(layers[0](xs))
@@ -198,15 +205,15 @@ def linear_bench(rows: int, columns: int, T: int) -> Bench:
         return lambda y: _within_quantisation(y, exact, bits, x, weight, dtype)
 
     for bits in (8, 4, 2):
-        nested = MatryoshkaLinear.from_linear(linear, group_size=32, bits=bits)
+        nested = MatryoshkaLinear.from_linear(linear, group_size=group_size, bits=bits)
         make = functools.partial(copy.deepcopy, nested)  # quantised once: there may be hundreds
-        add(f"ours, {bits} bits", "fp32", bits + SCALE_BITS, make, by_bits(bits, "bf16"))
+        add(f"ours, {bits} bits", "fp32", bits + scale_bits, make, by_bits(bits, "bf16"))
     add("eager fp32", "fp32", 32, lambda: _linear(weight), lambda y: close(y, exact, size, columns + 2))
     half = weight.bfloat16()
     add("eager bf16", "bf16", 16, lambda: _linear(half), lambda y: close(y, exact, size, columns + 2, "bf16"))
     packed = (
         ("_weight_int8pack_mm", 8, lambda: peers.int8_packed(weight), 8),
-        ("_weight_int4pack_mm_for_cpu", 5, lambda: peers.int4_packed(weight), 4),
+        ("_weight_int4pack_mm_for_cpu", 5, lambda: peers.int4_packed(weight, group_size or 128), 4),
         ("torchao int8", 8, lambda: peers.torchao_linear(weight, "int8"), 8),
         ("torchao int8 dynamic", 8, lambda: peers.torchao_linear(weight, "int8 dynamic"), 8),
         ("torchao int4", 5, lambda: peers.torchao_linear(weight, "int4"), 4),
