@@ -35,7 +35,8 @@ from gemmascope_fast.checkpoints.loading import open_checkpoint
 from gemmascope_fast.checkpoints.packed import checksum
 from gemmascope_fast.dev.bench.machine import describe, memory, process_memory
 from gemmascope_fast.dev.testing import activations_mean, leaning_rows, make_activations, same_bytes, standard_cut
-from gemmascope_fast.files.write import atomic, write_json
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import atomic
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 PANEL = 16384  # features written at a time

@@ -94,11 +94,16 @@ def of_file(path: str | Path) -> str:
 
 @lru_cache(maxsize=256)
 def _of_file(path: str, *_stamp: int) -> str:
+    return digest_of(path)[:SIZE]
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:SIZE]
+    return digest.hexdigest()
 
 
 def of_json(value: Any) -> str:

@@ -175,8 +175,8 @@ CPP = [
 
 PYTHON = [
     Mutation("dW_dec without the gradient", "gemmascope_fast/ops/decode.py", "values[order], grad, None", "values, grad, None", DECODE),
-    Mutation("dx counts twice", "gemmascope_fast/ops/encode.py", "decode.step(crow, col, grad, W_enc.t()", "decode.step(crow, col, 2 * grad, W_enc.t()", ENCODE),
-    Mutation("db of the wrong order", "gemmascope_fast/ops/encode.py", "by_feature = grad[order]", "by_feature = grad", ENCODE),
+    Mutation("dx counts twice", "gemmascope_fast/ops/decode.py", "decode.step(crow, col, grad, rows,", "decode.step(crow, col, 2 * grad, rows,", ENCODE),
+    Mutation("db of the wrong order", "gemmascope_fast/ops/decode.py", "by_feature = grad[order]", "by_feature = grad", ENCODE),
     Mutation("a threshold is not checked again", "gemmascope_fast/sae/weights.py", "    check_threshold(weights.threshold)\n", "", PREPARE),
     Mutation("in-place edits are not watched", "gemmascope_fast/sae/weights.py", "None if t.is_inference() else t._version", "None", PREPARE),
     Mutation("topk prefers the later of equals", "gemmascope_fast/ops/latents_reduce.py", "by_value = torch.sort(values.detach(), descending=True, stable=True).indices", "by_value = torch.sort(values.detach().flip(0), descending=True, stable=True).indices.neg() + values.numel() - 1", LATENTS),

@@ -32,7 +32,7 @@ def compare_sets(
         raise ValueError(f"expected at least two texts in each set, got {a.shape[0]} and {b.shape[0]}")
     if test not in ("rank", "permutation"):
         raise ValueError(f"--test: expected 'rank' or 'permutation', got {test!r}")
-    fired = np.maximum(_fired(a), _fired(b))
+    fired = np.maximum(times_fired(a), times_fired(b))
     features = np.nonzero(fired >= least)[0]
     parts: dict[str, list[np.ndarray]] = {k: [] for k in ("mean_a", "mean_b", "d", "auc", "p")}
     for start in range(0, len(features), BLOCK):
@@ -64,8 +64,9 @@ def cohen_d(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.divide(x.mean(0) - y.mean(0), np.sqrt(variance), out=np.zeros(x.shape[1]), where=variance > 0)
 
 
-def _fired(x: Any) -> np.ndarray:
-    return np.bincount(x.indices[x.data != 0], minlength=x.shape[1])
+def times_fired(x: Any) -> np.ndarray:
+    """In how many rows of a scipy.sparse array [texts, d_sae] each feature is not zero."""
+    return np.asarray((x != 0).sum(0)).ravel()
 
 
 def _distance(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
@@ -82,9 +83,6 @@ def covariates(text: str) -> np.ndarray:
     items = sum(bool(re.match(r"\s*(?:[-*•]|\d+[.)])\s", line)) for line in lines)
     marks = len(re.findall(r"\*\*|^#{1,6}\s|`", text, flags=re.MULTILINE))
     return np.array([np.log1p(len(text)), len(lines) - 1, items, marks, text.count("```") // 2], float)
-
-
-COVARIATES = ("log length", "line breaks", "list items", "markdown marks", "code blocks")
 
 
 def compare_pairs(chosen: Any, rejected: Any, z: np.ndarray | None, *, least: int = 3) -> Rows:
@@ -107,7 +105,7 @@ def compare_pairs(chosen: Any, rejected: Any, z: np.ndarray | None, *, least: in
     if n < len(kept) + 2:
         raise ValueError(f"pairs: expected at least {len(kept) + 2} for {len(kept) - 1} covariates, got {n}")
     inverse = np.linalg.inv(design.T @ design)
-    features = np.nonzero(np.maximum(_fired(chosen), _fired(rejected)) >= least)[0]
+    features = np.nonzero(np.maximum(times_fired(chosen), times_fired(rejected)) >= least)[0]
     parts: dict[str, list[np.ndarray]] = {k: [] for k in ("difference", "before", "p_before", "after", "p_after")}
     for start in range(0, len(features), BLOCK):
         own = features[start : start + BLOCK]

@@ -27,6 +27,7 @@ from gemmascope_fast.dev.bench.peers import Dense
 from gemmascope_fast.dev.roof import last_level_cache
 from gemmascope_fast.dev.testing import make_activations, make_sae
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.training.text import pydoc_topics
 
 FEW_TOKENS = 16
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
@@ -55,11 +56,8 @@ class Real(Case):
 
     @functools.cached_property
     def _loaded(self) -> tuple[JumpReLUSAE, Tensor]:
-        from pydoc_data import topics
-
         model, tokenizer, sae, layer = load_demo()
-        text = "\n".join(topics.topics.values())[-60_000:]
-        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : 5 * 256]
+        ids = tokenizer(pydoc_topics()[-60_000:], return_tensors="pt")["input_ids"][:, : 5 * 256]
         with torch.no_grad(), attach(model, {layer: Activations()}, tokens="all") as run:
             for part in ids.split(256, 1):
                 model(part)

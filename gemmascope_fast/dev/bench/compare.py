@@ -72,10 +72,10 @@ def store(path: Path, kind: str, results: Results) -> None:
 
     Of a ratio that is there already the lower is kept: a few runs leave what the machine reaches on a bad day.  Delete
     the file to begin anew.
-    Figures from the cache and ops that have no kernel of ours behind them are left out: they would guard nothing.
+    Figures from the cache are left out.
     """
     stored = stored_ratios(path) if path.exists() else {}
-    kept = {k: r for k, r in results.ratios.items() if is_ours(k) and "(warm)" not in k and "/slice " not in k}
+    kept = {k: r for k, r in results.ratios.items() if is_ours(k) and "(warm)" not in k}
     before = stored.get(kind, {})
     stored[kind] = {key: min(round(r.median, 2), before.get(key, r.median)) for key, r in sorted(kept.items())}
     with replacing(path) as temporary:

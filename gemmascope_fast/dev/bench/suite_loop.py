@@ -139,7 +139,7 @@ def by_hand(loop: Loop, read: Callable[[peers.Dense, str], Hook], mode: str) -> 
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             begin = time.perf_counter()
             x = output if isinstance(output, Tensor) else output[0]
-            new = work(x.reshape(-1, x.shape[-1]).float())
+            new: Any = work(x.reshape(-1, x.shape[-1]).float())
             if new is not None:
                 new = new.reshape(x.shape).to(x.dtype)
                 new = new if isinstance(output, Tensor) else (new, *output[1:])

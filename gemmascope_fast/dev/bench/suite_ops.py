@@ -1,4 +1,4 @@
-"""Suite `ops`: encode, decode, backward, nested linear layers and slices, each op by itself."""
+"""Suite `ops`: encode, decode, backward and nested linear layers, each op by itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,11 +15,10 @@ from torch import Tensor, nn
 from gemmascope_fast import backends, ops
 from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.cases import FEW_TOKENS, Case, copy_count, rotated, rotated_dense, sae_copies
-from gemmascope_fast.dev.bench.checks import Truth, close
-from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Work
+from gemmascope_fast.dev.bench.checks import UNIT, Truth, close
+from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Verdict, Work, WrongAnswer
 from gemmascope_fast.dev.bench.work import full_work, screened_work, uses_screen
 from gemmascope_fast.dev.roof import last_level_cache
-from gemmascope_fast.ops.codes import quantize, slice_codes
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
@@ -38,7 +38,6 @@ def ops_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Ite
     for rows, columns in dict.fromkeys((4 * case.d_in, case.d_in) for case in cases):
         for T in (1, 64) if tokens is None else tokens:
             yield plan("linear", T, columns, rows, linear_bench, rows, columns, T)
-        yield plan("slice 8 to 4 bits", 1, columns, rows, slicing_bench, rows, columns)
 
 
 # ---- encode -----------------------------------------------------------------------------------------
@@ -50,19 +49,14 @@ def encode_bench(case: Case, T: int) -> Bench:
     bench = Bench("ops", "encode", T, case.d_in, case.d_sae, _l0(sae, x))
     pool, wide, half = rotated(sae, T), rotated_dense(sae, T), rotated(sae, T, torch.bfloat16)
 
-    def ours(screen: bool | None) -> Candidate:
-        call = _on(pool, lambda s: s.encode_sparse(x, screen=screen))
-        verdict = truth.ours(sae.encode_sparse(x, screen=screen))
+    def ours(screen: bool | None, isa: str | None = None) -> Candidate:
+        def call(s: JumpReLUSAE) -> Any:
+            with backends.forced_isa(isa) if isa else nullcontext():
+                return s.encode_sparse(x, screen=screen)
+
+        verdict = truth.ours(call(sae))
         route = screen if screen is not None else uses_screen(sae, x)
         work = screened_work(sae, x) if route else full_work(sae, x)
-        return _candidate("fp32", call, work, verdict, sae, lambda s: s.encode_sparse(x, screen=screen), T)
-
-    def on_avx512() -> Candidate:
-        def call(s: JumpReLUSAE) -> Any:
-            with backends.forced_isa("avx512"):
-                return s.encode_sparse(x)
-
-        verdict, work = truth.ours(call(sae)), screened_work(sae, x)
         return _candidate("fp32", _on(pool, call), work, verdict, sae, call, T)
 
     def dense(encode: Callable[[Any, Tensor], Tensor], of: Callable[[], Any], dtype: str) -> Candidate:
@@ -77,15 +71,12 @@ def encode_bench(case: Case, T: int) -> Bench:
         return _candidate(dtype, _on(of, lambda s: encode(s, xs)), work, verdict, own, lambda s: encode(s, xs), T)
 
     for name, screen in (("ours", None), ("ours, screen", True), ("ours, no screen", False)):
-        bench.add(name, _named(name, functools.partial(ours, screen)))
+        bench.add(name, functools.partial(ours, screen))
     if backends.isa() == "amx":
-        bench.add("ours on AVX-512", _named("ours on AVX-512", on_avx512))
-    bench.add("eager fp32", _named("eager fp32", lambda: dense(peers.eager_encode, wide, "fp32")))
-    bench.add("eager bf16", _named("eager bf16", lambda: dense(peers.eager_encode, half, "bf16")))
-    bench.add(
-        "torch.compile fp32",
-        _named("torch.compile fp32", lambda: dense(peers.compiled(peers.eager_encode), wide, "fp32")),
-    )
+        bench.add("ours on AVX-512", lambda: ours(None, "avx512"))
+    bench.add("eager fp32", lambda: dense(peers.eager_encode, wide, "fp32"))
+    bench.add("eager bf16", lambda: dense(peers.eager_encode, half, "bf16"))
+    bench.add("torch.compile fp32", lambda: dense(peers.compiled(peers.eager_encode), wide, "fp32"))
     return bench
 
 
@@ -115,12 +106,12 @@ def decode_bench(case: Case, T: int) -> Bench:
         )
 
     most = int(latents.l0().max()) + 2
-    bench.add("ours", _named("ours", lambda: build(parts, lambda s, p: s.decode(p), most, sparse)))
+    bench.add("ours", lambda: build(parts, lambda s, p: s.decode(p), most, sparse))
     dense = [part.to_dense() for part in parts[:4]]
     whole = Work(4 * (sae.W_dec.numel() + T * (case.d_in + case.d_sae)), 2 * T * sae.W_dec.numel())
     terms = case.d_sae + 2
-    bench.add("eager fp32", _named("eager fp32", lambda: build(dense, peers.eager_decode, terms, whole)))
-    bench.add("embedding_bag", _named("embedding_bag", lambda: build(parts, peers.embedding_bag_decode, terms, sparse)))
+    bench.add("eager fp32", lambda: build(dense, peers.eager_decode, terms, whole))
+    bench.add("embedding_bag", lambda: build(parts, peers.embedding_bag_decode, terms, sparse))
 
     def sparsify() -> Candidate:
         decode = peers.sparsify_decode()
@@ -130,8 +121,8 @@ def decode_bench(case: Case, T: int) -> Bench:
         calls = [peers.scipy_decode(p) for p in parts]
         return build(calls, lambda s, call: call(s), terms, sparse)
 
-    bench.add("sparsify", _named("sparsify", sparsify))
-    bench.add("scipy.sparse", _named("scipy.sparse", scipy))
+    bench.add("sparsify", sparsify)
+    bench.add("scipy.sparse", scipy)
     return bench
 
 
@@ -235,9 +226,6 @@ def _within_quantisation(y: Tensor, exact: Tensor, bits: int, x: Tensor, weight:
 
     A step is at most the row's range over 2^bits - 1; activations rounded to int8 or bf16 add one part in 127.
     """
-    from gemmascope_fast.dev.bench.checks import UNIT
-    from gemmascope_fast.dev.bench.engine import Verdict, WrongAnswer
-
     step = (weight.amax(1) - weight.amin(1)).double() / (2**bits - 1)
     limit = x.double().abs().sum(1, keepdim=True) * step
     spread = x.double().abs().amax(1, keepdim=True) / 127
@@ -246,26 +234,6 @@ def _within_quantisation(y: Tensor, exact: Tensor, bits: int, x: Tensor, weight:
     if not bool((error <= limit).all()):
         raise WrongAnswer(f"an element is off by {float((error / limit).max()):.2g} times what {bits} bits allow")
     return Verdict(float(error.max()))
-
-
-def slicing_bench(rows: int, columns: int) -> Bench:
-    """A flat 4-bit copy out of 8-bit codes: the paper's slice, against the formula in eager PyTorch."""
-    g = torch.Generator().manual_seed(4)
-    codes = quantize(torch.randn(rows, columns, generator=g), 32)
-    bench = Bench("ops", "slice 8 to 4 bits", 1, columns, rows, None)
-
-    def formula() -> Tensor:
-        rounded = torch.floor(codes.q.float() / 16 + 0.5)
-        return rounded.clamp(0, 15).to(torch.uint8)
-
-    def ours() -> Tensor:
-        return slice_codes(codes.q, 4, "matquant")
-
-    if not torch.equal(ours(), formula()):
-        raise AssertionError("slice_codes differs from the paper's formula")
-    work = Work(2 * codes.q.numel(), 0, None)
-    bench.candidates = [Candidate("ours", "uint8", ours, work), Candidate("eager fp32", "uint8", formula, work)]
-    return bench
 
 
 # ---- small things -----------------------------------------------------------------------------------
@@ -280,15 +248,6 @@ def _candidate(
 ) -> Candidate:
     several = sae_copies(sae.W_enc.numel(), T) > 1
     return Candidate("", dtype, cold, work, verdict, (lambda: warm(sae)) if several else None)
-
-
-def _named(name: str, build: Callable[[], Candidate]) -> Callable[[], Candidate]:
-    def named() -> Candidate:
-        candidate = build()
-        candidate.impl = name
-        return candidate
-
-    return named
 
 
 def _l0(sae: JumpReLUSAE, x: Tensor) -> float:

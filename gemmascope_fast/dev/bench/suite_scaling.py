@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.cases import Case, copies
-from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Work
+from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Work, WrongAnswer
 from gemmascope_fast.dev.bench.machine import available_memory
 from gemmascope_fast.dev.bench.work import dense_sae_work, encode_work
 from gemmascope_fast.dev.testing import compare_support, make_sae
@@ -122,10 +122,10 @@ def _layers_bench(op: str, case: Case, layers: int) -> Bench:
 
 
 def _check(sae: JumpReLUSAE, x: Tensor) -> None:
-    """The support of x must be fp64's."""
+    """The support of x must be fp64's; a part of a wide SAE at a time, as `Truth` does not."""
     check = compare_support(sae.encode_sparse(x), x, sae)
     if not check.equal:
-        raise AssertionError(f"{sae.d_in} × {sae.d_sae}: {check}")
+        raise WrongAnswer(f"{sae.d_in} × {sae.d_sae}: {check}")
 
 
 def _works(sae: JumpReLUSAE, x: Tensor) -> tuple[Work, Work]:
