@@ -261,10 +261,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _inside(found: Profile) -> float:
-    return sum(part.sae_ms for part in found.layers.values())
-
-
 def _time(ms: float, whole: float, shown: bool) -> tuple[str, str]:
     return (f"{ms:.1f}", f"{ms / whole:.1%}") if shown else ("", "")
 
@@ -280,8 +276,9 @@ def _show(found: Profile, args: argparse.Namespace) -> None:
         f" peak memory {(found.peak_memory or 0) / 1e9:.2f} GB"
     )
     table = Table("part of the model", "model ms", "share", "SAE ms", "share", title="where the time went")
+    outside = found.sae_ms - sum(part.sae_ms for part in found.layers.values())
     rest = found.wall_ms - found.sae_ms - sum(part.model_ms for part in found.layers.values())
-    parts = {**found.layers, "all else (embedding, sampling, Python)": LayerShare(rest, found.sae_ms - _inside(found))}
+    parts = {**found.layers, "all else (embedding, sampling, Python)": LayerShare(rest, outside)}
     for name, part in parts.items():
         cells = ((part.model_ms, True), (part.sae_ms, bool(part.sae_ms)))
         table.add_row(name, *(c for ms, shown in cells for c in _time(ms, found.wall_ms, shown)))

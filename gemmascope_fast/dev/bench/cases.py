@@ -98,9 +98,9 @@ def copy_count(weight_bytes: int, tokens: int, held_bytes: int | None = None) ->
     return max(1, min(wanted, held))
 
 
-def sae_copies(weights: int, tokens: int, bytes_read: int = 1) -> int:
-    """`copy_count` of SAEs with so many encoder weights, of which each is read as so many bytes (1: the screen's)."""
-    return copy_count(bytes_read * weights, tokens, SAE_COPY_BYTES * weights)
+def sae_copies(weights: int, tokens: int) -> int:
+    """`copy_count` of SAEs with so many encoder weights, of which the screen reads one byte each."""
+    return copy_count(weights, tokens, SAE_COPY_BYTES * weights)
 
 
 def cache_exceeded(weights: int) -> float:
@@ -109,22 +109,17 @@ def cache_exceeded(weights: int) -> float:
     return sae_copies(weights, 1) * weights / last_level_cache()
 
 
-def copies(
-    sae: JumpReLUSAE,
-    count: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    bytes_read: int = 1,
-    prepare: bool = True,
-) -> list[JumpReLUSAE]:
-    """Equal SAEs in `dtype`; unless told how many, as many as `sae_copies` says of weights read as
-    so many bytes (default: their 8-bit encoder rows)."""
-    if count is None:
-        count = sae_copies(sae.W_enc.numel(), 1, bytes_read)
+def copies(sae: JumpReLUSAE, count: int, dtype: torch.dtype = torch.float32) -> list[JumpReLUSAE]:
+    """Equal SAEs in `dtype`; those in fp32 are packed, 16-bit ones are for dense peers."""
     made = []
     for _ in range(count):
         copy = JumpReLUSAE(*(getattr(sae, n).detach().to(dtype, copy=True) for n in WEIGHTS)).requires_grad_(False)
-        made.append(copy.prepare() if prepare else copy)
+        made.append(copy.prepare() if dtype == torch.float32 else copy)
     return made
+
+
+# of one shape, in fp32 and bf16: making and packing them takes seconds
+_copies = functools.lru_cache(maxsize=2)(copies)
 
 
 def rotated(sae: JumpReLUSAE, tokens: int, dtype: torch.dtype = torch.float32) -> Callable[[], JumpReLUSAE]:
@@ -144,12 +139,6 @@ def rotated_dense(sae: JumpReLUSAE, tokens: int) -> Callable[[], Dense]:
 @functools.lru_cache(maxsize=1)
 def _dense(sae: JumpReLUSAE, count: int) -> list[Dense]:
     return [Dense.of(copy) for copy in _copies(sae, count, torch.float32)]
-
-
-@functools.lru_cache(maxsize=2)  # the benches of one shape, in fp32 and bf16: making and packing them takes seconds
-def _copies(sae: JumpReLUSAE, count: int, dtype: torch.dtype) -> list[JumpReLUSAE]:
-    # 16-bit copies are for dense peers, which pack nothing
-    return copies(sae, count, dtype, prepare=dtype == torch.float32)
 
 
 def forget_copies() -> None:

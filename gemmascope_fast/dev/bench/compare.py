@@ -13,7 +13,7 @@ from pathlib import Path
 from gemmascope_fast.dev.bench.engine import bench_name
 from gemmascope_fast.dev.bench.rows import Results
 from gemmascope_fast.errors import GemmaScopeFastError
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.files.results import write_json
 
 # A third: what a busy neighbour alone did not reach in ratios of this suite, and a lost optimisation does.
 LOST = 2 / 3
@@ -78,8 +78,7 @@ def store(path: Path, kind: str, results: Results) -> None:
     kept = {k: r for k, r in results.ratios.items() if is_ours(k) and "(warm)" not in k}
     before = stored.get(kind, {})
     stored[kind] = {key: min(round(r.median, 2), before.get(key, r.median)) for key, r in sorted(kept.items())}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    write_json(path, stored)
 
 
 def lost(stored: dict[str, float], results: Results) -> dict[str, tuple[float, float]]:

@@ -120,22 +120,10 @@ def time_bench(bench: Bench, roof: Roof | None, threads: int, seconds: float) ->
 def _row(
     bench: Bench, op: str, candidate: Candidate, roof: Roof | None, threads: int, ms: tuple[float, float, float]
 ) -> Row:
-    return Row(
-        bench.suite,
-        op,
-        candidate.impl,
-        bench.T,
-        bench.d_in,
-        bench.d_sae,
-        bench.l0,
-        candidate.dtype,
-        threads,
-        *ms,
-        candidate.work.bytes if candidate.work else None,
-        candidate.work.flops if candidate.work else None,
-        roof_share(candidate.work, ms[0], roof),
-        *candidate.verdict,
-    )
+    what = (bench.suite, op, candidate.impl, bench.T, bench.d_in, bench.d_sae, bench.l0, candidate.dtype, threads)
+    work = candidate.work
+    moved = (work.bytes, work.flops) if work else (None, None)
+    return Row(*what, *ms, *moved, roof_share(work, ms[0], roof), *candidate.verdict)
 
 
 def roof_share(work: Work | None, median_ms: float, roof: Roof | None) -> float | None:

@@ -67,11 +67,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def compiled_sae() -> Callable[[Weights, Tensor], Tensor]:
-    """The dense SAE under torch.compile."""
-    return compiled(eager_sae)
-
-
 # ---- sparse decodes ---------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -121,13 +122,6 @@ def _shared(make: Making) -> Loop:
 # ---- the candidates ---------------------------------------------------------------------------------
 
 
-@dataclass
-class Clock:
-    """Seconds inside the hooks so far, as a run of `attach` has them."""
-
-    seconds: float = 0.0
-
-
 Hook = Callable[[Tensor], Tensor | None]  # what a hook does with x fp32 [tokens, d]: gives what replaces it, or None
 Way = Callable[[], AbstractContextManager[Any]]  # within it the model has hooks
 
@@ -135,7 +129,7 @@ Way = Callable[[], AbstractContextManager[Any]]  # within it the model has hooks
 def by_hand(loop: Loop, read: Callable[[peers.Dense, str], Hook], mode: str) -> Way:
     """Forward hooks at the same layers, as one writes them; `read` makes an SAE's."""
 
-    def hook_of(work: Hook, clock: Clock) -> Callable[..., Any]:
+    def hook_of(work: Hook, clock: Any) -> Callable[..., Any]:
         def hook(_module: Any, _inputs: Any, output: Any) -> Any:
             begin = time.perf_counter()
             x = output if isinstance(output, Tensor) else output[0]
@@ -151,8 +145,8 @@ def by_hand(loop: Loop, read: Callable[[peers.Dense, str], Hook], mode: str) -> 
     hooks = {layer: read(sae, mode) for layer, sae in loop.dense.items()}
 
     @contextmanager
-    def enter() -> Iterator[Clock]:
-        clock = Clock()
+    def enter() -> Iterator[SimpleNamespace]:
+        clock = SimpleNamespace(seconds=0.0)  # inside the hooks so far, as a run of `attach` has them
         with ExitStack() as stack:
             for layer, work in hooks.items():
                 handle = loop.model.model.layers[layer].register_forward_hook(hook_of(work, clock))

@@ -46,7 +46,7 @@ def ops_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Ite
 def encode_bench(case: Case, T: int) -> Bench:
     sae, x = case.sae, case.x(T)
     truth = Truth(sae, x)
-    bench = Bench("ops", "encode", T, case.d_in, case.d_sae, _l0(sae, x))
+    bench = Bench("ops", "encode", T, case.d_in, case.d_sae, sae.encode_sparse(x).nnz / T)
     pool, wide, half = rotated(sae, T), rotated_dense(sae, T), rotated(sae, T, torch.bfloat16)
 
     def ours(screen: bool | None, isa: str | None = None) -> Candidate:
@@ -57,7 +57,7 @@ def encode_bench(case: Case, T: int) -> Bench:
         verdict = truth.ours(call(sae))
         route = screen if screen is not None else uses_screen(sae, x)
         work = screened_work(sae, x) if route else full_work(sae, x)
-        return _candidate("fp32", _on(pool, call), work, verdict, sae, call, T)
+        return _candidate("fp32", lambda: call(pool()), work, verdict, sae, call, T)
 
     def dense(encode: Callable[[Any, Tensor], Tensor], of: Callable[[], Any], dtype: str) -> Candidate:
         own, xs = of(), x if dtype == "fp32" else x.bfloat16()
@@ -68,7 +68,7 @@ def encode_bench(case: Case, T: int) -> Bench:
             2 * T * case.d_in * case.d_sae,
             "fp32" if dtype == "fp32" else None,
         )
-        return _candidate(dtype, _on(of, lambda s: encode(s, xs)), work, verdict, own, lambda s: encode(s, xs), T)
+        return _candidate(dtype, lambda: encode(of(), xs), work, verdict, own, lambda s: encode(s, xs), T)
 
     for name, screen in (("ours", None), ("ours, screen", True), ("ours, no screen", False)):
         bench.add(name, functools.partial(ours, screen))
@@ -129,7 +129,7 @@ def decode_bench(case: Case, T: int) -> Bench:
 def backward_bench(case: Case, T: int) -> Bench:
     """Forward and backward of ‖x̂‖², gradients of x and every weight, against dense autograd."""
     sae, x = case.sae, case.x(T)
-    bench = Bench("ops", "forward and backward", T, case.d_in, case.d_sae, _l0(sae, x))
+    bench = Bench("ops", "forward and backward", T, case.d_in, case.d_sae, sae.encode_sparse(x).nnz / T)
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
     with torch.inference_mode(False):  # inference tensors take no part in a graph
         trained = JumpReLUSAE(*(getattr(sae, n).detach().clone() for n in (*names, "threshold")))
@@ -239,16 +239,8 @@ def _within_quantisation(y: Tensor, exact: Tensor, bits: int, x: Tensor, weight:
 # ---- small things -----------------------------------------------------------------------------------
 
 
-def _on(pool: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], Any]:
-    return lambda: call(pool())
-
-
 def _candidate(
     dtype: str, cold: Callable[[], Any], work: Work | None, verdict: Any, sae: Any, warm: Callable[[Any], Any], T: int
 ) -> Candidate:
     several = sae_copies(sae.W_enc.numel(), T) > 1
     return Candidate("", dtype, cold, work, verdict, (lambda: warm(sae)) if several else None)
-
-
-def _l0(sae: JumpReLUSAE, x: Tensor) -> float:
-    return float(sae.encode_sparse(x).l0().float().mean())

@@ -8,7 +8,6 @@ the roof of a named device allows.  Those times are a model: nothing here ran on
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from gemmascope_fast._version import __version__
 from gemmascope_fast.cli.arguments import check_outputs
-from gemmascope_fast.files.results import write_text
+from gemmascope_fast.files.results import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Status 1 where a kernel fails its gate."""
     check_outputs(args, ("out",))
     report = collect(args.arch)
-    write_text(args.out, json.dumps(report, indent=1) + "\n")
+    write_json(args.out, report)
     failed = [row for row in report["kernels"] if row["faults"]]
     for row in failed:
         print(f"{row['kernel']} on {row['arch']}: {'; '.join(row['faults'])}", file=sys.stderr)
