@@ -122,7 +122,7 @@ def _row(
 ) -> Row:
     what = (bench.suite, op, candidate.impl, bench.T, bench.d_in, bench.d_sae, bench.l0, candidate.dtype, threads)
     work = candidate.work
-    moved = (work.bytes, work.flops) if work else (None, None)
+    moved: tuple[int | None, int | None] = (work.bytes, work.flops) if work else (None, None)
     return Row(*what, *ms, *moved, roof_share(work, ms[0], roof), *candidate.verdict)
 
 
