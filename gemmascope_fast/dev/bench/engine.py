@@ -122,8 +122,8 @@ def _row(
 ) -> Row:
     what = (bench.suite, op, candidate.impl, bench.T, bench.d_in, bench.d_sae, bench.l0, candidate.dtype, threads)
     work = candidate.work
-    moved: tuple[int | None, int | None] = (work.bytes, work.flops) if work else (None, None)
-    return Row(*what, *ms, *moved, roof_share(work, ms[0], roof), *candidate.verdict)
+    moved, flops = (work.bytes, work.flops) if work else (None, None)
+    return Row(*what, *ms, moved, flops, roof_share(work, ms[0], roof), *candidate.verdict)
 
 
 def roof_share(work: Work | None, median_ms: float, roof: Roof | None) -> float | None:

@@ -84,9 +84,8 @@ def demo() -> Loop:
 
 def demo_every_layer() -> Loop:
     """The same model with a random SAE of Gemma Scope's width at every layer."""
-    loop = demo()
-    ids = loop.ids[:, :SHORT_TOKENS]
-    saes = fitted(loop.model, ids, list(range(SMALL_LAYERS)), D_SAE, L0, copies=SMALL_LAYERS)
+    loop, layers = demo(), list(range(SMALL_LAYERS))
+    saes = fitted(loop.model, loop.ids[:, :SHORT_TOKENS], layers, D_SAE, L0, copies=SMALL_LAYERS)
     return Loop(loop.model, loop.ids, saes)
 
 
