@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemmascope_fast import backends
+from gemmascope_fast.dev.bench.machine import process_memory
 from gemmascope_fast.dev.roof import Roof, measure
 from gemmascope_fast.files.atomic import make_folder, replacing
 from gemmascope_fast.ops._library import OPS
@@ -203,10 +204,7 @@ def _costs() -> Iterator[dict[str, tuple[int, int]]]:
 
 def _peak_memory() -> int | None:
     """The process's peak resident memory in bytes; None if the system does not report it."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    try:
+        return process_memory("VmHWM")
+    except OSError:
         return None
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    return None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemmascope_fast.analysis.compare.pooled import of_rows
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.tokens import device_of, opening
 from gemmascope_fast.checkpoints.hub import from_hub_or_cache
@@ -36,11 +37,9 @@ def attributed(
     The SAE's error is held constant, as `run.attribution` does.  ValueError for a text longer than the window: its
     reward would be another's.
     """
-    from scipy.sparse import csr_array
-
     ((key, sae),) = sites.items()
     head = opening(tokenizer)
-    indices, values, counts, rewards = [], [], [0], []
+    rows, rewards = [], []
     for number, text in enumerate(texts, 1):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not 0 < len(ids) <= window:
@@ -51,14 +50,10 @@ def attributed(
         features, at = np.unique(found.col_indices.numpy().astype(np.int64), return_inverse=True)
         total = np.zeros(len(features))
         np.add.at(total, at, found.values.double().numpy())
-        indices.append(features)
-        values.append(total)
-        counts.append(counts[-1] + len(features))
+        rows.append((features, total))
         rewards.append(float(reward.detach()))
         progress(1)
-    empty = np.empty(0)
-    data = (np.concatenate([empty, *values]), np.concatenate([empty, *indices]).astype(np.int64), np.array(counts))
-    return csr_array(data, shape=(len(rewards), sae.cfg.d_sae)), np.array(rewards)
+    return of_rows(rows, sae.cfg.d_sae), np.array(rewards)
 
 
 def ranked(chosen: Any, rejected: Any, rewards: tuple[np.ndarray, np.ndarray], k: int = 10) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 GUARD_THREADS = 2
 SUITES = ("ops", "modules", "loop", "scaling")
-CASES = ("640x4096", "2304x16384", "3584x16384", "2304x65536")
+CASES = ("640x4096", "2304x16384", "3584x16384", "2304x65536", "real")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,6 +131,8 @@ def _show(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from gemmascope_fast.dev.bench.rows import shown
+
     # a table that is piped is not cut at a terminal's width
     console = Console() if Console().is_terminal else Console(width=160)
     machine, roof = results.machine, results.machine.get("roof")
@@ -145,27 +146,12 @@ def _show(results: Results) -> None:
     for row in results.rows:
         groups.setdefault((row.suite, row.op, row.T, row.d_in, row.d_sae, row.threads), []).append(row)
     for (suite, op, T, d_in, d_sae, threads), rows in groups.items():
-        titles = ("implementation", "median ms", "20 %", "80 %", "× eager", "roof", "max error", "support", "flips")
+        titles = ("implementation", "ms", "20–80 %", "× eager", "20–80 %", "roof", "max error", "support", "flips")
         table = Table(*titles, title=f"{suite}: {op}, T = {T}, {d_in} × {d_sae}, {threads} threads")
         for row in sorted(rows, key=lambda r: r.median_ms):
-            table.add_row(*_cells(row, results))
+            table.add_row(*(cell or "-" for cell in shown(row, results).values()))
         console.print(table)
     _show_lists(results)
-
-
-def _cells(row: Row, results: Results) -> Sequence[str]:
-    ratio = results.ratios.get(row.key)
-    return (
-        row.impl,
-        f"{row.median_ms:.3f}",
-        f"{row.p20_ms:.3f}",
-        f"{row.p80_ms:.3f}",
-        "-" if ratio is None else f"{ratio.median:.2f}",
-        "-" if row.roof_share is None else f"{row.roof_share:.0%}",
-        "-" if row.max_error is None else f"{row.max_error:.1e}",
-        {None: "-", True: "fp64's", False: "differs"}[row.support_equal],
-        "-" if row.support_flips_vs_eager is None else str(row.support_flips_vs_eager),
-    )
 
 
 def _show_lists(results: Results) -> None:

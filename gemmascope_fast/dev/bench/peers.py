@@ -67,11 +67,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def compiled_sae() -> Callable[[Weights, Tensor], Tensor]:
-    """The dense SAE under torch.compile."""
-    return compiled(eager_sae)
-
-
 # ---- sparse decodes ---------------------------------------------------------------------------------
 
 
@@ -179,7 +174,7 @@ def int8_packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def int4_packed(weight: Tensor, group: int = 32) -> Callable[[Tensor], Tensor]:
-    """torch's `_weight_int4pack_mm_for_cpu`: groups of 32, bf16 activations."""
+    """torch's `_weight_int4pack_mm_for_cpu`: groups of 32, 64 or 128, bf16 activations."""
     grouped = weight.reshape(weight.shape[0], -1, group)
     low, high = grouped.amin(2), grouped.amax(2)
     scale = ((high - low) / 15).clamp_min(1e-30)

@@ -8,7 +8,6 @@ time that the roof of a named device allows.  Those times are a model: nothing h
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 from gemmascope_fast._version import __version__
 from gemmascope_fast.cli import arguments as common
-from gemmascope_fast.files.results import write_text
+from gemmascope_fast.files.results import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Status 1 where a kernel exceeds its limits."""
     report = collect(args.arch)
-    write_text(args.out, json.dumps(report, indent=1) + "\n")
+    write_json(args.out, report)
     failed = [row for row in report["kernels"] if row["faults"]]
     for row in failed:
         print(f"{row['kernel']} on {row['arch']}: {'; '.join(row['faults'])}", file=sys.stderr)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from gemmascope_fast.dev.bench.compare import is_ours
 from gemmascope_fast.dev.bench.machine import kind
-from gemmascope_fast.dev.bench.rows import BASELINE, Results, Row
+from gemmascope_fast.dev.bench.rows import BASELINE, Results, Row, shown
 from gemmascope_fast.dev.report import plots
 from gemmascope_fast.errors import GemmaScopeFastError
 
@@ -58,8 +59,9 @@ def page(results: Results, pictures: Sequence[plots.Picture]) -> str:
     for row in results.rows:
         key = (row.suite, row.op, f"{row.d_in} × {row.d_sae}", row.T, row.threads)
         groups.setdefault(key, []).append(row)
-    shown = [
-        {"title": key, "rows": [_cells(r, results) for r in sorted(rows, key=lambda r: r.median_ms)]}
+    by_time = attrgetter("median_ms")
+    tables = [
+        {"title": key, "rows": [shown(r, results) | {"ours": is_ours(r.key)} for r in sorted(rows, key=by_time)]}
         for key, rows in groups.items()
     ]
     images = [
@@ -69,28 +71,12 @@ def page(results: Results, pictures: Sequence[plots.Picture]) -> str:
     return environment.get_template("results.html").render(
         machine=results.machine,
         images=images,
-        groups=shown,
+        groups=tables,
         exponents=results.exponents,
         missing=results.missing,
         warnings=results.warnings,
         baseline=BASELINE,
     )
-
-
-def _cells(row: Row, results: Results) -> dict[str, Any]:
-    ratio = results.ratios.get(row.key)
-    return {
-        "impl": row.impl,
-        "ours": is_ours(row.key),
-        "ms": f"{row.median_ms:.3f}",
-        "range": f"{row.p20_ms:.3f} – {row.p80_ms:.3f}",
-        "ratio": "" if ratio is None else f"{ratio.median:.2f}",
-        "ratio_range": "" if ratio is None else f"{ratio.p20:.2f} – {ratio.p80:.2f}",
-        "roof": "" if row.roof_share is None else f"{row.roof_share:.0%}",
-        "error": "" if row.max_error is None else f"{row.max_error:.1e}",
-        "support": {None: "", True: "equal", False: "differs"}[row.support_equal],
-        "flips": "" if row.support_flips_vs_eager is None else row.support_flips_vs_eager,
-    }
 
 
 # ---- the tables of README and docs ------------------------------------------------------------------
