@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemmascope_fast.dev.bench.run import Options
 
 GUARD_THREADS = 2
-SUITES = ("ops", "modules", "loop", "scaling")
+SUITES = ("ops", "topk", "modules", "loop", "scaling")
 CASES = ("640x4096", "2304x16384", "3584x16384", "2304x65536", "real")
 
 

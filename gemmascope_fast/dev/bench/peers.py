@@ -53,6 +53,13 @@ def eager_encode(sae: Weights, x: Tensor) -> Tensor:
     return torch.relu(z) * (z > sae.threshold)
 
 
+def eager_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
+    """Dense top-k as SAELens and dictionary_learning write it: ReLU, torch.topk, scatter."""
+    z = torch.relu(torch.addmm(b_enc, x, W_enc))
+    values, indices = z.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter_(-1, indices, values)
+
+
 def eager_decode(sae: Weights, latents: Tensor) -> Tensor:
     return torch.addmm(sae.b_dec, latents, sae.W_dec)
 

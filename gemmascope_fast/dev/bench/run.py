@@ -19,7 +19,7 @@ from gemmascope_fast.dev.bench.rows import BASELINE, Results
 from gemmascope_fast.dev.roof import Roof
 
 # each is a function NAME_suite of (cases, tokens) in the module suite_NAME, imported when it is asked for
-SUITES = ("ops", "modules", "loop", "scaling")
+SUITES = ("ops", "topk", "modules", "loop", "scaling")
 # Beyond these the medians of one run differ from another's by as much as an optimisation would gain.
 NOISY_SPREAD, NOISY_ROOF = 0.5, 0.25
 
