@@ -31,7 +31,7 @@ at::Tensor decode_cpu(const at::Tensor& crow, const at::Tensor& col, const at::T
   check_cpu(values, "values");
   check_cpu(W_dec, "W_dec");
   const Dtype dtype = dtype_of(W_dec, "W_dec");
-  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: int8 rows need one");
+  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: required for int8 W_dec");
   const at::Tensor vals = widened(values), rows = W_dec.contiguous();
   at::Tensor bias, scale;
   DecodeArgs args{};
@@ -77,7 +77,7 @@ at::Tensor sampled_dot_cpu(const at::Tensor& x, const at::Tensor& rows, const st
                            const at::Tensor& crow, const at::Tensor& col) {
   check_float(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 2 && rows.dim() == 2 && x.size(1) == rows.size(1),
-                    "x: expected [N, d] beside rows [F, d], got ", x.sizes(), " and ", rows.sizes());
+                    "x: expected [N, d] with rows [F, d], got ", x.sizes(), " and ", rows.sizes());
   check_cpu(x, "x");
   check_cpu(rows, "rows");
   check_csr(crow, col, rows.size(0));
@@ -113,7 +113,7 @@ at::Tensor sampled_dot_cpu(const at::Tensor& x, const at::Tensor& rows, const st
 // Stable counting sort by column: for each column the rows that hold it, ascending.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> csr_transpose_cpu(const at::Tensor& crow,
                                                                  const at::Tensor& col, int64_t columns) {
-  TORCH_CHECK_VALUE(columns >= 0, "columns: expected a count, got ", columns);
+  TORCH_CHECK_VALUE(columns >= 0, "columns: expected 0 or more, got ", columns);
   check_csr(crow, col, columns);
   const int64_t N = crow.numel() - 1, nnz = col.numel();
   at::Tensor ccol = new_tensor({columns + 1}, at::kLong);

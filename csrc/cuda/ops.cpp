@@ -142,7 +142,7 @@ at::Tensor decode_cuda(const at::Tensor& crow, const at::Tensor& col, const at::
                     "crow_indices, col_indices: expected ", "offsets from 0 to ", col.numel(),
                     " that never fall and features in [0, ", F, ")");
   const Dtype dtype = dtype_of(W_dec, "W_dec");
-  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: int8 rows need one");
+  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: required for int8 W_dec");
   at::Tensor bias, scale;
   if (b_dec) {
     check_shape(*b_dec, {d}, "b_dec");
@@ -200,7 +200,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> splice_cuda(
                                      {amount, "amount"}}) {
     check_device(tensor, x, name);
   }
-  TORCH_CHECK_VALUE(capacity >= 0, "capacity: expected a count, got ", capacity);
+  TORCH_CHECK_VALUE(capacity >= 0, "capacity: expected 0 or more, got ", capacity);
   const c10::cuda::CUDAGuard guard(x.device());
   check_capability();
   const at::Tensor xs = fp32(x), rows = W_enc.t().contiguous(), bias = fp32(b_enc), theta = fp32(threshold);

@@ -1,4 +1,4 @@
-"""The model and the SAE that a command's --model, --sae, --sae-id and --layer name; "demo" is the bundled pair."""
+"""Loads the model and the SAE named by --model, --sae, --sae-id and --layer; "demo" is the bundled pair."""
 
 from __future__ import annotations
 
@@ -47,20 +47,20 @@ def check_device(name: str) -> None:
 
 
 def full_names(settings: dict[str, Any]) -> tuple[str, str]:
-    """(model, SAE) of an extraction's settings as titles show them: what "demo" stands for is spelled out."""
+    """(model, SAE) of an extraction's settings for titles; "demo" is replaced by its full name."""
     model, sae = str(settings.get("model", "a model")), str(settings.get("sae", "an SAE"))
     return MODEL_NAME if model == "demo" else model, SAE_FILE.stem if sae == "demo" else sae
 
 
 def sae_place(name: str) -> str:
-    """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
+    """Where a command's SAE is stored: "demo" is the bundled file, any other name is unchanged."""
     return str(SAE_FILE) if name == "demo" else name
 
 
 def load_sae(name: str, sae_id: str | None = None, device: str = "cpu") -> JumpReLUSAE:
     """The SAE for a command line's --sae, in fp32: "demo", or a file, folder or repository.
 
-    Raises ValueError for a coder of several sites, which no command takes.
+    Raises ValueError for a coder of several sites, which no command accepts.
     """
     check_device(device)
     if name == "demo":
@@ -69,7 +69,7 @@ def load_sae(name: str, sae_id: str | None = None, device: str = "cpu") -> JumpR
     if sae.kind in SEVERAL:
         raise ValueError(
             f"--sae {name}: expected an SAE or transcoder that reads one site and writes one, got a {sae.kind};"
-            " in Python `attach` takes it"
+            " use `attach` in Python"
         )
     return sae
 
@@ -86,8 +86,8 @@ def load_pair(
     """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own), on --device, the
     model in --dtype.
 
-    anywhere: `layer` need not be the SAE's own; it becomes its own.  Raises ValueError where neither the arguments nor
-    the checkpoint name a residual-stream layer, AttachError where they name different ones.
+    anywhere: `layer` may differ from the SAE's own, and replaces it.  Raises ValueError if neither the arguments nor
+    the checkpoint name a residual-stream layer, AttachError if they name different ones.
     """
     loaded = load_sae(sae, sae_id, device)
     if layer is not None and loaded.cfg.site is not None:

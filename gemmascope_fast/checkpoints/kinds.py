@@ -1,4 +1,4 @@
-"""The kinds of coder that one file of weights can hold."""
+"""The kinds of coder that are stored in one file of weights."""
 
 from __future__ import annotations
 

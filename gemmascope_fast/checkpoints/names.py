@@ -1,4 +1,4 @@
-"""SAELens's names of releases and SAEs, from a table that scripts/saelens_names.py wrote."""
+"""SAELens's names of releases and SAEs, from a table written by scripts/saelens_names.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemmascope_fast.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Named:
-    """What a name stands for.  scale: SAELens's norm_scaling_factor, folded into the weights."""
+    """The checkpoint that a name refers to.  scale: SAELens's norm_scaling_factor, folded into the weights."""
 
     repo: str
     path: str
@@ -32,14 +32,14 @@ def releases() -> dict[str, dict[str, Any]]:
 
 
 def ids(release: str) -> list[str]:
-    """The SAE names of a release."""
+    """Names of the SAEs of a release."""
     return releases()[release]["ids"]
 
 
 def lookup(release: str, sae_id: str | None) -> Named | None:
-    """What `release` and `sae_id` stand for; None where there is no such release.
+    """Look up `release` and `sae_id`; None if there is no such release.
 
-    Raises CheckpointError for a release without that SAE, naming the nearest.
+    Raises CheckpointError for a release without that SAE, with the most similar names.
     """
     entry = releases().get(release)
     if entry is None:

@@ -1,4 +1,4 @@
-"""Results of a job as files that appear whole: JSON, text, figures."""
+"""Writes results of a job atomically: JSON, text, figures."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A figure as tables show it."""
+    """Format a number for tables."""
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

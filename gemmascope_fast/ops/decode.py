@@ -1,6 +1,6 @@
 """Op `decode`: sparse rows times a matrix of feature rows.
 
-out[n] = sum over the row's features, ascending, of values · W_dec[f] by fused multiply-add, plus b_dec last.
+out[n] = sum over the row's features, in ascending order, of values · W_dec[f] by fused multiply-add; then b_dec.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def decode_reference(
 ) -> Tensor:
     """crow_indices int64 [N+1], col_indices int32 [nnz], values [nnz], W_dec [d_sae, d_out] → fp32 [N, d_out].
 
-    W_dec may be float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
+    W_dec is float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
     """
     check_decode(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
     col = col_indices.long()
@@ -83,7 +83,7 @@ def _cost(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tens
 decode = register(SCHEMA, decode_reference, _fake, _cost)
 
 
-# ---- gradients of decode and sampled_dot, each of which is made of the other ----------------------------------
+# ---- gradients of decode and sampled_dot: each uses the other ------------------------------------------------
 
 
 def _save(ctx, inputs, output):
@@ -91,7 +91,7 @@ def _save(ctx, inputs, output):
 
 
 def _decode_backward(ctx, needs, grad):
-    """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, ascending, of values · grad[n]."""
+    """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, in ascending order, of values · grad[n]."""
     crow, col, values, W_dec, b_dec, row_scale = ctx.saved_tensors
     _crow, _col, need_values, need_W, need_b, need_scale = needs
     if row_scale is not None and (need_values or need_W or need_scale):
@@ -109,7 +109,7 @@ def _decode_backward(ctx, needs, grad):
 
 
 def _decode_jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
-    """The sum is linear in each of its factors."""
+    """The output is linear in values, in W_dec and in b_dec."""
     crow, col, values, W_dec, _b_dec, row_scale = ctx.saved_tensors
     parts = [] if db is None else [db.float().expand(crow.numel() - 1, -1)]
     for v, rows, scale in (

@@ -306,7 +306,7 @@ def test_a_run_of_other_settings_is_not_resumed(folder, tmp_path, capsys):
     assert cli.main(arguments) == 1
     assert "continue it with --resume" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 1
-    assert "it was begun with another model" in capsys.readouterr().err
+    assert "it was started with another model" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -90,7 +90,7 @@ def test_a_coder_of_several_sites_is_one_sentence(root, tmp_path, capsys, monkey
     assert message == (
         f"gemmascope-fast {' '.join(named(command))}: --sae some/clt: expected an SAE or transcoder that reads one site"
         " and writes one,"
-        f" got a {kind}; in Python `attach` takes it"
+        f" got a {kind}; use `attach` in Python"
     )
     assert not list(tmp_path.iterdir())
 
@@ -246,7 +246,7 @@ def test_a_repaired_shard_that_comes_out_otherwise_is_refused(root, latents, cap
         message = said([*command, "--repair"], capsys)
     finally:
         text.write_text(was)
-    assert "shard 1: made anew, its" in message
+    assert "shard 1: made again, its" in message
     assert "differ from what was written before" in message
     assert tree(folder) == before
     assert cli.main([str(word) for word in [*command, "--repair"]]) == 0

@@ -212,7 +212,7 @@ def test_what_cannot_be_watched_is_named(model, sae):
         run.on_fire(tiny.F, 0.0, print, key=1)
     with torch.no_grad(), gsf.attach(model, {1: sae}, tokens="all") as run:
         run.on_fire(3, -1.0, lambda event: True)
-        with pytest.raises(gsf.AttachError, match="only a sequence of generate"):
+        with pytest.raises(gsf.AttachError, match="only a sequence of generate can be stopped"):
             model(tiny.ids())
 
 

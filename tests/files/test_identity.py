@@ -218,11 +218,11 @@ def test_a_run_is_resumed_with_its_own_text_and_model_alone(root, tmp_path, caps
     assert "stopped" in refused(capsys, words)
     monkeypatch.undo()
     names.put("text", "b")
-    assert "begun with another text" in refused(capsys, [*words, "--resume"])
+    assert "started with another text" in refused(capsys, [*words, "--resume"])
     names.put("text", "a")
     names.put("model", "b")
     shutil.rmtree(tmp_path / "trained.safetensors.activations")
-    assert "begun with another model" in refused(capsys, [*words, "--resume"])
+    assert "started with another model" in refused(capsys, [*words, "--resume"])
     names.put("model", "a")
     shutil.rmtree(tmp_path / "trained.safetensors.activations")
     run([*words, "--resume"])
@@ -238,14 +238,14 @@ def test_in_python_too(tmp_path):
         lambda m, x: training.train(m, x, recipe, work=tmp_path),
         lambda m, x: endtoend.finetune(m, x, recipe, steps=1, start=codes, work=tmp_path),
     ):
-        with pytest.raises(ValueError, match="begun with another model:"):
+        with pytest.raises(ValueError, match="started with another model:"):
             call(other, ids)
-        with pytest.raises(ValueError, match="begun with another text:"):
+        with pytest.raises(ValueError, match="started with another text:"):
             call(model, ids.flip(0))
         with torch.no_grad():
             weight = model.model.layers[1].mlp.down_proj.weight
             weight.data[3, 4] += 1e-3
-            with pytest.raises(ValueError, match="begun with another model:"):
+            with pytest.raises(ValueError, match="started with another model:"):
                 call(model, ids)
             weight.data.copy_(two_blocks().model.layers[1].mlp.down_proj.weight)
     # from other codes it begins anew

@@ -316,7 +316,7 @@ PYTHON = [
     Mutation("the journal is not on the disk", "gemmascope_fast/files/atomic.py", "                rest = rest[os.write(handle, rest) :]\n            os.fsync(handle)\n", "                rest = rest[os.write(handle, rest) :]\n", ERRORS + " -k counts_when"),
     Mutation("a conversion mixes two checkpoints", "gemmascope_fast/files/atomic.py", "    for path in sorted(old, key=lambda p: -p.stat().st_size):\n        os.unlink(path)\n", "", CRASH + " -k never_mixes"),
     Mutation("what a kill left stays", "gemmascope_fast/files/atomic.py", '        for path in folder.glob(f".{_escaped(name)}.*.tmp"):\n            _discard(path)\n', "", ERRORS + " -k left"),
-    Mutation("what another writer writes is removed", "gemmascope_fast/files/atomic.py", "        fcntl.flock(handle, fcntl.LOCK_SH)  # a failed conversion may have lost it\n        return False", "        return True", ERRORS + " -k another_writer"),
+    Mutation("what another writer writes is removed", "gemmascope_fast/files/atomic.py", "        fcntl.flock(handle, fcntl.LOCK_SH)  # the failed conversion may have lost it\n        return False", "        return True", ERRORS + " -k another_writer"),
     Mutation("an old index stands for new pages", "gemmascope_fast/analysis/dashboard/pages.py", '    remove(out / "index.html")\n', "", CRASH + " -k written_over"),
     Mutation("latents that are not finite pass", "gemmascope_fast/analysis/dashboard/collect.py", "        _check_finite(store.path(\"latents\", shard), rows)\n", "", ERRORS + " -k not_finite"),
     Mutation("a coder of several sites passes", "gemmascope_fast/analysis/pair.py", "if sae.kind in SEVERAL:", "if False:", ERRORS + " -k several_sites"),

@@ -1,4 +1,4 @@
-"""One sparse row of features a text, from texts of any number."""
+"""One sparse row of features per text, for any number of texts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POOLS = ("mean", "max", "rate")
 
 
 def pool(latents: SparseLatents, how: str) -> tuple[np.ndarray, np.ndarray]:
-    """(features int64 ascending, values fp64) over a text's tokens: the mean of the activations (0 where silent), their
+    """(features int64 ascending, values fp64) over a text's tokens: the mean activation (0 where it does not fire), the
     maximum, or the share of tokens on which the feature fires."""
     if how not in POOLS:
         raise ValueError(f"--pool: expected one of {', '.join(POOLS)}, got {how!r}")
@@ -32,7 +32,7 @@ def pool(latents: SparseLatents, how: str) -> tuple[np.ndarray, np.ndarray]:
 def pooled(
     model: Any, tokenizer: Any, sites: Mapping[Any, Any], texts: Iterable[str], how: str = "mean", **options: Any
 ) -> tuple[Any, np.ndarray]:
-    """(scipy.sparse.csr_array [texts, d_sae], tokens of each text).  Memory: the features that fired, once a text.
+    """(scipy.sparse.csr_array [texts, d_sae], tokens of each text).  Memory: one entry per text and feature that fired.
 
     sites: one key and its SAE.  options: those of `read_texts`.  ValueError for a text without content tokens.
     """

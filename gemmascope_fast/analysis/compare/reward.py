@@ -1,4 +1,4 @@
-"""What moves a reward model: attribution of each answer's reward to the features that fire in it."""
+"""Which features a reward model's score depends on: attributes each answer's reward to the features that fire in it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def load_reward_model(name: str, device: str = "cpu", dtype: str = "float32") ->
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if name == "demo":
-        raise ValueError("--reward: expected --model, a sequence classifier; the demo's model is none")
+        raise ValueError("--reward: expected --model, a sequence classifier; the demo model is not one")
     with from_hub_or_cache(name) as local:
         model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, **local).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, **local)
     if model.config.num_labels != 1:
-        raise ValueError(f"--reward {name}: expected a model of one output, got {model.config.num_labels}")
+        raise ValueError(f"--reward {name}: expected a model with one output, got {model.config.num_labels}")
     return model.requires_grad_(False), tokenizer
 
 
@@ -34,8 +34,8 @@ def attributed(
 ) -> tuple[Any, np.ndarray]:  # fmt: skip
     """(csr_array [texts, d_sae] of gradient · activation for the reward, summed over the tokens; rewards [texts]).
 
-    The SAE's error is held constant, as `run.attribution` does.  ValueError for a text longer than the window: its
-    reward would be another's.
+    The SAE's error is constant, as in `run.attribution`.  ValueError for a text longer than the window, because the
+    reward would be that of a different text.
     """
     ((key, sae),) = sites.items()
     head = opening(tokenizer)
@@ -57,9 +57,9 @@ def attributed(
 
 
 def ranked(chosen: Any, rejected: Any, rewards: tuple[np.ndarray, np.ndarray], k: int = 10) -> list[dict[str, Any]]:
-    """Per pair both rewards, and the k features whose shares of them differ most, the most first.
+    """For each pair: both rewards, and the k features whose contributions differ most, largest difference first.
 
-    chosen, rejected: csr_array [pairs, d_sae] of `attributed`; rewards of each.
+    chosen, rejected: csr_array [pairs, d_sae] from `attributed`, and the rewards of each.
     """
     found = []
     for pair, (own, other) in enumerate(zip(*rewards, strict=True)):

@@ -1,4 +1,4 @@
-"""Which features differ between two sets of texts: effect sizes, tests, correction for having tested many."""
+"""Which features differ between two sets of texts: effect sizes, tests, correction for multiple testing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rows = dict[str, np.ndarray]
 def compare_sets(
     a: Any, b: Any, *, least: int = 3, test: str = "rank", permutations: int = 2000, seed: int = 0
 ) -> dict:
-    """Every feature that is not zero in at least `least` texts of either set, strongest difference first.
+    """All features that are not zero in at least `least` texts of either set, largest difference first.
 
     a, b: csr_array [texts, d_sae].  test "rank": Mann-Whitney U, two-sided, with the correction for ties;
     "permutation": of the absolute difference of means, over `permutations` shuffles of the labels, or over every split
@@ -58,7 +58,7 @@ def compare_sets(
 
 
 def cohen_d(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Difference of column means over the pooled standard deviation; 0 where nothing varies."""
+    """Difference of column means divided by the pooled standard deviation; 0 if nothing varies."""
     n, m = len(x), len(y)
     variance = ((n - 1) * x.var(0, ddof=1) + (m - 1) * y.var(0, ddof=1)) / (n + m - 2)
     return np.divide(x.mean(0) - y.mean(0), np.sqrt(variance), out=np.zeros(x.shape[1]), where=variance > 0)
@@ -77,8 +77,8 @@ def _distance(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
 
 
 def covariates(text: str) -> np.ndarray:
-    """What a preference may be about besides content: log of characters, line breaks, list items, markdown marks, code
-    blocks; each per text."""
+    """Covariates that a preference may depend on besides content: log of characters, line breaks, list items, markdown
+    marks, code blocks; for each text."""
     lines = text.split("\n")
     items = sum(bool(re.match(r"\s*(?:[-*•]|\d+[.)])\s", line)) for line in lines)
     marks = len(re.findall(r"\*\*|^#{1,6}\s|`", text, flags=re.MULTILINE))
@@ -86,12 +86,12 @@ def covariates(text: str) -> np.ndarray:
 
 
 def compare_pairs(chosen: Any, rejected: Any, z: np.ndarray | None, *, least: int = 3) -> Rows:
-    """Features of preferred against rejected answers to the same prompts, before and after covariates.
+    """Features of preferred versus rejected answers to the same prompts, before and after covariates.
 
     chosen, rejected: csr_array [pairs, d_sae]; z [pairs, c]: differences of the covariates, None for none.  With
-    y = chosen - rejected, `before` is mean(y) / sd(y), p_before the t test of mean 0; `after` is the intercept of y on
-    z by least squares (what is left between two answers of equal length and format) over the same sd(y), p_after its
-    t test.  Columns of z that are constant or depend on others take no part.  q: Benjamini-Hochberg.
+    y = chosen - rejected, `before` is mean(y) / sd(y), p_before the t test of mean 0. `after` is the intercept of y on
+    z by least squares (the difference that remains at equal length and format) divided by the same sd(y), p_after its
+    t test.  Columns of z that are constant or depend on others are left out.  q: Benjamini-Hochberg.
     """
     from scipy.stats import false_discovery_control, t
 
@@ -161,7 +161,7 @@ def separability(
         own, others = x[train[y[train]]], x[train[~y[train]]]
         within = (own.var(0) * len(own) + others.var(0) * len(others)) / len(train)
         difference = own.mean(0) - others.mean(0)
-        # a dimension that never varies within the sets separates them or says nothing
+        # a dimension that never varies within the sets separates them or gives no information
         w = difference / np.maximum(within, 1e-6 * max(float(within.mean()), 1e-12))
         found.append(roc_auc_score(y[test], x[test] @ w))
         pairs.append(int(y[test].sum()) * int((~y[test]).sum()))

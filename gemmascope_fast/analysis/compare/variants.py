@@ -1,5 +1,5 @@
-"""One text and its variants: how stable features and labels are, and how far the share of agreeing variants can be
-trusted."""
+"""One text and its variants: how stable features and labels are, and how well the share of agreeing variants predicts
+a correct label."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gemmascope_fast.errors import require
 
 @dataclass(frozen=True)
 class Variant:
-    """A text of a group of equal meaning.  kind: what was done to it; label: the group's true one, where known."""
+    """A text of a group with equal meaning.  kind: how it was changed; label: the group's true label, if known."""
 
     group: str
     text: str
@@ -29,8 +29,8 @@ class Variant:
 
 
 def load_variants(path: str | Path) -> list[Variant]:
-    """JSON lines of group, text and, if any, kind and label.  ValueError naming the line where a record is wrong or
-    contradicts its group's label."""
+    """Read JSON lines of group, text and optionally kind and label.  ValueError naming the line of a record that is
+    invalid or contradicts its group's label."""
     found, labels = [], dict[str, str]()
     for number, value in json_lines(Path(path)):
         where = f"{path}, line {number}"
@@ -47,7 +47,7 @@ def load_variants(path: str | Path) -> list[Variant]:
 
 
 def groups_of(variants: Sequence[Variant]) -> dict[str, list[int]]:
-    """Numbers of the variants of each group, in order of appearance."""
+    """Indices of the variants of each group, in order of appearance."""
     found: dict[str, list[int]] = {}
     for i, variant in enumerate(variants):
         found.setdefault(variant.group, []).append(i)
@@ -55,8 +55,8 @@ def groups_of(variants: Sequence[Variant]) -> dict[str, list[int]]:
 
 
 def stability(fired: Sequence[set[int]], groups: dict[str, list[int]]) -> dict[str, Any]:
-    """jaccard: mean over pairs of variants within a group of |both| / |either| (features that fired; 1 for two empty
-    ones), by group and over groups; across: the same over pairs of first variants of different groups."""
+    """jaccard: mean over pairs of variants within a group of |both| / |either| (features that fired; 1 if neither has
+    any), by group and over groups; across: the same over pairs of first variants of different groups."""
 
     def likeness(a: set[int], b: set[int]) -> float:
         return len(a & b) / len(a | b) if a | b else 1.0
@@ -81,8 +81,8 @@ def label_scores(
 ) -> np.ndarray:  # fmt: skip
     """fp64 [texts, labels]: log p(label's tokens | prompt).
 
-    template: the prompt, with {text}; a label follows it after a space.  ValueError where {text} is missing, or a
-    prompt with its label is longer than the model's window.
+    template: the prompt, with {text}; a label follows it after a space.  ValueError if {text} is missing, or a prompt
+    with its label is longer than the model's window.
     """
     if "{text}" not in template:
         raise ValueError(f"--template: expected a question with {{text}}, got {template!r}")
@@ -102,7 +102,7 @@ def label_scores(
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(texts), at_once):
         part = order[start : start + at_once]
-        # logits where a label is read alone: the output head is most of a small model's weights
+        # logits only where a label is read: the output head is most of a small model's weights
         first = len(prompts[part[0]]) - 1 if keeps else 0
         for j, answer in enumerate(answers):
             ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0, device_of(model))
@@ -118,14 +118,14 @@ def label_scores(
 
 
 def classify(model: Any, tokenizer: Any, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
-    """int64 [texts]: which label the model finds likeliest; arguments of `label_scores`."""
+    """int64 [texts]: the label with the highest probability; same arguments as `label_scores`."""
     return label_scores(model, tokenizer, texts, *args, **options).argmax(1)
 
 
 @dataclass
 class Votes:
-    """predicted int64 [models, variants]; kind int64 [variants], of `kinds`; group int64 [variants], of `names`; gold
-    int64 [groups], -1 where unknown."""
+    """predicted int64 [models, variants]; kind int64 [variants], index into `kinds`; group int64 [variants], index into
+    `names`; gold int64 [groups], -1 if unknown."""
 
     predicted: np.ndarray
     kind: np.ndarray
@@ -137,12 +137,12 @@ class Votes:
 
     @property
     def size(self) -> int:
-        """Weights: one a kind, one a model."""
+        """Number of weights: one per kind and one per model."""
         return len(self.kinds) + len(self.predicted)
 
     def shares(self, weights: np.ndarray) -> np.ndarray:
-        """[groups, labels]: the weighted share of votes that each label gets.  weights [kinds + models], each at least
-        0; a vote weighs (its kind's) · (its model's)."""
+        """[groups, labels]: the weighted share of votes for each label.  weights [kinds + models], each at least 0; the
+        weight of a vote is (its kind's) · (its model's)."""
         each = weights[len(self.kinds) :, None] * weights[self.kind][None]
         out = np.zeros((len(self.names), self.labels))
         np.add.at(out, (np.broadcast_to(self.group, each.shape), self.predicted), each)
@@ -171,8 +171,8 @@ def reliability(shares: np.ndarray, gold: np.ndarray, bins: int = 10) -> dict[st
 
 
 def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Weights in [0, 1] that give the least Brier score on the groups `train`, by differential evolution; equal weights
-    are among the first candidates, so that it is never worse than they are there."""
+    """Weights in [0, 1] with the lowest Brier score on the groups `train`, by differential evolution; equal weights are
+    among the first candidates, so the result is never worse than equal weights there."""
     from scipy.optimize import differential_evolution
 
     truth = np.eye(votes.labels)[votes.gold[train]]
@@ -189,7 +189,7 @@ def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def calibrate(votes: Votes, seed: int = 0) -> dict[str, Any]:
-    """Weights from half of the labelled groups; both weightings measured on the other half.
+    """Fit weights on half of the labelled groups; measure these and equal weights on the other half.
 
     ValueError for fewer than four labelled groups.
     """

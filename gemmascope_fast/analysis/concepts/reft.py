@@ -1,4 +1,4 @@
-"""ReFT-r1 (AxBench, section 3.2): one vector that finds and steers, trained by the language model's own loss."""
+"""ReFT-r1 (AxBench, section 3.2): one vector that detects and steers, trained with the language model's loss."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from gemmascope_fast.sae.sites import Site
 
 
 class _Intervention:
-    """Φ(h) = h + mean(TopK(ReLU((h - mean)·v)))·v on the content tokens of each text; keeps the latents it saw."""
+    """Φ(h) = h + mean(TopK(ReLU((h - mean)·v)))·v on the content tokens of each text; stores the latents."""
 
     def __init__(self, v: Tensor, mean: Tensor, content: Tensor, k: int) -> None:
         self.v, self.mean, self.content, self.k = v, mean, content, k
         self.rest = torch.zeros(())
 
     def read(self, x: Tensor, inputs: tuple[Any, ...]) -> None:
-        """It has no need of it."""
+        """Not needed."""
 
     def write(self, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
         with outside_autocast(x.device):
@@ -52,8 +52,8 @@ def fit_reft(
 ) -> Detector:
     """v from the concept's texts: cross-entropy under Φ plus l1 times the mean latent outside the top k.
 
-    start: where v begins (DiffMean: few steps on few texts do not reach it from a random vector).  The latents of the
-    penalty are in units of their mean at the start.  v is a unit vector after every step.
+    start: initial v (DiffMean, because a few steps on few texts are too short to start from random).  The latents in
+    the penalty are divided by their mean at the start.  v is normalised to unit length after every step.
     """
     head = opening(tokenizer)
     rows = [[*head, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"][:window]] for t in texts]

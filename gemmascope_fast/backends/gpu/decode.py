@@ -1,4 +1,4 @@
-"""Launchers of decode and of the sampled dots that its backward needs; no float atomics anywhere.
+"""Launchers of decode and of the sampled dots for its backward. They use no float atomics.
 
 The gradient of decode with respect to W_dec is decode again, on the transposed pattern (see ops/decode.py).
 """
@@ -15,11 +15,11 @@ from gemmascope_fast.backends.gpu.launch import cdiv, check_devices, grid, kerne
 from gemmascope_fast.ops.decode import check_decode
 from gemmascope_fast.ops.sampled_dot import check_sampled_dot
 
-AHEAD = 4  # rows in flight: 4 x 4 bytes x 32 lanes a warp, times the warps of an SM, covers DRAM's latency
-MANY = 16  # the same for a row with as many entries left: 16 columns' loads a thread of 4 warps are 64 registers
-ORDERED_ROWS = 4096  # from here rows start by length: those of a gradient of W_dec differ by a factor of hundreds
+AHEAD = 4  # rows in flight: 4 x 4 bytes x 32 lanes a warp, times the warps of an SM, hide DRAM latency
+MANY = 16  # the same if a row has this many entries left: 16 columns' loads a thread of 4 warps are 64 registers
+ORDERED_ROWS = 4096  # from here start the longest rows first: in a gradient of W_dec lengths differ by hundreds
 PAIRS = 16  # pairs of a sampled-dot program: [16, 16] lanes are 2 accumulators a thread of 4 warps
-SHARES = 4  # programs a row of sampled dots: rows hold about 80 pairs
+SHARES = 4  # programs per row of sampled dots; a row has about 80 pairs
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class DecodeConfig:
     warps: int
 
 
-# Few rows: narrow blocks, so that a token's row spreads over the device (2304 / 64 = 36 programs a token).
-# Many: wide ones, 4 columns a thread, so that a row is read in 128-bit loads.
+# Few rows: narrow blocks, so that one token's row uses the whole device (2304 / 64 = 36 programs a token).
+# Many rows: wide blocks, 4 columns a thread, so that a row is read in 128-bit loads.
 CONFIGS = (DecodeConfig(64, 1), DecodeConfig(512, 4))
 FEW_ROWS = 32
 
@@ -48,7 +48,7 @@ def decode(
 ) -> Tensor:
     """Op `decode` (see ops/decode.py) in Triton: the same bytes as the native CPU kernel.
 
-    Checking the pattern reads it back once, as the native op does; `decode_fixed` does not.
+    Checking the pattern reads it back to the host once, as in the native op; `decode_fixed` does not.
     """
     check_devices(W_dec, crow_indices, col_indices, values, b_dec, row_scale)  # before anything is read back
     check_decode(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
@@ -73,7 +73,7 @@ def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Ten
     rows, config, crow = W_dec.contiguous(), config_for(N), crow.contiguous()
     scale = None if row_scale is None else row_scale.float().contiguous()
     bias = None if b_dec is None else b_dec.float().contiguous()
-    # a grid whose longest rows start last waits for them alone
+    # otherwise the longest rows could start last, and the rest of the device would be idle
     order = crow.diff().argsort(descending=True) if N >= ORDERED_ROWS else crow
     with on(W_dec):
         module.decode_kernel[grid(N * cdiv(d, config.BLOCK), "decode")](
