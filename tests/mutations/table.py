@@ -231,7 +231,7 @@ PYTHON = [
     Mutation("any activation function loads as ReLU", LOADERS + "base.py", "if config.get(key) is not None and not", "if False and not", FIELDS),
     Mutation("top-k without k loads as ReLU", LOADERS + "saelens.py", "    if new.get(\"activation_fn\") == \"topk\" and new", "    if arguments and new.get(\"activation_fn\") == \"topk\" and new", FIELDS),
     Mutation("any k", LOADERS + "saelens.py", "config.get(\"k\"), 1, _d_sae(arrays))", "config.get(\"k\"), -9, MOST)", FIELDS),
-    Mutation("k beside another kind is passed over", LOADERS + "base.py", "if self.k is not None and self.kind != \"topk_sae\":", "if False:", FIELDS),
+    Mutation("k beside another kind is passed over", LOADERS + "base.py", "for name in set(self.fields) - set(KINDS[self.kind].extra_fields):", "for name in ():", FIELDS),
     Mutation("latents of any dtype", "gemmascope_fast/files/arrays.py", "if not entries[\"values\"].dtype.is_floating_point:", "if False:", FIELDS),
     Mutation("a hub that is down has answered", LOADERS + "hub.py", "else status < 500", "else True", HUB),
     Mutation("a name server is waited for", LOADERS + "hub.py", "answers.get(timeout=wait + 0.5)", "answers.get()", HUB),
