@@ -19,7 +19,8 @@ from gemmascope_fast.checkpoints.torch_write import check_relu, save_torch, tens
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry
 from gemmascope_fast.files.fields import integer, shown, text
-from gemmascope_fast.files.write import Source, write_json
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source
 from gemmascope_fast.sae.sites import Site
 
 FILE = "ae.pt"

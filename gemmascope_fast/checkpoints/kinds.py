@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from gemmascope_fast.sae.base import Coder, Field
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemmascope_fast.sae.topk import AbsTopKSAE, TopKSAE
 from gemmascope_fast.sae.topk_transcoder import TopKSkipTranscoder, TopKTranscoder
@@ -43,9 +43,6 @@ def register(coder: type[C]) -> type[C]:
     KINDS[coder.kind] = coder
     return coder
 
-
-# `k` of a top-k SAE; declared here until sae/topk.py says it itself
-TopKSAE.extra_fields = {"k": Field(int, 1, "d_sae")}
 
 for _coder in (
     JumpReLUSAE,

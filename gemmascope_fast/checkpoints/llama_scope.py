@@ -26,7 +26,8 @@ from gemmascope_fast.checkpoints.torch_write import tensor_of
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.fields import flag, integer, shown, text
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.sae.sites import Site
 
 FILE, CONFIG = "final.safetensors", "hyperparams.json"

@@ -24,12 +24,13 @@ FORMATS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help=PLACE)
-    parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--sae-id", help="the checkpoint in it")
-    parser.add_argument("--revision", help="of the repository")
-    parser.add_argument("--to", required=True, choices=FORMATS)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    parser.add_argument("source", help=common.PLACE)
+    common.add_output(parser, "target", "the folder to write", "folder")
+    parser.add_argument("--sae-id", metavar="ID", help="the SAE within its repository")
+    parser.add_argument("--revision", metavar="NAME", help="of the repository: a branch, tag or commit")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    choices = ("float32", "bfloat16", "float16")
+    parser.add_argument("--save-dtype", choices=choices, help="type of the written arrays (default: as stored)")
 
 
 def run(args: argparse.Namespace) -> int:
