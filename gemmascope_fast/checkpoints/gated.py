@@ -22,10 +22,10 @@ VECTORS = ("b_gate", "b_mag", "r_mag")
 def jumprelu_of(b_gate: Tensor, b_mag: Tensor, r_mag: Tensor) -> tuple[Tensor, Tensor]:
     """(scale, threshold), fp64 [d_sae]: the encoder is W_enc · scale, its bias b_mag.
 
-    The threshold is at least 0: below, the gate is open wherever relu gives anything.
+    A threshold below 0 says that the gate is open wherever relu gives anything, as 0 does.
     """
     scale = r_mag.double().exp()
-    return scale, (b_mag.double() - scale * b_gate.double()).clamp(min=0)
+    return scale, b_mag.double() - scale * b_gate.double()
 
 
 def ungated(path: Path, arrays: dict[str, Entry]) -> dict[str, Entry]:
@@ -47,6 +47,7 @@ def ungated(path: Path, arrays: dict[str, Entry]) -> dict[str, Entry]:
     made = {name: entry for name, entry in arrays.items() if name not in VECTORS}
     made["W_enc"] = scaled_columns(arrays["W_enc"], scale)
     made["b_enc"] = arrays["b_mag"]
+    threshold = threshold.clamp(min=0)
     made["threshold"] = arrays["b_mag"].mapped(lambda block, start: threshold[start : start + block.shape[0]])
     return made
 

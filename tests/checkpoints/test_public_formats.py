@@ -141,7 +141,7 @@ def test_llama_scope_is_found_listed_and_written(tmp_path):
     assert torch.equal(again.encode(x) != 0, sae.encode(x) != 0)
     assert again.cfg.site == sae.cfg.site
     (folder / "hyperparams.json").unlink()
-    with pytest.raises(gsf.CheckpointError, match="hyperparams.json"):
+    with pytest.raises(gsf.CheckpointError, match=r"hyperparams.json"):
         from_pretrained(folder)
 
 
@@ -163,7 +163,7 @@ def test_llama_scope_r1(tmp_path, where, by_norm):
 def test_llama_scope_r1_takes_the_scale_that_saelens_knows(tmp_path, monkeypatch):
     w = weights()
     folder = llama_scope_r1(tmp_path, w)
-    with pytest.raises(gsf.CheckpointError, match="normalize_activations|fold_activation_norm_scaling_factor"):
+    with pytest.raises(gsf.CheckpointError, match=r"normalize_activations|fold_activation_norm_scaling_factor"):
         from_pretrained(folder)
     entry = names.releases()["llama_scope_r1_distill"]
     sae_id = entry["ids"][0]
@@ -231,7 +231,7 @@ def test_openai_top_k_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("to", ["goodfire", "openai", "qwen-scope"])
 def test_thresholds_are_not_written_where_there_is_no_place_for_them(tmp_path, to):
-    with pytest.raises(gsf.CheckpointError, match="has no thresholds|holds top-k SAEs"):
+    with pytest.raises(gsf.CheckpointError, match=r"has no thresholds|holds top-k SAEs"):
         convert(llama_scope(tmp_path, weights()), tmp_path / "out", to)
 
 

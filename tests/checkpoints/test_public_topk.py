@@ -163,7 +163,7 @@ def test_a_config_without_a_trainer_is_refused(tmp_path):
     with pytest.raises(gsf.CheckpointError, match=r"config.json: trainer: expected an object"):
         from_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(gsf.CheckpointError, match="config.json"):
+    with pytest.raises(gsf.CheckpointError, match=r"config.json"):
         from_pretrained(tmp_path)
 
 
