@@ -15,7 +15,7 @@ from gemmascope_fast.files.atomic import make_folder, remove
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Train a JumpReLU SAE on a model's activations.  --device and --dtype are those of the model; the SAE itself is"
+        "Train an SAE on a model's activations.  --device and --dtype are those of the model; the SAE itself is"
         " trained on the CPU in fp32."
     )
     add = parser.add_argument
@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_device(parser)
     common.add_dtype(parser)
     add("--d-sae", type=int, default=4096, metavar="N", help="features")
-    add("--l0", type=float, default=60.0, metavar="X", help="target L0")
+    choices = ("jumprelu", "topk", "batchtopk")
+    add("--activation", default="jumprelu", choices=choices, help="the SAE's activation function")
+    add("--l0", type=float, default=60.0, metavar="X", help="target L0; the k of topk and batchtopk")
     note = (
         "; also 'sampled', which the model writes; a text named twice counts twice; the last tenth of each is held out"
     )
@@ -122,7 +124,7 @@ def _config(args: argparse.Namespace) -> Any:
     return TrainConfig(
         d_sae=args.d_sae, l0=args.l0, steps=args.steps, batch=args.batch, lr=args.lr, bandwidth=args.bandwidth,
         lr_decay=args.lr_decay, threshold=args.bandwidth, theta_to_input=args.theta_to_input, nudge=args.nudge,
-        seed=args.seed,
+        seed=args.seed, activation=args.activation,
     )  # fmt: skip
 
 
