@@ -1,4 +1,4 @@
-"""Our int8 matrix product inside the screen against torch's own `at::native::cpublas::brgemm`, on the same operands.
+"""The screen's int8 matrix product compared with torch's `at::native::cpublas::brgemm`, on the same operands.
 
     python benchmarks/brgemm.py [--d-in 2304] [--d-sae 16384] [--tokens 256,1024] [--json brgemm.json]
 
@@ -64,7 +64,7 @@ def packed(digits: Tensor, nb: int) -> Tensor:
 
 
 def best_blocks(product: Any, code: Tensor, digits: Tensor) -> tuple[int, int]:
-    """Rows and tokens of a block, of those tried, with which brgemm is fastest."""
+    """Rows and tokens per block, among those tried, for which brgemm is fastest."""
     tried = {}
     for mb in (16, 32, 64, 128):
         for nb in (16, 32, 64):

@@ -1,4 +1,4 @@
-"""GPU timings of the kernels, verified first, L2 flushed before each run, clocks noted; beside the modelled roof.
+"""GPU timings of the kernels, verified first, L2 flushed before each run, with clocks and the modelled roof.
 
 python benchmarks/gpu.py [--json FILE] [--once]
 """
@@ -25,11 +25,11 @@ from gemmascope_fast.quant.linear import MatryoshkaLinear
 
 D, F = GEMMA_SCOPE.d_in, GEMMA_SCOPE.d_sae
 ROWS, COLUMNS, GROUP = 9216, 2304, 32  # a feed-forward matrix of Gemma 2 2B
-CUDA_TOKENS = 16  # what the nested product in CUDA C++ serves
+CUDA_TOKENS = 16  # maximum for the nested product in CUDA C++
 
 
 def clocks() -> str | None:
-    """SM and memory clock now, temperature and power, as nvidia-smi gives them; None where it is not installed."""
+    """Current SM and memory clock, temperature and power from nvidia-smi; None if it is not installed."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
@@ -86,7 +86,7 @@ def cases(T: int) -> dict[str, Callable[[], Any]]:
 
 
 def nested_cases(T: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
-    """The nested layer at T tokens and 8, 4 and 2 bits, held against the native CPU kernel; and F.linear in bf16."""
+    """The nested layer at T tokens and 8, 4 and 2 bits, compared with the native CPU kernel; and F.linear in bf16."""
     g = torch.Generator().manual_seed(2)
     linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
     linear.weight = torch.nn.Parameter(torch.randn(ROWS, COLUMNS, generator=g) / COLUMNS**0.5, requires_grad=False)
@@ -107,7 +107,7 @@ def nested_cases(T: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
                 with gsf.backend(backend):
                     return layer(there)
 
-            # the same integers; scaled sums of groups may be added in another order
+            # the integers are the same; scaled sums of groups may be added in another order
             torch.testing.assert_close(call().cpu(), want, rtol=1e-4, atol=1e-4)
             found[f"linear {bits} bits {backend}"] = call
     return found

@@ -2,10 +2,10 @@
 
     python benchmarks/matryoshka_decode.py [--new-tokens 24] [--seconds 60] [--json FILE]
 
-The models take turns.  The quantised one is a single model whose width is set before its turn; its output head is a
-code of its own, though tied to the embedding, which stays as it is.  What an untrained model writes at 2 bits is
-worthless: this measures time.  llama.cpp decodes the file that the model comes from (Q4_K_M, 4 to 6 bits a weight) in a
-process of its own, on the same threads and prompt; where llama-cpp-python is not installed it is listed as missing
+The models take turns.  The quantised one is a single model whose width is set before its turn. Its output head has its
+own code, although it was tied to the embedding, which is not quantised.  The text of an untrained model at 2 bits is
+useless: only time is measured.  llama.cpp decodes the file that the model comes from (Q4_K_M, 4 to 6 bits a weight) in
+a separate process, with the same threads and prompt; if llama-cpp-python is not installed, it is listed as missing
 (`make bench-peers`).
 """
 

@@ -1,9 +1,9 @@
-"""Time and memory of SAELens's JumpReLU SAE and of the accelerated one, side by side; run in `.venv-saelens`.
+"""Time and memory of SAELens's JumpReLU SAE and of the accelerated one; run it in `.venv-saelens`.
 
     .venv-saelens/bin/python benchmarks/saelens_dropin.py [--json FILE]
 
 2304 × 16,384 in fp32 (Gemma Scope 2B, width 16k) with seeded weights, about 76 latents a token.  Outputs are compared
-before anything is timed.  Times are medians of turns; memory is how far the resident set rises above where it stood.
+before timing.  Times are medians of alternating calls; memory is the increase of the resident set.
 """
 
 import argparse

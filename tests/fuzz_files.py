@@ -1,4 +1,4 @@
-"""Healthy files of every checkpoint format, and what damages them: each a function of its random numbers alone."""
+"""Valid files of every checkpoint format, and functions that damage them; each depends only on its random numbers."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What can be wrong with the input of extract, dashboard, concepts, the comparisons and conversation, by command: one
-line says what, status 1, and what was there before stays."""
+"""Wrong input of extract, dashboard, concepts, the comparisons and conversation, by command: one line says what is
+wrong, the status is 1, and existing files stay."""
 
 import errno
 import gzip

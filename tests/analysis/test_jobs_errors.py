@@ -1,5 +1,5 @@
-"""Errors that come early and say one thing: coders that no command takes, places that cannot be written, latents that
-are not finite, a shard that comes out otherwise, a journal that is not on the disk."""
+"""Errors that come early and with one message: coders that no command accepts, paths that cannot be written, latents
+that are not finite, a shard that differs when made again, a journal that is not on the disk."""
 
 import errno
 import os

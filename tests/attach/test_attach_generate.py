@@ -1,4 +1,4 @@
-"""attach under `generate`: every mode of decoding gives, per sequence, the latents of one plain forward over it."""
+"""attach under `generate`: every decoding mode gives, per sequence, the latents of one plain forward over it."""
 
 import attach_models as tiny
 import pytest

@@ -1,4 +1,4 @@
-"""Where an SAE's checkpoint says that it belongs: another site is an error, another model a warning."""
+"""The site and model in an SAE's checkpoint: attaching to another site is an error, to another model a warning."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Which implementation serves, what happens where one is missing, and what `info` says about it."""
+"""Which implementation runs, what happens if one is missing, and what `info` says about it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The nested-bit product in CUDA C++, compiled for the CPU: byte-equal to the native kernel, and when it is taken."""
+"""The nested-bit product in CUDA C++, compiled for the CPU: byte-equal to the native kernel, and when it is used."""
 
 import ctypes
 

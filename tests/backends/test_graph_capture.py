@@ -1,4 +1,4 @@
-"""What a first call makes and keeps cannot be made inside a CUDA graph: before a replay it would hold nothing."""
+"""What a first call computes and caches must not be made inside a CUDA graph, where it is empty before a replay."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A bank never gives a wrong answer and never exceeds its budgets; what is there is what was used last."""
+"""A bank always gives the right results and never exceeds its budgets; it keeps what was used most recently."""
 
 import random
 from collections import OrderedDict

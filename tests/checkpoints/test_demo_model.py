@@ -1,4 +1,4 @@
-"""The bundled pair: the cache of the converted model, and the SAE's figures on text that it never saw."""
+"""The bundled pair: the cache of the converted model, and the SAE's figures on held-out text."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""Hugging Face without a network: asked once and briefly, then the cache, then one sentence."""
+"""Hugging Face without a network: one short request, then the cache, then an error of one sentence."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""The packed file of mapped rows: the same answers, written once, and what is read of the checkpoint."""
+"""The packed file of mapped rows: the same results, written once, and which parts of the checkpoint are read."""
 
 import copy
 import os

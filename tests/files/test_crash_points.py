@@ -1,5 +1,5 @@
-"""Every job, stopped at every operation that touches the disk: run again, it ends with the bytes of an uninterrupted
-run and leaves nothing beside them.  A full disk and missing permissions are one sentence."""
+"""Every job, stopped at every operation on the disk: when run again, it ends with the bytes of an uninterrupted run
+and leaves no other files.  A full disk or a missing permission is an error of one sentence."""
 
 import errno
 import json

@@ -1,5 +1,5 @@
-"""What a job read, as digests: any weight counts; another model, SAE, tokenizer or text in a job's folder is an error
-that says which it is."""
+"""Digests of what a job read: every weight counts; another model, SAE, tokenizer or text in a job's folder is an error
+that says which differs."""
 
 import copy
 import json

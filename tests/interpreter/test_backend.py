@@ -1,4 +1,4 @@
-"""`gemmascope_fast.backend("triton")` in the interpreter, and what it says where it cannot serve."""
+"""`gemmascope_fast.backend("triton")` in the interpreter, and its errors when it cannot run."""
 
 from types import SimpleNamespace
 

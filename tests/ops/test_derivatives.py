@@ -1,4 +1,4 @@
-"""Ops and modules under every way of asking torch for a derivative, against dense functions of torch's own."""
+"""Ops and modules with every kind of derivative in torch, compared with dense functions of torch."""
 
 import contextlib
 import threading

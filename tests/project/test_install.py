@@ -1,4 +1,4 @@
-"""`pip install --no-build-isolation .` where no compiler is found, or none that works: it installs and says so."""
+"""`pip install --no-build-isolation .` without a working compiler: it installs and says so."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""Ops `matryoshka_pack`, `matryoshka_slice` and `matryoshka_dequantize` as torch knows them: schema, fake, compile,
-cost, and what serves them.  What they mean for every code and width is in test_matryoshka_codes.py."""
+"""Ops `matryoshka_pack`, `matryoshka_slice` and `matryoshka_dequantize` in torch: schema, fake, compile, cost, and
+which backend runs them.  test_matryoshka_codes.py tests their results for every code and width."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rows in pinned host memory, as far as it goes without a device: "meta" stands for it, and memory is pinned by name.
+"""Rows in pinned host memory, tested without a device: device "meta" and memory that only claims to be pinned.
 tests/interpreter/test_screen.py has the kernels' side, tests/device/test_pinned.py the bytes."""
 
 import copy

@@ -1,4 +1,4 @@
-"""When an SAE uses its screen, stores it, and notices that it is of other weights."""
+"""When an SAE uses its screen, stores it, and detects that it was built from other weights."""
 
 import json
 
