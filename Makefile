@@ -94,9 +94,9 @@ bench-peers: $(VENV_PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsif
 
 figures: env ## time this machine, store the run, write the tables of README and docs and draw their pictures
 	$(VENV)/bin/gemmascope-fast dev bench --suite modules ops --op encode decode SAE --case 2304x16384 \
-	    --tokens 1 16 256 1024 --json benchmarks/results.json
+	    --tokens 1 16 256 1024 --json benchmarks/results.json --overwrite
 	$(VENV)/bin/gemmascope-fast dev report benchmarks/results.json --readme README.md docs/how/speed.md \
-	    --html report.html --png docs/images
+	    --html report.html --png docs/images --overwrite
 
 gallery: env ## make the pictures of README and tutorial again, with headless chromium
 	$(PY) scripts/gallery.py
@@ -119,8 +119,8 @@ docs: $(VENV)/docs.stamp ## the documentation as a site in site/; a warning is a
 mutations: env ## break the code on purpose, in a copy: a test must fail each time (about 15 minutes)
 	$(PY) tests/mutations/run.py
 
-gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, checked, broken on purpose
-	$(VENV)/bin/gemmascope-fast dev gpu-check --out gpu-check.json
+gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, gated, broken on purpose
+	$(VENV)/bin/gemmascope-fast dev gpu-check --out gpu-check.json --overwrite
 	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/backends/test_cuda_host.py tests/backends/test_cuda_host_matryoshka.py \
 	    tests/backends/test_triton_interpreter.py tests/backends/test_ptx.py
 

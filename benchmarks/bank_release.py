@@ -20,7 +20,8 @@ import torch
 import gemmascope_fast as gsf
 from gemmascope_fast.attach import Activations
 from gemmascope_fast.checkpoints import native
-from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe, forget_peak, process_memory
+from gemmascope_fast.files.results import write_json
 
 D, LAYERS = 2304, 26
 
@@ -51,11 +52,6 @@ def model_of(intermediate: int, dtype: torch.dtype) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{field}:"))
-
-
 def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: int) -> dict[str, object]:
     """Seconds of each pass with the bank attached; latents of three layers are compared with those of the SAEs."""
     checked = {layer: Activations() for layer in (0, LAYERS // 2, LAYERS - 1)}
@@ -72,9 +68,8 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
             x = run.activations[f"model.layers.{layer}.output"]
             if sae.encode_sparse(x) != run.latents[gsf.Site("resid", layer)]:
                 raise SystemExit(f"layer {layer}: the bank's latents are not the SAE's")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # resets the peak
-        before = resident("VmRSS") - bank.held()["device"]["bytes"]
+        forget_peak()
+        before = process_memory("VmRSS") - bank.held()["device"]["bytes"]
         for _ in range(passes):
             begin = time.perf_counter()
             model(ids)
@@ -96,7 +91,7 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
         "seconds_waited": bank.stats.waited,
         "budget": held["device"]["budget"],
         "peak_counted": held["device"]["peak"],
-        "peak_resident_growth": resident("VmHWM") - before,
+        "peak_resident_growth": process_memory("VmHWM") - before,
     }
 
 
@@ -122,10 +117,10 @@ def main() -> None:
     figures = measure(bank, model_of(args.intermediate, torch.bfloat16), ids, args.passes)
     about = {name: str(value) for name, value in vars(args).items() if name not in ("json", "folder")}
     about["cpus"] = str(os.cpu_count())
-    text = json.dumps({"machine": describe(torch.get_num_threads()), "about": about, **figures}, indent=1)
-    print(text)
+    result = {"machine": describe(torch.get_num_threads()), "about": about, **figures}
+    print(json.dumps(result, indent=1))
     if args.json is not None:
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import re
 import shutil
 import subprocess
@@ -35,6 +34,7 @@ from gemmascope_fast.analysis.extraction.windows import Cursor
 from gemmascope_fast.analysis.pieces import Pieces
 from gemmascope_fast.checkpoints.bundled import load_demo_model
 from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.files.results import write_json
 from gemmascope_fast.training.text import pydoc_topics
 
 DOCUMENT, SHARD = 1000, 32768  # tokens
@@ -175,7 +175,7 @@ def main() -> None:
         latents = sum(line["rows"]["latents"] for line in dashboard.store.shards)
         result = {"tokens": args.tokens, "features": args.features, "latents": latents, "seconds": seconds}
         result |= {"index_bytes": len(pages["index"].encode()), "before": before}
-        args.json.write_text(json.dumps(result | {"machine": describe(torch.get_num_threads())}, indent=1) + "\n")
+        write_json(args.json, result | {"machine": describe(torch.get_num_threads())})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ less.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from gemmascope_fast.analysis.extraction.windows import batches, blocks, padded
 from gemmascope_fast.attach.tokens import opening
 from gemmascope_fast.checkpoints.bundled import load_demo
 from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.files.results import write_json
 from gemmascope_fast.training.activations import first_layers
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     print(f"extraction at {result['ratio']:.1%} of the model's tokens/s; in processor time {result['cpu_ratio']:.1%}")
     if args.json is not None:
         result |= {"rounds": rounds, "machine": describe(torch.get_num_threads())}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

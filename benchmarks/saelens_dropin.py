@@ -7,15 +7,15 @@ before timing.  Times are medians of alternating calls; memory is the increase o
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 import gemmascope_fast as gsf
-from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe, forget_peak, process_memory
 from gemmascope_fast.dev.bench.timing import interleave, percentiles_ms
+from gemmascope_fast.files.results import write_json
 
 D_IN, D_SAE = 2304, 16384
 TOKENS = (1, 16, 256)
@@ -48,17 +48,12 @@ def uses(sae, x):
     }
 
 
-def resident(field):
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def risen(use):
-    """MiB by which the resident set grows."""
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = resident("VmRSS")
+    """MiB that the resident set rises above where it stands."""
+    forget_peak()
+    before = process_memory("VmRSS")
     use()
-    return resident("VmHWM") - before
+    return (process_memory("VmHWM") - before) / 2**20
 
 
 def main():
@@ -86,8 +81,7 @@ def main():
                 f" | {row['accelerated_mib']:.0f} |"
             )
     if given.json:
-        machine = describe(torch.get_num_threads())
-        given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write_json(given.json, {"machine": describe(torch.get_num_threads()), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -34,9 +34,10 @@ import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import packed
 from gemmascope_fast.checkpoints.loading import open_checkpoint
 from gemmascope_fast.checkpoints.packed import checksum
-from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe, memory, process_memory
 from gemmascope_fast.dev.testing import activations_mean, leaning_rows, make_activations, same_bytes, standard_cut
-from gemmascope_fast.files.write import atomic, write_json
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import atomic
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 PANEL = 16384  # features written at a time
@@ -101,16 +102,8 @@ def panels(d: int, F: int, l0: float) -> Iterator[tuple[int, Tensor, Tensor, Ten
 
 
 def anonymous() -> int:
-    """Bytes of anonymous memory (without a file) of this process."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Anonymous:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("/proc/self/smaps_rollup: no line Anonymous")
-
-
-def high_water() -> int:
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
-    return int(line.split()[1]) << 10
+    """Bytes of this process that no file backs."""
+    return memory("Anonymous", "/proc/self/smaps_rollup")
 
 
 @contextmanager
@@ -208,7 +201,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "pack_s": None if known else pack_ms / 1e3,  # None: it existed
         "open_s": open_ms / 1e3,
         "files": {"checkpoint": path.stat().st_size, "packed": target.stat().st_size},
-        "memory": {"anonymous_peak": max(peaks.values()), "anonymous_peaks": peaks, "high_water": high_water()},
+        "memory": {
+            "anonymous_peak": max(peaks.values()),
+            "anonymous_peaks": peaks,
+            "high_water": process_memory("VmHWM"),
+        },
         "resident": sae.packed_bytes(),
         "runs": runs,
     }

@@ -33,11 +33,13 @@ if TYPE_CHECKING:
     from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
     from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder
     from gemmascope_fast.sae.sites import Site
-    from gemmascope_fast.sae.topk import TopKSAE
+    from gemmascope_fast.sae.topk import AbsTopKSAE, TopKSAE
+    from gemmascope_fast.sae.topk_transcoder import TopKSkipTranscoder, TopKTranscoder
 
 __all__ = [
     "SAE",
     "Ablate",
+    "AbsTopKSAE",
     "Add",
     "AttachError",
     "BackendError",
@@ -63,6 +65,8 @@ __all__ = [
     "SparseLatents",
     "StaleScreenError",
     "TopKSAE",
+    "TopKSkipTranscoder",
+    "TopKTranscoder",
     "__version__",
     "accelerate",
     "attach",
@@ -102,6 +106,9 @@ _MODULES = {  # public name -> the module that defines it
     "SparseLatents": "ops.latents",
     "StaleScreenError": "errors",
     "TopKSAE": "sae.topk",
+    "TopKSkipTranscoder": "sae.topk_transcoder",
+    "TopKTranscoder": "sae.topk_transcoder",
+    "AbsTopKSAE": "sae.topk",
     "accelerate": "dropin",
     "attach": "attach",
     "backend": "backends",

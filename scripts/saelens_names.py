@@ -20,6 +20,14 @@ FORMATS = {
     "gemma_2_transcoder": "gemma-scope-1",
     "gemma_3": "gemma-scope-2",
     None: "saelens",
+    "qwen_scope": "qwen-scope",
+    "llama_scope": "llama-scope",
+    "llama_scope_r1_distill": "llama-scope",
+    "goodfire": "goodfire",
+    "deepseek_r1": "goodfire",
+    "dictionary_learning_1": "dictionary-learning",
+    "mwhanna_transcoder": "circuit-tracer",
+    "temporal": "temporal",  # refused by name
 }
 
 

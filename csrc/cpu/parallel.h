@@ -56,7 +56,14 @@ void run_chunks(int64_t chunks, const Fn& fn) {
   });
 }
 
-// A growing array for a HitSink or a CandidateSink.
+// The same on the calling thread, for work that is done sooner than other threads would have begun.
+template <typename Fn>
+void run_chunks_here(int64_t chunks, const Fn& fn) {
+  SubnormalsOn guard;
+  for (int64_t c = 0; c < chunks; ++c) fn(0, c);
+}
+
+// A growing array behind a HitSink or a CandidateSink.
 template <typename Sink>
 class SinkBuffer {
  public:

@@ -13,6 +13,7 @@ from torch import Tensor
 from gemmascope_fast import backends
 from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import spread
+from gemmascope_fast.attach.tokens import device_of
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.ops.latents import SparseLatents
@@ -37,7 +38,7 @@ def read_text(
 ) -> Reading:
     """Run the text through the model and the SAE at the output of `layer`.
 
-    L0, FVU, dead fraction and support are over the content tokens (no BOS, EOS, PAD); cross-entropies are in
+    L0, FVU, dead_fraction and support are over the content tokens (no BOS, EOS, PAD); cross-entropies are in
     nats, the mean over the content tokens that have a token before them.  Raises ValueError for a text of fewer
     than two content tokens, an unknown layer, or another kind of SAE.
     """
@@ -48,6 +49,7 @@ def read_text(
     every = tokenizer(text, return_tensors="pt")["input_ids"]
     ids = every[:, :max_tokens]
     content = ~torch.isin(ids[0], torch.tensor(sorted(tokenizer.all_special_ids)))
+    ids = ids.to(device_of(model))
     if int(content.sum()) < 2:
         raise ValueError(f"text: expected at least two tokens besides the special ones, got {int(content.sum())}")
     with torch.inference_mode():
@@ -84,7 +86,7 @@ def read_text(
         "backend": _backend(sae.device),
     }
     pieces = [tokenizer.decode([int(i)]) for i in ids[0]]
-    return Reading(pieces, content.tolist(), spread(read, content), figures, every.shape[1] - ids.shape[1])
+    return Reading(pieces, content.tolist(), spread(read.cpu(), content), figures, every.shape[1] - ids.shape[1])
 
 
 def _base(model: Any, layer: int, ids: Tensor, content: Tensor) -> tuple[Tensor, float]:
@@ -158,6 +160,8 @@ def measure(*calls: Callable[[], Any]) -> list[float]:
         for times, call in zip(taken, calls, strict=True):
             begin = time.perf_counter()
             call()
+            if torch.cuda.is_initialized():  # a kernel returns before it is done
+                torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - begin))
     return [sorted(times)[REPEATS // 2] for times in taken]
 
@@ -179,8 +183,8 @@ LABELS = {
     "ce_base": "cross-entropy, model alone (nats per token)",
     "ce_spliced": "cross-entropy, SAE spliced in",
     "ce_mean_ablated": "cross-entropy, layer output replaced by its mean",
-    "delta_loss": "delta LM loss (spliced - alone)",
-    "dead_fraction": "share of features silent on this text",
+    "delta_loss": "delta_loss: cross-entropy, spliced - alone",
+    "dead_fraction": "dead_fraction: features that never fire on this text",
     "support_equal": "support equals fp64 outside the error bound",
     "support_flips_vs_eager": "pairs that differ from eager fp32",
     "backend": "backend",

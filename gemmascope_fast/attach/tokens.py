@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 
 def opening(tokenizer: Any) -> list[int]:
     """Special tokens at the beginning of a text for a language model: only BOS; empty if there is none."""
@@ -16,6 +18,11 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
     if tokenizer.bos_token_id is not None or getattr(tokenizer, "cls_token_id", None) is None:
         return tokenizer.bos_token_id, None
     return tokenizer.cls_token_id, tokenizer.sep_token_id
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model's first weights are, and so where its token ids belong."""
+    return next(model.parameters()).device
 
 
 def room(model: Any, tokenizer: Any) -> int | None:

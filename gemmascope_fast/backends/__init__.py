@@ -7,7 +7,6 @@ runs the best available one.  A backend requested by name runs or raises; `gemma
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from gemmascope_fast.backends.gpu import register
+from gemmascope_fast.backends.gpu.launch import interpreted  # noqa: F401 - `info` asks here
 from gemmascope_fast.errors import BackendError
 from gemmascope_fast.ops._library import (  # noqa: F401 - imported from here by other packages
     OPS,
@@ -165,8 +165,3 @@ def forced_isa(name: str) -> Iterator[None]:
         yield
     finally:
         _C.set_isa(before)
-
-
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter (TRITON_INTERPRET=1), on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemmascope_fast.checkpoints.kinds import ARRAYS, KINDS
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry
-from gemmascope_fast.files.fields import integer, json_object, shown, text
+from gemmascope_fast.files.fields import MOST, integer, json_object, shown, text
 from gemmascope_fast.files.regular import read_small
+from gemmascope_fast.sae.base import Field
 from gemmascope_fast.sae.sites import Site
 
-REQUIRED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
-SINGLE = ("sae", "topk_sae", "transcoder", "skip_transcoder")
 MULTI = ("cross_layer_transcoder", "crosscoder")
-KINDS = SINGLE + MULTI
+_TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Checkpoint:
     normalisation: SAELens's normalize_activations; only "none" is supported.
     kind_known: False if neither the file nor its path says whether it is an SAE or a transcoder.
     subtracts_b_dec: the encoder reads x - b_dec; `build` folds that into b_enc.
-    k: for a top-k SAE without thresholds.
+    fields: what the kind's class declares in `extra_fields`, such as k of a top-k SAE.
     """
 
     path: Path
@@ -45,22 +46,26 @@ class Checkpoint:
     kind_known: bool = True
     subtracts_b_dec: bool = False
     threshold_value: float | None = None
-    k: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     format: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise CheckpointError(f"{self.path}: kind: expected one of {', '.join(KINDS)}, got {self.kind!r}")
-        if self.k is not None and self.kind != "topk_sae":
+        if self.kind not in KINDS and self.kind not in MULTI:
             raise CheckpointError(
-                f"{self.path}: k: only a topk_sae has one, got k = {shown(self.k)} of kind {self.kind}"
+                f"{self.path}: kind: expected one of {', '.join((*KINDS, *MULTI))}, got {self.kind!r}"
             )
         if self.kind in MULTI:
             if not self.layers:
                 raise CheckpointError(f"{self.path}: a {self.kind} without layers")
             return
-        names = set(REQUIRED) | ({"W_skip"} if self.kind == "skip_transcoder" else set())
+        for name in set(self.fields) - set(KINDS[self.kind].extra_fields):
+            having = ", ".join(kind for kind, coder in KINDS.items() if name in coder.extra_fields) or "nothing"
+            raise CheckpointError(
+                f"{self.path}: {name}: only {having} has one, got {name} = {shown(self.fields[name])} of kind"
+                f" {self.kind}"
+            )
+        names = {*ARRAYS, *KINDS[self.kind].extra_arrays}
         if set(self.arrays) | {"threshold"} != names:
             raise CheckpointError(f"{self.path}: expected arrays {sorted(names)}, got {shown(sorted(self.arrays))}")
         if "threshold" not in self.arrays and self.threshold_value is None:
@@ -77,14 +82,35 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: {name}: expected numbers, got the empty shape {entry.shape}")
         (d_in, d_sae), (_, d_out) = self.arrays["W_enc"].shape, self.arrays["W_dec"].shape
         want = {"W_dec": (d_sae, d_out), "b_enc": (d_sae,), "threshold": (d_sae,), "b_dec": (d_out,)}
-        want["W_skip"] = (d_in, d_out)
+        sizes, coder = {"d_in": d_in, "d_sae": d_sae, "d_out": d_out}, KINDS[self.kind]
+        want |= {name: tuple(sizes[dim] for dim in dims) for name, dims in coder.extra_arrays.items()}
         for name, entry in self.arrays.items():
             if entry.shape != want.get(name, entry.shape):
                 raise CheckpointError(f"{self.path}: {name}: expected {want[name]}, got {entry.shape}")
-        if self.kind in ("sae", "topk_sae") and d_in != d_out:
+        if coder.reconstructs_input and d_in != d_out:
             raise CheckpointError(f"{self.path}: W_dec: expected d_out = d_in = {d_in} for an SAE, got {d_out}")
-        if self.kind == "topk_sae":
-            integer(self.path, "k", self.k, 1, d_sae)
+        for name, declared in coder.extra_fields.items():
+            self._check_field(name, declared, sizes)
+
+    def _check_field(self, name: str, declared: Field, sizes: dict[str, int]) -> None:
+        """CheckpointError where a field is missing, of another type or out of its range."""
+        value = self.fields.get(name)
+        least, most = (sizes[end] if isinstance(end, str) else end for end in (declared.least, declared.most))
+        if declared.type is int:
+            integer(self.path, name, value, -MOST if least is None else int(least), MOST if most is None else int(most))
+            return
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        right = number if declared.type is float else isinstance(value, declared.type)
+        if right and number:
+            right = (least is None or least <= value) and (most is None or value <= most)  # type: ignore[operator]
+        if not right:
+            limits = "" if least is None and most is None else f" from {least} to {most}"
+            raise CheckpointError(f"{self.path}: {name}: expected {_TYPES[declared.type]}{limits}, got {shown(value)}")
+
+    @property
+    def transcodes(self) -> bool:
+        """Whether it reads one site and writes another."""
+        return "transcoder" in self.kind
 
     @property
     def d_in(self) -> int:

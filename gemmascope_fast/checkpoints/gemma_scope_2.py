@@ -15,7 +15,8 @@ from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, hook_
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.files.fields import flag, integer, shown
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.sae.sites import Site
 
 FILE = "params.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, multi_layer, native, saelens
+from gemmascope_fast.checkpoints import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope_1,
+    gemma_scope_2,
+    llama_scope,
+    multi_layer,
+    names,
+    native,
+    saelens,
+    sparsify,
+    torch_formats,
+)
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.kinds import KINDS
-from gemmascope_fast.checkpoints.repository import check_inside, locate
+from gemmascope_fast.checkpoints.repository import LLAMA_SCOPE, SUFFIXES, check_inside, locate
 from gemmascope_fast.errors import CheckpointError
-from gemmascope_fast.files.arrays import BLOCK_BYTES, Block
+from gemmascope_fast.files.arrays import BLOCK_BYTES
 from gemmascope_fast.files.progress import progress_bar
 from gemmascope_fast.files.regular import check_regular
 from gemmascope_fast.sae.config import SAEConfig, SAEMetadata
@@ -24,10 +36,22 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.multi_site import Crosscoder, CrossLayerTranscoder, MultiSiteConfig
 from gemmascope_fast.sae.sites import Site
 
+
+def _read_saelens(path: Path) -> Checkpoint:
+    return llama_scope.read_r1(path) if llama_scope.is_r1(path) else saelens.read(path)
+
+
+def _read_own(path: Path) -> Checkpoint:
+    return sparsify.read(path) if sparsify.is_sparsify(path) else native.read(path)
+
+
 _READERS = {
     gemma_scope_1.FILE: gemma_scope_1.read,
     gemma_scope_2.FILE: gemma_scope_2.read,
-    saelens.FILE: saelens.read,
+    saelens.FILE: _read_saelens,
+    native.FILE: _read_own,
+    dictionary_learning.FILE: torch_formats.read,
+    llama_scope.FILE: llama_scope.read,
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -149,20 +173,33 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             for file in path.glob(multi_layer.PATTERN):
                 check_inside(file, path)
             return multi_layer.read(path)
-        known = [path / name for name in _READERS if (path / name).exists()]
-        found = known or sorted(path.glob("*.safetensors"))
-        if len(found) != 1:
+        known = [path / name for name in (*_READERS, LLAMA_SCOPE) if (path / name).exists()]
+        files = known or sorted(p for suffix in SUFFIXES for p in path.glob(f"*{suffix}"))
+        if len(files) != 1:
             raise CheckpointError(
-                f"{path}: expected one checkpoint, found {[p.name for p in found]}; `gemmascope-fast ls` lists what"
+                f"{path}: expected one checkpoint, found {[p.name for p in files]}; `gemmascope-fast ls` lists what"
                 " is in the folders below"
             )
-        check_inside(found[0], path)
-        path = found[0]
+        check_inside(files[0], path)
+        path = files[0]
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     check_regular(path)
-    other = gemma_scope_1.read if path.suffix == ".npz" else native.read
-    return _READERS.get(path.name, other)(path)
+    found = _READERS.get(path.name, _reader_of(path))(path)
+    if found.extra.get("neuronpedia_id") is None and not found.layers:
+        page = names.neuronpedia_id(path)
+        if page is not None:
+            found.extra = found.extra | {"neuronpedia_id": page}
+    return found
+
+
+def _reader_of(path: Path) -> Callable[[Path], Checkpoint]:
+    """What reads a file whose name alone says no format."""
+    if path.suffix == ".npz":
+        return gemma_scope_1.read
+    if path.suffix in torch_formats.SUFFIXES:
+        return torch_formats.read
+    return circuit_tracer.read if circuit_tracer.NAME.fullmatch(path.name) else native.read
 
 
 def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
@@ -194,9 +231,8 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
         exact = arrays["b_enc"].read(device, torch.float64)
         weights["b_enc"] = folded_b_dec(weights["W_enc"], weights["b_dec"], exact)
         if not bool(torch.isfinite(weights["b_enc"]).all()):
-            raise CheckpointError(f"{checkpoint.path}: b_enc: not finite after b_dec @ W_enc was subtracted")
-    more: dict[str, Any] = {"k": checkpoint.k} if checkpoint.kind == "topk_sae" else {}
-    return _made(checkpoint, KINDS[checkpoint.kind], cfg=cfg, **weights, **more)
+            raise CheckpointError(f"{checkpoint.path}: b_enc: not finite once b_dec @ W_enc is taken from it")
+    return _made(checkpoint, KINDS[checkpoint.kind], cfg=cfg, **weights, **checkpoint.fields)
 
 
 def _made(checkpoint: Checkpoint, kind: Any, *args: Any, **more: Any) -> Any:
@@ -279,12 +315,8 @@ def _told(checkpoint: Checkpoint, kind: str | None, site: Site | None, site_out:
 def _scaled(checkpoint: Checkpoint, scale: float) -> Checkpoint:
     """Fold in SAELens's norm_scaling_factor: W_enc · s, W_dec / s, b_dec / s."""
     arrays = dict(checkpoint.arrays)
-
-    def times(factor: float) -> Block:
-        return lambda block, start: block.double() * factor
-
-    arrays["W_enc"] = arrays["W_enc"].mapped(times(scale))
-    arrays |= {name: arrays[name].mapped(times(1 / scale)) for name in ("W_dec", "b_dec")}
+    arrays["W_enc"] = arrays["W_enc"].scaled(scale)
+    arrays |= {name: arrays[name].scaled(1 / scale) for name in ("W_dec", "b_dec")}
     return replace(checkpoint, arrays=arrays, normalisation="none")
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemmascope_fast.checkpoints.base import REQUIRED, SINGLE, Checkpoint, hook_site, one_of
+from gemmascope_fast.checkpoints.base import Checkpoint, hook_site, one_of
+from gemmascope_fast.checkpoints.kinds import ARRAYS, KINDS
 from gemmascope_fast.checkpoints.stored_screen import check_screen
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import open_safetensors
@@ -30,7 +31,7 @@ def read(path: Path) -> Checkpoint:
     entries, metadata = open_safetensors(path)
     about = _metadata(path, metadata)
     integer(path, "version", about.get("version"), 1, 1)
-    kind = one_of(path, "kind", about.get("kind"), SINGLE)
+    kind = one_of(path, "kind", about.get("kind"), KINDS)
     arrays = {name: entry for name, entry in entries.items() if not name.startswith("screen.")}
     figures = about.get("figures") or {}
     if not isinstance(figures, dict):
@@ -43,9 +44,15 @@ def read(path: Path) -> Checkpoint:
         hook_site(path, about.get("hook_name_out")) if "transcoder" in kind else None,
         text(path, "model_name", about.get("model_name")),
         figures,
-        k=about.get("k"),
+        fields={name: about[name] for name in _field_names() if about.get(name) is not None},
+        extra={"neuronpedia_id": text(path, "neuronpedia_id", about.get("neuronpedia_id"))},
         format="native",
     )
+
+
+def _field_names() -> set[str]:
+    """The fields of all kinds: one that is not the checkpoint's own kind's is an error."""
+    return {name for coder in KINDS.values() for name in coder.extra_fields}
 
 
 def _metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
@@ -85,15 +92,16 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
 def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = None, screen: bool = False) -> None:
     """Write atomically, block by block: the file gets its final name only when it is complete.
 
-    matrix_dtype: dtype to store W_enc, W_dec and W_skip in (None: unchanged); vectors keep their dtype.
-    screen: also store the certified screen and a hash of its weights, so that nothing is built after loading.
+    matrix_dtype: what matrices are stored in (None: as held); vectors stay as held.
+    screen: store the certified screen too, with a hash of the weights it is of, so that loading builds nothing.
     """
-    if sae.kind not in SINGLE:
-        raise CheckpointError(f"{path}: expected one of {', '.join(SINGLE)}, got {sae.kind}")
-    names = REQUIRED + (("W_skip",) if sae.kind == "skip_transcoder" else ())
+    if sae.kind not in KINDS:
+        raise CheckpointError(f"{path}: expected one of {', '.join(KINDS)}, got a {sae.kind}")
     about = _about(sae.kind, sae.cfg.hook_name, sae.cfg.hook_name_out, sae.cfg.metadata.model_name)
-    about |= {"figures": sae.cfg.metadata.extra.get("figures", {}), "k": getattr(sae, "k", None)}
-    arrays: dict[str, Source] = {name: getattr(sae, name).detach() for name in names}
+    about |= {"figures": sae.cfg.metadata.extra.get("figures", {})}
+    about |= {"neuronpedia_id": sae.cfg.metadata.neuronpedia_id}
+    about |= {name: getattr(sae, name) for name in sae.extra_fields}
+    arrays: dict[str, Source] = {name: getattr(sae, name).detach() for name in (*ARRAYS, *sae.extra_arrays)}
     if screen:
         if matrix_dtype not in (None, sae.dtype):
             raise ValueError(f"screen: it was built from {sae.dtype} weights, which does not fit {matrix_dtype}")
@@ -105,14 +113,15 @@ def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = 
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """Write `sae.safetensors` from the entries of another format."""
-    if checkpoint.kind not in SINGLE:
+    """`sae.safetensors` out of another format's entries."""
+    if checkpoint.kind not in KINDS:
         raise CheckpointError(f"{folder}: writing a {checkpoint.kind} as one file is not supported")
     site, out = checkpoint.site, checkpoint.site_out or checkpoint.site
     about = _about(
         checkpoint.kind, site.hook_name if site else None, out.hook_name if out else None, checkpoint.model_name
     )
-    about |= {"figures": checkpoint.figures, "k": checkpoint.k}
+    about |= {"figures": checkpoint.figures, "neuronpedia_id": checkpoint.extra.get("neuronpedia_id")}
+    about |= checkpoint.fields
     write_safetensors(folder / FILE, arrays, {KEY: json.dumps(about)}, dtype)
 
 

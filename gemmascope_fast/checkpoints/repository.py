@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from gemmascope_fast.checkpoints import gemma_scope_1, gemma_scope_2, names, native, saelens
+from gemmascope_fast.checkpoints import (
+    circuit_tracer,
+    dictionary_learning,
+    gemma_scope_1,
+    gemma_scope_2,
+    goodfire,
+    llama_scope,
+    names,
+    native,
+    qwen_scope,
+    saelens,
+    sparsify,
+)
 from gemmascope_fast.checkpoints.bundled import SAE_FILE
 from gemmascope_fast.checkpoints.hub import first_line, no_answer
 from gemmascope_fast.errors import CheckpointError
@@ -19,9 +31,18 @@ FORMATS = {
     gemma_scope_2.FILE: "gemma-scope-2",
     saelens.FILE: "saelens",
     native.FILE: "native",
+    dictionary_learning.FILE: dictionary_learning.FORMAT,
 }
+LLAMA_SCOPE = f"checkpoints/{llama_scope.FILE}"  # within the folder of one SAE
+SUFFIXES = (".safetensors", ".pt", ".pth")  # of a file that is a checkpoint by itself
+# what the name of such a file says of its format
+_NAMED = (
+    (qwen_scope.NAME, qwen_scope.FORMAT),
+    (goodfire.NAME, goodfire.FORMAT),
+    (circuit_tracer.NAME, circuit_tracer.FORMAT),
+)
 _LAYER_FILE = re.compile(r"params_layer_\d+\.safetensors")
-_BESIDE = ("config.json", "cfg.json", "hparams.json")
+_BESIDE = ("config.json", "cfg.json", "hparams.json", llama_scope.CONFIG)
 
 
 @dataclass(frozen=True)
@@ -82,22 +103,40 @@ def check_inside(path: Path, folder: Path) -> None:
 def checkpoints_among(paths: Iterable[str]) -> dict[str, str]:
     """Checkpoint paths (files, or folders of params_layer_*) in a listing, in order → their format."""
     found: dict[str, str] = {}
-    for text in sorted(paths):
+    listing = sorted(paths)
+    there = set(listing)
+    for text in listing:
         path = PurePosixPath(text)
+        named = next((kind for pattern, kind in _NAMED if pattern.fullmatch(path.name)), None)
         if _LAYER_FILE.fullmatch(path.name):
             found[path.parent.as_posix()] = "gemma-scope-2"
+        elif path.as_posix().endswith(LLAMA_SCOPE):
+            found[path.parent.parent.as_posix()] = llama_scope.FORMAT
         elif path.name in FORMATS:
-            found[text] = FORMATS[path.name]
+            found[text] = _by_config(path, there) or FORMATS[path.name]
+        elif named is not None:
+            found[text] = named
         elif path.suffix == ".safetensors" and len(path.parts) == 1:
             found[text] = "safetensors"
+        elif path.suffix in SUFFIXES and path.parent.name == "autoencoders":
+            found[text] = "openai"
     return found
 
 
+def _by_config(path: PurePosixPath, there: Collection[str]) -> str | None:
+    """The format of a file whose name two formats share, told by the config beside it."""
+    has = {name: (path.parent / name).as_posix() in there for name in (sparsify.CONFIG, llama_scope.R1_CONFIG)}
+    if path.name == sparsify.FILE and has[sparsify.CONFIG]:
+        return sparsify.FORMAT
+    if path.name == llama_scope.R1_FILE and has[llama_scope.R1_CONFIG] and not has[sparsify.CONFIG]:
+        return llama_scope.FORMAT
+    return None
+
+
 def id_of(path: str) -> str:
-    """The `sae_id` of a checkpoint: its folder, or the file if it is at the top."""
+    """What `sae_id` takes: the folder of a checkpoint, or the file where it lies at the top or beside others."""
     at = PurePosixPath(path)
-    in_folder = at.suffix in (".npz", ".safetensors") and at.parent != PurePosixPath(".")
-    return at.parent.as_posix() if in_folder else at.as_posix()
+    return at.parent.as_posix() if at.name in FORMATS and at.parent != PurePosixPath(".") else at.as_posix()
 
 
 def repository_files(repo: str, revision: str | None = None) -> list[str]:
@@ -146,9 +185,7 @@ def _download(repo: str, path: str | None, revision: str | None, force: bool = F
     if path is None:
         path = _only_checkpoint(repo, revision)
     at = PurePosixPath(path)
-    folder = at.parent if at.suffix in (".npz", ".safetensors") else at
-    wanted = [at.name] if folder != at else [*FORMATS, "params_layer_*.safetensors"]
-    patterns = [(folder / name).as_posix() for name in (*wanted, *_BESIDE)]
+    patterns = _patterns(at)
     commit = re.fullmatch("[0-9a-f]{40}", revision or "")
     cached = _cached(repo, path, patterns, revision) if commit and not force else None
     if cached is not None:
@@ -166,6 +203,19 @@ def _download(repo: str, path: str | None, revision: str | None, force: bool = F
     if not (root / path).exists():
         raise CheckpointError(f"{repo}: {path}: no such checkpoint; `gemmascope-fast ls {repo}` lists them")
     return root / path
+
+
+def _patterns(at: PurePosixPath) -> list[str]:
+    """What is fetched of a repository for the checkpoint at a path: the file, or what a folder of one can hold, and the
+    configs beside it.  A path that ends in .pt may be either."""
+    is_file = at.suffix in (".npz", *SUFFIXES)
+    files = [at.name, *_BESIDE] if is_file else []
+    patterns = [(at.parent / name).as_posix() for name in files]
+    if not is_file or at.suffix == ".pt":
+        within = (*FORMATS, "params_layer_*.safetensors", LLAMA_SCOPE, *_BESIDE)
+        patterns += [(at / name).as_posix() for name in within]
+    # sparsify's config of the whole training, and circuit-tracer's
+    return [*patterns, *((at.parent / "config.json").as_posix(),) * (not is_file), circuit_tracer.CONFIG]
 
 
 def _cached(repo: str, path: str, patterns: list[str], revision: str | None) -> Path | None:
@@ -188,7 +238,7 @@ def _only_checkpoint(repo: str, revision: str | None) -> str:
     found = list(checkpoints_among(repository_files(repo, revision)))
     if len(found) == 1:
         return found[0]
-    shown = ", ".join(str(PurePosixPath(p).parent) for p in found[:3])
+    shown = ", ".join(id_of(path) for path in found[:3])
     raise CheckpointError(
         f"sae_id: {repo} has {len(found)} checkpoints; name one"
         + (f", such as {shown}; `gemmascope-fast ls {repo}` lists them" if found else ": none in a known format")

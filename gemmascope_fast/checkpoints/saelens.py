@@ -12,10 +12,12 @@ from torch import Tensor
 
 from gemmascope_fast.checkpoints import transformer_lens
 from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, hook_site, one_of, read_json
+from gemmascope_fast.checkpoints.gated import ungated
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.fields import MOST, flag, integer, shown, text
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source, write_safetensors
 
 FILE = "sae_weights.safetensors"
 VERSION = "6.54.0"  # we write cfg.json as this version reads it
@@ -24,6 +26,8 @@ _KINDS = {
     "jumprelu": "sae",
     "standard": "sae",
     "topk": "topk_sae",
+    "abstopk": "abs_topk_sae",
+    "gated": "sae",
     "batchtopk": "sae",
     "matryoshka_batchtopk": "sae",
     "jumprelu_transcoder": "transcoder",
@@ -34,6 +38,7 @@ _KINDS = {
 _ARCHITECTURES = {
     "sae": "jumprelu",
     "topk_sae": "topk",
+    "abs_topk_sae": "abstopk",
     "transcoder": "jumprelu_transcoder",
     "skip_transcoder": "jumprelu_skip_transcoder",
 }
@@ -41,10 +46,17 @@ _ARCHITECTURES = {
 _ACTIVATIONS = {
     "jumprelu": ("relu", "jumprelu"),
     "topk": ("topk",),
+    "abstopk": ("abstopk", "topk"),
+    "gated": ("relu",),
     "batchtopk": ("relu", "jumprelu", "batchtopk"),
     "matryoshka_batchtopk": ("relu", "jumprelu", "batchtopk"),
     "jumprelu_transcoder": ("relu", "jumprelu"),
     "jumprelu_skip_transcoder": ("relu", "jumprelu"),
+}
+# Named where they come up, with the reason.
+REFUSED = {
+    "matching_pursuit": "a matching pursuit SAE encodes step by step, each step after the last one's residual",
+    "temporal": "a temporal SAE reads the other tokens of its text too",
 }
 _OLD_NAMES = {"hook_point": "hook_name", "activation_fn_str": "activation_fn"}
 _ABOUT_MODEL = ("model_name", "hook_name", "hook_name_out", "hf_hook_name", "hf_hook_name_out", "neuronpedia_id")
@@ -58,21 +70,22 @@ def read(path: Path) -> Checkpoint:
     config_path = path.with_name("cfg.json")
     stored = read_json(config_path)
     config = modern(stored, config_path)
+    check_refused(config_path, config.get("architecture"))
     architecture = one_of(config_path, "architecture", config.get("architecture"), _KINDS)
     check_activation(config_path, stored, _ACTIVATIONS.get(architecture, ("relu",)))
     kind, metadata = _KINDS[architecture], config["metadata"]
     normalisation = config.get("normalize_activations") or "none"
-    default = kind in ("sae", "topk_sae")
+    default = "transcoder" not in kind
     subtracts = flag(config_path, "apply_b_dec_to_input", config.get("apply_b_dec_to_input", default))
     if subtracts and "transcoder" in kind:
         raise CheckpointError(f"{config_path}: apply_b_dec_to_input: expected false for a transcoder, got true")
     rescale = flag(config_path, "rescale_acts_by_decoder_norm", config.get("rescale_acts_by_decoder_norm", False))
     arrays, value = _arrays(path, architecture, rescale)
-    k = None
+    fields: dict[str, Any] = {}
     if kind == "topk_sae" and ("threshold" in arrays or value > 0):
         kind = "sae"
-    elif kind == "topk_sae":
-        k = integer(config_path, "k", config.get("k"), 1, _d_sae(arrays))
+    elif "topk" in kind:
+        fields["k"] = integer(config_path, "k", config.get("k"), 1, _d_sae(arrays))
     model = metadata.get("model_name")
     found = Checkpoint(
         path,
@@ -84,7 +97,7 @@ def read(path: Path) -> Checkpoint:
         normalisation=str(normalisation),
         subtracts_b_dec=subtracts,
         threshold_value=value,
-        k=k,
+        fields=fields,
         extra={"neuronpedia_id": text(config_path, "neuronpedia_id", metadata.get("neuronpedia_id"))},
         format="saelens",
     )
@@ -92,6 +105,12 @@ def read(path: Path) -> Checkpoint:
         if integer(config_path, name, config.get(name, size)) != size:
             raise CheckpointError(f"{config_path}: {name}: {config[name]} contradicts the arrays, which have {size}")
     return found
+
+
+def check_refused(path: Path, architecture: object) -> None:
+    """CheckpointError for an architecture that is known and not computed here."""
+    if isinstance(architecture, str) and architecture in REFUSED:
+        raise CheckpointError(f"{path}: architecture: {architecture!r} is not supported: {REFUSED[architecture]}")
 
 
 def _d_sae(arrays: dict[str, Entry]) -> int:
@@ -149,7 +168,9 @@ def _arrays(path: Path, architecture: str, rescale: bool) -> tuple[dict[str, Ent
     if architecture.startswith("jumprelu") and "threshold" not in arrays:
         raise CheckpointError(f"{path}: threshold: missing from a {architecture}")
     if "W_skip" in arrays:
-        arrays["W_skip"] = arrays["W_skip"].transposed()  # SAELens stores [d_out, d_in]
+        arrays["W_skip"] = arrays["W_skip"].transposed()  # SAELens holds [d_out, d_in]
+    if architecture == "gated":
+        arrays = ungated(path, arrays)
     if rescale and {"W_enc", "W_dec", "b_enc"} <= set(arrays):
         arrays |= _rescaled(arrays)
     return arrays, value
@@ -179,7 +200,7 @@ def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype
     if checkpoint.kind not in _ARCHITECTURES:
         raise CheckpointError(f"{folder}: SAELens has no {checkpoint.kind}")
     arrays = dict(arrays)
-    if checkpoint.kind == "topk_sae":
+    if "k" in checkpoint.fields:
         arrays.pop("threshold", None)
     if "W_skip" in arrays:
         skip = arrays["W_skip"]
@@ -207,8 +228,8 @@ def _config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
     if "transcoder" in checkpoint.kind:
         config["d_out"] = checkpoint.arrays["W_dec"].shape[1]
         metadata |= {"hook_name_out": transformer_lens.name_of(out), "hf_hook_name_out": out.hook_name if out else None}
-    if checkpoint.kind == "topk_sae":
-        config |= {"k": checkpoint.k, "rescale_acts_by_decoder_norm": False}
+    if "k" in checkpoint.fields:
+        config |= {"k": checkpoint.fields["k"], "rescale_acts_by_decoder_norm": False}
     if checkpoint.extra.get("neuronpedia_id"):
         metadata["neuronpedia_id"] = checkpoint.extra["neuronpedia_id"]
     config["metadata"] = {name: value for name, value in metadata.items() if value is not None}

@@ -16,9 +16,10 @@ _GEMMA = {
     "ln2.hook_normalized": "mlp_in_no_gain",
     "mlp.hook_in": "mlp_in",
 }
-# The hooks that are the same tensor in every transformers model with layers and, for attention, an o_proj.
+# The residual stream is the same tensor in every model of transformers that has layers.  In models that normalise what
+# attention and MLP read, and nothing else, the others are what they are in Gemma, whose last norms are missing there.
 _ANY = ("hook_resid_post",)
-_O_PROJ = ("llama", "qwen", "mistral")
+_PRE_NORM = ("llama", "qwen", "mistral")
 
 
 def site_of(hook_name: object, model_name: str | None) -> Site | None:
@@ -35,8 +36,8 @@ def site_of(hook_name: object, model_name: str | None) -> Site | None:
         return Site("resid", layer)
     if "gemma-2-" in model or "gemma-3-" in model:
         return Site(_GEMMA[tail], layer) if tail in _GEMMA else None
-    if tail == "attn.hook_z" and any(name in model for name in _O_PROJ):
-        return Site("attn", layer)
+    if tail in _GEMMA and any(name in model for name in _PRE_NORM):
+        return Site(_GEMMA[tail], layer)
     return None
 
 

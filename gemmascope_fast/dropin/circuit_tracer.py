@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from circuit_tracer.transcoder.activation_functions import JumpReLU
+from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
 from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
 from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
 from torch import Tensor
@@ -23,6 +23,7 @@ from gemmascope_fast.ops._transforms import derivative_wanted
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemmascope_fast.sae.multi_site import CrossLayerTranscoder as OwnCrossLayerTranscoder
+from gemmascope_fast.sae.topk_transcoder import TopKTranscoder
 from gemmascope_fast.sae.weights import Fingerprint, fingerprint
 
 FIRST = slice(0, 1)  # circuit-tracer zeroes the first position by default
@@ -53,7 +54,15 @@ class EncoderOf:
         crow, col, values = ops.encode(x.reshape(-1, x.shape[-1]), rows.t(), b_enc, module.threshold, None)
         return SparseLatents(crow, col, values.to(rows.dtype), (*x.shape[:-1], rows.shape[0]))
 
-    def _module(self, rows: Tensor, b_enc: Tensor, threshold: Tensor | None) -> JumpReLUSAE:
+    def greatest(self, x: Tensor, rows: Tensor, b_enc: Tensor, k: int, screen: bool | None) -> SparseLatents:
+        """Those of the k greatest latents of each row of x that are above 0."""
+        module, x = self._module(rows, b_enc, None, k), x.to(rows.dtype)
+        if derivative_wanted(x, rows, b_enc):
+            crow, col, values = ops.encode_topk(x.reshape(-1, x.shape[-1]), rows.t(), b_enc, k)
+            return SparseLatents(crow, col, values.to(rows.dtype), (*x.shape[:-1], rows.shape[0]))
+        return module.encode_sparse(x, screen=screen)
+
+    def _module(self, rows: Tensor, b_enc: Tensor, threshold: Tensor | None, k: int | None = None) -> JumpReLUSAE:
         given = (rows, b_enc) if threshold is None else (rows, b_enc, threshold)
         # each view is a new object, so compare the position of its data and the number of edits
         now = tuple(part[1:] for part in fingerprint(*given))
@@ -91,13 +100,26 @@ def _screen(lazy: bool) -> bool | None:
     return False if lazy else None
 
 
+class PositiveTopK(TopK):
+    """Top-k as this package's coders have it: of the k greatest those above 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
 def _threshold(activation: Any) -> Tensor | None:
     """JumpReLU's threshold; None for ReLU.  TypeError for any other activation."""
     if isinstance(activation, JumpReLU):
         return activation.threshold
     if activation is F.relu or activation is torch.relu or isinstance(activation, torch.nn.ReLU):
         return None
-    raise TypeError(f"activation_function: expected JumpReLU or ReLU, got {activation}")
+    raise TypeError(f"activation_function: expected JumpReLU, ReLU or, of one layer, TopK, got {activation}")
+
+
+def _check(transcoder: SingleLayerTranscoder) -> None:
+    """TypeError for an activation function that is none of these."""
+    if not isinstance(transcoder.activation_function, TopK):
+        _threshold(transcoder.activation_function)
 
 
 class AcceleratedTranscoder(SingleLayerTranscoder):
@@ -107,6 +129,12 @@ class AcceleratedTranscoder(SingleLayerTranscoder):
         """SparseLatents [..., d_transcoder] of input_acts [..., d_model]; rows: W_enc, if it was read already."""
         held = self.__dict__.setdefault("_encoder", EncoderOf())
         rows = self.W_enc if rows is None else rows
+        if isinstance(self.activation_function, TopK):
+            k, screen = int(self.activation_function.k), _screen(self.lazy_encoder)
+            found = held.greatest(input_acts, rows, self.b_enc, k, screen)
+            if found.nnz == k * found.n_rows or isinstance(self.activation_function, PositiveTopK):
+                return found
+            return SparseLatents.from_dense(super().encode(input_acts))  # negative ones are among the k greatest
         threshold = _threshold(self.activation_function)
         return held.latents(input_acts, rows, self.b_enc, threshold, _screen(self.lazy_encoder))
 
@@ -200,7 +228,7 @@ def accelerate(target: Any, inplace: bool | None) -> Any:
         raise ValueError("inplace: circuit-tracer's transcoders are always accelerated in place, got False")
     if isinstance(target, TranscoderSet):
         for transcoder in target.transcoders:
-            _threshold(transcoder.activation_function)
+            _check(transcoder)
         for transcoder in target.transcoders:
             accelerate(transcoder, inplace)
         return target
@@ -209,7 +237,7 @@ def accelerate(target: Any, inplace: bool | None) -> Any:
         (CrossLayerTranscoder, AcceleratedCrossLayerTranscoder),
     ):
         if type(target) in (plain, fast):
-            _threshold(target.activation_function)
+            _check(target) if plain is SingleLayerTranscoder else _threshold(target.activation_function)
             target.__class__ = fast
             return target
     raise TypeError(
@@ -223,14 +251,17 @@ def transcoder(source: JumpReLUTranscoder, layer: int) -> AcceleratedTranscoder:
     if not isinstance(source, JumpReLUTranscoder):
         raise TypeError(f"source: expected a JumpReLUTranscoder of this package, got {type(source).__name__}")
     skip = isinstance(source, JumpReLUSkipTranscoder)
-    activation = JumpReLU(source.threshold.detach(), bandwidth=0.1)
+    ranked = isinstance(source, TopKTranscoder)
+    activation: Any = PositiveTopK(source.k) if ranked else JumpReLU(source.threshold.detach(), bandwidth=0.1)
     sizes = {"d_model": source.d_in, "d_transcoder": source.d_sae, "layer_idx": layer}
     made = AcceleratedTranscoder(
         activation_function=activation, skip_connection=skip, device=torch.device("meta"), dtype=source.dtype, **sizes
     )
     weights: Any = source
     state = {name: getattr(weights, name).detach() for name in ("W_dec", "b_enc", "b_dec")}
-    state |= {"W_enc": source.W_enc.detach().t(), "activation_function.threshold": source.threshold.detach()}
+    state["W_enc"] = source.W_enc.detach().t()
+    if not ranked:
+        state["activation_function.threshold"] = source.threshold.detach()
     if skip:
         state["W_skip"] = weights.W_skip.detach().t().contiguous()
     made.load_state_dict(state, assign=True)
@@ -238,7 +269,7 @@ def transcoder(source: JumpReLUTranscoder, layer: int) -> AcceleratedTranscoder:
 
 
 def transcoder_set(
-    sources: dict[int, JumpReLUTranscoder],
+    sources: dict[int, JumpReLUTranscoder | TopKTranscoder],
     feature_input_hook: str,
     feature_output_hook: str,
     scan: str | list[str] | None = None,

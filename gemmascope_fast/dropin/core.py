@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from gemmascope_fast import ops
+from gemmascope_fast.checkpoints.kinds import KINDS
 from gemmascope_fast.checkpoints.loading import folded_b_dec
 from gemmascope_fast.ops._exact import exact_product, outside_autocast, put
 from gemmascope_fast.ops._transforms import beyond_reverse
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
-from gemmascope_fast.sae.topk import TopKSAE
+from gemmascope_fast.sae.topk import AbsTopKSAE, TopKSAE
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A sparse decode reads each row again for every token; a dense product reuses it from cache. Measured at 2304 × 16,384
@@ -47,8 +48,8 @@ class Core:
         """
         given = owner._parameters
         module = self.module
-        if module is None or not self._fits(module, given, k, raw):
-            module = self.module = _empty(given, k, raw)
+        if type(module) is not _kind(k, raw, by_magnitude) or not self._fits(module, given, k):
+            module = self.module = _empty(given, k, raw, by_magnitude)
         for name in SHARED:
             tensor = given.get(name)
             if isinstance(tensor, nn.Parameter) and module._parameters[name] is not tensor:
@@ -60,21 +61,26 @@ class Core:
         return module
 
     @staticmethod
-    def _fits(module: JumpReLUSAE, given: dict[str, Any], k: int | None, raw: bool) -> bool:
+    def _fits(module: JumpReLUSAE, given: dict[str, Any], k: int | None) -> bool:
         same = (given["W_enc"].shape, given["W_dec"].shape) == (module.W_enc.shape, module.W_dec.shape)
-        return same and k == getattr(module, "k", None) and (k is not None or raw == (module.kind == "sae"))
+        return same and k == getattr(module, "k", None)
 
 
-def _empty(given: dict[str, Any], k: int | None, raw: bool) -> JumpReLUSAE:
+def _kind(k: int | None, raw: bool, by_magnitude: bool) -> Any:
+    if k is not None:
+        return AbsTopKSAE if by_magnitude else TopKSAE
+    return JumpReLUSAE if raw else JumpReLUTranscoder
+
+
+def _empty(given: dict[str, Any], k: int | None, raw: bool, by_magnitude: bool = False) -> JumpReLUSAE:
     W_enc, W_dec = given["W_enc"], given["W_dec"]
     shapes = {"W_enc": W_enc.shape, "W_dec": W_dec.shape, "b_enc": W_enc.shape[1:], "b_dec": W_dec.shape[1:]}
-    made: dict[str, Any] = {
+    weights: dict[str, Any] = {
         name: torch.empty(shape, dtype=W_enc.dtype, device="meta") for name, shape in shapes.items()
     }
-    made["threshold"] = torch.empty_like(made["b_enc"])
-    if k is not None:
-        return TopKSAE(**made, k=k)
-    return JumpReLUSAE(**made) if raw else JumpReLUTranscoder(**made)
+    weights["threshold"] = torch.empty_like(weights["b_enc"])
+    made: JumpReLUSAE = _kind(k, raw, by_magnitude)(**weights, **({} if k is None else {"k": k}))
+    return made
 
 
 def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
@@ -149,6 +155,8 @@ def converted(
     *,
     k: int | None = None,
     subtracts_b_dec: bool = False,
+    transcodes: bool = False,
+    W_skip: Tensor | None = None,
 ) -> Any:
     """Make a module of this package with copies of another coder's weights, in Gemma Scope's shapes; ReLU without a
     threshold, top-k with k.  subtracts_b_dec: the encoder reads x - b_dec, which is folded into b_enc."""
@@ -160,4 +168,8 @@ def converted(
     if subtracts_b_dec:
         own["b_enc"] = folded_b_dec(own["W_enc"], own["b_dec"], own["b_enc"].double())
     own["threshold"] = torch.zeros_like(own["b_enc"]) if threshold is None else threshold.detach().to(b_enc.dtype)
-    return JumpReLUSAE(**own) if k is None else TopKSAE(**own, k=k)
+    kind = ("skip_" if W_skip is not None else "") + ("transcoder" if transcodes else "sae")
+    more: dict[str, Any] = {} if k is None else {"k": k}
+    if W_skip is not None:
+        more["W_skip"] = W_skip.detach().clone(memory_format=torch.contiguous_format)
+    return KINDS[kind if k is None else f"topk_{kind}"](**own, **more)

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sae_lens import saes as lens
 from sae_lens.analysis import hooked_sae_transformer
 from sae_lens.registry import get_sae_class
+from sae_lens.saes.abstopk_sae import AbsTopK, AbsTopKSAE
 from sae_lens.saes.sae import SAE, _disable_hooks
 from sae_lens.saes.topk_sae import TopK
 from torch import Tensor, nn
 
+from gemmascope_fast.checkpoints.gated import jumprelu_of
+from gemmascope_fast.checkpoints.saelens import REFUSED
 from gemmascope_fast.dropin import core as shared
 from gemmascope_fast.ops._exact import outside_autocast
 from gemmascope_fast.ops.latents import SparseLatents
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
+from gemmascope_fast.sae.weights import fingerprint
 
 Latents = Tensor | SparseLatents
 
@@ -57,7 +61,7 @@ class Accelerated(SAE):
         held = self.__dict__.setdefault("_core", shared.Core())
         raw = self.cfg.apply_b_dec_to_input is False and self.cfg.normalize_activations == "none"
         raw = raw and not isinstance(self, AcceleratedTranscoder)
-        return held.of(self, getattr(self.activation_fn, "k", None), raw)
+        return held.of(self, getattr(self.activation_fn, "k", None), raw, self._activation is AbsTopK)
 
     def prepare(self, force: bool = False, **options: Any) -> Accelerated:
         """Like `gsf.JumpReLUSAE.prepare`; use force after an undetectable edit (`p.data.mul_()`)."""
@@ -191,7 +195,55 @@ class AcceleratedStandardSAE(Accelerated, lens.StandardSAE):
 
 
 class AcceleratedTopKSAE(Accelerated, lens.TopKSAE):
-    pass
+    _activation = TopK
+
+
+class AcceleratedAbsTopKSAE(Accelerated, AbsTopKSAE):
+    _activation = AbsTopK
+
+
+class AcceleratedGatedSAE(Accelerated, lens.GatedSAE):
+    """A gated SAE, computed as the JumpReLU SAE that it is (`checkpoints/gated.py`).
+
+    Its core has an encoder of its own, W_enc · exp(r_mag), made anew where the parameters were seen to change.  Where
+    gradients of the parameters are wanted, SAELens's code computes it.
+    """
+
+    def why_plain(self) -> str | None:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return "gradients of a gated SAE's parameters are wanted: use torch.no_grad() or requires_grad_(False)"
+        return super().why_plain()
+
+    @property
+    def core(self) -> JumpReLUSAE:
+        own = (self.W_enc, self.b_gate, self.b_mag, self.r_mag, self.W_dec, self.b_dec)
+        now, held = fingerprint(*own), self.__dict__.get("_gated")
+        if held is None or held[0] != now:
+            with torch.no_grad():
+                scale, threshold = jumprelu_of(self.b_gate, self.b_mag, self.r_mag)
+                W_enc = (self.W_enc.t() * scale[:, None].to(self.W_enc.dtype)).t()
+                made = JumpReLUTranscoder(W_enc, self.W_dec, self.b_mag, self.b_dec, threshold.to(W_enc.dtype))
+            # kept with what it was made of: an address may be given out again
+            held = self.__dict__["_gated"] = (now, made.requires_grad_(False), own)
+        made = held[1]
+        return made
+
+    def prepare(self, force: bool = False, **options: Any) -> Accelerated:
+        if force:
+            self.__dict__.pop("_gated", None)
+        return super().prepare(force, **options)
+
+    def _edited(self) -> None:
+        self.__dict__.pop("_gated", None)
+
+    def _activate(self, sae_in: Tensor, keep: bool) -> tuple[Latents, SparseLatents | None]:
+        if not shared.watched(self.hook_sae_acts_pre):
+            return super()._activate(sae_in, keep)
+        z = shared.pre_activations(self.core, sae_in)
+        open_gate = (z > self.core.threshold).to(z.dtype)
+        clean = SparseLatents.from_dense((open_gate * self.activation_fn(z)).detach()) if keep else None
+        # the gate is of the activations before the hook: SAELens computes it beside what the hook sees
+        return self.hook_sae_acts_post(open_gate * self.activation_fn(self.hook_sae_acts_pre(z))), clean
 
 
 class AcceleratedReLUTranscoder(AcceleratedTranscoder, lens.Transcoder):
@@ -214,6 +266,8 @@ CLASSES: dict[type, type] = {
     lens.JumpReLUSAE: AcceleratedJumpReLUSAE,
     lens.StandardSAE: AcceleratedStandardSAE,
     lens.TopKSAE: AcceleratedTopKSAE,
+    AbsTopKSAE: AcceleratedAbsTopKSAE,
+    lens.GatedSAE: AcceleratedGatedSAE,
     lens.Transcoder: AcceleratedReLUTranscoder,
     lens.SkipTranscoder: AcceleratedSkipTranscoder,
     lens.JumpReLUTranscoder: AcceleratedJumpReLUTranscoder,
@@ -239,6 +293,9 @@ def accelerate(target: Any, inplace: bool | None) -> Any:
 
 def _class_for(sae: SAE) -> type:
     fast = CLASSES.get(type(sae))
+    reason = REFUSED.get(sae.cfg.architecture())
+    if fast is None and reason is not None:
+        raise TypeError(f"target: a {type(sae).__name__} is not supported: {reason}")
     if fast is None:
         names = ", ".join(cls.__name__ for cls in CLASSES)
         raise TypeError(f"target: expected one of SAELens's {names}, got {type(sae).__name__}")

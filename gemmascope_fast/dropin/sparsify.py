@@ -14,7 +14,7 @@ def accelerate(target: Any, inplace: bool | None = None) -> TopKSAE:
     """Convert a top-k SparseCoder to `TopKSAE` with its own weights. It gives the same k latents of a token, without
     those that are zero; x - b_dec is folded into b_enc unless the coder is a transcoder.
 
-    Raises TypeError for another class, ValueError for `inplace`, another activation, a skip, or no decoder.
+    Raises TypeError for another class, ValueError for `inplace`, another activation, an SAE with a skip, or no decoder.
     """
     if inplace:
         raise ValueError("inplace: a sparsify coder is converted, not changed, got True")
@@ -23,8 +23,10 @@ def accelerate(target: Any, inplace: bool | None = None) -> TopKSAE:
     cfg = target.cfg
     if cfg.activation != "topk":
         raise ValueError(f"target: expected activation 'topk', got {cfg.activation!r}")
-    if target.W_dec is None or target.W_skip is not None:
-        raise ValueError(f"target: expected a decoder and no skip, got W_dec {target.W_dec}, W_skip {target.W_skip}")
+    if target.W_dec is None:
+        raise ValueError("target: expected a decoder, got none")
+    if target.W_skip is not None and not cfg.transcode:
+        raise ValueError("target: expected an SAE without a skip, got one with a W_skip")
     return converted(
         target.encoder.weight.T,
         target.W_dec,
@@ -32,4 +34,6 @@ def accelerate(target: Any, inplace: bool | None = None) -> TopKSAE:
         target.b_dec,
         k=cfg.k,
         subtracts_b_dec=not cfg.transcode,
+        transcodes=bool(cfg.transcode),
+        W_skip=None if target.W_skip is None else target.W_skip.T,
     )

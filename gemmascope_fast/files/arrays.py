@@ -79,6 +79,12 @@ class Entry:
         both = block if inner is None else lambda rows, start: block(inner(rows, start), start)
         return replace(self, shape=shape or self.shape, stored=self.stored or self.shape, block=both)
 
+    def scaled(self, factor: float) -> Entry:
+        """The array times a number, in fp64, whichever way it is stored."""
+        plain = self.transposed() if self.flip else self
+        made = plain.mapped(lambda block, start: block.double() * factor)
+        return made.transposed() if self.flip else made
+
     def blocks(self, dtype: torch.dtype, finite: bool = True) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows in `dtype`) of the array as stored; for a flipped array, of its transpose.
 

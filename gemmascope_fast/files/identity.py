@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.files.atomic import make_folder, replacing
+from gemmascope_fast.files.atomic import make_folder
+from gemmascope_fast.files.results import write_json
 
 FILE = "identity.json"
 BLOCK = 1 << 26  # bytes hashed at a time
@@ -94,11 +95,16 @@ def of_file(path: str | Path) -> str:
 
 @lru_cache(maxsize=256)
 def _of_file(path: str, *_stamp: int) -> str:
+    return digest_of(path)[:SIZE]
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:SIZE]
+    return digest.hexdigest()
 
 
 def of_json(value: Any) -> str:
@@ -130,8 +136,7 @@ def claim(folder: Path, about: Mapping[str, Any], name: str = "--work") -> None:
         check(f"{name} {folder}", was, about)
         return
     make_folder(folder)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(dict(about), indent=1) + "\n", "utf-8")
+    write_json(path, dict(about))
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -7,22 +7,29 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.files.atomic import make_folder, replacing, saying_where
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically. JSON has no NaN and infinity, so they become null."""
-    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    """`json_text` as a file.  The file appears whole."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON has no NaN and no infinity: null says that there is no such figure."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically.  An OSError names the file."""
+    """The file appears whole, in a folder that is made if it is missing.  OSError names it."""
+    make_folder(path.parent)
     with saying_where(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Save a matplotlib figure in the format of the path's suffix, atomically.  An OSError names the file."""
+    """A matplotlib figure in the format of the path's ending; otherwise as `write_text`."""
+    make_folder(path.parent)
     with saying_where(path), replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])
 

@@ -30,11 +30,6 @@ def atomic(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def write_json(path: Path, content: Any) -> None:
-    with atomic(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
-
-
 def write_safetensors(
     path: Path,
     arrays: Mapping[str, Source],

@@ -46,15 +46,18 @@ def check_decode(
     W_dec: Tensor,
     b_dec: Tensor | None,
     row_scale: Tensor | None,
+    pattern: bool = True,
 ) -> None:
-    """The same checks as in the native kernel, for the reference."""
+    """What the native kernel checks, for the reference and the GPU.  pattern: also crow_indices and col_indices, which
+    reads them back from a GPU."""
     if W_dec.dim() != 2:
         raise ValueError(f"W_dec: expected [d_sae, d_out], got {tuple(W_dec.shape)}")
     if W_dec.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
     if W_dec.dtype == torch.int8 and row_scale is None:
-        raise ValueError("row_scale: required for int8 W_dec")
-    check_csr(crow_indices, col_indices, W_dec.shape[0])
+        raise ValueError("row_scale: int8 rows need one")
+    if pattern:
+        check_csr(crow_indices, col_indices, W_dec.shape[0])
     if not values.is_floating_point():
         raise TypeError(f"values: expected a floating dtype, got {values.dtype}")
     shapes = (
@@ -67,14 +70,7 @@ def check_decode(
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def _fake(
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor | None = None,
-    row_scale: Tensor | None = None,
-) -> Tensor:
+def _fake(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tensor, *_: object) -> Tensor:
     return W_dec.new_empty(crow_indices.shape[0] - 1, W_dec.shape[1], dtype=torch.float32)
 
 
@@ -126,9 +122,13 @@ def _decode_jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
     return sum(parts[1:], parts[0])
 
 
-def _dot_backward(ctx, needs, grad):
-    """dx[n] = sum of g · rows[f];  drows[f] = sum of g · x[n];  dbias[f] = sum of g: all sparse decodes."""
-    x, rows, bias, crow, col = ctx.saved_tensors
+def backward_of_dots(inputs: tuple[Tensor, ...], needs, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, rows and bias (of those that `needs` asks for) where z = x[n] · rows[f] + bias[f] on the pairs of
+    a pattern.  inputs: x, rows, bias, crow_indices, col_indices; grad fp32 [nnz].
+
+    dx[n] = sum of g · rows[f];  drows[f] = sum of g · x[n];  dbias[f] = sum of g: all sparse decodes.
+    """
+    x, rows, bias, crow, col = inputs
     need_x, need_rows, need_bias = needs[:3]
     dx = drows = dbias = None
     grad = grad.contiguous()
@@ -142,7 +142,11 @@ def _dot_backward(ctx, needs, grad):
         if need_bias:
             ones = torch.ones(x.shape[0], 1, device=x.device)
             dbias = decode.step(ccol, row, by_feature, ones, None, None)[:, 0].to(bias.dtype)
-    return dx, drows, dbias, None, None
+    return dx, drows, dbias
+
+
+def _dot_backward(ctx, needs, grad):
+    return (*backward_of_dots(ctx.saved_tensors, needs, grad), None, None)
 
 
 def _dot_jvp(ctx, dx, drows, dbias, _crow, _col):

@@ -15,9 +15,8 @@ from torch import Tensor
 from gemmascope_fast.ops._csr import from_mask, row_indices
 from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import Cost, register, register_autograd
-from gemmascope_fast.ops.decode import decode
+from gemmascope_fast.ops.decode import backward_of_dots
 from gemmascope_fast.ops.sampled_dot import tangent_of_dots
-from gemmascope_fast.ops.transpose import csr_transpose
 
 Csr = tuple[Tensor, Tensor, Tensor]
 
@@ -95,21 +94,9 @@ def backward_of_encode(ctx, needs, grad: Tensor) -> tuple[Tensor | None, Tensor 
 
     dx[n] = sum over f of g · W_enc[:, f];  dW_enc[:, f] = sum over n of g · x[n];  db[f] = sum over n of g.
     """
-    x, W_enc, b_enc, crow, col = ctx.saved_tensors
-    need_x, need_W, need_b = needs[:3]
-    dx = dW = db = None
-    grad = grad.contiguous()
-    if need_x:
-        dx = decode.step(crow, col, grad, W_enc.t(), None, None).to(x.dtype)
-    if need_W or need_b:
-        ccol, rows, order = csr_transpose.step(crow, col, W_enc.shape[1])
-        by_feature = grad[order]
-        if need_W:
-            dW = decode.step(ccol, rows, by_feature, x, None, None).to(W_enc.dtype).t()
-        if need_b:
-            ones = torch.ones(x.shape[0], 1, device=x.device)
-            db = decode.step(ccol, rows, by_feature, ones, None, None)[:, 0].to(b_enc.dtype)
-    return dx, dW, db
+    x, W_enc, *rest = ctx.saved_tensors
+    dx, drows, db = backward_of_dots((x, W_enc.t(), *rest), needs, grad)
+    return dx, None if drows is None else drows.t(), db
 
 
 def tangent_of_encode(ctx, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:

@@ -5,10 +5,13 @@ It discards pairs that the codes of `screen_rows` prove to stay below threshold,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops.encode import _fake as fake_of_encode
 from gemmascope_fast.ops.encode import (
     backward_of_encode,
     check_encode,
@@ -55,14 +58,8 @@ def encode_screened_reference(
     return (*encode_reference(x, W_enc, b_enc, threshold, bandwidth), stats)
 
 
-def _fake(x: Tensor, W_enc: Tensor, *_: object) -> Screened:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    return (
-        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
-        x.new_empty(nnz, dtype=torch.int32),
-        x.new_empty(nnz, dtype=torch.float32),
-        x.new_empty(4, dtype=torch.int64),
-    )
+def _fake(*inputs: Any) -> Screened:
+    return (*fake_of_encode(*inputs[:4]), inputs[0].new_empty(4, dtype=torch.int64))
 
 
 def _cost(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, code: Tensor, *_: object) -> Cost:

@@ -15,14 +15,14 @@ def sampled_dot_reference(
     x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor
 ) -> Tensor:
     """x [N, d], rows [F, d], bias [F] or None, pattern [N, F] → fp32 [nnz]."""
-    _check(x, rows, bias, crow_indices, col_indices)
+    check_sampled_dot(x, rows, bias, crow_indices, col_indices)
     col = col_indices.long()
     z = (x[row_indices(crow_indices)].float() * rows[col].float()).sum(-1)
     return z if bias is None else z + bias.float()[col]
 
 
-def _check(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> None:
-    """The same checks as in the native kernel, for the reference."""
+def check_sampled_dot(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> None:
+    """What the native kernel checks, for the reference and the GPU."""
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1]:

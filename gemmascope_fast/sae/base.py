@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,14 +19,30 @@ from gemmascope_fast.sae.config import SAEConfig
 T = TypeVar("T", bound="Coder")
 
 
+@dataclass(frozen=True)
+class Field:
+    """A value that a coder's checkpoint stores beside its arrays, and an attribute of the coder.
+
+    type: int, float, bool or str.  least, most: of a number; the text "d_in", "d_sae" or "d_out" is that dimension.
+    """
+
+    type: type
+    least: float | str | None = None
+    most: float | str | None = None
+
+
 class Coder(nn.Module):
     """Base class: encodes activations [..., d_in] to sparse latents [..., d_sae] and decodes them to [..., d_out].
 
-    Subclasses implement `encode_sparse` and `decode`. They have W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc and
-    threshold [d_sae], and b_dec [d_out].
+    Subclasses give `encode_sparse` and `decode`, and have W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc and
+    threshold [d_sae], and b_dec [d_out].  What a kind has beside these it declares in `extra_arrays` and
+    `extra_fields`; its constructor takes each by name, and the object has an attribute of that name.
     """
 
     kind = "sae"
+    extra_arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # name → names of its dimensions: d_in, d_sae, d_out
+    extra_fields: ClassVar[Mapping[str, Field]] = {}
+    reconstructs_input: ClassVar[bool] = True  # so that b_dec and W_dec say what activations are like
     cfg: SAEConfig
     W_enc: Any
     W_dec: Any
@@ -73,6 +91,23 @@ class Coder(nn.Module):
     def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
         """Like `forward` for x [..., d_in], with latents that were already computed: [..., d_out]."""
         return self.decode(latents)
+
+    def neuronpedia_url(self, feature: int) -> str:
+        """The page of a feature on Neuronpedia.
+
+        Raises ValueError where the SAE's page is not known (`cfg.metadata.neuronpedia_id` is None), IndexError for a
+        feature outside of [0, d_sae), TypeError for what is no integer.
+        """
+        index = operator.index(feature)
+        if not 0 <= index < self.d_sae:
+            raise IndexError(f"feature: expected 0 to {self.d_sae - 1}, got {feature}")
+        about = self.cfg.metadata.neuronpedia_id
+        if about is None:
+            raise ValueError(
+                "neuronpedia_url: the page of this SAE on Neuronpedia is not known; set cfg.metadata.neuronpedia_id,"
+                " such as 'gemma-2-2b/20-gemmascope-res-16k'"
+            )
+        return f"https://www.neuronpedia.org/{about}/{index}"
 
     def prepare(self: T, force: bool = False, **options: Any) -> T:
         """Build now what the first encode would otherwise build. Does nothing if there is nothing to build."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from gemmascope_fast.sae.screen_cache import ScreenCache, ScreenOptions
 from gemmascope_fast.sae.straight_through import with_gradients
 from gemmascope_fast.sae.weights import EncoderWeights, check_encoder, check_weights
 
+S = TypeVar("S", bound="JumpReLUSAE")
+
 
 class JumpReLUSAE(Coder):
     """x̂ = f @ W_dec + b_dec with f = relu(z) · (z > threshold), z = x @ W_enc + b_enc (Gemma Scope paper, section 1).
@@ -32,8 +35,8 @@ class JumpReLUSAE(Coder):
     storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
     """
 
-    rows: Rows  # where the rows of W_enc and W_dec are stored
-    screen_cache: ScreenCache  # builds the screen at first use and keeps it
+    rows: Rows  # where the rows of W_enc and W_dec live
+    screen_cache: ScreenCache  # the screen, built at first use
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class JumpReLUSAE(Coder):
         else:
             csr = self.screen_cache.encode(self, flat, screen, bandwidth)
         if bandwidth is not None:
-            csr = with_gradients(csr, self.threshold, bandwidth)
+            csr = with_gradients((csr[0], csr[1], csr[2]), self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
 
@@ -195,21 +198,47 @@ class JumpReLUSAE(Coder):
         pin_rows(self, torch.device(device))
         return self
 
+    def prefix(self: S, n: int) -> S:
+        """The coder of the first n features: the same kind, on views of this one's weights, so no copy of a matrix.
+
+        For Matryoshka SAEs, whose prefixes are trained to reconstruct on their own.  An edit of one is an edit of the
+        other.  A top-k coder keeps min(k, n).  It has a screen of its own, built at first use.
+        Raises ValueError unless 1 <= n <= d_sae, and where rows are not in memory (`rows="mmap"`, `pin_rows`).
+        """
+        if type(n) is not int or not 1 <= n <= self.d_sae:
+            raise ValueError(f"n: expected 1 to d_sae = {self.d_sae}, got {n!r}")
+        if self.rows.only_through_screen or not self.rows.in_memory:
+            raise ValueError("prefix: expected rows in memory, got rows in a file or in pinned host memory")
+        weights = self.screen_cache.refresh(self)  # rows one after the other, of which a view is rows too
+        given: dict[str, Any] = {"W_enc": weights.W_enc[:, :n], "W_dec": self.W_dec[:n], "b_dec": self.b_dec}
+        given |= {"b_enc": weights.b_enc[:n], "threshold": weights.threshold[:n]}
+        for name, dims in self.extra_arrays.items():
+            cut = tuple(slice(n) if dim == "d_sae" else slice(None) for dim in dims)
+            given[name] = getattr(self, name)[cut]
+        for name, field in self.extra_fields.items():
+            value = getattr(self, name)
+            given[name] = min(value, n) if field.most == "d_sae" else value
+        return type(self)(**given, cfg=replace(self.cfg, d_sae=n), **self._layout())
+
+    def _layout(self) -> dict[str, Any]:
+        """What the constructor takes beside weights, fields and cfg."""
+        return {}
+
     def encoder_weights(self) -> EncoderWeights:
         """The parameters that an encode reads, with their current values."""
         return EncoderWeights(self.W_enc, self.b_enc, self.threshold)
 
     def screen_centre(self) -> Tensor | None:
-        """Default centre of the screen: b_dec, which in an SAE is close to the mean of the activations."""
-        return self.b_dec.detach().float() if self.kind == "sae" else None
+        """Where the screen centres activations unless told: b_dec is about their mean in an SAE."""
+        return self.b_dec.detach().float() if self.reconstructs_input else None
 
     def screen_directions(self) -> Tensor | None:
-        """Default directions that the screen computes separately: the massive dimensions, [k, d_in]."""
-        return massive_dimensions(self.b_dec.detach().float()) if self.kind == "sae" else None
+        """What the screen takes out of activations unless told: the massive dimensions, [k, d_in]."""
+        return massive_dimensions(self.b_dec.detach().float()) if self.reconstructs_input else None
 
     def screen_scales(self) -> Tensor | None:
-        """Default scales of the screen, from how much the decoder writes into each dimension."""
-        if self.kind != "sae" or not self.d_sae:
+        """How the screen balances dimensions unless a sample tells: by what the decoder writes into each."""
+        if not self.reconstructs_input or not self.d_sae:
             return None
         return balancing_scales(self.W_enc.detach(), decoder_spread(self.W_dec.detach()), self.screen_directions())
 
@@ -244,12 +273,14 @@ class JumpReLUTranscoder(JumpReLUSAE):
     """Reads one site and reconstructs another: x̂ is the output at `cfg.site_out`."""
 
     kind = "transcoder"
+    reconstructs_input = False
 
 
 class JumpReLUSkipTranscoder(JumpReLUTranscoder):
     """A transcoder with an affine skip: x̂ = f @ W_dec + b_dec + x @ W_skip, with W_skip [d_in, d_out]."""
 
     kind = "skip_transcoder"
+    extra_arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {"W_skip": ("d_in", "d_out")}
 
     def __init__(self, *args: Any, W_skip: Tensor, **more: Any) -> None:
         super().__init__(*args, **more)

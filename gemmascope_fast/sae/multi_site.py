@@ -169,6 +169,9 @@ class Crosscoder(JumpReLUSAE):
     def _tokens(self, x: Tensor) -> Tensor:
         return super()._tokens(self._flat(x))
 
+    def _layout(self) -> dict[str, Any]:
+        return {"sites": self.sites, "n_layers": self.n_layers}
+
     def _flat(self, x: Tensor) -> Tensor:
         expect_tensor("x", x)
         d = self.cfg.d_in // self.n_layers

@@ -290,10 +290,11 @@ def _sha256(tensors: Iterable[Tensor]) -> str:
 
 
 def pays(x: Tensor, W_enc: Tensor) -> bool:
-    """Whether the screened encode of x [N, d_in] is faster than the full one, once the screen is built.
-    On CPU it was faster at 640 × 4,096, 2,304 × 16,384 and × 65,536, and 3,584 × 16,384, from 1 to 1,024 tokens
-    (benchmarks/measured). The PyTorch reference does not screen, so nothing is gained without the extension or if
-    another backend was requested.
+    """Whether the screened encode of x [N, d_in] is faster than the full one, once built.
+
+    On CPU it was at 640 × 4,096, 2,304 × 16,384 and × 65,536, and 3,584 × 16,384, from 1 to 1,024 tokens.
+    The reference screens nothing, so without the extension, or where another backend is asked for, there is nothing to
+    gain.
     """
     native = backends.NATIVE_MISSING is None and backends.requested() in (None, "native")
     return native and x.device.type == "cpu" and W_enc.shape[0] <= MOST_INPUTS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from gemmascope_fast import ops
 from gemmascope_fast.ops.encode_topk import greatest_of
 from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.base import Field
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.sae.weights import EncoderWeights
@@ -24,6 +25,7 @@ class TopKSAE(JumpReLUSAE):
     """
 
     kind = "topk_sae"
+    extra_fields: ClassVar = {"k": Field(int, 1, "d_sae")}
 
     def __init__(self, *args: Any, k: int, **more: Any) -> None:
         super().__init__(*args, **more)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach.tokens import ends
+from gemmascope_fast.attach.tokens import device_of, ends
 from gemmascope_fast.attach.transformers.structure import Structure
-from gemmascope_fast.files import identity
+from gemmascope_fast.files import identity, progress
 from gemmascope_fast.files.atomic import make_folder, replacing
 from gemmascope_fast.sae.sites import Site
 
@@ -78,13 +78,14 @@ def activations_at(
     tokens: Any = "content"
     if special is not None:
         left_out = torch.tensor(special)
-        tokens = lambda ids: ~torch.isin(ids, left_out)  # noqa: E731
+        tokens = lambda ids: ~torch.isin(ids, left_out.to(ids.device))  # noqa: E731
     with _what_reaches(model, sites) as stack, torch.inference_mode():
         options = {"use_cache": False} if "use_cache" in inspect.signature(stack.forward).parameters else {}
+        device = device_of(stack)
         for ids in batches:
             # one run per batch, because a run stores every row
             with attach(stack, keep, tokens=tokens):
-                stack(ids, **options)
+                stack(ids.to(device), **options)
             yield [torch.cat(seen[site]) for site in sites]
             for parts in seen.values():
                 parts.clear()
@@ -117,8 +118,6 @@ def collect(
     text has a subfolder, whose name contains a hash of tokens, model, dtype and layer.  Each part appears complete or
     not at all, and existing parts are not computed again: an interrupted job continues with the first missing part.
     """
-    from tqdm import tqdm
-
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     first, last = ends(tokenizer)
     length = _length(model, sum(token is not None for token in (first, last)))
@@ -130,7 +129,7 @@ def collect(
     own = folder / f"{name}-{key[:16]}"
     make_folder(own)
     parts = []
-    with tqdm(total=end, desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
+    with progress.bar(total=end, desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
         for start in range(0, end, PART):
             path, some = own / f"{start // PART:05}.npy", ids[start : start + PART]
             if not path.exists():
@@ -149,8 +148,8 @@ def _length(model: Any, special: int) -> int:
 
 def _write(path: Path, rows: Tensor) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        # when numpy writes to a file directly, its errors do not say that the disk is full
-        np.save(SimpleNamespace(write=file.write), rows.numpy())
+        # into a file itself numpy writes by C's stdio, whose errors do not say that the disk is full
+        np.save(SimpleNamespace(write=file.write), rows.cpu().numpy())
 
 
 class Batches:

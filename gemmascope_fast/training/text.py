@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from gemmascope_fast.files.progress import bar
 
 HELD_OUT = 0.1  # the last tenth of each text is for evaluation, never for training
 # Beginnings that the model continues, because the standard library's texts are only about Python.
@@ -72,28 +76,34 @@ def sampled(model: Any, tokenizer: Any, rounds: int = 4, tokens: int = 250, seed
 
     The same seed gives the same text on the same machine; on another one, rounding may change it.
     """
-    from tqdm import tqdm
-
-    inputs = tokenizer(list(OPENINGS), return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(list(OPENINGS), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     written: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        for _ in tqdm(range(rounds), desc="the model writes", unit="round"):
+        for _ in bar(range(rounds), desc="the model writes", unit="round"):
             ids = model.generate(**inputs, do_sample=True, top_k=64, top_p=1.0, temperature=1.0, max_new_tokens=tokens)
             written += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return "\n\n".join(piece.strip() for piece in written)
 
 
+# What a name stands for in --text, besides a file.
+NAMED: dict[str, Callable[[], str]] = {
+    "pydoc": pydoc_topics,
+    "stdlib": stdlib_docstrings,
+    "-": lambda: sys.stdin.read(),
+}
+
+
+def read_text(name: str) -> str:
+    """The text of a name: "pydoc", "stdlib", "-" for standard input, or a UTF-8 file."""
+    return NAMED[name]() if name in NAMED else Path(name).read_text("utf-8")
+
+
 def read_texts(names: list[str], model: Any, tokenizer: Any) -> list[Text]:
-    """Each of `names`: "pydoc", "stdlib", "sampled", or a UTF-8 file.  ValueError if a text is empty."""
-    builtin = {
-        "pydoc": pydoc_topics,
-        "stdlib": stdlib_docstrings,
-        "sampled": lambda: sampled(model, tokenizer),
-    }
+    """Each of `names`: "sampled", or as `read_text` takes it.  ValueError for a text that is empty."""
     texts = []
     for name in names:
-        text = builtin[name]() if name in builtin else Path(name).read_text("utf-8")
+        text = sampled(model, tokenizer) if name == "sampled" else read_text(name)
         if not text.strip():
             raise ValueError(f"--text {name}: expected English text, got none")
         texts.append(Text(name, text))

@@ -1,4 +1,7 @@
-"""The JumpReLU trainer: loss, optimiser, L0 control, revival of dead features, and conversion to an SAE.
+"""The trainer of SAEs: loss, optimiser, L0 control, revival of dead features, and folding into an SAE.
+
+Three activations: JumpReLU with trained thresholds (Rajamanoharan et al., arXiv 2407.14435), top-k (Gao et al., arXiv
+2406.04093) and BatchTopK (Bussmann et al., arXiv 2412.06410).
 
 It trains on centred activations scaled to mean square norm 1; `to_sae` folds both into the weights, so the trained
 SAE takes raw activations.
@@ -18,8 +21,11 @@ from gemmascope_fast import ops
 from gemmascope_fast.sae.config import SAEConfig
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.straight_through import JumpReLU, L0Step
+from gemmascope_fast.sae.topk import TopKSAE
 
 PARAMETERS = ("W_enc_rows", "W_dec", "b_enc", "b_dec", "threshold")
+ACTIVATIONS = ("jumprelu", "topk", "batchtopk")
+SLOW = 0.99  # a batch's least value counts for a hundredth in BatchTopK's threshold: the last few hundred batches
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,8 @@ class TrainConfig:
     """Settings of one training run; together with the activations they determine the result."""
 
     d_sae: int = 4096
-    l0: float = 60.0  # target: mean number of features that fire per token
+    activation: str = "jumprelu"
+    l0: float = 60.0  # target: mean number of features that fire per token; k of the other activations
     steps: int = 3000
     batch: int = 1024  # tokens
     lr: float = 2e-3
@@ -61,6 +68,10 @@ class TrainConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if self.activation != "jumprelu" and self.l0 != int(self.l0):
+            raise ValueError(f"l0: expected a whole number of features, the k of {self.activation}, got {self.l0}")
         if self.l0 >= self.d_sae:
             raise ValueError(f"l0: expected a target below d_sae = {self.d_sae}, got {self.l0}")
         if not 0 <= self.lr_decay <= 1:
@@ -106,10 +117,16 @@ class Step:
 def loss_terms(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, W_dec: Tensor, b_dec: Tensor, config: TrainConfig
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(mean square error, L0, x̂ [N, d], crow, col of the stored pairs); both terms have straight-through gradients.
+    """(mean square error, L0, x̂ [N, d], col of the pairs kept, their size: more than 0 for those that fired).
 
-    x [N, d_in], scaled.  Pairs are stored if they fired or are within the bandwidth; all others have no gradient.
+    x [N, d_in] scaled.  With JumpReLU the pairs are those that fired or lie within the bandwidth: nowhere else is a
+    gradient, and both terms have straight-through ones.  With the other activations the pairs are the chosen ones.
     """
+    if config.activation != "jumprelu":
+        crow, col, values = ops.encode_topk(x, W_enc, b_enc, int(config.l0), config.activation == "batchtopk")
+        x_hat = ops.decode(crow, col, values, W_dec, b_dec, None)
+        fired = torch.ones_like(values.detach())
+        return (x - x_hat).square().sum() / x.shape[0], fired.sum() / x.shape[0], x_hat, col, values.detach()
     crow, col, z = ops.encode(x, W_enc, b_enc, threshold, config.bandwidth)
     theta = threshold[col.long()]
     values = JumpReLU.apply(z, theta, config.bandwidth, config.theta_to_input)
@@ -151,6 +168,7 @@ class Trainer:
         self.log_sparsity = math.log(config.sparsity)
         self.steps_done = 0
         self.revived = 0
+        self.least = 0.0  # BatchTopK: running mean of the least value that was kept, the threshold at inference
 
     def step(self, x: Tensor) -> Step:
         """One step on a scaled batch x [batch, d_in]."""
@@ -170,7 +188,11 @@ class Trainer:
             p["threshold"].clamp_(min=config.threshold * 1e-3)
             self._count_silent(x.shape[0], col, fired)
             self._nudge()
-            self._steer(float(l0.detach()))
+            if config.activation == "jumprelu":
+                self._steer(float(l0.detach()))
+            elif fired.numel():
+                least = float(fired.min())
+                self.least = least if not self.steps_done else SLOW * self.least + (1 - SLOW) * least
             self.steps_done += 1
             # No revival after the learning rate began to fall, because those features would not be trained.
             if self.steps_done % config.revive_every == 0 and self.steps_done < config.steps * (1 - config.lr_decay):
@@ -248,13 +270,18 @@ class Trainer:
         W_enc = p["W_enc_rows"].to(dtype, copy=True).t()
         mean = self.scaling.mean.double()
         b_enc = scale * p["b_enc"].double() - mean @ W_enc.double()
-        return JumpReLUSAE.from_weights(
+        threshold = p["threshold"]
+        if self.config.activation != "jumprelu":
+            threshold = torch.full_like(threshold, self.least if self.config.activation == "batchtopk" else 0.0)
+        top = {"k": int(self.config.l0)} if self.config.activation == "topk" else {}
+        return (TopKSAE if top else JumpReLUSAE).from_weights(
             W_enc=W_enc.float(),
             W_dec=p["W_dec"].to(dtype, copy=True).float(),
             b_enc=b_enc.float(),
             b_dec=(scale * p["b_dec"].double() + mean).float(),
-            threshold=scale * p["threshold"],
+            threshold=scale * threshold,
             cfg=cfg,
+            **top,
         )
 
     # ---- checkpoints -----------------------------------------------------------------------------
@@ -272,6 +299,7 @@ class Trainer:
             "log_sparsity": self.log_sparsity,
             "steps_done": self.steps_done,
             "revived": self.revived,
+            "least": self.least,
         }
         return tensors, numbers
 
@@ -284,6 +312,7 @@ class Trainer:
         trainer.silent = tensors["silent"].clone()
         trainer.log_sparsity = numbers["log_sparsity"]
         trainer.steps_done, trainer.revived = numbers["steps_done"], numbers["revived"]
+        trainer.least = numbers.get("least", 0.0)
         for name, p in trainer.params.items():
             p.data.copy_(tensors[name])
             state = trainer.adam.state[p]

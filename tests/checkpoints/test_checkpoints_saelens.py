@@ -68,7 +68,10 @@ def test_saelens_topk_with_rescaling_by_the_decoders_norm(tmp_path):
         ({"normalize_activations": "layer_norm"}, "normalize_activations"),
         ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations"),
         ({"normalize_activations": "expected_average_only_in"}, "fold_activation_norm_scaling_factor"),
-        ({"architecture": "gated"}, "architecture"),
+        ({"architecture": "gated"}, "b_gate: missing"),
+        ({"architecture": "matching_pursuit"}, "matching_pursuit.*step by step"),
+        ({"architecture": "temporal"}, "temporal.*other tokens"),
+        ({"architecture": "nonsense"}, "architecture: expected one of"),
         ({"architecture": "topk", "k": 0}, "k"),
         ({"d_sae": 11}, "d_sae"),
         ({"architecture": "jumprelu_transcoder", "apply_b_dec_to_input": True}, "apply_b_dec_to_input"),
@@ -137,7 +140,7 @@ def test_the_table_knows_every_gemma_scope(capsys):
     assert {"gemma-scope-9b-it-res-canonical", "gemma-scope-2-27b-it-res-all"} <= set(releases)
     assert names.lookup("gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76").model == "gemma-2-2b"
     assert names.lookup("nothing of the kind", "a") is None
-    assert cli.main(["ls", "gemma-scope-2b-pt-res-canonical", "--json"]) == 0
+    assert cli.main(["ls", "gemma-scope-2b-pt-res-canonical", "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 58
 
 

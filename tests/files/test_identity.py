@@ -147,22 +147,22 @@ class Names:
         at = self.folder
         pair = ["--model", at / "model", "--sae", at / "sae.safetensors"]
         text = at / "text.txt"
-        small = ["--train-windows", "6", "--windows", "2", "--batch", "2", "--text-file", text]
+        small = ["--train-windows", "6", "--windows", "2", "--batch", "2", "--text", text]
         return {
             "extract": ["extract", *pair, "--text", text, "--window", "100", "--out", at / "out"],
             "eval": ["eval", *pair, "--text", text, "--window", "50", "--no-losses", "--state", at / "state"],
             "quantize --work": [
                 "quantize", "--model", at / "model", "--method", "omniquant", "--train-bits", "4", "--mode", "alone",
-                "--epochs", "1", *small, "--work", at / "work", "--out", at / "codes.safetensors",
+                "--epochs", "1", *small, "--work", at / "work", "--overwrite", "--out", at / "codes.safetensors",
             ],
             "quantize --table": ["quantize", "--model", at / "model", *small, "--table", at / "table.json"],
             "train --activations": [
                 "train", "--model", at / "model", "--layer", "1", "--d-sae", "8", "--l0", "2", "--steps", "2",
                 "--batch", "64", "--text", text, "--activations", at / "activations",
-                "--out", at / "trained.safetensors",
+                "--overwrite", "--out", at / "trained.safetensors",
             ],
             "compare --work": [
-                "quantize", "tables", *pair, "--work", at / "tables", "--text-file", text, "--windows", "2",
+                "quantize", "tables", *pair, "--work", at / "tables", "--text", text, "--windows", "2",
                 "--train-windows", "6", "--epochs", "1", "--only", "grid", "--methods", "minmax", "--quick",
             ],
         }[job]  # fmt: skip

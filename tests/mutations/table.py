@@ -29,6 +29,8 @@ SCALED, BOUND, FORGED = (
     "tests/ops/test_screen_bound.py",
     "tests/ops/test_screen_forged.py",
 )
+TOPK_DRIVER, GREATEST = "csrc/cpu/ops_topk.cpp", "csrc/cpu/greatest.cpp"
+TOPK = "tests/ops/test_encode_topk.py tests/sae/test_topk.py"
 SCREENED_BY_AMX = f"{SCREENED} -k amx"
 
 GPU_SCREEN = "tests/backends/test_triton_interpreter.py -k test_screen"
@@ -74,7 +76,7 @@ CPP = [
     Mutation("half of the norm of the rows", BUILD, "round_up((norm > across ? norm : across) * kUp)", "round_up(0.5 * norm * kUp)", SCREENED),
     Mutation("half of the error of the first digits", BUILD, "out.error = round_up((l1 +", "out.error = round_up((0.5 * l1 +", SCREENED),
     Mutation("half of the error of both digits", BUILD, "out.error2 = round_up((l2 +", "out.error2 = round_up((0.5 * l2 +", SCREENED),
-    Mutation("NaN is discarded by the screen", "csrc/cpu/screen_vec.h", "_mm512_setzero_ps(), _CMP_NLE_UQ", "_mm512_setzero_ps(), _CMP_GT_OQ", SCREENED),
+    Mutation("NaN is discarded by the screen", "csrc/cpu/screen_vec.h", "a.v, floor.v, _CMP_NLE_UQ", "a.v, floor.v, _CMP_GT_OQ", SCREENED),
     Mutation("an activation's norm is without scales", BUILD, "dmul16(dwiden16(x), dwiden16(per))", "dwiden16(x)", SCALED),
     Mutation("activations are not divided by their scales", BUILD, "mul16(sub16(x, columns16(a.mu, k, d, 0.0f)), per)", "sub16(x, columns16(a.mu, k, d, 0.0f))", SCALED),
     Mutation("the centre keeps its scale in b'", BUILD, "dmul16(mu, dwiden16(columns16(a.per_scale, k, a.d, 1.0f)))", "mu", SCALED),
@@ -95,7 +97,7 @@ CPP = [
     Mutation("no underflow in the bound", BUILD, "static_cast<double>(a.d) * kUnderflow", "0.0", BOUND),
     Mutation("one step of the epilogue for seven", TERMS, "return kTokenSteps * kU +", "return kU +", BOUND),
     Mutation("the second digit's bound has the norm of the first digits", REFINE, "kError2, token.reach2,", "kError2, token.reach,", BOUND),
-    Mutation("a bandwidth has no slack for the epilogue", "csrc/cpu/ops_screen.cpp", "start_steps(k) * std::fabs(edge)", "0.0 * std::fabs(edge)", BOUND),
+    Mutation("a bandwidth has no slack for the epilogue", "csrc/cpu/screen_call.cpp", "start_steps(k) * std::fabs(edge)", "0.0 * std::fabs(edge)", BOUND),
     Mutation("the certificate is 1,000 times looser", REFINE, "<= c[p].bound)", "<= 1000 * c[p].bound)", BOUND),
     Mutation("another number in C++ than in Python", TERMS, "kStartSteps = 5", "kStartSteps = 6", "tests/ops/test_screen_terms.py"),
     # a forged screen
@@ -109,9 +111,19 @@ CPP = [
     Mutation("the last candidates are dropped", REFINE, "for (const Candidate* c = begin; c < end; c += 4) {", "for (const Candidate* c = begin; c + 4 <= end; c += 4) {", SCREENED),
     Mutation("the second digit of mapped rows is given up", REFINE, "(!a.adaptive || a.mapped ||", "(!a.adaptive ||", SCREENED),
     Mutation("crowded chunks of mapped rows are lost", "csrc/cpu/ops_screen.cpp", "      finish(worker, chunk, pairs);\n      finished", "      finished", SCREENED),
-    Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    announce_pairs(e, pairs);", "", PACKED),
+    Mutation("mapped rows are not announced", "csrc/cpu/ops_screen.cpp", "    call.announce(pairs);", "", PACKED),
     Mutation("rows with gaps between them are read without", "csrc/cpu/ops_common.cpp", "(W.stride(1) == W.size(0) || W.size(1) < 2)", "true", ENCODE),
     Mutation("a matrix of columns is read as rows", "csrc/cpu/ops_common.cpp", "= W.stride(0) == 1 &&", "=", ENCODE),
+    # top-k: floors, ties, and what the screen cannot judge
+    Mutation("a floor is taken of one pair too few", TOPK_DRIVER, "static_cast<int64_t>(lows.size()) < wanted_ ? 0.0f", "static_cast<int64_t>(lows.size()) + 1 < wanted_ ? 0.0f", TOPK),
+    Mutation("a floor is of upper bounds", TOPK_DRIVER, "c.z - c.bound), -std", "c.z + c.bound), -std", TOPK),
+    Mutation("pairs that the screen cannot judge are thinned", TOPK_DRIVER, "return judged && c.z", "return c.z", TOPK),
+    Mutation("the batch's floor is one token's", TOPK_DRIVER, "wanted_(together ? tokens * k : k)", "wanted_(k)", TOPK),
+    Mutation("the last range of features is not screened", TOPK_DRIVER, "phase + 1 < pieces.phases.size()", "phase + 2 < pieces.phases.size()", TOPK),
+    Mutation("floors never reach the first stage", TOPK_DRIVER, "    call.floors_changed();", "", TOPK),
+    Mutation("all of equal values are taken", GREATEST, "cut.equal-- > 0", "cut.equal > 0", TOPK),
+    Mutation("equal values are not counted", GREATEST, "return {key, k - above};", "return {key, k - above - 1};", TOPK),
+    Mutation("a token's candidates are judged by thresholds alone", REFINE, "a.ranked ? a.tokens[c.token].floor : ", "", TOPK),
     # its first stage with a token a lane: on AVX-512, and what AMX shares of it
     Mutation("a token a lane forgets the zero point", LANES, "less_zero16(acc[f][n], feature.row(kZero), tokens.digit_sums(kDigitSum))", "acc[f][n]", SCREENED, "avx512"),
     Mutation("a token a lane takes a sum of digits for a coefficient", EPILOGUE, "plane(kPackedPlanes + j)", "plane(kTokenPlanes + j)", SCREENED, "avx512"),
@@ -175,8 +187,8 @@ CPP = [
 
 PYTHON = [
     Mutation("dW_dec without the gradient", "gemmascope_fast/ops/decode.py", "values[order], grad, None", "values, grad, None", DECODE),
-    Mutation("dx counts twice", "gemmascope_fast/ops/encode.py", "decode.step(crow, col, grad, W_enc.t()", "decode.step(crow, col, 2 * grad, W_enc.t()", ENCODE),
-    Mutation("db of the wrong order", "gemmascope_fast/ops/encode.py", "by_feature = grad[order]", "by_feature = grad", ENCODE),
+    Mutation("dx counts twice", "gemmascope_fast/ops/decode.py", "decode.step(crow, col, grad, rows,", "decode.step(crow, col, 2 * grad, rows,", ENCODE),
+    Mutation("db of the wrong order", "gemmascope_fast/ops/decode.py", "by_feature = grad[order]", "by_feature = grad", ENCODE),
     Mutation("a threshold is not checked again", "gemmascope_fast/sae/weights.py", "    check_threshold(weights.threshold)\n", "", PREPARE),
     Mutation("in-place edits are not watched", "gemmascope_fast/sae/weights.py", "None if t.is_inference() else t._version", "None", PREPARE),
     Mutation("topk prefers the later of equals", "gemmascope_fast/ops/latents_reduce.py", "by_value = torch.sort(values.detach(), descending=True, stable=True).indices", "by_value = torch.sort(values.detach().flip(0), descending=True, stable=True).indices.neg() + values.numel() - 1", LATENTS),
@@ -219,7 +231,7 @@ PYTHON = [
     Mutation("any activation function loads as ReLU", LOADERS + "base.py", "if config.get(key) is not None and not", "if False and not", FIELDS),
     Mutation("top-k without k loads as ReLU", LOADERS + "saelens.py", "    if new.get(\"activation_fn\") == \"topk\" and new", "    if arguments and new.get(\"activation_fn\") == \"topk\" and new", FIELDS),
     Mutation("any k", LOADERS + "saelens.py", "config.get(\"k\"), 1, _d_sae(arrays))", "config.get(\"k\"), -9, MOST)", FIELDS),
-    Mutation("k beside another kind is passed over", LOADERS + "base.py", "if self.k is not None and self.kind != \"topk_sae\":", "if False:", FIELDS),
+    Mutation("k beside another kind is passed over", LOADERS + "base.py", "for name in set(self.fields) - set(KINDS[self.kind].extra_fields):", "for name in ():", FIELDS),
     Mutation("latents of any dtype", "gemmascope_fast/files/arrays.py", "if not entries[\"values\"].dtype.is_floating_point:", "if False:", FIELDS),
     Mutation("a hub that is down has answered", LOADERS + "hub.py", "else status < 500", "else True", HUB),
     Mutation("a name server is waited for", LOADERS + "hub.py", "answers.get(timeout=wait + 0.5)", "answers.get()", HUB),
@@ -236,8 +248,8 @@ PYTHON = [
     Mutation("the effect's sign is turned", "gemmascope_fast/analysis/compare/sets.py", "np.divide(x.mean(0) - y.mean(0), np.sqrt(variance)", "np.divide(y.mean(0) - x.mean(0), np.sqrt(variance)", COMPARE + " -k every_figure"),
     Mutation("pairs: rejected less chosen", "gemmascope_fast/analysis/compare/sets.py", "y = chosen[:, own].toarray() - rejected[:, own].toarray()", "y = rejected[:, own].toarray() - chosen[:, own].toarray()", COMPARE + " -k one_covariate"),
     Mutation("covariates take nothing out", "gemmascope_fast/analysis/compare/sets.py", 'parts["after"].append(_ratio(beta[0], sd))', 'parts["after"].append(_ratio(y.mean(0), sd))', COMPARE + " -k one_covariate"),
-    Mutation("shuffles that are as extreme do not count", "gemmascope_fast/analysis/compare/sets.py", "(seen >= own * (1 - 1e-12))", "(seen > own * (1 + 1e-12))", COMPARE + " -k extreme"),
-    Mutation("partners fall into different folds", "gemmascope_fast/analysis/compare/sets.py", "if not paired else own[order]", "if True else own[order]", COMPARE + " -k partners"),
+    Mutation("a permutation test of one side", "gemmascope_fast/analysis/compare/sets.py", "return np.abs(x.mean(axis=axis) - y.mean(axis=axis))", "return x.mean(axis=axis) - y.mean(axis=axis)", COMPARE + " -k every_permutation"),
+    Mutation("partners fall into different folds", "gemmascope_fast/analysis/compare/sets.py", "np.cumsum(~y)) if paired else None", "len(y) + np.cumsum(~y)) if paired else None", COMPARE + " -k partners"),
     Mutation("silent tokens do not count in a mean", "gemmascope_fast/analysis/compare/pooled.py", "out /= max(latents.n_rows, 1)", "out /= np.bincount(at)", COMPARE + " -k pooling"),
     Mutation("a token ends one character early", "gemmascope_fast/analysis/compare/models.py", "np.array([end for _, end in found]", "np.array([end - 1 for _, end in found]", COMPARE + " -k another_order"),
     Mutation("a token that ends a span opens the next", "gemmascope_fast/analysis/compare/models.py", "np.searchsorted(ends, b).clip", 'np.searchsorted(ends, b, "right").clip', COMPARE + " -k spans_end"),
@@ -248,7 +260,7 @@ PYTHON = [
     Mutation("a turn's marks count as content", "gemmascope_fast/analysis/compare/conversation.py", "content[begin:end] = True", "content[:end] = True", COMPARE + " -k cached_turns"),
     Mutation("the BOS counts among a text's tokens", "gemmascope_fast/analysis/extraction/texts.py", 'attach(model, coders, tokens="content", keep=False)', 'attach(model, coders, tokens="all", keep=False)', CONCEPTS + " -k plain_forwards"),
     Mutation("the minimum of the concept's own texts", "gemmascope_fast/analysis/concepts/run.py", "spread = raw.max() - raw.min()", "spread = raw.max() - raw[: len(split.test_positive)].min()", CONCEPTS + " -k by_hand"),
-    Mutation("ranks of the negatives", "gemmascope_fast/analysis/concepts/methods.py", "(ranks[positive].sum(0)", "(ranks[~positive].sum(0)", CONCEPTS + " -k all_pairs"),
+    Mutation("ranks of the negatives", "gemmascope_fast/analysis/concepts/methods.py", "mannwhitneyu(x, y, axis=0", "mannwhitneyu(y, x, axis=0", CONCEPTS + " -k all_pairs"),
     Mutation("hard negatives are not among the test", "gemmascope_fast/analysis/concepts/run.py", "near = np.concatenate([scores[:p], scores[len(scores) - h :]])", "near = np.concatenate([scores[:p], scores[p : p + h]])", CONCEPTS + " -k by_hand"),
     Mutation("the difference of means is turned", "gemmascope_fast/analysis/concepts/methods.py", "w = positive.double().mean(0) - negative.double().mean(0)", "w = negative.double().mean(0) - positive.double().mean(0)", CONCEPTS + " -k formulas"),
     Mutation("what is gained is what is lost", "gemmascope_fast/analysis/concepts/run.py", '"gain": changed[1] - changed[0]', '"gain": changed[0] - changed[1]', CONCEPTS + " -k steering"),
@@ -287,7 +299,9 @@ PYTHON = [
     Mutation("latents are indexed by token", "gemmascope_fast/ops/latents_index.py", "    each = math.prod(lead[1:])\n", "    each = 1\n", TENSORS),
     Mutation("a zero that is not stored is never the maximum", "gemmascope_fast/ops/latents_reduce.py", "wins = full | ~(stored <= 0)", "wins = full | ~(stored <= -9)", TENSORS),
     Mutation("pickled latents are not checked", "gemmascope_fast/ops/latents.py", "        if not self.crow_indices.is_meta:\n            self.validate()\n", "", TENSORS),
-    Mutation("outputs are not checked first", "gemmascope_fast/cli/arguments.py", "if not path.parent.is_dir() or path.is_dir():", "if False:", JOBS + " -k told_first"),
+    Mutation("outputs are not checked first", "gemmascope_fast/cli/arguments.py", "if not there.is_dir():", "if False:", JOBS + " -k told_first"),
+    Mutation("outputs that exist are replaced", "gemmascope_fast/cli/arguments.py", 'if taken and "kept" not in kind and not args.overwrite:', "if False:", "tests/cli/test_options.py -k checked_before"),
+    Mutation("--json - shares standard output", "gemmascope_fast/cli/arguments.py", 'other = sys.stderr if getattr', 'other = sys.stdout if getattr', "tests/cli/test_options.py -k alone_there"),
     # what jobs keep, and of what it is
     Mutation("a sample of the weights stands for them", "gemmascope_fast/files/identity.py", "yield from flat.split(BLOCK)", "yield from flat[::1009].split(BLOCK)", IDENTITY + " -k any_weight"),
     Mutation("a matrix by columns is taken for another by rows", "gemmascope_fast/files/identity.py", 'tensor, order = tensor.t(), "columns of "', 'tensor, order = tensor.t(), ""', IDENTITY + " -k layout"),
@@ -310,4 +324,7 @@ PYTHON = [
     Mutation("training rounds small scales up", "gemmascope_fast/training/nested/recipe.py", "clamp(min=LEAST)", "clamp(min=6.1e-5)", "tests/training/test_matryoshka_training.py -k tiny_weights"),
     Mutation("experts are left out without a word", "gemmascope_fast/quant/model.py", "if fused and not skip_experts:", "if False:", "tests/ops/test_matryoshka_models.py"),
     Mutation("a quantised head is tied again", "gemmascope_fast/quant/model.py", "            config.tie_word_embeddings = False\n", "            pass\n", "tests/ops/test_matryoshka_models.py -k tied"),
+    Mutation("an EOS in the prompt ends the sequence", "gemmascope_fast/attach/sequences.py", "    ended[:, : max(prompt - generation.offset, 0)] = False\n", "", "tests/attach/test_attach_generate.py -k eos_in_the_prompt"),
+    Mutation("edits without a mode splice", "gemmascope_fast/attach/run.py", '"splice+error" if self.edits else "observe"', '"splice" if self.edits else "observe"', "tests/attach/test_edits.py -k without_a_mode"),
+    Mutation("nine dimensions are read", "gemmascope_fast/files/fields.py", "MAX_DIMENSIONS = 8", "MAX_DIMENSIONS = 9", "tests/files/test_dimensions.py"),
 ]  # fmt: skip

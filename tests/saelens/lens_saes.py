@@ -4,6 +4,7 @@ import copy
 
 import torch
 from sae_lens import saes as lens
+from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,6 +13,7 @@ SAES = {
     "jumprelu": (lens.JumpReLUSAE, lens.JumpReLUSAEConfig, {}),
     "standard": (lens.StandardSAE, lens.StandardSAEConfig, {}),
     "topk": (lens.TopKSAE, lens.TopKSAEConfig, {"k": 7}),
+    "abstopk": (AbsTopKSAE, AbsTopKSAEConfig, {"k": 7}),
 }
 TRANSCODERS = {
     "transcoder": (lens.Transcoder, lens.TranscoderConfig),

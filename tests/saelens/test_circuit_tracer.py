@@ -197,7 +197,7 @@ def test_made_from_this_packages_transcoders(tmp_path):
 
 def test_what_is_refused():
     with pytest.raises(TypeError, match="activation_function"):
-        gsf.accelerate(SingleLayerTranscoder(D, WIDTH, TopK(3), 0, device=CPU))
+        gsf.accelerate(SingleLayerTranscoder(D, WIDTH, F.gelu, 0, device=CPU))
     with pytest.raises(ValueError, match="inplace"):
         gsf.accelerate(single(), inplace=False)
     negative = gsf.accelerate(single())
@@ -206,3 +206,62 @@ def test_what_is_refused():
         negative.encode_sparse(inputs(1)[0])
     with pytest.raises(TypeError, match="JumpReLUTranscoder"):
         ours.transcoder(torch.nn.Linear(2, 2), 0)
+
+
+def ranked(k=7, skip=False, layer=0):
+    made = SingleLayerTranscoder(D, WIDTH, TopK(k), layer, skip_connection=skip, device=CPU, dtype=torch.float32)
+    return fill(made, layer).requires_grad_(False)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("k", [1, 7, 120, WIDTH])
+def test_top_k(skip, k):
+    """With a large k negative pre-activations are among the greatest: circuit-tracer keeps them."""
+    plain, x = ranked(k, skip), inputs()[0]
+    fast = gsf.accelerate(copy.deepcopy(plain))
+    wanted = plain.encode(x)
+    assert bool((wanted < 0).any()) == (k > 100)
+    assert torch.equal(fast.encode(x) != 0, wanted != 0)
+    torch.testing.assert_close(fast.encode(x), wanted)
+    torch.testing.assert_close(fast(x), plain(x))
+    assert_same(fast.encode_sparse(x), plain.encode_sparse(x))
+    fast.activation_function.k = k = max(1, k // 2)
+    plain.activation_function.k = k
+    torch.testing.assert_close(fast.encode(x), plain.encode(x))
+
+
+def test_top_k_gradients():
+    plain, x = ranked(), inputs()[0]
+    grads = []
+    for each in (plain, gsf.accelerate(copy.deepcopy(plain))):
+        at = x.clone().requires_grad_()
+        each.encode(at).square().sum().backward()
+        grads.append(at.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_sets_of_top_k_transcoders():
+    plain = TranscoderSet({i: ranked(layer=i) for i in range(LAYERS)}, "hook_in", "hook_out")
+    fast = gsf.accelerate(copy.deepcopy(plain))
+    assert_same(fast.compute_attribution_components(inputs()), plain.compute_attribution_components(inputs()))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("k", [7, WIDTH])
+def test_this_packages_top_k_transcoders(skip, k):
+    weights = {name: p.detach() for name, p in fill(single()).named_parameters() if name.startswith(("W", "b_"))}
+    given = weights | {"W_enc": weights["W_enc"].t(), "threshold": torch.zeros(WIDTH)}
+    if skip:
+        own = gsf.TopKSkipTranscoder.from_weights(**given, k=k, W_skip=torch.eye(D))
+    else:
+        own = gsf.TopKTranscoder.from_weights(**given, k=k)
+    made, x = ours.transcoder(own, 3), inputs()[0]
+    torch.testing.assert_close(made.encode(x), own.encode(x))
+    torch.testing.assert_close(made(x), own(x))
+
+
+def test_a_cross_layer_transcoder_takes_no_top_k():
+    with_top_k = cross()
+    with_top_k.activation_function = TopK(3)
+    with pytest.raises(TypeError, match="expected JumpReLU, ReLU or, of one layer, TopK"):
+        gsf.accelerate(with_top_k)

@@ -1,6 +1,7 @@
 """SAEBench's custom SAEs, and coders of dictionary_learning and sparsify."""
 
 import copy
+import json
 
 import dictionary_learning.dictionary as dictionaries
 import pytest
@@ -15,6 +16,8 @@ from sae_bench.custom_saes import batch_topk_sae, jumprelu_sae, relu_sae, topk_s
 from sparsify import SparseCoder, SparseCoderConfig
 
 import gemmascope_fast as gsf
+from gemmascope_fast.checkpoints.loading import from_pretrained
+from gemmascope_fast.cli.convert import convert
 from gemmascope_fast.dropin import saebench
 
 ABOUT = {"model_name": "tiny", "hook_layer": 0, "device": torch.device("cpu"), "dtype": torch.float32}
@@ -87,7 +90,7 @@ def test_saebench_takes_this_packages_saes():
         custom(x)
     assert largest.elements < 200 * WIDTH
     with pytest.raises(TypeError, match="JumpReLU"):
-        saebench.custom_sae(gsf.TopKSAE(**weights, k=3), "gemma-2-2b", 12)
+        saebench.custom_sae(gsf.TopKSAE(**weights | {"threshold": torch.zeros(WIDTH)}, k=3), "gemma-2-2b", 12)
 
 
 @pytest.mark.parametrize("kind", DICTIONARIES)
@@ -105,21 +108,48 @@ def test_dictionary_learning(kind):
     assert all(int((p != 0).sum()) for p in (fast.W_enc, fast.W_dec))
 
 
-@pytest.mark.parametrize("transcode", [False, True])
-def test_sparsify(transcode):
-    cfg = SparseCoderConfig(num_latents=WIDTH, k=6, transcode=transcode)
+@pytest.mark.parametrize(("transcode", "skip"), [(False, False), (True, False), (True, True)])
+def test_sparsify(transcode, skip):
+    cfg = SparseCoderConfig(num_latents=WIDTH, k=6, transcode=transcode, skip_connection=skip)
     coder, x = fill(SparseCoder(D, cfg)), tokens(17, D)
     fast = gsf.accelerate(coder)
+    kinds = {(False, False): gsf.TopKSAE, (True, False): gsf.TopKTranscoder, (True, True): gsf.TopKSkipTranscoder}
+    assert type(fast) is kinds[transcode, skip]
     acts, features, _ = coder.encode(x)
     dense = torch.zeros(17, WIDTH).scatter(1, features, acts)
     assert torch.equal(fast.encode(x) != 0, dense != 0)
     torch.testing.assert_close(fast.encode(x), dense)
-    torch.testing.assert_close(fast(x), coder.decode(acts, features))
+    torch.testing.assert_close(fast(x), coder(x).sae_out)
+
+
+@pytest.mark.parametrize(("transcode", "skip"), [(False, False), (True, False), (True, True)])
+def test_sparsify_on_disk(tmp_path, transcode, skip):
+    """What sparsify saves loads here, and what `convert` writes loads in sparsify."""
+    cfg = SparseCoderConfig(num_latents=WIDTH, k=6, transcode=transcode, skip_connection=skip)
+    coder, x = fill(SparseCoder(D, cfg)), tokens(17, D)
+    coder.save_to_disk(tmp_path / "layers.3.mlp")
+    made = from_pretrained(tmp_path / "layers.3.mlp")
+    torch.testing.assert_close(made(x), coder(x).sae_out)
+    convert(tmp_path / "layers.3.mlp", tmp_path / "again", "sparsify")
+    torch.testing.assert_close(SparseCoder.load_from_disk(tmp_path / "again")(x).sae_out, coder(x).sae_out)
+
+
+@pytest.mark.parametrize("kind", DICTIONARIES)
+def test_dictionary_learning_on_disk(tmp_path, kind):
+    coder, x = fill(DICTIONARIES[kind]()), tokens(17, D)
+    torch.save(coder.state_dict(), tmp_path / "ae.pt")
+    trainer = {"dict_class": type(coder).__name__, "activation_dim": D, "dict_size": WIDTH, "layer": 3}
+    trainer |= {"k": int(coder.k)} if hasattr(coder, "k") else {}
+    (tmp_path / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {}}))
+    made, known = from_pretrained(tmp_path), gsf.accelerate(coder)
+    assert type(made) is type(known)
+    torch.testing.assert_close(made.encode(x), known.encode(x))
+    torch.testing.assert_close(made(x), known(x))
 
 
 def test_what_is_refused():
     for coder, error, words in (
-        (dictionaries.GatedAutoEncoder(D, WIDTH), TypeError, "GatedAutoEncoder"),
+        (dictionaries.IdentityDict(D), TypeError, "IdentityDict"),
         (SparseCoder(D, SparseCoderConfig(num_latents=WIDTH, skip_connection=True)), ValueError, "skip"),
         (SparseCoder(D, SparseCoderConfig(num_latents=WIDTH, activation="groupmax")), ValueError, "groupmax"),
     ):

@@ -307,10 +307,44 @@ def test_settings_that_mean_nothing_are_refused():
     for name, value in (("l0", F), ("steps", 0), ("lr", -1.0), ("bandwidth", 0.0), ("lr_decay", 1.5)):
         with pytest.raises(ValueError, match=name):
             dataclasses.replace(CONFIG, **{name: value})
+    with pytest.raises(ValueError, match=r"activation: expected one of jumprelu, topk, batchtopk, got 'tanh'"):
+        dataclasses.replace(CONFIG, activation="tanh")
+    with pytest.raises(ValueError, match="l0: expected a whole number"):
+        dataclasses.replace(CONFIG, activation="topk", l0=4.5)
     with pytest.raises(ValueError, match="activations"):
         Scaling.of([torch.ones(5, 3)])
     with pytest.raises(ValueError, match="activations"):
         Scaling.of([torch.tensor([[1.0, float("nan")], [0.0, 1.0]])])
+
+
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_the_other_activations(activation, tmp_path):
+    config = dataclasses.replace(CONFIG, activation=activation)
+    trainer, seen = run(config)
+    assert all(s.l0 <= CONFIG.l0 for s in seen)
+    assert sum(s.fvu for s in seen[-50:]) / 50 < 0.4
+    sae, x = trainer.to_sae(), data(2000, seed=4)
+    l0 = sae.encode_sparse(x).detach().l0().float()
+    if activation == "topk":
+        assert (sae.kind, sae.k, int(l0.max())) == ("topk_sae", CONFIG.l0, CONFIG.l0)
+    else:
+        # one threshold that keeps k a token on average, more where there is more
+        assert sae.kind == "sae"
+        assert len(set(sae.threshold.tolist())) == 1
+        assert float(l0.mean()) == pytest.approx(CONFIG.l0, rel=0.2)
+        assert float(l0.std()) > 0.5
+    fvu = (sae(x).detach() - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert fvu < 0.4
+    # a run that goes on from a file ends where it would have ended
+    save_run(run(dataclasses.replace(config, steps=30), steps=15)[0], tmp_path / "run", {})
+    again, _ = load_run(tmp_path / "run")
+    batches = Batches([data()], config.batch, config.seed)
+    for step in range(15, 30):
+        again.step(again.scaling.apply(batches[step]))
+    whole, _ = run(dataclasses.replace(config, steps=30))
+    for name, value in whole.state()[0].items():
+        assert torch.equal(value, again.state()[0][name]), name
+    assert whole.state()[1] == again.state()[1]
 
 
 def test_saving_in_the_middle_does_not_change_the_run(tmp_path):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.calls import CACHES
-from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.attach.tokens import device_of, opening
 from gemmascope_fast.ops.latents import SparseLatents
 
 ROLES = {"assistant": "model"}  # Gemma's name for this role
@@ -104,7 +104,7 @@ def read_conversation(
     name = next(n for n in (*CACHES, "past_key_values") if n in accepted)
     with torch.inference_mode(), attach(model, sites, tokens="all") as run:
         for ids, _, _ in each:
-            model(torch.tensor([ids]), use_cache=True, **{name: cache})
+            model(torch.tensor([ids], device=device_of(model)), use_cache=True, **{name: cache})
             progress()
     ((key, _),) = sites.items()
     latents = run.latents[key]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gemmascope_fast.analysis.compare.sets import times_fired
 from gemmascope_fast.analysis.extraction.texts import read_texts
 from gemmascope_fast.ops.latents import SparseLatents
 
@@ -129,15 +130,11 @@ def matched_features(a: Any, b: Any) -> dict[str, np.ndarray]:
 LEAST = 3  # minimum number of spans: on one or two spans, many features agree by chance
 
 
-def _fired(x: Any) -> np.ndarray:
-    return np.asarray((x != 0).sum(0)).ravel()
-
-
 def matches(a: Any, b: Any, *, least: int = LEAST) -> list[dict[str, Any]]:
     """For each feature of a that fires on at least `least` spans, the feature of b with the most similar firing, if
     there is any; most similar first."""
     found = matched_features(a, b)
-    fired_a, fired_b = _fired(a), _fired(b)
+    fired_a, fired_b = times_fired(a), times_fired(b)
     records = [
         {"feature": f, "match": m, "fired_a": int(fired_a[f]), "fired_b": int(fired_b[m]),
          "match_correlation": float(found["correlation"][f])}
@@ -157,7 +154,7 @@ def changes(a: Any, b: Any, *, same: float = 0.5, least: int = LEAST) -> list[di
         raise ValueError(f"expected one SAE on both sides, got {a.shape[1]} and {b.shape[1]} features")
     found = matched_features(a, b)
     own = found["own"]
-    fired = [_fired(x) for x in (a, b)]
+    fired = [times_fired(x) for x in (a, b)]
     records = []
     for f in np.nonzero(np.maximum(*fired) >= least)[0].tolist():
         na, nb = int(fired[0][f]), int(fired[1][f])

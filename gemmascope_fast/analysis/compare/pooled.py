@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,18 +36,20 @@ def pooled(
 
     sites: one key and its SAE.  options: those of `read_texts`.  ValueError for a text without content tokens.
     """
-    from scipy.sparse import csr_array
-
     ((key, sae),) = sites.items()
-    indices, values, counts, tokens = [], [], [0], []
+    found, tokens = [], []
     for number, (ids, rows) in enumerate(read_texts(model, tokenizer, sites, texts, **options), 1):
         if not rows or not rows[key].n_rows:
-            raise ValueError(f"text {number}: expected at least one token that is not special")
-        features, each = pool(rows[key], how)
-        indices.append(features)
-        values.append(each)
-        counts.append(counts[-1] + len(features))
+            raise ValueError(f"text {number}: expected at least one token besides the special ones")
+        found.append(pool(rows[key], how))
         tokens.append(len(ids))
-    empty = np.empty(0)
-    data = (np.concatenate([empty, *values]), np.concatenate([empty, *indices]).astype(np.int64), np.array(counts))
-    return csr_array(data, shape=(len(tokens), sae.cfg.d_sae)), np.array(tokens)
+    return of_rows(found, sae.cfg.d_sae), np.array(tokens)
+
+
+def of_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], d_sae: int) -> Any:
+    """scipy.sparse.csr_array [rows, d_sae] of the features and values of each row."""
+    from scipy.sparse import csr_array
+
+    features, values = (np.concatenate([np.empty(0), *(row[i] for row in rows)]) for i in (0, 1))
+    offsets = np.cumsum([0, *(len(row[0]) for row in rows)])
+    return csr_array((values, features.astype(np.int64), offsets), shape=(len(rows), d_sae))

@@ -14,7 +14,8 @@ import torch
 
 from gemmascope_fast.analysis.extraction.sources import json_lines, string
 from gemmascope_fast.analysis.extraction.windows import padded
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import device_of, opening, room
+from gemmascope_fast.errors import require
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def label_scores(
     with its label is longer than the model's window.
     """
     if "{text}" not in template:
-        raise ValueError(f"--prompt: expected a prompt with {{text}}, got {template!r}")
+        raise ValueError(f"--template: expected a question with {{text}}, got {template!r}")
     head = opening(tokenizer)
     answers = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
     prompts = [
@@ -104,13 +105,13 @@ def label_scores(
         # logits only where a label is read: the output head is most of a small model's weights
         first = len(prompts[part[0]]) - 1 if keeps else 0
         for j, answer in enumerate(answers):
-            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0)
-            more = {"logits_to_keep": torch.arange(first, ids.shape[1])} if keeps else {}
+            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0, device_of(model))
+            more = {"logits_to_keep": torch.arange(first, ids.shape[1], device=ids.device)} if keeps else {}
             with torch.inference_mode():
                 logits = model(ids, attention_mask=mask, use_cache=False, **more).logits
             for row, i in zip(logits, part, strict=True):
                 begin = len(prompts[i]) - 1 - first
-                own_rows = row[begin : begin + len(answer)].float().log_softmax(-1)
+                own_rows = row[begin : begin + len(answer)].float().cpu().log_softmax(-1)
                 scores[i, j] = float(own_rows[torch.arange(len(answer)), torch.tensor(answer)].sum())
         progress(len(part))
     return scores
@@ -149,23 +150,24 @@ class Votes:
         return np.divide(out, total, out=np.full_like(out, 1 / self.labels), where=total > 0)
 
 
-def brier(shares: np.ndarray, gold: np.ndarray) -> float:
-    """Mean over groups of Σ over labels (share - 1[label is true])²."""
-    return float(((shares - np.eye(shares.shape[1])[gold]) ** 2).sum(1).mean())
-
-
 def reliability(shares: np.ndarray, gold: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """accuracy; brier; ece = Σ over bins of confidence (bin's share · |accuracy - mean confidence|); for bins that are
-    not empty: confidence, accuracy, count."""
+    """accuracy; brier: mean over groups of Σ over labels (share - 1[label is true])²; ece = Σ over bins of confidence
+    (bin's share · |accuracy - mean confidence|); the bins that hold anything: confidence, accuracy, count."""
+    require("sklearn", "analysis", "variants")
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import brier_score_loss
+
     confidence, right = shares.max(1), shares.argmax(1) == gold
-    at = np.minimum((confidence * bins).astype(int), bins - 1)
+    curve = calibration_curve(right.astype(int), confidence, n_bins=bins, pos_label=1)
+    # scikit-learn's bins, whose upper ends are theirs
+    counts = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence))
     found = [
-        {"confidence": float(confidence[at == b].mean()), "accuracy": float(right[at == b].mean()), "count": int(n)}
-        for b in range(bins)
-        if (n := (at == b).sum())
+        {"confidence": float(mean), "accuracy": float(share), "count": int(count)}
+        for share, mean, count in zip(*curve, counts[counts > 0], strict=True)
     ]
     ece = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in found) / len(gold)
-    return {"accuracy": float(right.mean()), "brier": brier(shares, gold), "ece": float(ece), "bins": found}
+    brier = brier_score_loss(gold, shares, labels=np.arange(shares.shape[1]), scale_by_half=False)
+    return {"accuracy": float(right.mean()), "brier": float(brier), "ece": float(ece), "bins": found}
 
 
 def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -173,8 +175,11 @@ def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
     among the first candidates, so the result is never worse than equal weights there."""
     from scipy.optimize import differential_evolution
 
+    truth = np.eye(votes.labels)[votes.gold[train]]
+
     def loss(weights: np.ndarray) -> float:
-        return brier(votes.shares(weights)[train], votes.gold[train])
+        # scikit-learn's Brier score takes milliseconds a call, and thousands are made
+        return float(((votes.shares(weights)[train] - truth) ** 2).sum(1).mean())
 
     start = np.full(votes.size, 1.0)
     result = differential_evolution(

@@ -103,11 +103,9 @@ def _maximum(latents: SparseLatents) -> Tensor:
 def auc_columns(scores: Tensor, positive: Tensor) -> Tensor:
     """ROC AUC of every column of [texts, features], ties counting half; positive bool [texts].
 
-    AUC = (Σ ranks of positives - p(p+1)/2) / (p·n), ranks averaged over ties (Mann-Whitney).
+    Mann-Whitney's U over the number of pairs: scikit-learn's roc_auc_score takes one column at a time.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
-    ranks = torch.from_numpy(rankdata(scores.numpy(), axis=0))
-    p = int(positive.sum())
-    n = len(positive) - p
-    return (ranks[positive].sum(0) - p * (p + 1) / 2) / (p * n)
+    x, y = scores[positive].numpy(), scores[~positive].numpy()
+    return torch.from_numpy(mannwhitneyu(x, y, axis=0, method="asymptotic").statistic) / (len(x) * len(y))

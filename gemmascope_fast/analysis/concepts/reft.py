@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemmascope_fast.analysis.concepts.methods import Detector
 from gemmascope_fast.analysis.extraction.windows import padded
-from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.attach.tokens import device_of, opening
 from gemmascope_fast.attach.transformers import places
 from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.ops._exact import outside_autocast
@@ -57,10 +57,11 @@ def fit_reft(
     """
     head = opening(tokenizer)
     rows = [[*head, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"][:window]] for t in texts]
-    ids, mask = padded(rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    device = device_of(model)
+    ids, mask = padded(rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id, device)
     content = torch.ones_like(ids, dtype=torch.float32) if mask is None else mask.float()
-    content = content * ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
-    v = start.write.clone().requires_grad_()
+    content = content * ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids), device=device))
+    v, mean = start.write.to(device, copy=True).requires_grad_(), start.mean.to(device)
     optimiser = torch.optim.Adam([v], lr=lr)
     place = Structure(model).place(site)
     wanted = {p: p.requires_grad for p in model.parameters()}
@@ -68,7 +69,7 @@ def fit_reft(
     model.requires_grad_(False)
     try:
         for _ in range(steps):
-            acting = _Intervention(v, start.mean, content, k)
+            acting = _Intervention(v, mean, content, k)
             leave = places.visit(place, acting)
             try:
                 logits = model(ids, attention_mask=mask, use_cache=False).logits
@@ -86,5 +87,5 @@ def fit_reft(
     finally:
         for p, was in wanted.items():
             p.requires_grad_(was)
-    unit = v.detach().clone()
+    unit = v.detach().clone().cpu()
     return Detector("ReFT-r1", unit, unit, start.mean)

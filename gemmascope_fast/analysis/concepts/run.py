@@ -23,7 +23,7 @@ from gemmascope_fast.analysis.extraction.texts import read_texts
 from gemmascope_fast.analysis.extraction.windows import padded
 from gemmascope_fast.attach import Activations, Direction, attach
 from gemmascope_fast.attach.edits import Add, Edit
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import device_of, opening, room
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 
@@ -58,7 +58,7 @@ class Concepts:
             self.rows.append(found[layer, "resid"])
             progress(1)
         with torch.inference_mode():
-            self.latents: list[SparseLatents] = [sae.encode_sparse(h) for h in self.rows]
+            self.latents: list[SparseLatents] = [sae.encode_sparse(h.to(sae.device)).cpu() for h in self.rows]
 
     def fit(
         self, split: Split, methods: Sequence[str], reft: dict[str, Any], tick: Tick = lambda: None
@@ -142,7 +142,7 @@ class Concepts:
         texts = [self.examples[i].text for i in chosen]
         rows = [[*head, *self.tokenizer(t, add_special_tokens=False)["input_ids"]] for t in texts]
         pad = self.tokenizer.pad_token_id
-        ids, mask = padded(rows, 0 if pad is None else pad)
+        ids, mask = padded(rows, 0 if pad is None else pad, device_of(self.model))
         site = {(self.layer, "resid"): self.sae}
         with (
             torch.inference_mode(),
@@ -150,12 +150,14 @@ class Concepts:
         ):
             logits = self.model(ids, attention_mask=mask, use_cache=False).logits
         counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        counts = (counts & ~torch.isin(ids, torch.tensor(sorted(self.tokenizer.all_special_ids))))[:, 1:]
+        counts = (counts & ~torch.isin(ids, torch.tensor(sorted(self.tokenizer.all_special_ids), device=ids.device)))[
+            :, 1:
+        ]
         return float(torch.nn.functional.cross_entropy(logits[:, :-1][counts].float(), ids[:, 1:][counts]))
 
     def write_on(self, detector: Detector, prompt: str, factor: float, tokens: int = 24) -> str:
-        """The model's greedy continuation of a prompt, steered at every position."""
-        inputs = self.tokenizer(prompt, return_tensors="pt")
+        """What the model writes after a prompt, greedily, steered at every position."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(device_of(self.model))
         edit = steering_edit(detector, factor * detector.max_act)
         site = {(self.layer, "resid"): self.sae}
         with attach(self.model, site, mode="splice+error", edits=edit, tokens="all", keep=False):

@@ -9,8 +9,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from gemmascope_fast.analysis.extraction.store import Store, StoreError, digest_of
+from gemmascope_fast.analysis.extraction.store import Store, StoreError
 from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.files.identity import digest_of
 
 BINS = 24
 SEGMENT = 32  # tokens of a document that count as one place: only the strongest of nearby tokens is shown

@@ -35,7 +35,7 @@ def neighbours(W_dec: Tensor, n: int = 8) -> tuple[Tensor, Tensor]:
         values, indices = near.topk(n, dim=1)
         found.append(indices)
         cosines.append(values)
-    return torch.cat(found), torch.cat(cosines)
+    return torch.cat(found).cpu(), torch.cat(cosines).cpu()
 
 
 # Names of the norm before the unembedding in transformers' models.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gemmascope_fast.analysis.reading import constant
 from gemmascope_fast.attach import attach
+from gemmascope_fast.attach.tokens import device_of
 from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.sites import Site
 
@@ -30,7 +31,8 @@ class Losses:
         self.sums = torch.zeros(len(KINDS), dtype=torch.float64)
 
     def add(self, model: Any, ids: Tensor, content: Tensor) -> None:
-        """Add one batch: ids [B, S], content bool [B, S]; one sequence at a time: S × vocabulary logits are large."""
+        """One batch: ids [B, S], content bool [B, S]; a sequence at a time, for S × vocabulary logits are large."""
+        ids = ids.to(device_of(model))
         for row, counts in zip(ids[:, None], content[:, None], strict=True):
             for i, coder in enumerate(self.coders):
                 if coder is None:

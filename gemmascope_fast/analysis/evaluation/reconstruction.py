@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemmascope_fast.checkpoints.kinds import KINDS
 from gemmascope_fast.sae.base import Coder
-
-KINDS = ("sae", "topk_sae", "transcoder", "skip_transcoder")
 
 
 def check_kind(sae: Any) -> None:

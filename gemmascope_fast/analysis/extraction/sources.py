@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import re
 import zlib
@@ -16,6 +17,7 @@ from typing import IO, Any
 
 from gemmascope_fast.checkpoints.bundled import EXAMPLES
 from gemmascope_fast.errors import require
+from gemmascope_fast.training.text import NAMED
 
 CHUNK = 1 << 20  # bytes of a text file decoded at a time
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
@@ -47,14 +49,16 @@ class Source:
 
 
 def resolve(names: Sequence[str]) -> list[Source]:
-    """Resolve each of `names`: a file (.txt, .jsonl, .ndjson, each also .gz; .parquet), a folder of those, 'pydoc',
-    'stdlib', 'demo:past', 'demo:present', or hf:DATASET[:CONFIG][@SPLIT].  ValueError for anything else, before
-    anything is read.
+    """Each of `names`: a file (.txt, .jsonl, .ndjson, each also .gz; .parquet), a folder of those, 'pydoc', 'stdlib',
+    '-' for standard input (as a .txt), 'demo:past', 'demo:present', or hf:DATASET[:CONFIG][@SPLIT].  ValueError for
+    anything else, before a file is read.
     """
     found: list[Source] = []
     for name in names:
         path = Path(name)
-        if name in ("pydoc", "stdlib"):
+        if name == "-":
+            found.append(_standard_input())
+        elif name in NAMED:
             found.append(_builtin(name))
         elif name in BUNDLED:
             found.append(_file(BUNDLED[name]))
@@ -99,7 +103,7 @@ def _file(path: Path) -> Source:
     kind = _kind(path)
     if kind not in SUFFIXES:
         raise ValueError(f"--text {path}: expected a name ending in {', '.join(SUFFIXES)}")
-    readers = {".txt": _text, ".parquet": _parquet}
+    readers: dict[str, Any] = {".txt": _text, ".parquet": _parquet}
     if kind == ".parquet":
         require("pyarrow", "analysis", f"--text {path}")
     read = readers.get(kind, _json_lines)
@@ -135,8 +139,18 @@ def _open(path: Path) -> tuple[IO[bytes], Callable[[], int]]:
     return file, file.tell
 
 
-def _text(path: Path, _column: str, split: str) -> Iterator[Document]:
-    file, done = _open(path)
+def _standard_input() -> Source:
+    data = NAMED["-"]().encode()  # held: a job may read its texts more than once
+
+    def read(column: str, split: str) -> Iterator[Document]:
+        file = io.BytesIO(data)
+        return _text(Path("-"), column, split, (file, file.tell))
+
+    return Source("-", len(data), read)
+
+
+def _text(path: Path, _column: str, split: str, opened: Any = None) -> Iterator[Document]:
+    file, done = opened or _open(path)
     with file:
         if split == "file":
             yield Document(_decoded(path, file), str(path), 1, done)
@@ -260,9 +274,7 @@ def _next_batch(path: Path, batches: Iterator[Any]) -> Any:
 
 
 def _builtin(name: str) -> Source:
-    from gemmascope_fast.training.text import pydoc_topics, stdlib_docstrings
-
-    text = {"pydoc": pydoc_topics, "stdlib": stdlib_docstrings}[name]()
+    text = NAMED[name]()
     size = len(text.encode())
 
     def read(_column: str, split: str) -> Iterator[Document]:

@@ -14,10 +14,9 @@ Files are written atomically.  A shard without a line in shards.jsonl is not fin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from gemmascope_fast.errors import GemmaScopeFastError, require
 from gemmascope_fast.files import atomic as files
 from gemmascope_fast.files import identity
 from gemmascope_fast.files.atomic import replacing, replacing_folder, saying_where
+from gemmascope_fast.files.identity import digest_of
 from gemmascope_fast.files.results import write_json
 
 VERSION = 2  # 1: fingerprints were of a sample of the weights
@@ -252,21 +252,6 @@ def truncate_torn_line(path: Path) -> None:
         kept = whole.rfind(b"\n") + 1
         if kept < len(whole):
             files.truncate(path, kept)
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def shards_of(store: Store, columns: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    """The latents' columns shard by shard."""
-    for i in range(len(store.shards)):
-        yield store.read("latents", i, columns)
 
 
 def _is_ours(name: str) -> bool:

@@ -13,7 +13,7 @@ from gemmascope_fast.analysis.extraction.windows import batches, padded
 from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import site_of
 from gemmascope_fast.attach.observers import Observer
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import device_of, opening, room
 from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.training.activations import first_layers
@@ -89,15 +89,14 @@ def _chunk(
 
 def _batch(model: Any, tokenizer: Any, sites: Mapping[Any, Any], rows: list[list[int]]) -> dict[Any, list[Any]]:
     pad = tokenizer.pad_token_id
-    ids, mask = padded(rows, 0 if pad is None else pad)
+    ids, mask = padded(rows, 0 if pad is None else pad, device_of(model))
     seen = {key: _Seen() for key in sites}
     coders = {key: Activations(seen[key].sink) if isinstance(c, Activations) else c for key, c in sites.items()}
-    device = next(model.parameters()).device
     with torch.inference_mode(), attach(model, coders, tokens="content", keep=False) as run:
         for key, coder in coders.items():
             if not isinstance(coder, Activations):
                 run.watch(seen[key], key)
-        model(ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False)
+        model(ids, attention_mask=mask, use_cache=False)
     out = {}
     for key, own in seen.items():
         ((values, tokens),) = own.calls

@@ -114,12 +114,12 @@ def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     return found
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:
-    """(ids int64 [B, S], padded on the right; mask int64 [B, S], None if there is no padding)."""
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+    """(ids int64 [B, S], padded at the right; mask int64 [B, S], None where nothing is padding)."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-    return ids, None if bool(mask.all()) else mask
+    return ids.to(device), None if bool(mask.all()) else mask.to(device)

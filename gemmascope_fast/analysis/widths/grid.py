@@ -243,7 +243,7 @@ def markdown(figures: dict[str, Any]) -> str:
         lines.append(f"| {where} | {what} | " + " | ".join(cells) + " |")
     sae = {key: f for key, f in figures.items() if key.startswith("sae/") and "fvu" in f}
     if sae:
-        lines += ["", "| SAE | L0 | FVU | delta loss | Jaccard | MB |", "|---|---|---|---|---|---|"]
+        lines += ["", "| SAE | L0 | FVU | delta_loss | Jaccard | MB |", "|---|---|---|---|---|---|"]
         for key, f in sae.items():
             lines.append(
                 f"| {key.removeprefix('sae/')} | {f['l0']:.1f} | {f['fvu']:.4f} | {f['delta_loss']:.4f} |"

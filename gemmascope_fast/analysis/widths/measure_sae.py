@@ -1,4 +1,4 @@
-"""How far an SAE can be quantised: FVU, L0, delta loss and agreement of supports at every width."""
+"""How far an SAE can be quantised: FVU, L0, delta_loss and agreement of supports at every width."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ the widest model, by the loss that each layer alone adds at each width (it assum
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
@@ -15,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.errors import require
+from gemmascope_fast.files.results import save_figure, write_json
 from gemmascope_fast.ops.codes import check_bits
 from gemmascope_fast.quant.model import layers, set_bits
 
@@ -201,16 +201,14 @@ def save_json(points: list[Point], file: Path, about: Mapping[str, Any]) -> None
     """All points, with those on the frontier marked."""
     best = {point.label for point in frontier(points)}
     rows = [{**p._asdict(), "frontier": p.label in best} for p in sorted(points, key=lambda p: p.nbytes)]
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps({**about, "points": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(file, {**about, "points": rows})
 
 
 def plot(points: list[Point], file: Path, title: str) -> None:
-    """Plot loss against bytes.  ImportError with what to install if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot: expected matplotlib; pip install 'gemmascope-fast[plot]'") from error
+    """Loss against bytes.  ValueError with what to install where matplotlib is missing."""
+    require("matplotlib", "plot", "--plot")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     marks = {"uniform": "s", "search": "o"}
@@ -221,5 +219,4 @@ def plot(points: list[Point], file: Path, title: str) -> None:
     axes.plot([p.nbytes / 1e6 for p in best], [p.loss for p in best], "-", color="grey", linewidth=0.8, zorder=0)
     axes.set(xlabel="MB of quantised weights", ylabel="loss, nats a token", title=title)
     axes.legend()
-    with replacing(file) as temporary:
-        figure.savefig(temporary, format=file.suffix[1:])
+    save_figure(figure, file)

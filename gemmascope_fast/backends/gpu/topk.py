@@ -46,10 +46,10 @@ def encode_topk_screened(
     zeros = torch.zeros_like(b_enc)
     parts, stats = [], torch.zeros(4, dtype=torch.int64, device=x.device)
     for part in _parts(x, W_enc):
-        *csr, counts = encode_screened(
+        crow, col, values, counts = encode_screened(
             part, W_enc, b_enc, zeros, code, code2, table, centre, digits, None, directions, mapped, scales
         )
-        parts.append(csr)
+        parts.append((crow, col, values))
         stats += counts
     return (*_chosen(parts, W_enc.shape[1], k, per_batch), stats)
 
@@ -58,9 +58,9 @@ def _parts(x: Tensor, W_enc: Tensor) -> tuple[Tensor, ...]:
     return x.split(max(1, POSITIVE // max(1, W_enc.shape[1])))
 
 
-def _chosen(parts: list, F: int, k: int, per_batch: bool) -> Csr:
+def _chosen(parts: list[Csr], F: int, k: int, per_batch: bool) -> Csr:
     if not per_batch:
-        parts = [greatest_of(*csr, k) for csr in parts]
-    whole = SparseLatents.cat([SparseLatents(*csr, (csr[0].numel() - 1, F)) for csr in parts])
+        parts = [greatest_of(crow, col, values, k) for crow, col, values in parts]
+    whole = SparseLatents.cat([SparseLatents(*csr, shape=(csr[0].numel() - 1, F)) for csr in parts])
     csr = whole.crow_indices, whole.col_indices, whole.values
-    return greatest_of(*csr, k, True) if per_batch else csr
+    return greatest_of(*csr, k=k, per_batch=True) if per_batch else csr

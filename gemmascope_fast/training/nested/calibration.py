@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.training.text import pydoc_topics
+
 WINDOW = 256  # BOS and 255 tokens of text
 
 
@@ -20,10 +22,8 @@ def windows(tokenizer: Any, text: str) -> Tensor:
 
 
 def python_topics(tokenizer: Any) -> Tensor:
-    """Windows of `pydoc_data.topics`, English text in every Python: use the first to calibrate, the last to measure."""
-    from pydoc_data import topics
-
-    return windows(tokenizer, "\n\n".join(topics.topics.values()))
+    """Windows of `pydoc_data.topics`, English text in every Python: calibrate on the first, measure on the last."""
+    return windows(tokenizer, pydoc_topics())
 
 
 @torch.no_grad()
