@@ -65,7 +65,7 @@ class EncoderOf:
     def _module(self, rows: Tensor, b_enc: Tensor, threshold: Tensor | None, k: int | None = None) -> JumpReLUSAE:
         given = (rows, b_enc) if threshold is None else (rows, b_enc, threshold)
         # each view is a new object, so compare the position of its data and the number of edits
-        now = tuple(part[1:] for part in fingerprint(*given))
+        now = (k, *(part[1:] for part in fingerprint(*given)))
         if self.module is None or now != self.seen:
             theta = torch.zeros_like(b_enc) if threshold is None else threshold.detach().expand_as(b_enc).contiguous()
             if bool((theta < 0).any()):
@@ -73,7 +73,8 @@ class EncoderOf:
                     "activation_function.threshold: expected values of at least 0, or negative latents pass"
                 )
             none = rows.detach().new_zeros(rows.shape[0], 0)  # d_out 0: the transcoder decodes by itself
-            self.module = JumpReLUTranscoder(rows.detach().t(), none, b_enc.detach(), none[0], theta.detach())
+            held = (rows.detach().t(), none, b_enc.detach(), none[0], theta.detach())
+            self.module = JumpReLUTranscoder(*held) if k is None else TopKTranscoder(*held, k=k)
             self.seen = now
         return self.module
 
@@ -246,10 +247,12 @@ def accelerate(target: Any, inplace: bool | None) -> Any:
     )
 
 
-def transcoder(source: JumpReLUTranscoder, layer: int) -> AcceleratedTranscoder:
+def transcoder(source: JumpReLUTranscoder | TopKTranscoder, layer: int) -> AcceleratedTranscoder:
     """Convert a transcoder of this package (with or without skip) for circuit-tracer; the weights are shared."""
-    if not isinstance(source, JumpReLUTranscoder):
-        raise TypeError(f"source: expected a JumpReLUTranscoder of this package, got {type(source).__name__}")
+    if not isinstance(source, JumpReLUTranscoder | TopKTranscoder):
+        raise TypeError(
+            f"source: expected a JumpReLUTranscoder or TopKTranscoder of this package, got {type(source).__name__}"
+        )
     skip = isinstance(source, JumpReLUSkipTranscoder)
     ranked = isinstance(source, TopKTranscoder)
     activation: Any = PositiveTopK(source.k) if ranked else JumpReLU(source.threshold.detach(), bandwidth=0.1)

@@ -40,7 +40,7 @@ class Core:
     def __init__(self) -> None:
         self.module: JumpReLUSAE | None = None
 
-    def of(self, owner: nn.Module, k: int | None = None, raw: bool = True) -> JumpReLUSAE:
+    def of(self, owner: nn.Module, k: int | None = None, raw: bool = True, by_magnitude: bool = False) -> JumpReLUSAE:
         """The module, with zeros as threshold if the owner has none; top-k if k is given.
 
         raw: the encoder reads activations whose mean is about b_dec. Otherwise b_dec was subtracted or belongs to
@@ -159,7 +159,8 @@ def converted(
     W_skip: Tensor | None = None,
 ) -> Any:
     """Make a module of this package with copies of another coder's weights, in Gemma Scope's shapes; ReLU without a
-    threshold, top-k with k.  subtracts_b_dec: the encoder reads x - b_dec, which is folded into b_enc."""
+    threshold, top-k with k.  subtracts_b_dec: the encoder reads x - b_dec, which is folded into b_enc.
+    W_skip [d_in, d_out]: for a transcoder."""
     given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     own: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in given.items() if name != "W_enc"}
     # as rows, so that no second copy is made later

@@ -34,11 +34,13 @@ Latents = Tensor | SparseLatents
 class Accelerated(SAE):
     """Base of the subclasses.  `encode_sparse` and `prepare` are additions to SAELens's interface."""
 
+    _activation: ClassVar[type[nn.Module]] = nn.ReLU  # the activation function that this package's ops compute
+
     # ---- which code runs ----------------------------------------------------------------------------
 
     def why_plain(self) -> str | None:
         """Why SAELens's own code computes this object at present; None if this package's ops do."""
-        expected = TopK if hasattr(self.cfg, "k") else nn.ReLU
+        expected = self._activation
         if type(self.activation_fn) is not expected or getattr(self.activation_fn, "use_sparse_activations", False):
             return f"activation_fn is {self.activation_fn}"
         if getattr(self.cfg, "rescale_acts_by_decoder_norm", False):
