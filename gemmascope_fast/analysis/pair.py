@@ -17,10 +17,10 @@ SEVERAL = ("cross_layer_transcoder", "crosscoder")  # kinds that read or write s
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
-    """(model, tokenizer) for a command line's --model: "demo", or a model of transformers; in eval mode.
+    """(model, tokenizer) for --model: "demo", or a model of transformers; in eval mode.
 
     The model is of the class that its checkpoint names (a language model, a reward model, an encoder), a causal
-    language model where it names none.  Raises ValueError for a device that is not there.
+    language model where it names none.  Raises ValueError for a device that does not exist.
     """
     check_device(device)
     if name == "demo":
@@ -37,7 +37,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[
 
 
 def check_device(name: str) -> None:
-    """ValueError for a --device that torch does not know, or that is not there."""
+    """Raise ValueError for a --device that torch does not know, or that does not exist."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -58,7 +58,7 @@ def sae_place(name: str) -> str:
 
 
 def load_sae(name: str, sae_id: str | None = None, device: str = "cpu") -> JumpReLUSAE:
-    """The SAE for a command line's --sae, in fp32: "demo", or a file, folder or repository.
+    """The SAE for --sae, in fp32: "demo", or a file, folder or repository.
 
     Raises ValueError for a coder of several sites, which no command accepts.
     """

@@ -21,7 +21,7 @@ def ends(tokenizer: Any) -> tuple[int | None, int | None]:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where the model's first weights are, and so where its token ids belong."""
+    """The device of the model's first weights, to which its token ids must be moved."""
     return next(model.parameters()).device
 
 

@@ -93,7 +93,7 @@ class Checkpoint:
             self._check_field(name, declared, sizes)
 
     def _check_field(self, name: str, declared: Field, sizes: dict[str, int]) -> None:
-        """CheckpointError where a field is missing, of another type or out of its range."""
+        """CheckpointError if a field is missing, has another type or is out of range."""
         value = self.fields.get(name)
         least, most = (sizes[end] if isinstance(end, str) else end for end in (declared.least, declared.most))
         if declared.type is int:

@@ -56,7 +56,7 @@ def _repositories() -> frozenset[str]:
 
 def neuronpedia_id(path: Path) -> str | None:
     """Neuronpedia's id of the checkpoint in a file whose path names its repository: …/gemma-scope-2b-pt-res/layer_20/
-    width_16k/average_l0_71/params.npz, or the same in Hugging Face's cache.  None where SAELens's table has none."""
+    width_16k/average_l0_71/params.npz, or the same in Hugging Face's cache.  None if SAELens's table has none."""
     parts = path.parts
     for i in reversed(range(len(parts) - 1)):
         repo, below = parts[i].rpartition("--")[2], parts[i + 1 :]

@@ -113,7 +113,7 @@ def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = 
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`sae.safetensors` out of another format's entries."""
+    """Write `sae.safetensors` from the entries of another format."""
     if checkpoint.kind not in KINDS:
         raise CheckpointError(f"{folder}: writing a {checkpoint.kind} as one file is not supported")
     site, out = checkpoint.site, checkpoint.site_out or checkpoint.site

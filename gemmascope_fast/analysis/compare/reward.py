@@ -15,7 +15,7 @@ from gemmascope_fast.checkpoints.hub import from_hub_or_cache
 
 
 def load_reward_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
-    """(model, tokenizer) for --reward: a sequence classifier of one output, in eval mode."""
+    """(model, tokenizer) for --reward: a sequence classifier with one output, in eval mode."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if name == "demo":

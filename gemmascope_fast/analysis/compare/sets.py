@@ -10,7 +10,7 @@ import numpy as np
 
 from gemmascope_fast.errors import require
 
-BLOCK = 512  # features made dense at once
+BLOCK = 512  # features made dense at a time
 SHUFFLES = 20  # of a block at once: 20 x 512 x 1,000 texts are 80 MB
 Rows = dict[str, np.ndarray]
 

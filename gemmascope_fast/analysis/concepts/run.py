@@ -156,7 +156,7 @@ class Concepts:
         return float(torch.nn.functional.cross_entropy(logits[:, :-1][counts].float(), ids[:, 1:][counts]))
 
     def write_on(self, detector: Detector, prompt: str, factor: float, tokens: int = 24) -> str:
-        """What the model writes after a prompt, greedily, steered at every position."""
+        """The model's greedy continuation of a prompt, steered at every position."""
         inputs = self.tokenizer(prompt, return_tensors="pt").to(device_of(self.model))
         edit = steering_edit(detector, factor * detector.max_act)
         site = {(self.layer, "resid"): self.sae}

@@ -31,7 +31,7 @@ class Losses:
         self.sums = torch.zeros(len(KINDS), dtype=torch.float64)
 
     def add(self, model: Any, ids: Tensor, content: Tensor) -> None:
-        """One batch: ids [B, S], content bool [B, S]; a sequence at a time, for S × vocabulary logits are large."""
+        """Add one batch: ids [B, S], content bool [B, S]; one sequence at a time: S × vocabulary logits are large."""
         ids = ids.to(device_of(model))
         for row, counts in zip(ids[:, None], content[:, None], strict=True):
             for i, coder in enumerate(self.coders):

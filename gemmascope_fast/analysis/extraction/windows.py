@@ -115,7 +115,7 @@ def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
-    """(ids int64 [B, S], padded at the right; mask int64 [B, S], None where nothing is padding)."""
+    """(ids int64 [B, S], padded on the right; mask int64 [B, S], None if there is no padding)."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)

@@ -205,7 +205,7 @@ def save_json(points: list[Point], file: Path, about: Mapping[str, Any]) -> None
 
 
 def plot(points: list[Point], file: Path, title: str) -> None:
-    """Loss against bytes.  ValueError with what to install where matplotlib is missing."""
+    """Plot loss against bytes.  ValueError with what to install if matplotlib is missing."""
     require("matplotlib", "plot", "--plot")
     from matplotlib.figure import Figure
 

@@ -58,7 +58,7 @@ def decode(
 def decode_fixed(
     latents: FixedLatents, W_dec: Tensor, b_dec: Tensor | None = None, row_scale: Tensor | None = None
 ) -> Tensor:
-    """Decode without any host synchronisation; rows beyond the capacity come out as NaN."""
+    """Decode without any host synchronisation; rows beyond the capacity become NaN."""
     arguments = (latents.crow_indices, latents.col_indices, latents.values, W_dec, b_dec, row_scale)
     check_decode(*arguments, pattern=False)
     return _launch(*arguments)
