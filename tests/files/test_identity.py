@@ -63,6 +63,7 @@ def test_the_configuration_counts(setting):
 
 def test_what_a_coder_holds_besides_weights_counts():
     sae = make_sae()
+    sae.threshold.data.clamp_(max=0)  # a top-k SAE takes no others
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     of = [sae, *(TopKSAE(**weights, cfg=SAEConfig(32, 96, 32), k=k) for k in (3, 4))]
     coded = matryoshka.MatryoshkaSAE.from_sae(sae)
