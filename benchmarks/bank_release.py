@@ -1,10 +1,10 @@
-"""The 26 residual SAEs of a 2B-shaped release inside a model, within a budget of four: time, loads, peak memory.
+"""The 26 residual SAEs of a release for a 2B model, attached with a budget of four: time, loads, peak memory.
 
     python benchmarks/bank_release.py --folder release --json bank.json
 
-The SAEs are synthetic, at the real shape (2304 × 16,384; --d-sae for less), and written once: 7.9 GB in float32, half
-in bfloat16.  The model has Gemma 2 2B's residual stream and layers; --intermediate says how wide its MLPs are.  What
-it prints was measured on this machine.
+The SAEs are synthetic, with the real shape (2304 × 16,384; use --d-sae for less), and written once: 7.9 GB in float32,
+half in bfloat16.  The model has Gemma 2 2B's residual stream and number of layers; --intermediate sets the width of
+its MLPs.  All printed figures are measured on this machine.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import torch
 import gemmascope_fast as gsf
 from gemmascope_fast.attach import Activations
 from gemmascope_fast.checkpoints import native
-from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe, forget_peak, process_memory
+from gemmascope_fast.files.results import write_json
 
 D, LAYERS = 2304, 26
 
 
 def write_release(folder: Path, d_sae: int, dtype: torch.dtype) -> None:
-    """One SAE a layer, about 80 of 16,384 features firing on activations of unit variance."""
+    """One SAE per layer; about 80 of 16,384 features fire on activations of unit variance."""
     for layer in range(LAYERS):
         path = folder / f"layer_{layer}" / "sae.safetensors"
         if path.exists():
@@ -51,13 +52,8 @@ def model_of(intermediate: int, dtype: torch.dtype) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def resident(field: str) -> int:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith(f"{field}:"))
-
-
 def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: int) -> dict[str, object]:
-    """Seconds of each pass with the bank attached; three layers' latents are checked against the SAEs themselves."""
+    """Seconds of each pass with the bank attached; latents of three layers are compared with those of the SAEs."""
     checked = {layer: Activations() for layer in (0, LAYERS // 2, LAYERS - 1)}
     coders = {sae.cfg.site: sae for sae in bank.values()}
     seconds: list[float] = []
@@ -72,9 +68,8 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
             x = run.activations[f"model.layers.{layer}.output"]
             if sae.encode_sparse(x) != run.latents[gsf.Site("resid", layer)]:
                 raise SystemExit(f"layer {layer}: the bank's latents are not the SAE's")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak begins anew
-        before = resident("VmRSS") - bank.held()["device"]["bytes"]
+        forget_peak()
+        before = process_memory("VmRSS") - bank.held()["device"]["bytes"]
         for _ in range(passes):
             begin = time.perf_counter()
             model(ids)
@@ -96,20 +91,20 @@ def measure(bank: gsf.Bank, model: torch.nn.Module, ids: torch.Tensor, passes: i
         "seconds_waited": bank.stats.waited,
         "budget": held["device"]["budget"],
         "peak_counted": held["device"]["peak"],
-        "peak_resident_growth": resident("VmHWM") - before,
+        "peak_resident_growth": process_memory("VmHWM") - before,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="where the release is, or is written")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the release; written if missing")
     parser.add_argument("--d-sae", type=int, default=16384)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--intermediate", type=int, default=9216, help="2B: 9216, which takes 4 GB in bfloat16")
     parser.add_argument("--saes", type=int, default=4, help="the budget, in SAEs")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--passes", type=int, default=2)
-    parser.add_argument("--screen", action="store_true", help="build screens, and count them")
+    parser.add_argument("--screen", action="store_true", help="build screens; they count against the budget")
     parser.add_argument("--ahead", type=int, default=1)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -122,10 +117,10 @@ def main() -> None:
     figures = measure(bank, model_of(args.intermediate, torch.bfloat16), ids, args.passes)
     about = {name: str(value) for name, value in vars(args).items() if name not in ("json", "folder")}
     about["cpus"] = str(os.cpu_count())
-    text = json.dumps({"machine": describe(torch.get_num_threads()), "about": about, **figures}, indent=1)
-    print(text)
+    result = {"machine": describe(torch.get_num_threads()), "about": about, **figures}
+    print(json.dumps(result, indent=1))
     if args.json is not None:
-        args.json.write_text(text + "\n", encoding="utf-8")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

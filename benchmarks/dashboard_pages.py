@@ -1,19 +1,18 @@
-"""How long every kind of page of a served dashboard takes, at 16k features of a million tokens.
+"""Time of every kind of page of a served dashboard, for 16k features of a million tokens.
 
     python benchmarks/dashboard_pages.py --folder FOLDER [--tokens 1000000] [--features 16384] [--l0 50]
         [--json dashboard-pages.json]
 
-The latents are synthetic (features fire by Zipf's law, on the tokens of `pydoc` over and over), written as `extract`
-writes them, once; neighbours and logit lens are random.  Pages are asked for over HTTP, none of them twice.  The
-browser's part is Chromium's own clock: from opening the page to its script's end, and what a search or a sort takes
-with its layout.
+The latents are synthetic (features fire by Zipf's law, on repeated tokens of `pydoc`), written once, as `extract`
+writes them; neighbours and logit lens are random.  Pages are requested over HTTP, each only once.  The browser's part
+is measured with Chromium's own clock: from opening the page to the end of its script, and the time of a search or a
+sort including layout.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import re
 import shutil
 import subprocess
@@ -35,10 +34,11 @@ from gemmascope_fast.analysis.extraction.windows import Cursor
 from gemmascope_fast.analysis.pieces import Pieces
 from gemmascope_fast.checkpoints.bundled import load_demo_model
 from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.files.results import write_json
 from gemmascope_fast.training.text import pydoc_topics
 
 DOCUMENT, SHARD = 1000, 32768  # tokens
-LIMIT = 0.3  # seconds, the aim
+LIMIT = 0.3  # seconds, the target
 ACTIONS = {  # of the index's own script
     "search for a token": "$('search').value = 'the'; select()",
     "search for a number": "$('search').value = '77'; select()",
@@ -52,7 +52,7 @@ ACTIONS = {  # of the index's own script
 
 
 def write_latents(folder: Path, tokenizer: Any, tokens: int, features: int, l0: int) -> None:
-    """Shards as `extract` writes them; nothing is done where they stand already."""
+    """Write shards as `extract` does; does nothing if they exist already."""
     settings = {"sae": "synthetic", "model": "synthetic", "hook_name": "model.layers.12.output", "d_sae": features}
     text = np.array(tokenizer(pydoc_topics(), add_special_tokens=False)["input_ids"], np.int32)
     generator = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def made(folder: Path, tokenizer: Any, seconds: dict[str, float]) -> Dashboard:
 
 
 def served(dashboard: Dashboard, seconds: dict[str, float]) -> dict[str, str]:
-    """Ask for every kind of page; gives the index and the page of the densest feature."""
+    """Request every kind of page; returns the index and the page of the densest feature."""
     begin = time.perf_counter()
     kept = {}
     with server(dashboard) as running:
@@ -131,7 +131,7 @@ def asked(connection: http.client.HTTPConnection, path: str, name: str, seconds:
 
 
 def opened(pages: dict[str, str], folder: Path, seconds: dict[str, float]) -> None:
-    """The browser's part of each page, and of what the index's script does."""
+    """The browser's part of each page, and of the actions of the index's script."""
     for name, text in pages.items():
         steps = list(ACTIONS.items()) if name == "index" else []
         script = "const took = [performance.now()]; let begun; document.body.offsetHeight;"
@@ -152,7 +152,7 @@ def opened(pages: dict[str, str], folder: Path, seconds: dict[str, float]) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="the latents are written there")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to write the latents to")
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--features", type=int, default=16384)
     parser.add_argument("--l0", type=int, default=50, help="features drawn a token; those drawn twice count once")
@@ -175,7 +175,7 @@ def main() -> None:
         latents = sum(line["rows"]["latents"] for line in dashboard.store.shards)
         result = {"tokens": args.tokens, "features": args.features, "latents": latents, "seconds": seconds}
         result |= {"index_bytes": len(pages["index"].encode()), "before": before}
-        args.json.write_text(json.dumps(result | {"machine": describe(torch.get_num_threads())}, indent=1) + "\n")
+        write_json(args.json, result | {"machine": describe(torch.get_num_threads())})
 
 
 if __name__ == "__main__":

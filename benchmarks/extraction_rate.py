@@ -1,19 +1,18 @@
-"""Extraction against the bare model: tokens a second of `extract`, from text to checked shards, over the model's own.
+"""Extraction compared with the bare model: tokens per second of `extract`, from text to checked shards.
 
     python benchmarks/extraction_rate.py [--tokens 12288] [--rounds 3] [--batch 2048] [--json extraction-rate.json]
 
 Gemma 3 270M and the bundled SAE on the first tokens of `pydoc`, by paragraph.  The model is the decoder up to the layer
-that the SAE reads, without the head: what extraction needs of it, and less than the whole model.  It runs without hooks
-on each batch again, right after the extraction of that batch, so that both see the same machine.  The extraction's time
+that the SAE reads, without the head: what extraction needs, which is less than the whole model.  It runs without hooks
+on each batch again, directly after the extraction of that batch, so that conditions are equal.  The extraction's time
 is everything else: tokenising, forward, SAE, Parquet, hashes, fingerprints, the check at the end.  Ratios are of sums
-over all rounds, once in seconds of the clock and once in those of the processor, which a machine's other work disturbs
+over all rounds, once in wall-clock seconds and once in processor seconds, which other work on the machine disturbs
 less.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from gemmascope_fast.analysis.extraction.windows import batches, blocks, padded
 from gemmascope_fast.attach.tokens import opening
 from gemmascope_fast.checkpoints.bundled import load_demo
 from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.files.results import write_json
 from gemmascope_fast.training.activations import first_layers
 
 
@@ -41,7 +41,7 @@ def first_documents(tokenizer: Any, tokens: int) -> list[Document]:
 
 
 def inputs(extractor: Extractor, texts: list[Document], shard: int) -> Iterator[dict[str, Any]]:
-    """The arguments of each forward of the extraction, in its order."""
+    """The arguments of each forward of the extraction, in order."""
     head = opening(extractor.tokenizer)
     for block in blocks(texts, extractor.tokenizer, window=extractor.window, size=shard):
         rows = [[*head, *window.ids] for window in block.windows]
@@ -51,7 +51,7 @@ def inputs(extractor: Extractor, texts: list[Document], shard: int) -> Iterator[
 
 
 class Stopwatch:
-    """Seconds of the clock and of the processor, of all threads, within its `with` blocks; read from outside them."""
+    """Wall-clock and processor seconds, of all threads, within its `with` blocks; read outside of them."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -65,7 +65,7 @@ class Stopwatch:
 
 
 class Bare:
-    """As an extraction's progress: after each batch the model without hooks on the same batch, timed apart."""
+    """Used as the extraction's progress: after each batch, runs the model without hooks on it, timed separately."""
 
     def __init__(self, model: Any, layers: int, given: list[dict[str, Any]]) -> None:
         self.model, self.layers, self.given = model, layers, iter(given)
@@ -99,7 +99,7 @@ def round_of(demo: Any, texts: list[Document], batch: int, shard: int) -> dict[s
 
 
 def ratio(rounds: list[dict[str, float]], kind: str = "") -> float:
-    """The extraction's tokens a second over the model's: the tokens are the same."""
+    """Tokens per second of the extraction divided by the model's, on the same tokens."""
     model, extraction = (sum(each[f"{name}_{kind}seconds"] for each in rounds) for name in ("model", "extraction"))
     return model / extraction
 
@@ -114,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     demo = load_demo()
     texts = first_documents(demo.tokenizer, args.tokens)
-    round_of(demo, texts[:40], args.batch, args.shard)  # packs the SAE, warms the allocator
+    round_of(demo, texts[:40], args.batch, args.shard)  # builds the screen, warms up the allocator
     rounds = [round_of(demo, texts, args.batch, args.shard) for _ in range(args.rounds)]
     for each in rounds:
         print(", ".join(f"{name} {value:.4g}" for name, value in each.items()))
@@ -122,7 +122,7 @@ def main() -> None:
     print(f"extraction at {result['ratio']:.1%} of the model's tokens/s; in processor time {result['cpu_ratio']:.1%}")
     if args.json is not None:
         result |= {"rounds": rounds, "machine": describe(torch.get_num_threads())}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

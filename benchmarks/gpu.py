@@ -1,15 +1,15 @@
-"""GPU timings of the kernels, verified first, L2 flushed before each run, clocks noted; beside the modelled roof.
+"""GPU timings of the kernels, verified first, L2 flushed before each run, with clocks and the modelled roof.
 
 python benchmarks/gpu.py [--json FILE] [--once]
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +17,19 @@ import torch
 import gemmascope_fast as gsf
 from gemmascope_fast import ops
 from gemmascope_fast.backends.gpu import loop, register
+from gemmascope_fast.dev.bench.cases import GEMMA_SCOPE
 from gemmascope_fast.dev.gpu.devices import DEVICES
-from gemmascope_fast.dev.testing import make_activations, make_sae, same_bytes
+from gemmascope_fast.dev.testing import same_bytes
+from gemmascope_fast.files.results import write_json
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 
-D, F, L0 = 2304, 16_384, 80
+D, F = GEMMA_SCOPE.d_in, GEMMA_SCOPE.d_sae
 ROWS, COLUMNS, GROUP = 9216, 2304, 32  # a feed-forward matrix of Gemma 2 2B
-CUDA_TOKENS = 16  # what the nested product in CUDA C++ serves
+CUDA_TOKENS = 16  # maximum for the nested product in CUDA C++
 
 
 def clocks() -> str | None:
-    """SM and memory clock now, temperature and power, as nvidia-smi gives them; None where it is not installed."""
+    """Current SM and memory clock, temperature and power from nvidia-smi; None if it is not installed."""
     if shutil.which("nvidia-smi") is None:
         return None
     query = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
@@ -55,8 +57,7 @@ def timed(call: Callable[[], Any], flush: torch.Tensor, rounds: int) -> dict[str
 
 def cases(T: int) -> dict[str, Callable[[], Any]]:
     """Calls at T tokens, each held against the native CPU kernel before it is handed out."""
-    sae = make_sae(0, D, F, L0)
-    x = make_activations(1, T, D)
+    sae, x = GEMMA_SCOPE.sae, GEMMA_SCOPE.x(T)
     weights = [t.detach() for t in (sae.W_enc, sae.b_enc, sae.threshold)]
     decoder = [t.detach() for t in (sae.W_dec, sae.b_dec)]
     want = ops.encode(x, *weights, None)
@@ -85,7 +86,7 @@ def cases(T: int) -> dict[str, Callable[[], Any]]:
 
 
 def nested_cases(T: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
-    """The nested layer at T tokens and 8, 4 and 2 bits, held against the native CPU kernel; and F.linear in bf16."""
+    """The nested layer at T tokens and 8, 4 and 2 bits, compared with the native CPU kernel; and F.linear in bf16."""
     g = torch.Generator().manual_seed(2)
     linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
     linear.weight = torch.nn.Parameter(torch.randn(ROWS, COLUMNS, generator=g) / COLUMNS**0.5, requires_grad=False)
@@ -106,7 +107,7 @@ def nested_cases(T: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
                 with gsf.backend(backend):
                     return layer(there)
 
-            # the same integers; scaled sums of groups may be added in another order
+            # the integers are the same; scaled sums of groups may be added in another order
             torch.testing.assert_close(call().cpu(), want, rtol=1e-4, atol=1e-4)
             found[f"linear {bits} bits {backend}"] = call
     return found
@@ -114,7 +115,7 @@ def nested_cases(T: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="where the figures go")
+    parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--once", action="store_true", help="one call of each, for a profiler")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -142,8 +143,7 @@ def main() -> int:
             "model_devices": [vars(d) for d in DEVICES],
             "microseconds": rows,
         }
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1)
+        write_json(options.json, report)
     return 0
 
 

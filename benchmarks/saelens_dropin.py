@@ -1,21 +1,21 @@
-"""Time and memory of SAELens's JumpReLU SAE and of the accelerated one, side by side; run in `.venv-saelens`.
+"""Time and memory of SAELens's JumpReLU SAE and of the accelerated one; run it in `.venv-saelens`.
 
     .venv-saelens/bin/python benchmarks/saelens_dropin.py [--json FILE]
 
 2304 × 16,384 in fp32 (Gemma Scope 2B, width 16k) with seeded weights, about 76 latents a token.  Outputs are compared
-before anything is timed.  Times are medians of turns; memory is how far the resident set rises above where it stood.
+before timing.  Times are medians of alternating calls; memory is the increase of the resident set.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from sae_lens import JumpReLUSAE, JumpReLUSAEConfig
 
 import gemmascope_fast as gsf
-from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe, forget_peak, process_memory
 from gemmascope_fast.dev.bench.timing import interleave, percentiles_ms
+from gemmascope_fast.files.results import write_json
 
 D_IN, D_SAE = 2304, 16384
 TOKENS = (1, 16, 256)
@@ -48,17 +48,12 @@ def uses(sae, x):
     }
 
 
-def resident(field):
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def risen(use):
     """MiB that the resident set rises above where it stands."""
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = resident("VmRSS")
+    forget_peak()
+    before = process_memory("VmRSS")
     use()
-    return resident("VmHWM") - before
+    return (process_memory("VmHWM") - before) / 2**20
 
 
 def main():
@@ -86,8 +81,7 @@ def main():
                 f" | {row['accelerated_mib']:.0f} |"
             )
     if given.json:
-        machine = describe(torch.get_num_threads())
-        given.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        write_json(given.json, {"machine": describe(torch.get_num_threads()), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""A wide SAE with its rows on the disk: time to pack, memory, time to encode and decode, rows read.
+"""A wide SAE with its rows on disk: time to pack, memory, time to encode and decode, rows read.
 
     python benchmarks/wide_sae.py --d-sae 1048576 --d-in 2304 --dtype float32 --folder wide [--compare] [--l0 60]
 
-Writes a synthetic checkpoint (params.safetensors, as Gemma Scope 2's) into the folder unless it is there, in panels of
-features, with thresholds calibrated to about --l0 latents a token of `gemmascope_fast.dev.testing.make_activations`;
-packs it; opens it with rows="mmap".  Every number of tokens is encoded and decoded once with none of the rows in the
-page cache, then in warm rounds.  --compare loads the resident SAE too, after the memory is read, and compares bytes.
+Writes a synthetic checkpoint (params.safetensors, as in Gemma Scope 2) into the folder if it is missing, in panels of
+features, with thresholds calibrated to about --l0 latents a token of `gemmascope_fast.dev.testing.make_activations`.
+Packs it and opens it with rows="mmap".  Each number of tokens is encoded and decoded once with none of the rows in the
+page cache, then in warm rounds.  --compare also loads the SAE into memory, after memory is measured, and compares
+bytes.
 One JSON object on stdout; bytes and milliseconds.
 """
 
@@ -33,9 +34,10 @@ import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import packed
 from gemmascope_fast.checkpoints.loading import open_checkpoint
 from gemmascope_fast.checkpoints.packed import checksum
-from gemmascope_fast.dev.bench.machine import describe
+from gemmascope_fast.dev.bench.machine import describe, memory, process_memory
 from gemmascope_fast.dev.testing import activations_mean, leaning_rows, make_activations, same_bytes, standard_cut
-from gemmascope_fast.files.write import atomic, write_json
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import atomic
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 PANEL = 16384  # features written at a time
@@ -48,7 +50,7 @@ DTYPES = {"float32": ("F32", torch.float32), "bfloat16": ("BF16", torch.bfloat16
 
 
 def write_checkpoint(folder: Path, d: int, F: int, l0: float, dtype: str) -> None:
-    """params.safetensors and config.json of a random SAE, W_enc column by column as checkpoints have it."""
+    """Write params.safetensors and config.json of a random SAE, with W_enc column by column as in checkpoints."""
     name, kept = DTYPES[dtype]
     shapes = {"w_enc": (d, F), "w_dec": (F, d), "b_enc": (F,), "threshold": (F,), "b_dec": (d,)}
     header: dict[str, Any] = {}
@@ -83,7 +85,7 @@ def write_checkpoint(folder: Path, d: int, F: int, l0: float, dtype: str) -> Non
 
 
 def panels(d: int, F: int, l0: float) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """(first feature, rows [n, d], b_enc [n], threshold [n]); one cut for all, found on the first panel."""
+    """(first feature, rows [n, d], b_enc [n], threshold [n]); one threshold for all, found on the first panel."""
     mean, sample, held_out = activations_mean(d), make_activations(1, 128, d), make_activations(2, 256, d)
     cut = None
     for first in range(0, F, PANEL):
@@ -101,20 +103,12 @@ def panels(d: int, F: int, l0: float) -> Iterator[tuple[int, Tensor, Tensor, Ten
 
 def anonymous() -> int:
     """Bytes of this process that no file backs."""
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
-        if line.startswith("Anonymous:"):
-            return int(line.split()[1]) << 10
-    raise RuntimeError("/proc/self/smaps_rollup: no line Anonymous")
-
-
-def high_water() -> int:
-    line = next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith("VmHWM"))
-    return int(line.split()[1]) << 10
+    return memory("Anonymous", "/proc/self/smaps_rollup")
 
 
 @contextmanager
 def watched(peaks: dict[str, int], name: str) -> Iterator[None]:
-    """The most anonymous memory within the block, looked at every 50 ms and at its end."""
+    """The maximum anonymous memory within the block, sampled every 50 ms and at its end."""
     over, seen = threading.Event(), [anonymous()]
 
     def watch() -> None:
@@ -132,7 +126,7 @@ def watched(peaks: dict[str, int], name: str) -> Iterator[None]:
 
 
 def forget(sae: JumpReLUSAE) -> None:
-    """Take the mapped files out of the page cache; an unedited mapping loses nothing."""
+    """Remove the mapped files from the page cache; an unedited mapping loses nothing."""
     for mapping in sae.rows.mappings:
         mapping.buffer.madvise(mmap.MADV_DONTNEED)
         os.posix_fadvise(mapping.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -174,7 +168,7 @@ def measure(sae: JumpReLUSAE, x: Tensor, peaks: dict[str, int]) -> dict[str, Any
 
 
 def compare(folder: Path, mapped: JumpReLUSAE, sample: Tensor) -> bool:
-    """Whether latents and reconstructions equal those of the resident SAE, byte for byte; AssertionError if not."""
+    """Whether latents and reconstructions equal those of the SAE in memory, byte for byte; AssertionError if not."""
     resident = gsf.SAE.from_pretrained(folder / "params.safetensors", progress=False).requires_grad_(False)
     for tokens in TOKENS:
         x = sample[:tokens]
@@ -204,10 +198,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "d_in": args.d_in,
         "d_sae": args.d_sae,
         "dtype": args.dtype,
-        "pack_s": None if known else pack_ms / 1e3,  # None: it was there
+        "pack_s": None if known else pack_ms / 1e3,  # None: it existed
         "open_s": open_ms / 1e3,
         "files": {"checkpoint": path.stat().st_size, "packed": target.stat().st_size},
-        "memory": {"anonymous_peak": max(peaks.values()), "anonymous_peaks": peaks, "high_water": high_water()},
+        "memory": {
+            "anonymous_peak": max(peaks.values()),
+            "anonymous_peaks": peaks,
+            "high_water": process_memory("VmHWM"),
+        },
         "resident": sae.packed_bytes(),
         "runs": runs,
     }
@@ -220,10 +218,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--d-sae", type=int, default=131_072)
     parser.add_argument("--d-in", type=int, default=2304)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the checkpoint's arrays")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="dtype of the checkpoint's arrays")
     parser.add_argument("--l0", type=float, default=60, help="latents a token (default: %(default)s)")
-    parser.add_argument("--folder", type=Path, required=True, help="where the checkpoint is or is to be written")
-    parser.add_argument("--compare", action="store_true", help="load the resident SAE too and compare bytes")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the checkpoint; written if missing")
+    parser.add_argument("--compare", action="store_true", help="also load the SAE into memory and compare bytes")
     args = parser.parse_args()
     with torch.inference_mode():
         print(json.dumps(run(args), indent=1))

@@ -1,5 +1,5 @@
 // The module gemmascope_fast._C.  Importing it registers the CPU implementations (static initialisers in
-// cpu/ops_*.cpp); what it offers itself is build information and the choice of instruction set.
+// cpu/ops_*.cpp); its own functions give build information and choose the instruction set.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -60,7 +60,7 @@ PYBIND11_MODULE(_C, m) {
     }
     throw py::value_error("isa: expected one of " + gsf::isa_names() + ", got " + name);
   });
-  // Rates of single passes on torch's threads; the caller takes the best, for a roof is what is possible.
+  // Rates of single passes on torch's threads; the caller takes the best, because a roof is what is possible.
   m.def("roof_read", &gsf::roof_read_rates, py::arg("bytes"), py::arg("passes"),
         py::call_guard<py::gil_scoped_release>(), "Bytes read per second, [passes].");
   m.def("roof_fma", &gsf::roof_fma_rates, py::arg("passes"), py::call_guard<py::gil_scoped_release>(),

@@ -1,7 +1,7 @@
-"""Triton kernels of the compaction: from bitmap words, counts and value slots to compressed sparse rows.
+"""Triton kernels of the compaction: convert bitmap words, counts and value slots to compressed sparse rows.
 
-The scan between the two is `torch.cumsum` of the counts for many tokens; for few, `gather_kernel` sums the
-counts before its own words itself and saves the launch.
+For many tokens, `torch.cumsum` of the counts runs between the two kernels; for few, `gather_kernel` itself sums the
+counts before its own words, which saves a launch.
 """
 
 import triton
@@ -22,13 +22,13 @@ def sum_before(count_ptr, end, BLOCK: tl.constexpr):
 
 @triton.jit
 def gather_kernel(
-    x_ptr,  # [T, d], read only where a word overflowed its slots
-    w_ptr,  # [F, d], likewise
-    bias_ptr,  # fp32 [F], likewise
-    threshold_ptr,  # fp32 [F], read where LIFT
+    x_ptr,  # [T, d], read only if a word overflowed its slots
+    w_ptr,  # [F, d], same
+    bias_ptr,  # fp32 [F], same
+    threshold_ptr,  # fp32 [F], read if LIFT
     bitmap_ptr,  # int32 [T, words]
     count_ptr,  # int32 [T, words]
-    total_ptr,  # int64 [T * words], inclusive sums of the counts; read where not SCAN
+    total_ptr,  # int64 [T * words], inclusive sums of the counts; read if not SCAN
     slot_ptr,  # fp32 [T, words, SLOTS]
     crow_ptr,  # int64 [T + 1]
     col_ptr,  # int32 [capacity]
@@ -86,10 +86,10 @@ def redo_words(
     x_ptr, w_ptr, bias_ptr, threshold_ptr, bitmap_ptr, count_ptr, value_ptr, t, first, base, T, F, d, words, capacity,
     LIFT: tl.constexpr, SLOTS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """The values beyond the slots: the word's dots again, in the same order, hence the same bytes.
+    """The values beyond the slots: recomputes the word's dots in the same order, so the bytes are the same.
 
-    LIFT: the bitmap is that of tensor cores, which may have let a pair fire whose exact dot does not; its value
-    becomes the next float above the threshold, which lies between the two dots.
+    LIFT: the bitmap comes from tensor cores, so a pair may have fired whose exact dot does not. Its value then becomes
+    the next float above the threshold, which is between the two dots.
     """
     bit = tl.arange(0, 32)
     row = t.to(tl.int64) * words

@@ -1,8 +1,8 @@
-"""Triton kernel of op `encode`, exact: one program a tile of BT tokens and 32 features.
+"""Triton kernel of exact op `encode`: one program per tile of BT tokens and 32 features.
 
 The epilogue adds the bias, compares with the threshold in registers and writes, per token and word of 32
-features, one bitmap word, the count and up to SLOTS values.  A word with more than SLOTS hits is completed by
-`compact.gather_kernel`, which computes its values again: nothing is cut off.
+features, one bitmap word, the count and up to SLOTS values.  If a word has more than SLOTS hits,
+`compact.gather_kernel` computes its values again, so nothing is lost.
 """
 
 import triton
@@ -58,7 +58,7 @@ def encode_kernel(
     SLOTS: tl.constexpr,
     BT: tl.constexpr,
 ):
-    # tokens vary fastest: all programs that read one block of weights run close together
+    # tokens vary fastest, so that all programs that read one block of weights run at about the same time
     blocks = tl.cdiv(T, BT)
     pid = tl.program_id(0)
     word = pid // blocks

@@ -1,6 +1,6 @@
-"""Triton kernel of op `encode_tensor`: the dots on tensor cores, the epilogue of exact encode.
+"""Triton kernel of op `encode_tensor`: dots on tensor cores, and the epilogue of exact encode.
 
-bf16, fp16 or tf32 products with fp32 sums in the hardware's order: a named, inexact mode.
+bf16, fp16 or tf32 products, with fp32 sums in the hardware's order: an inexact mode that must be requested.
 """
 
 import triton
@@ -15,7 +15,7 @@ def encode_tensor_kernel(
     w_ptr,  # [F, d]
     bias_ptr,  # fp32 [F]
     threshold_ptr,  # fp32 [F], finite
-    scale_ptr,  # fp32 [T], what x was divided by; read where HAS_SCALE
+    scale_ptr,  # fp32 [T], what x was divided by; read if HAS_SCALE
     bitmap_ptr,  # int32 [T, words]
     count_ptr,  # int32 [T, words]
     slot_ptr,  # fp32 [T, words, SLOTS]
@@ -28,9 +28,9 @@ def encode_tensor_kernel(
     BT: tl.constexpr,
     BF: tl.constexpr,
     BK: tl.constexpr,
-    UPCAST: tl.constexpr,  # for the interpreter, whose 16-bit products are not to be trusted
+    UPCAST: tl.constexpr,  # for the interpreter, whose 16-bit products are unreliable
 ):
-    # tokens vary fastest: all programs that read one block of weights run close together
+    # tokens vary fastest, so that all programs that read one block of weights run at about the same time
     blocks = tl.cdiv(T, BT)
     pid = tl.program_id(0)
     t = (pid % blocks) * BT + tl.arange(0, BT)

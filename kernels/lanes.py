@@ -1,5 +1,5 @@
-"""The one order of summation in Triton (docs/how/exact.md): 16 lanes, k ascending, one rounding per step,
-lanes folded 8-4-2-1.  Folds are written out because `tl.reduce` promises no order."""
+"""The fixed order of summation in Triton (docs/how/exact.md): 16 lanes, k ascending, one rounding per step, lanes
+added 8-4-2-1.  The lanes are added explicitly, because `tl.reduce` guarantees no order."""
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ def fold16(lanes, B0: tl.constexpr, B1: tl.constexpr):
 
 @triton.jit
 def dot_tile(x_ptr, w_ptr, t, f, T, F, d, BT: tl.constexpr, BF: tl.constexpr):
-    """x[t] . w[f] for token numbers t [BT] and feature numbers f [BF] -> fp32 [BT, BF].
+    """x[t] . w[f] for token indices t [BT] and feature indices f [BF] -> fp32 [BT, BF].
 
     x_ptr: [T, d], w_ptr: [F, d], fp32, bf16 or fp16, widened first.  Outside T and F the result is 0.
     """
@@ -44,5 +44,5 @@ def dot_tile(x_ptr, w_ptr, t, f, T, F, d, BT: tl.constexpr, BF: tl.constexpr):
 
 @triton.jit
 def canonical(z):
-    """Every NaN as the canonical quiet one, as stored latents hold it."""
+    """Replace every NaN by the canonical quiet one, as in stored latents."""
     return tl.where(z == z, z, float("nan"))  # noqa: PLR0124

@@ -22,8 +22,8 @@ def matryoshka_dequantize_kernel(
     units,
     groups,
     group_units,
-    top,  # the slice's greatest code, where it rounds
-    mid,  # what the mid-rise slice adds on the 8-bit grid
+    top,  # the slice's largest code, if it rounds
+    mid,  # what the "prefix" slice adds on the 8-bit grid
     W0: tl.constexpr,
     W1: tl.constexpr,
     W2: tl.constexpr,
@@ -34,7 +34,7 @@ def matryoshka_dequantize_kernel(
     ROUNDS: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """A program: UNITS units of one block of 16 rows.  Each weight is rounded once, by the product with its scale."""
+    """A program: UNITS units of one block of 16 rows.  Each weight is rounded once, when multiplied by its scale."""
     steps = tl.cdiv(units, UNITS)
     pid = tl.program_id(0)
     block = pid // steps + tl.arange(0, 1)

@@ -1,7 +1,7 @@
-"""Triton kernel of op `matryoshka_linear` with int8 activations: bit planes to int8 tiles, integer tensor cores.
+"""Triton kernel of op `matryoshka_linear` with int8 activations: converts bit planes to int8 for tensor cores.
 
-One program: BLOCKS blocks of 16 outputs and BT tokens.  A slice to `bits` loads the planes it needs and no other
-byte of them twice.  Integers are exact; the fp32 steps are those of the native kernel, in its order.
+One program: BLOCKS blocks of 16 outputs and BT tokens.  A slice to `bits` loads only the planes it needs, each byte
+once.  Integers are exact; the fp32 steps are those of the native kernel, in the same order.
 """
 
 import triton
@@ -23,7 +23,7 @@ def matryoshka_linear_kernel(
     p4,
     scale_ptr,  # fp32 or fp16 [blocks, groups, 16]
     zero_ptr,  # uint8 [blocks, groups, 16]
-    bias_ptr,  # fp32 [out], read where HAS_BIAS
+    bias_ptr,  # fp32 [out], read if HAS_BIAS
     y_ptr,  # fp32 [T, out]
     T,
     out,
@@ -31,8 +31,8 @@ def matryoshka_linear_kernel(
     units,
     groups,
     group_units,
-    top,  # the slice's greatest code, where it rounds
-    mid,  # what the mid-rise slice adds on the 8-bit grid
+    top,  # the slice's largest code, if it rounds
+    mid,  # what the "prefix" slice adds on the 8-bit grid
     W0: tl.constexpr,
     W1: tl.constexpr,
     W2: tl.constexpr,
@@ -41,7 +41,7 @@ def matryoshka_linear_kernel(
     BITS: tl.constexpr,
     DROP: tl.constexpr,
     ROUNDS: tl.constexpr,
-    WIDE: tl.constexpr,  # a group is over 512 weights
+    WIDE: tl.constexpr,  # a group has more than 512 weights
     HAS_BIAS: tl.constexpr,
     BLOCKS: tl.constexpr,
     UNITS: tl.constexpr,
@@ -58,7 +58,7 @@ def matryoshka_linear_kernel(
         dot = tl.zeros([BT, BLOCKS * 16], dtype=tl.int32)
         last = tl.minimum((g + 1) * group_units, units)
         for u in range(g * group_units, last, UNITS):
-            # a last, shorter step of a group reads codes that belong to the next: their q is masked to 0
+            # in a shorter last step, a group reads codes of the next one: their q is masked to 0
             code = codes_tile(
                 p0, p1, p2, p3, p4, block, u + tl.arange(0, UNITS), blocks, units, top,
                 W0, W1, W2, W3, W4, DROP, ROUNDS, BLOCKS, UNITS,
@@ -66,7 +66,7 @@ def matryoshka_linear_kernel(
             k = u * 32 + tl.arange(0, UNITS * 32)
             at = t.to(tl.int64)[:, None] * (units * 32) + k[None, :]
             q = tl.load(q_ptr + at, mask=t_in[:, None] & (k < last * 32)[None, :], other=0)
-            # codes reach 255: shifted into int8, the shift is given back as 128 times the sum of q
+            # codes go up to 255: 128 is subtracted to fit int8, and 128 times the sum of q is added back
             dot = tl.dot(q, tl.trans((code - 128).to(tl.int8)), dot, out_dtype=tl.int32)
         qsum = tl.load(qsum_ptr + t.to(tl.int64) * groups + g, mask=t_in, other=0)
         dot += 128 * qsum[:, None]

@@ -1,4 +1,4 @@
-"""Triton kernel of op `matryoshka_pack`: codes to bit planes (gemmascope_fast/quant/planes.py has the layout)."""
+"""Triton kernel of op `matryoshka_pack`: codes to bit planes (layout: gemmascope_fast/quant/planes.py)."""
 
 import triton
 import triton.language as tl
@@ -6,11 +6,11 @@ import triton.language as tl
 
 @triton.jit
 def store_plane(plane_ptr, code, tile, there, LEFT: tl.constexpr, WIDTH: tl.constexpr, UNITS: tl.constexpr):
-    """WIDTH bits of code int32 [UNITS, 8, 64], of which LEFT lie below them -> 64 * WIDTH bytes at tile [UNITS]."""
+    """WIDTH bits of code int32 [UNITS, 8, 64], with LEFT bits below them -> 64 * WIDTH bytes at tile [UNITS]."""
     PER_BYTE: tl.constexpr = 8 // WIDTH
     field = tl.reshape((code >> LEFT) & ((1 << WIDTH) - 1), [UNITS, WIDTH, PER_BYTE, 64])
     shift = (tl.arange(0, PER_BYTE) * WIDTH)[None, None, :, None]
-    folded = tl.sum(field << shift, axis=2)  # fields do not overlap: a sum of bits, exact in any order
+    folded = tl.sum(field << shift, axis=2)  # fields do not overlap, so the sum is exact in any order
     v = tl.arange(0, WIDTH)
     at = (tile * (64 * WIDTH))[:, None, None] + (v * 64)[None, :, None] + tl.arange(0, 64)[None, None, :]
     tl.store(plane_ptr + at, folded.to(tl.uint8), mask=there[:, None, None])
@@ -34,7 +34,7 @@ def matryoshka_pack_kernel(
     W4: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """A program: UNITS units of one block of 16 rows; a width of 0: there is no such plane."""
+    """A program: UNITS units of one block of 16 rows; width 0 means that there is no such plane."""
     steps = tl.cdiv(units, UNITS)
     pid = tl.program_id(0)
     row = (pid // steps) * 16 + tl.arange(0, 16)

@@ -18,7 +18,7 @@ def matryoshka_slice_kernel(
     width,
     blocks,
     units,
-    top,  # the slice's greatest code, where it rounds
+    top,  # the slice's largest code, if it rounds
     W0: tl.constexpr,
     W1: tl.constexpr,
     W2: tl.constexpr,

@@ -1,4 +1,4 @@
-"""Bit planes in Triton: a tile of codes from the planes that a slice reads (layout: matryoshka/planes.py)."""
+"""Bit planes in Triton: a tile of codes from the planes that a slice reads (layout: quant/planes.py)."""
 
 import triton
 import triton.language as tl
@@ -28,7 +28,7 @@ def codes_tile(
     W0: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, W3: tl.constexpr, W4: tl.constexpr,
     DROP: tl.constexpr, ROUNDS: tl.constexpr, BLOCKS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """Codes of the slice, int32 [16 * BLOCKS, 32 * UNITS]; a width of 0: the plane is not read."""
+    """Codes of the slice, int32 [16 * BLOCKS, 32 * UNITS]; a plane of width 0 is not read."""
     code = plane_field(p0, block, unit, blocks, units, W0, BLOCKS, UNITS)
     if W1 > 0:
         code = (code << W1) | plane_field(p1, block, unit, blocks, units, W1, BLOCKS, UNITS)

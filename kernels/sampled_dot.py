@@ -1,6 +1,6 @@
-"""Triton kernel of op `sampled_dot`: dots of chosen (token, feature) pairs in the one order of summation.
+"""Triton kernel of op `sampled_dot`: dots of selected (token, feature) pairs in the fixed order of summation.
 
-One program a token and a share of its row's pairs: PAIRS at a time, one 16-lane accumulator each.
+One program per token and share of its row's pairs: PAIRS at a time, each with a 16-lane accumulator.
 """
 
 import triton
@@ -13,14 +13,14 @@ from gemmascope_fast.kernels.lanes import dot_tile
 def sampled_dot_kernel(
     x_ptr,  # [N, d]
     w_ptr,  # [F, d]
-    bias_ptr,  # fp32 [F], read where HAS_BIAS
+    bias_ptr,  # fp32 [F], read if HAS_BIAS
     crow_ptr,  # int64 [N+1]
     col_ptr,  # int32 [nnz]
     out_ptr,  # fp32 [nnz]
     N,
     F,
     d,
-    shares,  # programs a row
+    shares,  # programs per row
     HAS_BIAS: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
@@ -32,7 +32,7 @@ def sampled_dot_kernel(
     for i in range(begin + (pid % shares) * PAIRS, end, shares * PAIRS):
         at = i + tl.arange(0, PAIRS)
         there = at < end
-        # a pair that is not there reads nothing: its feature number lies outside
+        # an invalid pair reads nothing, because its feature index is out of range
         feature = tl.load(col_ptr + at, mask=there, other=F)
         z = dot_tile(x_ptr, w_ptr, t, feature, N, F, d, 1, PAIRS)
         if HAS_BIAS:

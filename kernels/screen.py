@@ -1,9 +1,9 @@
-"""Triton kernels of the screened encode (docs/how/screen.md): int8 decides what may fire, fp32 answers.
+"""Triton kernels of the screened encode (docs/how/screen.md): int8 finds what may fire, fp32 computes it exactly.
 
 Three launches before the gather: `digits_kernel` quantises the tokens, `screen_kernel` is an int8 GEMM on tensor
-cores whose epilogue compares ẑ + B with the threshold and keeps one bit a pair, `refine_kernel` computes what is
-left in the one order of summation.  Integers are exact; docs/how/screen.md, "On a GPU", derives what the fp32 steps may
-round, and `ops.screen_terms` has the numbers.
+cores whose epilogue compares ẑ + B with the threshold and stores one bit per pair, `refine_kernel` computes what is
+left in the fixed order of summation.  Integers are exact; docs/how/screen.md, "On a GPU", derives how much the fp32
+steps may round, and `ops.screen_terms` has the numbers.
 """
 
 import triton
@@ -24,13 +24,13 @@ LOST: tl.constexpr = tl.constexpr(terms.GPU_LOST)
 
 @triton.jit
 def centred(x_ptr, centre_ptr, scale_ptr, row, k, d, HAS_CENTRE: tl.constexpr, HAS_SCALES: tl.constexpr):
-    """(x, r): a token's entries as fp32, and less the centre, both over their scales, 0 beyond the end."""
+    """(x, r): a token's entries in fp32, and minus the centre, both divided by the scales, 0 beyond the end."""
     x = tl.load(x_ptr + row + k, mask=k < d, other=0.0).to(tl.float32)
     r = x
     if HAS_CENTRE:
         r = x - tl.load(centre_ptr + k, mask=k < d, other=0.0)
     if HAS_SCALES:
-        # the inverse of a power of two by its bits: a device's division may round
+        # invert the power of two through its bits, because a device's division may round
         scale = tl.load(scale_ptr + k, mask=k < d, other=1.0).to(tl.int32, bitcast=True)
         inverse = (0x7F000000 - scale).to(tl.float32, bitcast=True)
         x, r = x * inverse, r * inverse
@@ -40,8 +40,8 @@ def centred(x_ptr, centre_ptr, scale_ptr, row, k, d, HAS_CENTRE: tl.constexpr, H
 @triton.jit
 def digits_kernel(
     x_ptr,  # [T, d] fp32, bf16 or fp16
-    centre_ptr,  # fp32 [d], read where HAS_CENTRE
-    scale_ptr,  # fp32 [d], powers of two, read where HAS_SCALES
+    centre_ptr,  # fp32 [d], read if HAS_CENTRE
+    scale_ptr,  # fp32 [d], powers of two, read if HAS_SCALES
     high_ptr,  # int8 [T, padded]: r is close to unit * (256 * high + low)
     low_ptr,  # int8 [T, padded]
     sum_ptr,  # int32 [T, 2]: sums of high and of low
@@ -49,8 +49,8 @@ def digits_kernel(
     d,
     padded,
     kappa,
-    root,  # the square root of d, not below it
-    grow,  # 1 + what fp32 sums of d squares may lose
+    root,  # the square root of d, or slightly more
+    grow,  # 1 + the relative error of fp32 sums of d squares
     HAS_CENTRE: tl.constexpr,
     HAS_SCALES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -64,10 +64,10 @@ def digits_kernel(
         squares += x * x
     most = tl.max(largest, axis=0)
     size = tl.sum(squares, axis=0)
-    # not so for NaN, infinity and squares that overflow: such a token skips the screen
+    # false for NaN, infinity and squares that overflow: such a token is not screened
     usable = (size < float("inf")) & (most >= LEAST) & (most <= MOST)
 
-    # the power of two at or above most / 32512: dividing by it is exact
+    # the power of two at or above most / 32512, so that dividing by it is exact
     bits = (tl.where(usable, most, 1.0) * (1 / LARGEST)).to(tl.int32, bitcast=True)
     exponent = (bits + 0x7FFFFF) & 0x7F800000
     unit = exponent.to(tl.float32, bitcast=True)
@@ -78,7 +78,7 @@ def digits_kernel(
     for k0 in range(0, padded, BLOCK):
         k = k0 + tl.arange(0, BLOCK)
         x, r = centred(x_ptr, centre_ptr, scale_ptr, t * d, k, d, HAS_CENTRE, HAS_SCALES)
-        # 1.5 * 2^23 added and taken away again rounds to the nearest integer, ties to even
+        # adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even
         near = (tl.where(usable, r, 0.0) * inverse + 12582912.0) - 12582912.0
         code = near.to(tl.int32)
         high = (code + 128) >> 8
@@ -91,7 +91,7 @@ def digits_kernel(
     tl.store(sum_ptr + 2 * t, tl.sum(highs, axis=0))
     tl.store(sum_ptr + 2 * t + 1, tl.sum(lows, axis=0))
 
-    rounding = 0.5 * unit * root  # each entry is off by half a unit at most
+    rounding = 0.5 * unit * root  # the error of each entry is at most half a unit
     R = unit * tl.sqrt_rn(tl.sum(lengths, axis=0)) * grow
     E = rounding + kappa * (tl.sqrt_rn(size) + LOST) * grow + TOKEN_STEPS * (2 * R + rounding)
     tl.store(token_ptr + 3 * t, unit)
@@ -116,7 +116,7 @@ def screen_kernel(
     zero_ptr,  # int32 [F]
     error_ptr,  # fp32 [F]
     norm_ptr,  # fp32 [F]
-    bias_ptr,  # fp32 [F], the centre folded in
+    bias_ptr,  # fp32 [F], including the centre's part
     slack_ptr,  # fp32 [F]
     threshold_ptr,  # fp32 [F]
     bitmap_ptr,  # int32 [T, words]: what may fire
@@ -133,7 +133,7 @@ def screen_kernel(
     BF: tl.constexpr,
     BK: tl.constexpr,
 ):
-    # tokens vary fastest: all programs that read one block of codes run close together
+    # tokens vary fastest, so that all programs that read one block of codes run at about the same time
     blocks = tl.cdiv(T, BT)
     pid = tl.program_id(0)
     t = (pid % blocks) * BT + tl.arange(0, BT)
@@ -189,7 +189,7 @@ def bounds(
 
 @triton.jit
 def may_fire(z, bound, theta, half_bandwidth, HAS_BANDWIDTH: tl.constexpr):
-    """Not where z is surely at or below what `fires` asks for; NaN may fire."""
+    """False if z is certainly at or below what `fires` needs; NaN may fire."""
     if HAS_BANDWIDTH:
         lowest = theta - half_bandwidth
         bound += EDGE_STEPS * (tl.abs(theta) + half_bandwidth)
@@ -202,7 +202,7 @@ def may_fire(z, bound, theta, half_bandwidth, HAS_BANDWIDTH: tl.constexpr):
 def nth_candidate(bits, n, end, i, WORDS: tl.constexpr):
     """The i-th [PAIRS] set bit of words bits [WORDS] -> (its word or WORDS, its rank in the word, its bit).
 
-    n and end: the words' popcounts and their inclusive sums.  All in registers: no program waits for memory here.
+    n and end: the words' popcounts and their inclusive sums.  Everything is in registers, with no memory latency.
     """
     bit = tl.arange(0, 32)
     before = end[None, :] <= i[:, None]
@@ -220,7 +220,7 @@ def second_digit(
     high_ptr, low_ptr, token_ptr, code_ptr, scale_ptr, guess, t, f, F, d, padded,
     PAIRS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """guess + what the second digit of rows f [PAIRS] adds; a pair with f = F reads nothing."""
+    """guess plus what the second digit of rows f [PAIRS] adds; a pair with f = F reads nothing."""
     high = tl.zeros([PAIRS], dtype=tl.int32)
     low = tl.zeros([PAIRS], dtype=tl.int32)
     for k0 in range(0, d, BK):
@@ -236,7 +236,7 @@ def second_digit(
 @triton.jit
 def refine_kernel(
     x_ptr,  # [T, d]
-    w_ptr,  # [F, d], perhaps in pinned host memory
+    w_ptr,  # [F, d], possibly in pinned host memory
     bias_ptr,  # fp32 [F], the encoder's
     threshold_ptr,  # fp32 [F]
     error_ptr,  # fp32 [F]
@@ -245,7 +245,7 @@ def refine_kernel(
     token_ptr,  # fp32 [T, 3]
     candidate_ptr,  # int32 [T, words]
     guess_ptr,  # fp32 [T, words, SLOTS]
-    high_ptr,  # int8 [T, padded]; this and the four below are read where HAS_SECOND
+    high_ptr,  # int8 [T, padded]; this and the four below are read if HAS_SECOND
     low_ptr,  # int8 [T, padded]
     code_ptr,  # int8 [F, d]: the second digit, a row is close to scale * (code - zero) + scale2 * code2
     scale_ptr,  # fp32 [F]
@@ -253,8 +253,8 @@ def refine_kernel(
     bitmap_ptr,  # int32 [T, words]: what fires
     count_ptr,  # int32 [T, words]
     slot_ptr,  # fp32 [T, words, SLOTS]
-    stale_ptr,  # int32 [1], set where a pair lies outside the bound
-    left_ptr,  # int32 [2, T, groups], candidates and pairs refined; written where COUNTS
+    stale_ptr,  # int32 [1], set if a pair is outside the bound
+    left_ptr,  # int32 [2, T, groups], candidates and pairs computed exactly; written if COUNTS
     T,
     F,
     d,
@@ -269,7 +269,7 @@ def refine_kernel(
     PAIRS: tl.constexpr,
     BK: tl.constexpr,
 ):
-    # one program: WORDS words of one token; tokens vary fastest, so that rows they share come from L2
+    # one program: WORDS words of one token; tokens vary fastest, so that rows they share are read from L2
     pid = tl.program_id(0)
     t = pid % T
     first = (pid // T) * WORDS
@@ -305,7 +305,7 @@ def refine_kernel(
         refined += there.to(tl.int32)
         z = tl.reshape(dot_tile(x_ptr, w_ptr, t + one, f, T, F, d, 1, PAIRS), [PAIRS])
         z += tl.load(bias_ptr + f, mask=there, other=0.0)
-        # the free certificate; false for NaN, which the screen lets through
+        # the check of the bound, which costs nothing; false for NaN, which the screen lets through
         outside = there & known & (tl.abs(z - guess) > tl.reshape(bound, [PAIRS]))
         tl.store(stale_ptr + tl.zeros([PAIRS], dtype=tl.int32), 1, mask=outside)
 

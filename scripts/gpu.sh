@@ -32,7 +32,7 @@ optional() { # NAME TOOL COMMAND...: a step where the tool is there, a line in m
   if have "$tool"; then step "$name" "$@"; else echo "$name: no $tool on the path" >>"$out/missing.txt"; fi
 }
 
-step info "$py" -m gemmascope_fast.cli.main info --json
+step info "$py" -m gemmascope_fast.cli.main info --json -
 optional nvidia-smi nvidia-smi nvidia-smi -q
 step tests "$py" -m pytest tests/device -p no:cacheprovider
 # The sanitizers slow a kernel a hundredfold: one small shape of each.  Torch's allocator hands out parts of large

@@ -1,6 +1,6 @@
-"""The disk as `gemmascope_fast.files.atomic` sees it, which fails at one of its operations.
+"""A replacement for the disk operations of `gemmascope_fast.files.atomic`, which fails at a chosen operation.
 
-Every write of the jobs goes through that module, so that its operations are all the points at which a job can stop.
+Every write of the jobs goes through that module, so its operations are all the points at which a job can stop.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Files that say something else and whose digests and checksums are right all the same."""
+"""Makes forged files: other contents with matching digests and checksums."""
 
 import json
 import struct

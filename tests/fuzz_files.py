@@ -1,4 +1,4 @@
-"""Healthy files of every checkpoint format, and what damages them: each a function of its random numbers alone."""
+"""Valid files of every checkpoint format, and functions that damage them; each depends only on its random numbers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def npz(compressed: bool) -> bytes:
 def native() -> dict[str, bytes]:
     about = {"version": 1, "kind": "topk_sae", "k": K, "figures": {"l0": 3.5}, "model_name": "m"}
     about |= {"hook_name": "model.layers.3.output", "hook_name_out": "model.layers.3.output"}
-    return {"sae.safetensors": safetensors(weights(), {"gemmascope_fast": json.dumps(about)})}
+    arrays = weights()
+    arrays["threshold"][:] = 0  # a top-k SAE has none
+    return {"sae.safetensors": safetensors(arrays, {"gemmascope_fast": json.dumps(about)})}
 
 
 def saelens(architecture: str) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
-"""Files that are sound and lie: well-formed, with the digests and checksums of what they hold, which no library wrote.
+"""Forged files: well-formed, with the digests and checksums of their contents, but not written by any library.
 
-Each is a function of its random numbers alone, as in fuzz_files.py.
+Each one depends only on its random numbers, as in fuzz_files.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the tests of packed files share: small panels, a compressed checkpoint, a flipped bit."""
+"""Helpers for the tests of packed files: small panels, a compressed checkpoint, a flipped bit."""
 
 import numpy as np
 from safetensors.torch import load_file

@@ -1,4 +1,4 @@
-"""What the tests of the certified screen share: random problems, and every form of the screen on one of them."""
+"""Helpers for the tests of the certified screen: random problems, and every form of the screen on one of them."""
 
 import itertools
 import math

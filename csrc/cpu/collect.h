@@ -1,4 +1,4 @@
-// From hits in chunks to compressed sparse rows: a stable counting sort by token.
+// Converts hits in chunks to compressed sparse rows with a stable counting sort by token.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,8 +11,8 @@ namespace gsf {
 
 using Csr = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// Hits of one run over `chunks` disjoint, ascending ranges of features.  Within a chunk a token's hits ascend
-// by feature; chunks may be finished in any order by any worker.
+// Hits of one run over `chunks` disjoint, ascending ranges of features.  Within a chunk, a token's hits are
+// ascending by feature; any worker may finish chunks in any order.
 class HitCollector {
  public:
   HitCollector(int workers, int64_t chunks) : buffers_(workers), spans_(chunks) {}

@@ -1,9 +1,9 @@
-// Sparse decode: out[n] = sum over the row's features, ascending, of value * w[f] by fused multiply-add, then
-// the bias.  The sum of one output element runs in that order whatever the blocking over columns.
+// Sparse decode: out[n] = sum over the row's features, in ascending order, of value * w[f] by fused
+// multiply-add, then the bias.  Each output element is summed in that order for any blocking over columns.
 
-// Rows ahead to prefetch.  Narrow blocks, whose rows come from the last cache, want many: at 1,024 tokens and
-// blocks of 128 columns (Zen 5) 6 rows ahead took 8.5 ms, 8 took 7.95, 12 took 7.4 and 15 took 7.1.  Whole
-// rows from memory were alike from 4 on.
+// Rows to prefetch ahead.  Narrow blocks, whose rows come from the last-level cache, need many: at 1,024
+// tokens and blocks of 128 columns (Zen 5) 6 rows ahead took 8.5 ms, 8 took 7.95, 12 took 7.4 and 15 took
+// 7.1.  Whole rows from memory took the same time from 4 on.
 template <int NV>
 constexpr int64_t kDecodeAhead = NV > 8 ? 6 : 14;
 
@@ -11,8 +11,8 @@ static inline float scaled_value(const DecodeArgs& a, int64_t i) {
   return a.row_scale ? a.values[i] * a.row_scale[a.col[i]] : a.values[i];
 }
 
-// NV * 16 columns of one row, held in registers over all its features.  Features are prefetched up to `last`:
-// the row's own, or those of the rows that follow in these columns.
+// NV * 16 columns of one row, kept in registers over all its features.  Features are prefetched up to `last`:
+// the row's own, or those of the following rows in these columns.
 template <int NV, typename E>
 static inline void decode_columns(const DecodeArgs& a, int64_t n, int64_t k, int64_t last) {
   const E* w = static_cast<const E*>(a.w) + k;

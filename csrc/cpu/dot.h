@@ -1,8 +1,8 @@
-// The one order of summation (docs/how/exact.md): lane j of 16 sums the products k = j (mod 16), k ascending,
-// by fused multiply-add; the lanes fold 8-4-2-1; the bias is added last, by the caller.
+// The fixed order of summation (docs/how/exact.md): lane j of 16 sums the products k = j (mod 16), k
+// ascending, by fused multiply-add; the lanes are added 8-4-2-1; the caller adds the bias last.
 
-// A TT x FF tile of dots: z[t][f] = x[t] . w[f].  One 16-lane accumulator a pair keeps the order whatever the
-// tile, so a tile's shape is free to follow the registers.
+// A TT x FF tile of dots: z[t][f] = x[t] . w[f].  Each pair has one 16-lane accumulator, so the order does
+// not depend on the tile, whose shape can be chosen to fit the registers.
 template <int TT, int FF, typename E>
 static inline void dot_tile(const float* const* x,  // [TT] -> [d]
                             const E* const* w,      // [FF] -> [d]
@@ -33,7 +33,7 @@ static inline void dot_tile(const float* const* x,  // [TT] -> [d]
   }
 }
 
-// Dots of P pairs that need have nothing in common, in the same order.
+// Dots of P unrelated pairs, in the same order.
 template <int P, typename E>
 static inline void dot_pairs(const float* const* x,  // [P] -> [d]
                              const E* const* w,      // [P] -> [d]

@@ -1,7 +1,7 @@
-// JumpReLU encode, every pair in full precision: dot, bias, threshold and compaction in one pass; nothing of
-// size [T][F] is stored.
+// JumpReLU encode with every pair in full precision: dot, bias, threshold and compaction in one pass. Nothing
+// of size [T][F] is stored.
 
-// What a latent is (docs/how/exact.md): z > max(theta, 0), or z is NaN.  `!(z <= tau)` is both at once.
+// When a latent is stored (docs/how/exact.md): z > max(theta, 0), or z is NaN.  `!(z <= tau)` covers both.
 static inline bool fires(float z, float threshold) { return !(z <= (threshold > 0.0f ? threshold : 0.0f)); }
 
 static inline float canonical(float z) { return z == z ? z : __builtin_nanf(""); }
@@ -26,7 +26,7 @@ static inline void encode_tile(const EncodeArgs& a, int64_t t0, int64_t f0, HitS
   }
 }
 
-// Tokens and features of a tile: 4 x 4 sums of 32 registers, 2 x 3 of two each where there are sixteen.
+// Tokens and features per tile: 4 x 4 sums with 32 registers; 2 x 3 of two registers each with sixteen.
 constexpr int kTileTokens = GSF_LEVEL == 1 || GSF_LEVEL == 2 ? 2 : 4;
 constexpr int kTileFeatures = GSF_LEVEL == 1 || GSF_LEVEL == 2 ? 3 : 4;
 
@@ -62,6 +62,6 @@ static void encode(const EncodeArgs& a, int64_t f0, int64_t f1, HitSink& sink) {
     case Dtype::f16:
       return encode_chunk<F16>(a, f0, f1, sink);
     case Dtype::i8:
-      return;  // refused by the checks above this layer
+      return;  // rejected by the checks one layer up
   }
 }

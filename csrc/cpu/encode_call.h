@@ -10,7 +10,7 @@ namespace gsf {
 
 class EncodeCall {
  public:
-  // Raises what the reference raises where the arguments do not fit each other.
+  // Raises the same errors as the reference if the arguments do not fit together.
   EncodeCall(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc,
              const at::Tensor& threshold, std::optional<double> bandwidth);
 

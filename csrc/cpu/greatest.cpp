@@ -9,14 +9,14 @@
 namespace gsf {
 namespace {
 
-// Positive floats order as their bits do, and the canonical NaN's are above infinity's.
+// Positive floats are ordered like their bits, and the canonical NaN comes after infinity.
 uint32_t key_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-// Where the k greatest of some values end: those with a key above `key`, and the first `equal` with that key.
+// Where the k largest of some values end: those with a key above `key`, and the first `equal` with that key.
 struct Cut {
   uint32_t key;
   int64_t equal;
@@ -33,7 +33,7 @@ Cut cut_of(const float* values, int64_t n, int64_t k, std::vector<uint32_t>& key
   return {key, k - above};
 }
 
-// Whether the next value belongs to them.
+// Whether the next value is one of them.
 bool taken(Cut& cut, float value) {
   const uint32_t key = key_of(value);
   return key > cut.key || (key == cut.key && cut.equal-- > 0);

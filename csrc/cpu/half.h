@@ -1,4 +1,4 @@
-// 16-bit floats as they lie in memory, widened exactly; no arithmetic is done in them.
+// Widens 16-bit floats exactly; no arithmetic is done in 16 bits.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +25,7 @@ inline float widen(F16 h) {
   const uint32_t exponent = (h.bits >> 10) & 31u, mantissa = h.bits & 1023u;
   uint32_t u;
   if (exponent == 31) {
-    // vcvtph2ps makes a signalling NaN quiet; so must this path
+    // vcvtph2ps makes a signalling NaN quiet, and this path must give the same
     u = sign | 0x7F800000u | (mantissa << 13) | (mantissa ? 0x400000u : 0u);
   } else if (exponent != 0) {
     u = sign | ((exponent + 112) << 23) | (mantissa << 13);

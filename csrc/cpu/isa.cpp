@@ -44,8 +44,8 @@ bool has_avxvnni() {
 #endif
 }
 
-// cpuid leaf 7: EDX bits 24 (tiles) and 25 (int8).  Linux lets a process use the tiles' 8 KiB of state only
-// once it has asked; a kernel that does not know them refuses.
+// cpuid leaf 7: EDX bits 24 (tiles) and 25 (int8).  Linux lets a process use the 8 KiB of tile state only
+// after it asked for it; a kernel without AMX support refuses.
 bool has_amx() {
 #if defined(__linux__) && defined(__x86_64__)
   unsigned eax = 7, ebx = 0, ecx = 0, edx = 0;

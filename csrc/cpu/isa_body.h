@@ -1,6 +1,6 @@
-// All bodies of one instruction set, included by isa_*.cpp after its target pragma with GSF_LEVEL and
-// GSF_NAMESPACE set.  No standard header is included here: a library template instantiated under a target
-// pragma could be shared with code that must run everywhere.
+// All kernel bodies for one instruction set. isa_*.cpp includes this after its target pragma, with GSF_LEVEL
+// and GSF_NAMESPACE set.  No standard header may be included here: a library template instantiated under a
+// target pragma could be shared with code that must run on every machine.
 namespace gsf {
 namespace GSF_NAMESPACE {
 #include "cpu/vec.h"

@@ -1,9 +1,9 @@
 // y = A(x - mean) . W_r^T + bias for nested codes in bit planes (gemmascope_fast/quant/planes.py).
 //
-// A unit is 16 rows x 32 columns: 8 quads of 64 bytes once unpacked, each the operand of an 8-bit dot product
-// whose 16 lanes are 16 outputs, so that nothing is ever summed across lanes.
+// A unit is 16 rows x 32 columns: 8 quads of 64 bytes when unpacked. Each quad is an operand of an 8-bit dot
+// product whose 16 lanes are 16 outputs, so nothing is ever summed across lanes.
 
-// Where the bits of quad J lie: field J % 4 of a half of a plane of width 2, bit J of a plane of width 1.
+// Where the bits of quad J are: field J % 4 of one half of a plane of width 2, bit J of a plane of width 1.
 template <int R, int P, int J>
 static inline B64 aligned(const B64* const* planes) {
   constexpr int width = plane_width(R, P), low = plane_low(R, P);
@@ -11,15 +11,15 @@ static inline B64 aligned(const B64* const* planes) {
   return shift64<from - low>(planes[P][width == 2 ? J / 4 : 0]);
 }
 
-// Planes 1 and 2, of one bit each, as pairs: those of the even quads, those of the odd quads; quad J's pair
-// is at bits J and J+1 of the first, J-1 and J of the second.
+// Planes 1 and 2, of one bit each, combined into pairs: one for the even quads, one for the odd quads. The
+// pair of quad J is at bits J and J+1 of the first, J-1 and J of the second.
 static inline void pair_planes(B64 high, B64 low, B64* pairs) {  // [2]
   pairs[0] = select64<0xAA>(shift64<-1>(high), low);
   pairs[1] = select64<0xAA>(high, shift64<1>(low));
 }
 
-// Quad J of a unit.  Shifting drags bits along; each merge keeps those above its own field and takes the
-// rest.
+// Quad J of a unit.  Shifts also move neighbouring bits; each merge keeps those above its own field and
+// replaces the rest.
 template <int R, int J>
 static inline B64 quad_of(const B64* const* planes, const B64* pairs) {
   constexpr int low = R > 2 ? R - 2 : 0, pair = R > 4 ? R - 4 : 0;
@@ -52,8 +52,8 @@ static inline void unpack_unit(const uint8_t* const* unit, B64* code) {  // [pla
   code[7] = quad_of<R, 7>(planes, pairs);
 }
 
-// Bits stored below the slice: dropped, or rounded once.  (c + 2^(d-1)) >> d = ((c >> (d-1)) + 1) >> 1 stays
-// in a byte.
+// Bits stored below the slice are dropped, or rounded once.  (c + 2^(d-1)) >> d = ((c >> (d-1)) + 1) >> 1
+// fits in a byte.
 static inline void reslice(const MatryoshkaArgs& a, B64* code) {
   const int drop = a.stored - a.bits, first = a.rounds ? drop - 1 : drop;
   for (int j = 0; j < 8; ++j) {
@@ -74,9 +74,9 @@ static inline PlaneCursor planes_of_block(const MatryoshkaArgs& a, int64_t block
   return c;
 }
 
-// Units ahead to prefetch.  The planes are several streams a thread, and the hardware stops at each page: one
-// unit of 2 bits is read in about 4 ns, so that 64 units cover DRAM latency and the page boundary; with the
-// eight lines a unit of 8 bits 16 units are as much, and more were slower.
+// Units to prefetch ahead.  The planes are several streams per thread, and the hardware prefetcher stops at
+// each page. One unit of 2 bits is read in about 4 ns, so 64 units cover DRAM latency and the page boundary;
+// with the eight lines of a unit of 8 bits, 16 units cover as much, and more were slower.
 template <int R>
 constexpr int kUnitsAhead = R >= 7 ? 16 : 64;
 
@@ -91,7 +91,7 @@ static inline void next_unit(PlaneCursor& c) {
   }
 }
 
-// One block's codes, unpacked: raw [units][8][64].
+// The codes of one block, unpacked: raw [units][8][64].
 template <int R>
 static inline void unpack_block(const MatryoshkaArgs& a, int64_t block, uint8_t* raw) {
   PlaneCursor cursor = planes_of_block<R>(a, block);
@@ -133,8 +133,8 @@ static inline V16 bias_of(const MatryoshkaArgs& a, int64_t block) {
   return left >= 16 ? load16(a.bias + block * 16) : load16_tail(a.bias + block * 16, left);
 }
 
-// A group's integer dots into the sums.  Groups of up to 512 fit fp32 exactly; a wider one subtracts its zero
-// point in int32 first, where the products and the zero point's part would cancel in fp32.
+// Adds a group's integer dots to the sums.  Groups of up to 512 fit fp32 exactly. A wider one subtracts its
+// zero point in int32 first, because in fp32 the products and the zero point's part would cancel.
 template <int TT>
 static inline void end_group(const MatryoshkaArgs& a, int64_t block, int64_t g, const int32_t* qsum,  // [TT]
                              const I16* dot, V16* acc) {                                              // [TT]
@@ -165,10 +165,11 @@ static inline void finish_tile(const MatryoshkaArgs& a, int64_t block, int64_t f
   }
 }
 
-// A block of 16 rows and a tile of TT tokens, each unit used as it is unpacked from planes of R bits.
+// A block of 16 rows and a tile of TT tokens; each unit is used directly after unpacking from planes of R
+// bits.
 template <int R, int TT>
 static inline void plane_tile(const MatryoshkaArgs& a, int64_t block, const MatryoshkaTile& tile) {
-  // Independent sums: a dot product takes 4 to 5 cycles and two start in each.
+  // Independent sums: a dot product takes 4 to 5 cycles, and two start in each cycle.
   constexpr int chains = TT == 1 ? 4 : 2;
   PlaneCursor cursor = planes_of_block<R>(a, block);
   const bool finish = a.stored > a.bits;
@@ -212,8 +213,8 @@ static inline void plane_tile(const MatryoshkaArgs& a, int64_t block, const Matr
   finish_tile(a, block, tile.first, tile.tokens, acc);
 }
 
-// NB blocks already unpacked (raw [NB][units][8][64]) and TT tokens of a tile from its token t0 on: each quad
-// of activations is spread over the lanes once and used NB times.  WIDE: codes of more than 4 bits.
+// NB blocks already unpacked (raw [NB][units][8][64]) and TT tokens of a tile from token t0 on: each quad of
+// activations is broadcast once and used NB times.  WIDE: codes of more than 4 bits.
 template <int NB, int TT, bool WIDE>
 static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
                             const MatryoshkaTile& tile, int t0) {
@@ -225,13 +226,13 @@ static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_
   }
   for (int64_t g = 0, quad = 0; g < a.groups; ++g) {
     const int64_t units = (g + 1) * a.group_units < a.units ? (g + 1) * a.group_units : a.units;
-    // an array that nobody has the address of lives in registers
+    // an array whose address is not taken stays in registers
     I16 sum[NB * TT];
 #pragma GCC unroll 24
     for (int i = 0; i < NB * TT; ++i) sum[i] = izero16();
 #if GSF_LEVEL == 1
-    // codes of 8 bits come again and again here: their bytes widened once a quad took a fifth less than
-    // halves
+    // codes of 8 bits are used many times here: widening their bytes once per quad took a fifth less time
+    // than halves
     static_assert(NB == 1, "the sums of one block fill the registers");
     if constexpr (!WIDE) {
       for (; quad < units * 8; quad += 8) {
@@ -259,8 +260,8 @@ static inline void raw_tile(const MatryoshkaArgs& a, int64_t block, const uint8_
   for (int n = 0; n < NB; ++n) finish_tile(a, block + n, tile.first + t0, left, acc[n]);
 }
 
-// The same with fp32 activations: the code's level (a multiple of 1/2, exact) times x, the scale once a
-// group.
+// The same with fp32 activations: the code's level (a multiple of 1/2, exact) times x; the scale is applied
+// once per group.
 template <int TT>
 static inline void block_tile_exact(const MatryoshkaArgs& a, int64_t block, const uint8_t* raw,
                                     const MatryoshkaTile& tile) {
@@ -273,7 +274,7 @@ static inline void block_tile_exact(const MatryoshkaArgs& a, int64_t block, cons
     const int64_t at = (block * a.groups + g) * 16;
     const I16 zero = widen16(a.zero + at);
     const int64_t end = u + a.group_units < a.units ? u + a.group_units : a.units;
-    V16 sum[4][TT];  // by column modulo 4: four chains
+    V16 sum[4][TT];  // by column modulo 4: four independent chains
     for (int c = 0; c < 4; ++c) {
       for (int t = 0; t < TT; ++t) sum[c][t] = zero16();
     }
@@ -296,8 +297,8 @@ static inline void block_tile_exact(const MatryoshkaArgs& a, int64_t block, cons
   for (int t = 0; t < tile.tokens; ++t) store_rows(a, tile.first + t, block, add16(acc[t], bias));
 }
 
-// Blocks and tokens of one raw_tile: 24 of the 32 registers of AVX-512 are sums, 3 codes, 1 activations; with
-// the 16 registers of AVX2, where sixteen lanes take two, 4 sums are 8.
+// Blocks and tokens of one raw_tile. Of the 32 registers of AVX-512, 24 are sums, 3 codes, 1 activations. Of
+// the 16 registers of AVX2, where sixteen lanes take two, 4 sums use 8.
 #if GSF_LEVEL >= 3
 constexpr int kRawBlocks = 3, kRawTokens = 8;
 #else
@@ -327,8 +328,8 @@ static inline void raw_blocks(const MatryoshkaArgs& a, int64_t block, const uint
 
 template <int R>
 static inline void blocks_of(const MatryoshkaArgs& a, int64_t b0, int64_t b1, uint8_t* raw) {
-  // up to 4 tokens the codes are used as they are unpacked; with more the unpacked blocks are read again from
-  // cache
+  // up to 4 tokens, codes are used directly after unpacking; with more, the unpacked blocks are read again
+  // from cache
   const MatryoshkaTile& only = a.tiles[0];
   if (a.tile_count == 1 && only.width <= 4 && !a.exact && a.over_crow == nullptr) {
     for (int64_t b = b0; b < b1; ++b) {

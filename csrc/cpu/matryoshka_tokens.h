@@ -1,4 +1,4 @@
-// Activations of nested layers as int8, a scale a token.  Included by isa_body.h.
+// Rounds activations of nested layers to int8, with one scale per token.  Included by isa_body.h.
 
 // One token: centred row [d] -> codes [padded], sums a group, scale.  Rounds to nearest even by the constant
 // 1.5 * 2^23, exact below 2^22 and the same on every instruction set.

@@ -1,18 +1,18 @@
-// Dots of a unit (16 rows x 32 columns, 8 quads) where bytes have no dot product of their own.  Included by
-// isa_body.h.
+// Dot products of a unit (16 rows x 32 columns, 8 quads) on machines without an instruction for byte dot
+// products.  Included by isa_body.h.
 
-// Whether codes of R bits are multiplied as two halves; elsewhere all are alike, and compiled once.
+// Whether codes of R bits are multiplied as two halves; on other levels there is one case, compiled once.
 template <int R>
 constexpr bool kWide = GSF_LEVEL == 1 && R > 4;
 
 #if GSF_LEVEL == 1
 // maddubs adds two products of u8 x s8 in int16 and saturates, so codes of more than 4 bits are multiplied as
-// two halves of 4.  A half is at most 15, or 16 where the overflow of extra precision is added to 4 bits, and
-// activations at most 127: the 8 quads of a unit stay within 8 * 2 * 16 * 127 = 32,512 < 2^15 before they are
-// widened.  In registers codes of 4 bits are multiplied at 2.4 times the rate of bytes widened first, those
-// of 8 at 1.0 to 1.2 (Zen 3).
+// two halves of 4.  A half is at most 15, or 16 if the overflow of extra precision is added to 4 bits, and
+// activations are at most 127: the 8 quads of a unit stay within 8 * 2 * 16 * 127 = 32,512 < 2^15 before they
+// are widened.  In registers, codes of 4 bits are multiplied at 2.4 times the rate of bytes widened first,
+// codes of 8 bits at 1.0 to 1.2 times (Zen 3).
 
-// In assembly since GCC 12 otherwise copies every sum in every step: half of the rate.
+// In assembly, because GCC 12 otherwise copies every sum in every step, which halves the rate.
 static inline void add_words(__m256i& sum, __m256i products) {
   __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products));
 }
@@ -44,7 +44,7 @@ static inline void narrow_unit_dots(const uint8_t* code, const int8_t* x, int64_
   }
 }
 
-// The same of codes of 8 bits, 8 rows at a time: `half` is the lower or the upper sums of each token.
+// The same for codes of 8 bits, 8 rows at a time: `half` is the lower or upper sums of each token.
 template <int TT>
 static inline void wide_half_dots(const uint8_t* code, const int8_t* x, int64_t width, __m256i* half) {
   const __m256i nibble = _mm256_set1_epi8(15);
@@ -81,7 +81,7 @@ static inline void unit_dots(const uint8_t* code, const int8_t* x, int64_t width
   for (int t = 0; t < TT; ++t) sum[t] = {lo[t], hi[t]};
 }
 
-// The same with one token, of codes as they come from their planes.
+// The same with one token, for codes directly from their planes.
 template <bool WIDE>
 static inline void fresh_unit_dots(const B64* code, const int8_t* x, I16* sum) {
   __m256i low[2], high[2];

@@ -1,5 +1,5 @@
-// 64 code bytes and sixteen int32 lanes, one definition per instruction set; integers, so the same result on
-// each. Byte 4*lane + c of a B64 belongs to lane `lane` of an I16.  Included by isa_body.h.
+// 64 code bytes and sixteen int32 lanes, defined once per instruction set. They are integers, so the results
+// are the same. Byte 4*lane + c of a B64 belongs to lane `lane` of an I16.  Included by isa_body.h.
 
 #if GSF_LEVEL >= 3
 struct B64 {
@@ -19,7 +19,7 @@ template <int M>
 static inline B64 select64(B64 a, B64 b) {
   return {_mm512_ternarylogic_epi64(a.v, b.v, _mm512_set1_epi8(static_cast<char>(M)), 0xE4)};
 }
-// a and, besides, b's bits of M.
+// a, combined with b's bits of M.
 template <int M>
 static inline B64 merge64(B64 a, B64 b) {
   return {_mm512_ternarylogic_epi64(a.v, b.v, _mm512_set1_epi8(static_cast<char>(M)), 0xF8)};
@@ -28,7 +28,7 @@ static inline B64 min64(B64 a, int byte) {
   return {_mm512_min_epu8(a.v, _mm512_set1_epi8(static_cast<char>(byte)))};
 }
 static inline B64 halve_up64(B64 a) { return {_mm512_avg_epu8(a.v, _mm512_setzero_si512())}; }
-// Right by N, left where N is negative, within 16-bit pieces: a mask must follow.
+// Shift right by N, or left if N is negative, within 16-bit pieces: a mask must follow.
 template <int N>
 static inline B64 shift64(B64 a) {
   if constexpr (N > 0) return {_mm512_srli_epi16(a.v, N)};
@@ -50,7 +50,7 @@ template <int C>
 static inline I16 byte_of_lane(B64 a) {
   return {_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * C), _mm512_set1_epi32(255))};
 }
-// Four activations in every lane.
+// Four activations, repeated in every lane.
 static inline I16 quad16(const int8_t* x) {
   int32_t quad;
   memcpy(&quad, x, sizeof quad);

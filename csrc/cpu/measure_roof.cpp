@@ -17,7 +17,7 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// `work` units per worker and pass, on each thread at once.
+// `work` units per worker and pass, on all threads at the same time.
 template <typename Fn>
 std::vector<double> rates(int passes, double work, const Fn& fn) {
   TORCH_CHECK_VALUE(passes > 0, "passes: expected a positive number, got ", passes);
@@ -31,12 +31,12 @@ std::vector<double> rates(int passes, double work, const Fn& fn) {
   return out;
 }
 
-// A step takes 12 cycles or less on any core that has the level: a pass is some milliseconds, long beside the
-// start of the threads and short beside another process's time slice.  4 products of 1 over 2^20 steps fit
-// int32.
+// A step takes at most 12 cycles on any core with this level: a pass takes some milliseconds, much longer
+// than starting the threads and shorter than another process's time slice.  4 products of 1 over 2^20 steps
+// fit int32.
 constexpr int64_t kSteps = int64_t{1} << 20;
 
-// What a loop must answer: one that a compiler had folded away, or that did less, would be an error, not a
+// The result that a loop must have: if the compiler removed work from it, this is an error, not a higher
 // roof.
 template <typename T>
 void check(T got, T expected, const char* loop) {
@@ -49,7 +49,7 @@ std::vector<double> roof_read_rates(int64_t bytes, int passes) {
   const int workers = at::get_num_threads();
   const int64_t share = bytes / workers / 512 * 512;
   TORCH_CHECK_VALUE(share > 0, "bytes: expected at least 512 a thread, got ", bytes);
-  // 64 bytes of slack to align; each worker writes its own share first, which places the pages near it
+  // 64 bytes of slack to align; each worker writes its own share first, so that its pages are close to it
   std::unique_ptr<uint8_t[]> memory(new uint8_t[static_cast<size_t>(share * workers + 64)]);
   uint8_t* base = memory.get() + (-reinterpret_cast<uintptr_t>(memory.get()) & 63);
   const auto loop = kernels().roof.read;

@@ -5,7 +5,7 @@
 namespace gsf {
 
 at::Tensor widened(const at::Tensor& t) {
-  if (t.scalar_type() == at::kFloat && t.is_contiguous()) return t;  // as new_tensor: no dispatch for nothing
+  if (t.scalar_type() == at::kFloat && t.is_contiguous()) return t;  // no dispatcher if nothing changes
   return t.to(at::kFloat).contiguous();
 }
 
@@ -34,7 +34,7 @@ void check_csr(const at::Tensor& crow, const at::Tensor& col, int64_t features) 
   const int32_t* c = col.const_data_ptr<int32_t>();
   const auto wrong = [features](int32_t f) { return f < 0 || f >= features; };
   const int64_t nnz = col.numel();
-  bool inside = true;  // no early exit: a loop without one is vectorised
+  bool inside = true;  // no early exit, so that the loop is vectorised
   for (int64_t i = 0; i < nnz; ++i) inside &= !wrong(c[i]);
   if (inside) return;
   const int64_t at = std::find_if(c, c + nnz, wrong) - c;

@@ -1,5 +1,5 @@
 // Checks and small conversions shared by the op drivers.  Messages name the argument, what was expected and
-// what came.
+// what was given.
 #pragma once
 
 #include <ATen/EmptyTensor.h>
@@ -39,16 +39,16 @@ inline void check_cpu(const at::Tensor& t, const char* name) {
                     t.device());
 }
 
-// A new tensor, not filled.  at::empty goes through the dispatcher, whose tables have left the caches by the
-// time a model comes back to its SAE: without its ten such calls an op took 50 us less there.
+// A new tensor, not filled.  at::empty uses the dispatcher, whose tables are out of cache when a model
+// returns to its SAE: without its ten calls an op took 50 us less there.
 inline at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType dtype) {
   return at::detail::empty_cpu(shape, dtype);
 }
 
-// fp32 and contiguous; free where it already is both.
+// fp32 and contiguous; free if it already is both.
 at::Tensor widened(const at::Tensor& t);
 
-// The rows [F][d] of a matrix [d, F], which in an SAE's storage lie in one piece; copied where they do not.
+// The rows [F][d] of a matrix [d, F], which are contiguous in an SAE's storage; copied if they are not.
 class Rows {
  public:
   explicit Rows(const at::Tensor& W);
@@ -59,7 +59,7 @@ class Rows {
   const void* data_;
 };
 
-// Compressed rows: crow from 0 to nnz without falling, col within [0, F).
+// Compressed rows: crow goes from 0 to nnz and never decreases, col is within [0, F).
 void check_csr(const at::Tensor& crow, const at::Tensor& col, int64_t features);
 
 }  // namespace gsf

@@ -8,15 +8,15 @@
 namespace gsf {
 namespace {
 
-// Columns of a block for many rows: 128 fp32 of 16,384 feature rows are 8 MiB, so that the rows that many
-// tokens share are read from the last cache and not from memory again.  At 1,024 tokens 64 columns took
-// half as long again (half of each access is latency); 256 took a tenth more on Zen 4, 4 % less on Zen 5.
-// Going by feature instead, each row once for all its tokens and the sums in the L2, took 15 % less at 1,024
-// tokens and half as long again at 256 (Zen 5): not worth a second kernel.
+// Columns per block for many rows: 128 fp32 of 16,384 feature rows are 8 MiB, so that rows shared by many
+// tokens are read from the last-level cache and not from memory again.  At 1,024 tokens 64 columns took half
+// as long again (half of each access is latency); 256 took a tenth more on Zen 4, 4 % less on Zen 5.
+// Iterating by feature instead, with each row read once for all its tokens and the sums in the L2, took 15 %
+// less at 1,024 tokens and half as long again at 256 (Zen 5): not worth a second kernel.
 constexpr int64_t kBlockColumns = 128;
-// Rows of a task within a block: enough work for one draw of a chunk.
+// Rows per task within a block: enough work for one chunk.
 constexpr int64_t kBlockRows = 32;
-// Under this many rows there is little to share, and whole rows stream best: at 128 they were faster by a
+// With fewer rows than this little is shared, and streaming whole rows is best: at 128 they were faster by a
 // fifth, at 256 slower by a seventh.
 constexpr int64_t kFewRows = 192;
 
@@ -31,7 +31,7 @@ at::Tensor decode_cpu(const at::Tensor& crow, const at::Tensor& col, const at::T
   check_cpu(values, "values");
   check_cpu(W_dec, "W_dec");
   const Dtype dtype = dtype_of(W_dec, "W_dec");
-  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: int8 rows need one");
+  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: required for int8 W_dec");
   const at::Tensor vals = widened(values), rows = W_dec.contiguous();
   at::Tensor bias, scale;
   DecodeArgs args{};
@@ -58,15 +58,15 @@ at::Tensor decode_cpu(const at::Tensor& crow, const at::Tensor& col, const at::T
   const Kernels& table = kernels();
   const int threads = std::max(1, at::get_num_threads());
   if (N == 0 || d == 0) return out;
-  // Few rows: a row a draw, and where there are fewer than threads, whole cache lines of the columns each.
-  // Many: blocks of columns, and of rows.
+  // Few rows: one row per task; if there are fewer rows than threads, also split into whole cache lines of
+  // columns. Many rows: blocks of columns and of rows.
   const bool few = N < kFewRows;
   const int64_t share = N >= 2 * threads ? d : (d + threads - 1) / threads;
   const int64_t columns = few ? (share + 63) / 64 * 64 : kBlockColumns;
   const int64_t row_step = few ? 1 : kBlockRows;
   const int64_t row_chunks = (N + row_step - 1) / row_step, column_chunks = (d + columns - 1) / columns;
   run_chunks(row_chunks * column_chunks, [&](int, int64_t chunk) {
-    // rows vary fastest: the threads work in one block of columns at a time
+    // rows vary fastest, so that all threads work in the same block of columns
     const int64_t d0 = chunk / row_chunks * columns, n0 = chunk % row_chunks * row_step;
     table.decode(args, n0, std::min(N, n0 + row_step), d0, std::min(d, d0 + columns));
   });
@@ -77,7 +77,7 @@ at::Tensor sampled_dot_cpu(const at::Tensor& x, const at::Tensor& rows, const st
                            const at::Tensor& crow, const at::Tensor& col) {
   check_float(x, "x");
   TORCH_CHECK_VALUE(x.dim() == 2 && rows.dim() == 2 && x.size(1) == rows.size(1),
-                    "x: expected [N, d] beside rows [F, d], got ", x.sizes(), " and ", rows.sizes());
+                    "x: expected [N, d] with rows [F, d], got ", x.sizes(), " and ", rows.sizes());
   check_cpu(x, "x");
   check_cpu(rows, "rows");
   check_csr(crow, col, rows.size(0));
@@ -102,7 +102,7 @@ at::Tensor sampled_dot_cpu(const at::Tensor& x, const at::Tensor& rows, const st
   args.d = x.size(1);
   args.w_dtype = dtype;
   const Kernels& table = kernels();
-  constexpr int64_t kStep = 8;  // tokens a draw: about 80 dots each
+  constexpr int64_t kStep = 8;  // tokens per task: about 80 dots each
   const int64_t N = x.size(0);
   run_chunks((N + kStep - 1) / kStep, [&](int, int64_t chunk) {
     table.sampled_dot(args, chunk * kStep, std::min(N, (chunk + 1) * kStep));
@@ -110,10 +110,10 @@ at::Tensor sampled_dot_cpu(const at::Tensor& x, const at::Tensor& rows, const st
   return out;
 }
 
-// Stable counting sort by column: for each column the rows that hold it, ascending.
+// Stable counting sort by column: for each column, its rows in ascending order.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> csr_transpose_cpu(const at::Tensor& crow,
                                                                  const at::Tensor& col, int64_t columns) {
-  TORCH_CHECK_VALUE(columns >= 0, "columns: expected a count, got ", columns);
+  TORCH_CHECK_VALUE(columns >= 0, "columns: expected 0 or more, got ", columns);
   check_csr(crow, col, columns);
   const int64_t N = crow.numel() - 1, nnz = col.numel();
   at::Tensor ccol = new_tensor({columns + 1}, at::kLong);

@@ -7,7 +7,7 @@
 namespace gsf {
 namespace {
 
-// W_enc, after the arguments were checked.
+// W_enc, after the arguments have been checked.
 const at::Tensor& checked(const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc,
                           const at::Tensor& threshold, std::optional<double> bandwidth) {
   check_float(x, "x");

@@ -18,11 +18,11 @@ enum Rule : int64_t { kPrefix = 0, kMatquant = 1, kExtra = 2 };
 constexpr int64_t kMaxIn = 66000;  // 256 * 127 * 66,000 < 2^31
 constexpr int kWidths[9][6] = {
     {}, {1}, {2}, {2, 1}, {2, 1, 1}, {2, 1, 1, 1}, {2, 1, 1, 2}, {2, 1, 1, 2, 1}, {2, 1, 1, 2, 2}};
-// Bytes of planes a worker draws at a time, at most: every draw begins up to eight cold streams, and at 64
-// KiB that was a quarter of the time.  Small matrices are cut finer, so that each worker draws several times.
+// Maximum bytes of planes per task: every task begins up to eight cold streams, and with 64 KiB that was a
+// quarter of the time.  Small matrices are split finer, so that each worker gets several tasks.
 constexpr int64_t kChunkBytes = 262144;
 constexpr int64_t kDraws = 4;
-// Under this much work a second thread costs more than it brings.
+// With less work than this, a second thread costs more than it saves.
 constexpr int64_t kAloneBytes = 65536;
 
 void check_planes(at::TensorList planes, int64_t blocks, int64_t units, int64_t bits, MatryoshkaArgs& args) {
@@ -45,7 +45,7 @@ void check_planes(at::TensorList planes, int64_t blocks, int64_t units, int64_t 
   args.stored = static_cast<int>(stored), args.bits = static_cast<int>(bits);
 }
 
-// Tokens cut into tiles, rounded to int8 or widened as they are, and laid out for broadcasts.
+// Tokens split into tiles, rounded to int8 or widened unchanged, and laid out for broadcasts.
 class Tiles {
  public:
   Tiles(const at::Tensor& x, const MaybeTensor& mean, bool exact, MatryoshkaArgs& args)

@@ -12,11 +12,12 @@ namespace {
 
 at::Tensor zero_codes(at::IntArrayRef shape) {
   at::Tensor t = new_tensor(shape, at::kByte);
-  advise_large_pages(t.mutable_data_ptr(), t.nbytes());  // before the first touch: nothing to gather then
+  advise_large_pages(t.mutable_data_ptr(),
+                     t.nbytes());  // before the first touch
   return t.zero_();
 }
 
-// A first digit made elsewhere: a code, its scales and zero points, or none of the three.
+// A first digit made elsewhere: a code with its scales and zero points, or none of the three.
 void check_given(const std::optional<at::Tensor>& code, const std::optional<at::Tensor>& scale,
                  const std::optional<at::Tensor>& zero, int64_t F, int64_t d) {
   TORCH_CHECK_VALUE(code.has_value() == scale.has_value() && code.has_value() == zero.has_value(),
@@ -68,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> screen_rows_cpu(
     args.given_zero = given_zero->const_data_ptr<uint8_t>();
   }
   args.d = d, args.width = width, args.stride = stride, args.k = k;
-  // kernels mask the columns past F; one value there makes equal tables equal bytes
+  // kernels mask the columns past F; a fixed value there makes equal tables equal in every byte
   float* start = args.table + kStart * stride;
   for (int64_t f = F; f < stride; ++f) start[f] = -std::numeric_limits<float>::infinity();
   const Kernels& kernel = kernels();

@@ -23,12 +23,19 @@ constexpr int64_t kMostTokens = 1024, kFewestTokens = 64;
 // Features that are screened before there is a floor, for each of the k: half of them are left, and from
 // there on about k a doubling.  The sum, k (n / 2 + log2(F / (k n))), is least for n = 3.
 constexpr int64_t kSeed = 3;
-// Features that a phase ends with, for each that it began with.  With one digit of the activations every pair
-// that is left costs a second look, so that floors rise often; with both it costs a few operations, and fewer
-// phases are waited for.
-constexpr int64_t kGrowth = 2, kGrowthOfBoth = 4;
-// Candidates that one thread turns into floors sooner than others would have begun: 10 ns each.
+// Features that a phase ends with, for each that it began with.  The fewer phases, the less often threads
+// wait for each other, but a phase leaves about k times its growth per token.  Such a pair costs a second
+// look of 0.1 us where one digit of the activations was read, which from kManyTokens on is more than the
+// waiting, and a few operations where both were.
+constexpr int64_t kManyTokens = 64;
+int64_t growth(const ScreenArgs& a) { return a.both ? 8 : a.encode.T < kManyTokens ? 4 : 2; }
+// A last phase takes in so many times the features before it, where another would be short.
+constexpr int64_t kLastPhase = 2;
+// What one thread does sooner than others would have begun: turning candidates into floors (10 ns each),
+// refining them (0.3 us), screening features times tokens (2304 bytes each, 0.1 us).
 constexpr size_t kFewCandidates = 4096;
+constexpr size_t kFewRefined = 128;
+constexpr int64_t kFewScreened = 512;
 
 void check_k(int64_t k, int64_t F) {
   TORCH_CHECK_VALUE(k >= 1 && k <= F, "k: expected 1 to d_sae = ", F, ", got ", k);
@@ -124,7 +131,7 @@ struct Pieces {
   Pieces(int64_t F, int64_t seed, int64_t growth, int64_t features, int64_t workers) {
     int64_t end = (seed + kChunkFeatures - 1) / kChunkFeatures * kChunkFeatures;
     for (int64_t f = 0; f < F; f = end, end *= growth) {
-      end = std::min(F, end);
+      if (end >= F / kLastPhase) end = F;
       int64_t step = kChunkFeatures;
       while (2 * step <= features && (end - f) / (2 * step) >= 4 * workers) step *= 2;
       for (; f < end; f += step) starts.push_back(std::min(end, f + step));
@@ -147,34 +154,44 @@ void thin(std::vector<Candidate>& pairs, const ScreenArgs& args) {
 // What is left of all tokens of a call, the k greatest among it.
 Csr ranked(ScreenCall& call, int64_t k, Floors& floors, int64_t tokens, std::vector<ScreenStats>& counts) {
   const int workers = static_cast<int>(counts.size());
-  const Pieces pieces(tokens == 0 ? 0 : call.args.encode.F, kSeed * k,
-                      call.args.both ? kGrowthOfBoth : kGrowth, call.features, workers);
+  const Pieces pieces(tokens == 0 ? 0 : call.args.encode.F, kSeed * k, growth(call.args), call.features,
+                      workers);
   std::vector<std::vector<Candidate>> waiting(pieces.size());
   std::vector<CandidateBuffer> space(workers);
   for (size_t phase = 0; phase + 1 < pieces.phases.size(); ++phase) {
     const size_t begin = pieces.phases[phase], end = pieces.phases[phase + 1];
-    run_chunks(static_cast<int64_t>(end - begin), [&](int worker, int64_t i) {
+    const auto screen = [&](int worker, int64_t i) {
       const int64_t* range = &pieces.starts[begin + i];
       const CandidateSpan pairs = call.screen(range[0], range[1], space[worker].sink, counts[worker]);
       waiting[begin + i].assign(pairs.begin, pairs.end);
-    });
+    };
+    const int64_t size = pieces.starts[end] - pieces.starts[begin], count = static_cast<int64_t>(end - begin);
+    if (size * call.args.encode.T <= kFewScreened) {
+      run_chunks_here(count, screen);
+    } else {
+      run_chunks(count, screen);
+    }
     floors.add(waiting, begin, end, call);
   }
   HitCollector hits(workers, static_cast<int64_t>(pieces.size()));
-  if (call.args.mapped) {
-    for (std::vector<Candidate>& pairs : waiting) {
-      thin(pairs, call.args);
-      call.announce({pairs.data(), pairs.data() + pairs.size()});
-    }
-  }
-  run_chunks(static_cast<int64_t>(pieces.size()), [&](int worker, int64_t i) {
-    std::vector<Candidate>& pairs = waiting[i];
+  size_t left = 0;
+  for (std::vector<Candidate>& pairs : waiting) {
     thin(pairs, call.args);
+    left += pairs.size();
+    if (call.args.mapped) call.announce({pairs.data(), pairs.data() + pairs.size()});
+  }
+  const auto refine = [&](int worker, int64_t i) {
+    const std::vector<Candidate>& pairs = waiting[i];
     const CandidateSpan span{pairs.data(), pairs.data() + pairs.size()};
     hits.fill(worker, i, [&](HitSink& sink) {
       call.finish(pieces.starts[i], pieces.starts[i + 1], span, counts[worker], sink);
     });
-  });
+  };
+  if (left <= kFewRefined && !call.rest.T) {
+    run_chunks_here(static_cast<int64_t>(pieces.size()), refine);
+  } else {
+    run_chunks(static_cast<int64_t>(pieces.size()), refine);
+  }
   return hits.to_csr(tokens);
 }
 

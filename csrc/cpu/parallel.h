@@ -18,7 +18,7 @@
 
 namespace gsf {
 
-// Subnormals count: FTZ and DAZ are a thread's own, so every worker clears and restores them.
+// Subnormals must be kept: FTZ and DAZ are set per thread, so every worker clears and restores them.
 class SubnormalsOn {
  public:
 #if defined(__x86_64__)
@@ -35,8 +35,8 @@ class SubnormalsOn {
   unsigned saved_ = 0;
 };
 
-// Calls fn(worker) once on each of `workers` threads of torch's pool (fewer threads inside another parallel
-// region: then one thread is several workers in turn).
+// Calls fn(worker) once on each of `workers` threads of torch's pool (with fewer threads inside another
+// parallel region: then one thread runs several workers in turn).
 template <typename Fn>
 void run_workers(int workers, const Fn& fn) {
   at::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
@@ -45,7 +45,7 @@ void run_workers(int workers, const Fn& fn) {
   });
 }
 
-// Workers draw chunk numbers until none is left: the cores of a shared machine are not equally fast.
+// Workers take chunk numbers until none is left, because the cores of a shared machine are not equally fast.
 template <typename Fn>
 void run_chunks(int64_t chunks, const Fn& fn) {
   const int workers = static_cast<int>(std::min<int64_t>(at::get_num_threads(), chunks));
@@ -54,6 +54,13 @@ void run_chunks(int64_t chunks, const Fn& fn) {
   run_workers(workers, [&](int worker) {
     for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) fn(worker, c);
   });
+}
+
+// The same on the calling thread, for work that is done sooner than other threads would have begun.
+template <typename Fn>
+void run_chunks_here(int64_t chunks, const Fn& fn) {
+  SubnormalsOn guard;
+  for (int64_t c = 0; c < chunks; ++c) fn(0, c);
 }
 
 // A growing array behind a HitSink or a CandidateSink.

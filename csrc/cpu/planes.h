@@ -1,5 +1,5 @@
-// The planes of nested codes as they lie (gemmascope_fast/quant/planes.py): shared by every body that
-// reads them.
+// The layout of the planes of nested codes (gemmascope_fast/quant/planes.py), shared by all bodies that
+// read them.
 #pragma once
 
 #ifdef __CUDACC__
@@ -10,7 +10,7 @@
 
 namespace gsf {
 
-// Width of plane p of a code of R bits, and the number of planes: matryoshka.planes.WIDTHS.
+// Width of plane p of a code of R bits, and the number of planes: quant.planes.WIDTHS.
 GSF_BOTH constexpr int plane_width(int R, int p) {
   return p == 0 ? (R == 1 ? 1 : 2) : p <= 2 ? 1 : p == 3 ? (R == 5 ? 1 : 2) : (R == 7 ? 1 : 2);
 }

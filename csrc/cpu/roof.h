@@ -1,9 +1,8 @@
-// What the machine can do at best, for the roof that kernels are held against: loops that do nothing but
-// read, or nothing but multiply and add in registers.  Their answers are returned so that they are computed
-// at all.
+// The best that the machine can do, as a roof for the kernels: loops that only read, or only multiply and add
+// in registers.  Their results are returned, so that the compiler cannot remove them.
 
-// Hides from the compiler that nothing changed an operand: the loops below would otherwise be folded.  On an
-// operand and not on the sums, which an asm statement would push to the stack.
+// Makes the compiler assume that an operand changed; otherwise it would fold the loops below.  It is applied
+// to an operand and not to the sums, because an asm statement would move those to the stack.
 #if GSF_LEVEL >= 3
 static inline void hide(V16& a) { asm volatile("" : "+v"(a.v)); }
 static inline void hide(I16& a) { asm volatile("" : "+v"(a.v)); }
@@ -25,12 +24,12 @@ static inline I16 iload16(const void* p) {
 }
 #endif
 
-// Independent sums: two multiply-adds a cycle of latency 4 want 8 registers in flight: 12 of 32 (AVX-512), 10
-// of 16 (AVX2, two to a V16).
+// Independent sums: two multiply-adds a cycle with latency 4 need 8 registers in flight: 12 of 32 (AVX-512),
+// 10 of 16 (AVX2, two for a V16).
 constexpr int kRoofChains = GSF_LEVEL >= 3 ? 12 : 5;
 
-// N values by name and not in an array, which a compiler may leave in memory.  They start from memory it
-// cannot see into: equal constants would be one chain.
+// N separate values instead of an array, which a compiler may keep in memory.  They are loaded from memory
+// that the compiler cannot see: equal constants would be merged into one chain.
 template <int N, typename V>
 struct Chains {
   V value;
@@ -96,8 +95,8 @@ static float roof_fma(int64_t steps, const float* zeros) {  // zeros: [kRoofChai
   return fold16(total(sums));
 }
 
-// acc[lane] += the exact products of the pair (a, a), by what this level sums integers with: 4 of u8 x s8
-// where there is VNNI, else 2 of int16 x int16 (bytes widened beforehand: nothing here saturates).
+// acc[lane] += the exact products of the pair (a, a), with this level's integer instruction: 4 of u8 x s8
+// with VNNI, else 2 of int16 x int16 (bytes are widened beforehand, so nothing saturates).
 constexpr int kRoofProducts = GSF_LEVEL >= 2 ? 4 : 2;
 #if GSF_LEVEL >= 3
 static inline I16 roof_dot(I16 acc, I16 a) { return {_mm512_dpbusd_epi32(acc.v, a.v, a.v)}; }
@@ -106,8 +105,8 @@ static inline I16 roof_dot(I16 acc, I16 a) {
   return {_mm256_dpbusd_avx_epi32(acc.lo, a.lo, a.lo), _mm256_dpbusd_avx_epi32(acc.hi, a.hi, a.hi)};
 }
 #elif GSF_LEVEL == 1
-// In assembly as in screen_vec.h: with a copy of each sum in every step this roof lay below what the screen
-// does.
+// In assembly as in screen_vec.h: with a copy of each sum in every step, this roof was below the rate of the
+// screen.
 static inline I16 roof_dot(I16 acc, I16 a) {
   __asm__("vpaddd %1, %0, %0" : "+x"(acc.lo) : "x"(_mm256_madd_epi16(a.lo, a.lo)));
   __asm__("vpaddd %1, %0, %0" : "+x"(acc.hi) : "x"(_mm256_madd_epi16(a.hi, a.hi)));
@@ -126,7 +125,7 @@ static inline I16 roof_dot(I16 acc, I16 a) {
 static inline void multiply(Chains<0, I16>&, I16&) {}
 template <int N>
 static inline void multiply(Chains<N, I16>& c, I16& a) {
-  hide(a);  // each time: the products of one operand would be computed once for all chains
+  hide(a);  // each time: otherwise the products of one operand would be computed once for all chains
   c.value = roof_dot(c.value, a);
   multiply(c.rest, a);
 }
@@ -137,7 +136,7 @@ static inline I16 total(const Chains<N, I16>& c) {
 }
 
 #if GSF_LEVEL >= 4
-// What int8 multiplies here: four tiles of sums, each operand of a product in two of them.
+// The int8 multiply-adds used here: four tiles of sums, each operand is in two products.
 constexpr int64_t kRoofInt8 = 4 * 16 * 16 * 64;
 static int64_t roof_int8(int64_t steps, const float*) {
   alignas(64) int32_t sums[16 * 16];

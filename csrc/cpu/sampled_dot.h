@@ -1,5 +1,5 @@
-// Dots of chosen (row of x, row of w) pairs in the one order of summation: the gradient of decode with
-// respect to its values, and a pre-activation asked for by index.
+// Dots of selected (row of x, row of w) pairs in the fixed order of summation: the gradient of decode with
+// respect to its values, and pre-activations requested by index.
 
 template <typename E>
 static inline void sampled_rows(const SampledDotArgs& a, int64_t n0, int64_t n1) {
@@ -12,7 +12,7 @@ static inline void sampled_rows(const SampledDotArgs& a, int64_t n0, int64_t n1)
     for (; i < end; i += 4) {
       const int64_t count = end - i < 4 ? end - i : 4;
       const E* rows[4];
-      // a short last group repeats its last row rather than taking another path
+      // a short last group repeats its last row, to avoid a separate code path
       for (int64_t f = 0; f < 4; ++f) rows[f] = w + a.col[i + (f < count ? f : count - 1)] * a.d;
       dot_tile<1, 4>(x, rows, a.d, z);
       for (int64_t f = 0; f < count; ++f) a.out[i + f] = a.bias ? z[f] + a.bias[a.col[i + f]] : z[f];
@@ -29,6 +29,6 @@ static void sampled_dot(const SampledDotArgs& a, int64_t n0, int64_t n1) {
     case Dtype::f16:
       return sampled_rows<F16>(a, n0, n1);
     case Dtype::i8:
-      return;  // refused by the checks above this layer
+      return;  // rejected by the checks one layer up
   }
 }

@@ -1,23 +1,23 @@
-// Screened JumpReLU encode: 8-bit rows discard what provably does not fire, a second digit most of the rest,
-// and the deciding dot of dot.h answers for what is left.  The bounds are derived in docs/how/screen.md.
+// Screened JumpReLU encode: 8-bit rows discard what provably does not fire, a second digit discards most of
+// the rest, and the exact dot of dot.h computes what is left.  docs/how/screen.md derives the bounds.
 
-// Rows of codes that stay in L1 while the tokens' digits stream past them: 18 KiB of 32, the rest for a tile
-// of digits.  Each tile of digits then comes from L2 once for all of them.
+// Rows of codes that stay in L1 while the tokens' digits stream past: 18 KiB of 32; the rest is for a tile of
+// digits.  Each tile of digits then comes from L2 once for all these rows.
 constexpr int64_t kRowBytes = 18432;
-// Tokens whose digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk pass.
+// Tokens whose digits (64 x 2304 bytes) stay in a 1 MiB L2 while the rows of a chunk are processed.
 constexpr int64_t kTokenBlock = 64;
-// How far ahead of its own loads one tile of tokens fetches its codes: 4 to 8 KiB were alike, 2 and 18 took a
-// twentieth longer (Emerald Rapids).
+// How far ahead one tile of tokens prefetches its codes: 4 to 8 KiB took the same time, 2 and 18 a twentieth
+// longer (Emerald Rapids).
 constexpr int64_t kAheadBytes = 8192;
-// Up to this many tokens a row hardly has two candidates, and they are refined in the order in which they
-// came.
+// Up to this many tokens a row rarely has two candidates, so they are computed in the order in which they
+// were found.
 constexpr int64_t kFewTokens = 8;
 
-// The dots of four digit rows with four code rows: lane 4 r + f.  AHEAD lines of `ahead` are prefetched into
-// L2 a step.  STRIDE 4 reads row 0 alone, 2 rows 0 and 2: what one token has.
+// The dots of four digit rows with four code rows: lane 4 r + f.  Each step prefetches AHEAD lines of `ahead`
+// into L2.  STRIDE 4 reads only row 0, STRIDE 2 rows 0 and 2: what a single token has.
 #if GSF_LEVEL == 1 || GSF_LEVEL == 2
 // Two digit rows at a time: eight sums, their digits and a code fit sixteen registers.  All four at once,
-// with sums on the stack, multiplied at seven tenths of the rate (Zen 3).
+// with sums on the stack, reached seven tenths of the rate (Zen 3).
 template <int AHEAD, int ROWS>
 static inline void screen_rows_of(const int8_t* q, int64_t next_row, const uint8_t* code, const char* ahead,
                                   int64_t width, __m256i* sums) {  // [ROWS][4]
@@ -90,7 +90,7 @@ static inline void push_candidates(uint32_t left, const int32_t* n1, const int32
   }
 }
 
-// Four tokens and four features, first digits alone.
+// Four tokens and four features, only first digits.
 static inline void first_digits(const ScreenArgs& a, I16 raw, int64_t t0, int64_t f0, uint32_t wanted,
                                 CandidateSink& out) {
   const FourFeatures features = four_features(a, f0);
@@ -105,7 +105,8 @@ static inline void first_digits(const ScreenArgs& a, I16 raw, int64_t t0, int64_
   push_candidates(left, n1, n1, t0, f0, out);
 }
 
-// Two tokens and four features, both digits: the first digits' sums in lanes 0 to 7, the second ones' after.
+// Two tokens and four features, both digits: sums of first digits in lanes 0 to 7, of second digits after
+// them.
 static inline void both_digits(const ScreenArgs& a, I16 sums, int64_t t0, int64_t f0, uint32_t wanted,
                                CandidateSink& out) {
   const FourFeatures features = four_features(a, f0);
@@ -122,8 +123,8 @@ static inline void both_digits(const ScreenArgs& a, I16 sums, int64_t t0, int64_
   if (left) push_candidates(left, n1, n2, t0, f0, out);
 }
 
-// The rows [f0, f1) against tokens [t0, t1).  Few tokens wait for the codes: the next ones, at `next`, are on
-// their way into L2 meanwhile, AHEAD lines a step.
+// The rows [f0, f1) times tokens [t0, t1).  With few tokens, time is spent waiting for codes: the next ones,
+// at `next`, are prefetched into L2 meanwhile, AHEAD lines per step.
 template <int AHEAD>
 static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int64_t f0, int64_t f1,
                                 const uint8_t* next, CandidateSink& out) {
@@ -150,7 +151,7 @@ static inline void screen_block(const ScreenArgs& a, int64_t t0, int64_t t1, int
 
 static inline void screen_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& out) {
   const int64_t rows = kRowBytes / a.width / 4 > 0 ? kRowBytes / a.width / 4 * 4 : 4;
-  // how often a block of rows is walked: that many of its lines are fetched in each of its steps
+  // number of passes over a block of rows: each step prefetches this many of the next lines
   const int64_t tiles = (a.encode.T + (a.both ? 1 : 3)) / (a.both ? 2 : 4);
   const int64_t end = (a.encode.F + 3) / 4 * 4;
   for (int64_t t = 0; t < a.encode.T; t += kTokenBlock) {

@@ -1,9 +1,9 @@
-// The first stage of the screen on AMX: tiles of 16 features x 64 columns times 64 columns x 16 tokens, eight
-// times what VNNI multiplies.  One core of an Emerald Rapids Xeon made 2.6 T multiply-adds a second of its
-// tiles and 0.33 T of VNNI.
+// The first stage of the screen on AMX: tiles of 16 features x 64 columns times 64 columns x 16 tokens, with
+// eight times the rate of VNNI.  One core of an Emerald Rapids Xeon did 2.6 T multiply-adds a second with
+// tiles and 0.33 T with VNNI.
 
 #if GSF_LEVEL >= 4
-// Digits of tokens that stay in a 2 MiB L2 beside the rows of this panel and of the next: 256 tokens of 2304.
+// Tokens whose digits stay in a 2 MiB L2 with the rows of this panel and of the next: 256 tokens of 2304.
 constexpr int64_t kTokenBytes = 5 << 18;
 
 // Rows of 64 bytes in each of the eight tiles: `rows` in the sums (0 to 3) and in the codes (4, 5), 16 in the
@@ -23,7 +23,7 @@ static inline void configure_tiles(int64_t rows) {
   _tile_loadconfig(&config);
 }
 
-// A feature and sixteen tokens of which both digits' sums are there: what is left of them.
+// A feature and sixteen tokens whose sums of both digits are known: which of them are left.
 static inline void amx_both(const ScreenArgs& a, int64_t block, int64_t f, int32_t* n1, int32_t* n2,
                             CandidateSink& out) {
   const OneFeature feature = one_feature(a, f);
@@ -37,7 +37,7 @@ static inline void amx_both(const ScreenArgs& a, int64_t block, int64_t f, int32
   push_row(left, n1, n2, block, f, out);
 }
 
-// The same of the first digits' sums.
+// The same with sums of first digits.
 static inline void amx_first(const ScreenArgs& a, int64_t block, int64_t f, int32_t* n1, CandidateSink& out) {
   const OneFeature feature = one_feature(a, f);
   const TokenBlock tokens = token_block(a, block);
@@ -48,17 +48,17 @@ static inline void amx_first(const ScreenArgs& a, int64_t block, int64_t f, int3
   push_row(left, n1, n1, block, f, out);
 }
 
-// A panel of up to 64 features, [f0, f1), against sixteen tokens' both digits, or the first digits of up to
-// 32 tokens, `blocks` of sixteen from `block` on.  A tile's rows are every fourth feature, since four rows of
-// codes lie together.  `ahead` lines of the next panel, at `next`, are fetched in each step.
+// A panel of up to 64 features, [f0, f1), times both digits of sixteen tokens, or the first digits of up to
+// 32 tokens, `blocks` of sixteen from `block` on.  The rows of a tile are every fourth feature, because four
+// rows of codes are stored together.  Each step prefetches `ahead` lines of the next panel, at `next`.
 template <bool BOTH>
 static inline void amx_panel(const ScreenArgs& a, int64_t block, int64_t blocks, int64_t f0, int64_t f1,
                              const char* next, int64_t ahead, CandidateSink& out) {
   const int64_t steps = a.width / kTileColumns, stride = kTileRows * a.width;
   const int64_t digits_of_block = (BOTH ? 2 : 1) * kLaneTokens * a.width;
   const int64_t step_bytes = (BOTH ? 2 : 1) * kAmxTileBytes;
-  // the second tile of digits: the same tokens' second ones, or the next block's, or where that is not there
-  // this one's again
+  // the second tile of digits: the same tokens' second digits, or the next block, or, if there is none, this
+  // block again
   const int64_t second = BOTH ? kAmxTileBytes : (blocks - 1) * digits_of_block;
   const int rows = static_cast<int>((f1 - f0 + kTileRows - 1) / kTileRows);
   for (int pair = 0; pair < 2; ++pair) {
@@ -112,7 +112,7 @@ static inline void amx_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, Candid
     for (int64_t f = f0; f < f1; f += kChunkFeatures) {
       const int64_t last = f + kChunkFeatures < f1 ? f + kChunkFeatures : f1;
       configure_tiles((last - f + kTileRows - 1) / kTileRows);
-      // all of the next panel's lines in the steps of this one
+      // the steps of this panel together prefetch all lines of the next one
       const bool more = last + kChunkFeatures <= end;
       const int64_t ahead = more ? (kChunkFeatures / 2 + p1 - p0 - 1) / (p1 - p0) : 0;
       const char* next = reinterpret_cast<const char*>(a.code + last * a.width);

@@ -1,7 +1,7 @@
-// Building the screen: one feature row's two digits and bounds, and one token's.  Norms are sums in fp64,
-// rounded up.  docs/how/screen.md derives every constant of screen_terms.h.
+// Builds the screen: the two digits and bounds of one feature row, and of one token.  Norms are summed in
+// fp64 and rounded up.  docs/how/screen.md derives every constant of screen_terms.h.
 
-// The least float that is not below v.
+// The smallest float that is not below v.
 static inline float round_up(double v) {
   const float f = static_cast<float>(v);
   return static_cast<double>(f) >= v ? f : __builtin_nextafterf(f, __builtin_inff());
@@ -13,14 +13,14 @@ static inline V16 columns16(const E* from, int64_t k, int64_t d) {
   return k + 16 <= d ? load16(from + k) : (k < d ? load16_tail(from + k, d - k) : zero16());
 }
 
-// The same of a vector that may be none: `otherwise` everywhere.
+// The same for a vector that may be null: `otherwise` everywhere.
 static inline V16 columns16(const float* from, int64_t k, int64_t d, float otherwise) {
   return from ? columns16(from, k, d) : set16(otherwise);
 }
 
 static inline int64_t column_offset(int64_t k) { return k / kTileColumns * kTileStep + k % kTileColumns; }
 
-// Norms' last bits may differ between instruction sets, the answers cannot.
+// The last bits of norms may differ between instruction sets, results cannot.
 static inline double norm_of(const D16& squares) { return __builtin_sqrt(dtotal16(squares)) * kSumUp; }
 
 static inline double dot_fp64(const float* a, const float* b, int64_t d) {
@@ -31,8 +31,8 @@ static inline double dot_fp64(const float* a, const float* b, int64_t d) {
   return dtotal16(dot);
 }
 
-// r loses its part along the directions; their coefficients, as rounded here, are what the screen multiplies
-// by.  Gives |c|.
+// Removes from r its part along the directions; the screen multiplies by their coefficients as rounded here.
+// Returns |c|.
 static inline double take_out_directions(const ScreenTokenArgs& a, float* r) {
   double square = 0;
   if (a.k == 0) return square;
@@ -69,13 +69,13 @@ static void screen_token(const ScreenTokenArgs& a) {
   V16 most = zero16();
   for (int64_t k = 0; k < a.width; k += 16) {
     const V16 rest = load16(r + k);
-    // NaN leaves `most` as it is, and the sums turn NaN: `fits` sees it there
+    // NaN does not change `most`, but makes the sums NaN, which `fits` checks
     most = max16(abs16(rest), most);
     left = dsquared16(dwiden16(rest), left);
   }
   const float top = greatest16(most);
   const double norm_left = norm_of(left);
-  // written so that NaN fails
+  // written such that NaN fails
   if (!(top >= kTiny && top <= kHuge && norm_x <= kHuge && norm_r <= kHuge && norm_c <= kHuge)) {
     return;  // its digits are zeros already
   }
@@ -133,7 +133,7 @@ static inline void widen_any(const ScreenRowArgs& a, int64_t f, float* out) {
     case Dtype::f16:
       return widen_row(static_cast<const F16*>(a.w) + f * a.d, a.d, a.width, out);
     case Dtype::i8:
-      return;  // refused by the checks above this layer
+      return;  // rejected by the checks one layer up
   }
 }
 
@@ -143,7 +143,7 @@ static inline void refine_always(const ScreenRowArgs& a, int64_t f) {
   a.table[kStart * a.stride + f] = __builtin_inff();
 }
 
-// The row's products with the directions into the table; gives their norm.
+// Writes the row's products with the directions to the table; returns their norm.
 static inline double project(const ScreenRowArgs& a, int64_t f, const float* w) {
   double square = 0;
   for (int64_t j = 0; j < a.k; ++j) {
@@ -154,7 +154,7 @@ static inline double project(const ScreenRowArgs& a, int64_t f, const float* w) 
   return __builtin_sqrt(square) * kSumUp;
 }
 
-// Codes [k, k + 16) of a row of d; past its end the zero point.
+// Codes [k, k + 16) of a row of d; the zero point past its end.
 static inline V16 given16(const uint8_t* codes, int64_t k, int64_t d, float zero) {
   if (k + 16 <= d) return to_float16(widen16(codes + k));
   float padded[16];
@@ -162,8 +162,8 @@ static inline V16 given16(const uint8_t* codes, int64_t k, int64_t d, float zero
   return load16(padded);
 }
 
-// The first digit of a row: the 8-bit min-max code of gemmascope_fast/ops/codes.py, per channel,
-// unless one was given; its error is measured either way.
+// The first digit of a row: the 8-bit min-max code of gemmascope_fast/ops/codes.py, per channel, unless one
+// was given; its error is measured in both cases.
 static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w, double norm_mu) {
   V16 low = zero16(), high = low;
   D16 ww = dset16(0), wmu = ww;
@@ -180,7 +180,7 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   const double b = a.bias[f], centred = b + dtotal16(wmu);
   const double tau = a.threshold[f] > 0.0f ? a.threshold[f] : 0.0;
   const double across = project(a, f, w);
-  // written so that NaN fails; a bias near the end of fp32's range is left to the full dot
+  // written such that NaN fails; a bias near the end of fp32's range is left to the exact dot
   if (!(norm >= kTiny && norm <= kHuge && across <= kHuge && __builtin_fabs(b) <= kMostBias &&
         __builtin_fabs(centred) <= kMostBias)) {
     return refine_always(a, f);
@@ -189,7 +189,8 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   const float zero = a.given ? static_cast<float>(a.given_zero[f]) : __builtin_rintf(-least / s);
   if (a.given && !(s >= kLeastGiven && s <= kMostGiven)) return refine_always(a, f);
   uint8_t* code = a.code + tile_offset(f, a.width);
-  // what a digit leaves of its weight; columns past d hold w = 0, whose code is the zero point: nothing
+  // the error that a digit leaves of its weight; columns past d have w = 0, whose code is the zero point: no
+  // error
   const auto left_by = [&](int64_t k, V16 digit) {
     const D16 steps = dwiden16(sub16(digit, set16(zero)));
     return dfma16(dset16(-static_cast<double>(s)), steps, dwiden16(load16(w + k)));
@@ -220,7 +221,7 @@ static inline void screen_row(const ScreenRowArgs& a, int64_t f, const float* w,
   table[kStart * a.stride] =
       round_up(static_cast<double>(static_cast<float>(centred)) + round_up(beta) - tau);
   if (!a.code2) return;
-  // a residual of nothing (rows that lie on the grid) has digits of nothing
+  // a residual of zero (rows on the grid) has zero digits
   const float s2 = top / 127.0f, per_s2 = s2 > 1e-30f ? 1.0f / s2 : 0.0f;
   uint8_t* code2 = a.code2 + tile_offset(f, a.width);
   D16 ee2 = dset16(0);

@@ -9,23 +9,23 @@
 namespace gsf {
 namespace {
 
-// Up to this many tokens the first stage waits for memory: reading both digits of the activations was no
+// Up to this many tokens the first stage is memory-bound: reading both digits of the activations was no
 // slower at 1 and 4 tokens, and leaves fewer candidates; at 16 it took half as long again.
 constexpr int64_t kBothDigits = 4;
-// From so many tokens AMX multiplies: at 16 and below the codes are waited for, and VNNI was as fast or
-// faster.  Of activations without scales it reads both digits, which took a fifth less time than the first
-// and a second look at 256 real tokens; with scales, which leave a quarter of the false candidates, the first
-// alone took 5 % less there, and 14 to 24 % less on 2304 x 16,384 at 64 to 1,024.
+// Use AMX from this many tokens on: at 16 and below the kernel is memory-bound, and VNNI was as fast or
+// faster. For activations without scales it reads both digits, which took a fifth less time than the first
+// and a second look at 256 real tokens. With scales, which leave a quarter of the false candidates, reading
+// only the first took 5 % less there, and 14 to 24 % less on 2304 x 16,384 at 64 to 1,024.
 constexpr int64_t kAmxFewest = kLaneTokens + 1;
-// From so many tokens AVX-512 multiplies with a token a lane (screen_lanes.h): at 16 it took 4 % less time on
-// 2304 x 16,384, 27 % less on 3584 and 5 % more on 640 x 4,096; at 8, where half the lanes are empty, a fifth
-// more.
+// Use AVX-512 with one token per lane (screen_lanes.h) from this many tokens on: at 16 it took 4 % less time
+// on 2304 x 16,384, 27 % less on 3584 and 5 % more on 640 x 4,096; at 8, where half the lanes are empty, a
+// fifth more.
 constexpr int64_t kLanesFewest = kLaneTokens;
-// Up to so many tokens chunks are long without AMX too: at 64 they made no difference, at 256 short ones,
-// whose candidates are refined while the codes are near, took 3 % less time.
+// Up to this many tokens chunks are long without AMX too: at 64 they made no difference; at 256 short ones,
+// whose candidates are computed while the codes are in cache, took 3 % less time.
 constexpr int64_t kLongChunks = 64;
 
-// The table's first bound against threshold - bandwidth / 2 in place of max(threshold, 0).
+// The table's first bound, for threshold - bandwidth / 2 instead of max(threshold, 0).
 at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F, int64_t k, float half) {
   at::Tensor own = table.clone();
   const int64_t stride = own.size(1);
@@ -35,7 +35,7 @@ at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F
     if (start == std::numeric_limits<float>::infinity()) continue;
     const double edge = std::min(std::max<double>(theta[f], 0.0), static_cast<double>(theta[f]) - half);
     const double exact = static_cast<double>(p[kCentredBias * stride + f]) + p[kSlack * stride + f] - edge;
-    // the epilogue's roundings, as the builder has them for tau
+    // the roundings of the epilogue, as the builder accounts for them in tau
     const double roomy = exact + start_steps(k) * std::fabs(edge);
     const float near = static_cast<float>(roomy);
     start = near >= roomy ? near : std::nextafter(near, std::numeric_limits<float>::infinity());
@@ -43,7 +43,7 @@ at::Tensor with_bandwidth(const at::Tensor& table, const float* theta, int64_t F
   return own;
 }
 
-// A token's numbers (TokenPlane) and coefficients four times each, as the tiles of four features read them.
+// A token's values (TokenPlane) and coefficients, four times each, as tiles of four features read them.
 void fill_lanes(const ScreenedTokens& tokens, bool both, float* lanes, int64_t stride) {
   for (size_t t = 0; t < tokens.screen.size(); ++t) {
     const ScreenToken& k = tokens.screen[t];
@@ -85,7 +85,7 @@ Directions of_call(const std::optional<at::Tensor>& directions, int64_t d) {
   return {v, k, std::sqrt(square) * (1 + 1e-9)};
 }
 
-// What is fixed of a call's activations before they are rounded: centre and inverse scales, [d] or null.
+// What is applied to a call's activations before rounding: centre and inverse scales, [d] or null.
 struct Frame {
   const float* mu;
   const float* per_scale;
@@ -101,7 +101,7 @@ ScreenedTokens quantised(const at::Tensor& x, const Frame& frame, const Directio
   out.k = along.k;
   out.along.resize(T * along.k);
   int8_t* q = out.digits.mutable_data_ptr<int8_t>();
-  std::fill_n(q, out.digits.numel(), int8_t{0});  // not memset: of no tokens there is no address
+  std::fill_n(q, out.digits.numel(), int8_t{0});  // not memset: without tokens there is no address
   const Kernels& kernel = kernels();
   const int workers = static_cast<int>(std::min<int64_t>(std::max(1, at::get_num_threads()), T));
   std::vector<float> space(workers * width);
@@ -125,7 +125,7 @@ ScreenedTokens quantised(const at::Tensor& x, const Frame& frame, const Directio
     out.ids.clear();
     return out;
   }
-  // rare: NaN, infinities, or nothing at all; the others close ranks
+  // rare: NaN, infinities or all zeros; the remaining tokens are compacted
   ScreenedTokens kept = quantised(chosen_rows(x, out.ids), frame, along, width, both);
   kept.ids = std::move(out.ids);
   kept.rest = chosen_rows(x, out.rest_ids);
@@ -133,17 +133,18 @@ ScreenedTokens quantised(const at::Tensor& x, const Frame& frame, const Directio
   return kept;
 }
 
-// Features of a chunk: the more, the less often a stream of codes breaks off, whose next 8 KiB the hardware
-// had begun to fetch for the worker that does not go on there (2304 x 16,384 took 4 to 12 % less time at 1 to
-// 16 tokens than in chunks of kChunkFeatures, 640 x 4,096 a sixth less), and with AMX the less often the
-// tokens' digits come from the last cache.  But at least eight chunks a worker, which are not equally fast.
+// Features per chunk. More features interrupt a stream of codes less often; at each interruption the 8 KiB
+// that the hardware prefetched for this worker are wasted (2304 x 16,384 took 4 to 12 % less time at 1 to 16
+// tokens than in chunks of kChunkFeatures, 640 x 4,096 a sixth less). With AMX the tokens' digits also come
+// less often from the last-level cache.  But there are at least eight chunks per worker, because workers are
+// not equally fast.
 int64_t chunk_features(int64_t F, int workers) {
   int64_t features = kChunkFeatures;
   while (2 * features <= kMostChunk && F / (2 * features) >= 8 * workers) features *= 2;
   return features;
 }
 
-// W_enc, after it was checked that it may be read.
+// W_enc, after checking that it can be read.
 const at::Tensor& checked(const at::Tensor& x, const ScreenTensors& given) {
   check_float(x, "x");
   check_cpu(x, "x");
@@ -199,8 +200,8 @@ ScreenCall::ScreenCall(const at::Tensor& x, const ScreenTensors& given, const Sc
   e.w_dtype = dtype_of(given.W_enc, "W_enc");
   e.half_bandwidth = bandwidth ? static_cast<float>(*bandwidth / 2) : 0.0f;
   e.ids = tokens.ids.empty() ? nullptr : tokens.ids.data();
-  args.lane_stride = round_to(kept, kTileRows) | kTileRows;  // odd in lines, as the table's
-  // with both digits a tile begins at every second token and its load takes in the two after it
+  args.lane_stride = round_to(kept, kTileRows) | kTileRows;  // an odd number of lines, like the table
+  // with both digits, a tile begins at every second token, and its load includes the next two
   lanes_.resize(4 * (kTokenPlanes + along.k) * args.lane_stride + 8);
   fill_lanes(tokens, args.both, lanes_.data(), args.lane_stride);
   table_ = bandwidth ? with_bandwidth(table, e.threshold, F, along.k, e.half_bandwidth) : table;

@@ -1,5 +1,5 @@
-// One call of an op that screens: its arguments checked, its tokens rounded to digits, and the arrays that
-// the kernels point into.
+// One call of an op that uses the screen: its checked arguments, its tokens rounded to digits, and the arrays
+// that the kernels point to.
 #pragma once
 
 #include <optional>
@@ -10,7 +10,7 @@
 
 namespace gsf {
 
-// What a screen keeps, and the weights that it is of: the arguments that both ops have in common.
+// The tensors of a screen and the weights that it was built from: the arguments that both ops share.
 struct ScreenTensors {
   const at::Tensor& W_enc;      // [d_in, d_sae]
   const at::Tensor& b_enc;      // [d_sae]
@@ -23,22 +23,22 @@ struct ScreenTensors {
   const std::optional<at::Tensor>& scales;
 };
 
-// How a call is made; none of it changes an answer.
+// Options of a call; none of them changes a result.
 struct ScreenChoices {
-  int64_t digits = 0;  // of the activations in the first stage, 1 or 2; 0: as it pays
+  int64_t digits = 0;  // of the activations in the first stage, 1 or 2; 0: choose what is faster
   std::optional<double> bandwidth;
   bool mapped = false;
-  bool ranked = false;  // the tokens' floors decide beside the thresholds
+  bool ranked = false;  // use the tokens' floors in addition to the thresholds
 };
 
-// Tokens as the screen reads them.
+// Tokens in the form that the screen reads.
 struct ScreenedTokens {
   at::Tensor x;                     // [T][d] of the tokens that are screened
   at::Tensor digits;                // as ScreenArgs::q1 says, and after it q2
   std::vector<ScreenToken> screen;  // [T]
   std::vector<float> along;         // [T][k]
   int64_t k = 0;
-  std::vector<int32_t> ids;       // [T]; empty where all are screened
+  std::vector<int32_t> ids;       // [T]; empty if all are screened
   at::Tensor rest;                // [R][d] of the others
   std::vector<int32_t> rest_ids;  // [R]
 };
@@ -49,25 +49,25 @@ class ScreenCall {
   ScreenCall(const ScreenCall&) = delete;
   ScreenCall& operator=(const ScreenCall&) = delete;
 
-  // The arrays that the kernels load floors from, after `tokens.screen` was given others.
+  // Updates the arrays that kernels load floors from, after `tokens.screen` got new ones.
   void floors_changed();
-  // The pairs of features [f0, f1), kMostChunk at most, that the screen leaves, in `space`.
+  // The pairs of features [f0, f1), kMostChunk at most, that the screen leaves; stored in `space`.
   CandidateSpan screen(int64_t f0, int64_t f1, CandidateSink& space, ScreenStats& stats) const;
-  // They and all pairs of the tokens that are not screened, in full precision.
+  // These pairs, and all pairs of the tokens that are not screened, in full precision.
   void finish(int64_t f0, int64_t f1, CandidateSpan pairs, ScreenStats& stats, HitSink& sink) const;
-  // The pairs' rows, in a mapped file, are on their way when this returns.
+  // Starts to prefetch the pairs' rows in a mapped file.
   void announce(CandidateSpan pairs) const;
-  // int64 [4]: pairs left by the first stage, pairs refined, refined pairs outside their bound, tokens not
+  // int64 [4]: pairs left by the first stage, pairs computed exactly, those outside their bound, tokens not
   // screened.
   at::Tensor stats(const std::vector<ScreenStats>& counts) const;
 
   ScreenedTokens tokens;
   ScreenArgs args{};
-  EncodeArgs rest{};  // of the tokens that are not screened
-  int64_t features;   // of a chunk, as it pays
+  EncodeArgs rest{};  // for the tokens that are not screened
+  int64_t features;   // per chunk, chosen for speed
 
  private:
-  struct Packed {  // the tokens' digits and numbers with a token a lane
+  struct Packed {  // the tokens' digits and values with one token per lane
     at::Tensor digits;
     std::vector<float> lanes;
   };

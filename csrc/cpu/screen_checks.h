@@ -1,4 +1,4 @@
-// What both ops of the screen ask of their arguments, and how their arrays are laid out.
+// Checks of the arguments that both screened ops share, and the layout of their arrays.
 #pragma once
 
 #include <cstring>
@@ -43,7 +43,7 @@ inline void check_centre(const std::optional<at::Tensor>& centre, int64_t d) {
 }
 
 // The inverses of scales [d], powers of two from 1 to kMostScale (docs/how/screen.md, "Scales"), which are
-// exact; empty where there are none.
+// exact; empty if there are none.
 inline std::vector<float> inverse_scales(const std::optional<at::Tensor>& scales, int64_t d) {
   if (!scales) return {};
   check_shape(*scales, {d}, "scales");
@@ -59,7 +59,7 @@ inline std::vector<float> inverse_scales(const std::optional<at::Tensor>& scales
     good &= (bits & 0x7FFFFF) == 0 && s[i] >= 1.0f && s[i] <= kMostScale;
     inverse[i] = 1.0f / s[i];
   }
-  // anything else would round, which the bound does not know of
+  // other values would round, which the bound does not include
   TORCH_CHECK_VALUE(good, "scales: expected powers of two from 1 to 2^20");
   return inverse;
 }

@@ -1,21 +1,22 @@
-// The screen's epilogue, once for every stage that evaluates it in fp32 (docs/how/screen.md, "Epilogue"):
+// The screen's epilogue, defined once for every stage that evaluates it in fp32 (docs/how/screen.md,
+// "Epilogue"):
 //
 //     m = fma(fl(s t), N, start) + sum_j p_j c_j + |w| E + |e| R,      a pair is discarded only where m <=
 //     floor
 //
-// every + a fused multiply-add, in this order.  What differs from stage to stage is where the sixteen pairs'
-// numbers lie: `Feature` gives rows of the table, `Token` planes of the tokens' numbers, for sixteen pairs.
+// every + is a fused multiply-add, in this order.  Stages differ in where the values of the sixteen pairs are
+// stored: `Feature` reads rows of the table, `Token` planes of the tokens' values, for sixteen pairs.
 
-// Sums of codes and digits without the zero point's part: (code - zero) . q, modulo 2^32 whatever the table
-// holds.
+// Dots of codes and digits minus the zero point's part: (code - zero) . q, modulo 2^32 for any contents of
+// the table.
 static inline I16 less_zero16(I16 sums, V16 zero, I16 digit_sums) {
   return isub16(sums, imul16(to_int16(zero), digit_sums));
 }
 
-// N of both digits: 256 N1 + N2 in fp32, whose rounding is in the bound.
+// N of both digits: 256 N1 + N2 in fp32; the bound includes its rounding.
 static inline V16 joined16(I16 n1, I16 n2) { return fma16(set16(256.0f), to_float16(n1), to_float16(n2)); }
 
-// Bit i: pair i is left, which NaN is.
+// Bit i: pair i is left over. NaN is always left over.
 template <typename Feature, typename Token>
 static inline uint32_t left_by_bound(const Feature& feature, const Token& token, int64_t k, V16 n) {
   V16 m = fma16(mul16(feature.row(kScale), token.plane(kUnit)), n, feature.row(kStart));
@@ -46,14 +47,14 @@ static inline FourTokens four_tokens(const ScreenArgs& a, int64_t t) {
   return {a.lanes + 4 * t, 4 * a.lane_stride};
 }
 
-// One feature in all lanes.
+// One feature, repeated in all lanes.
 struct OneFeature {
   const float* table;
   int64_t stride;
   inline V16 row(int64_t r) const { return set16(table[r * stride]); }
 };
 
-// A block of sixteen tokens, one a lane.
+// A block of sixteen tokens, one per lane.
 struct TokenBlock {
   const float* lanes;
   inline V16 plane(int64_t p) const { return load16(lanes + p * kLaneTokens); }
@@ -69,9 +70,9 @@ static inline TokenBlock token_block(const ScreenArgs& a, int64_t block) {
   return {a.packed_lanes + block * (kPackedPlanes + a.k) * kLaneTokens};
 }
 
-// Sixteen pairs, each with a feature and a token of its own, gathered pair by pair.
+// Sixteen pairs, each with its own feature and token, gathered pair by pair.
 struct PairFeatures {
-  float first[kScreenRows][16];  // of the table's rows that `set` reads
+  float first[kScreenRows][16];  // the table's rows that `set` reads
   const float* column[16];
   int64_t stride;
   inline void set(int i, const float* from) {
@@ -114,8 +115,8 @@ static inline double bound_fp64(const float* column, int64_t stride, ScreenRow e
   return column[error * stride] * reach + column[kNorm * stride] * token_error + column[kSlack * stride];
 }
 
-// Bit 4 r + i for every r and each feature f + i that is there: what the table or the codes hold beyond the
-// last feature decides nothing.
+// Bit 4 r + i for every r and each feature f + i < F: what the table or the codes contain beyond the last
+// feature must not decide anything.
 static inline uint32_t features_there(const ScreenArgs& a, int64_t f) {
   return a.encode.F - f < kTileRows ? 0x1111u * ((1u << (a.encode.F - f)) - 1) : 0xFFFFu;
 }

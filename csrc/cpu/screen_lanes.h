@@ -1,14 +1,14 @@
-// The first stage with a token a lane: digits of sixteen tokens lie as the multiplier takes them, four
-// columns of each in turn, and no sum runs across lanes.  For many tokens that beats screen.h, whose tile of
-// sixteen sums costs up to a quarter of its products to add up: 2304 x 16,384 took 25, 15 and 6 % less time
-// at 32, 64 and 1,024 tokens on Zen 5. AVX-512 multiplies the first digits so, AMX those or both
-// (screen_amx.h).
+// The first stage with one token per lane: the digits of sixteen tokens are interleaved by four columns, as
+// the multiply instruction reads them, and no sum goes across lanes.  For many tokens that is faster than
+// screen.h, which spends up to a quarter of its products' time to add up a tile's sixteen sums: 2304 x 16,384
+// took 25, 15 and 6 % less time at 32, 64 and 1,024 tokens on Zen 5. AVX-512 multiplies the first digits this
+// way, AMX those or both (screen_amx.h).
 
 #if GSF_LEVEL >= 3
-// Digits that stay in a 1 MiB L2 beside the rows of this panel and of the next: 227 tokens of 2304.
+// Tokens whose digits stay in a 1 MiB L2 with the rows of this panel and of the next: 227 tokens of 2304.
 constexpr int64_t kLaneBytes = 1 << 19;
-// Features of a panel and vectors of sixteen tokens of a block: 24 sums, three loads of digits and eight of
-// codes for 24 products.
+// Features per panel, and vectors of sixteen tokens per block: 24 sums, with three loads of digits and eight
+// of codes for 24 products.
 constexpr int kPanel = 8, kLaneVectors = 3;
 
 static inline B64 broadcast4(const uint8_t* p) {
@@ -17,7 +17,7 @@ static inline B64 broadcast4(const uint8_t* p) {
   return {_mm512_set1_epi32(four)};
 }
 
-// Digits of sixteen tokens and their numbers: with `both` the two digits' blocks of 64 columns in turn.
+// Digits of sixteen tokens and their values: with `both`, blocks of 64 columns of the two digits alternate.
 static void screen_pack(const ScreenArgs& a, int64_t block, int8_t* digits, float* lanes) {
   const int64_t t0 = block * kLaneTokens, kinds = a.both ? 2 : 1;
   const int count = a.encode.T - t0 < kLaneTokens ? static_cast<int>(a.encode.T - t0) : kLaneTokens;
@@ -43,8 +43,8 @@ static void screen_pack(const ScreenArgs& a, int64_t block, int8_t* digits, floa
   }
 }
 
-// Bit i for each token of a block, if the feature is there: a tile's rows are whole fours, and what the table
-// or the codes hold beyond the last feature decides nothing.
+// Bit i for each token of a block, if the feature exists: a tile's rows are multiples of four, and what the
+// table or the codes contain beyond the last feature must not decide anything.
 static inline uint32_t tokens_of(const ScreenArgs& a, int64_t block, int64_t f) {
   const int64_t left = a.encode.T - block * kLaneTokens;
   const uint32_t tokens = left < kLaneTokens ? (1u << left) - 1 : 0xFFFFu;
@@ -62,8 +62,8 @@ static inline void push_row(uint32_t left, const int32_t* n1, const int32_t* n2,
   }
 }
 
-// Up to eight features from f0 on, in one tile of codes or two, against N vectors of sixteen tokens.  `ahead`
-// lines of the next panel, at `next`, are fetched in each step.
+// Up to eight features from f0 on, in one or two tiles of codes, times N vectors of sixteen tokens.  Each
+// step prefetches `ahead` lines of the next panel, at `next`.
 template <int ROWS, int N>
 static inline void lanes_panel(const ScreenArgs& a, int64_t block, int64_t f0, const char* next,
                                int64_t ahead, CandidateSink& out) {
@@ -114,14 +114,15 @@ static inline void lanes_panels(const ScreenArgs& a, int64_t block, int64_t coun
 static inline void lanes_chunk(const ScreenArgs& a, int64_t f0, int64_t f1, CandidateSink& out) {
   const int64_t vectors = (a.encode.T + kLaneTokens - 1) / kLaneTokens;
   const int64_t blocks =
-      (vectors + kLaneVectors - 1) / kLaneVectors;  // of two or three vectors, or one alone
+      (vectors + kLaneVectors - 1) / kLaneVectors;  // blocks of two or three vectors, or a single one
   const int64_t groups = (vectors * kLaneTokens * a.width + kLaneBytes - 1) / kLaneBytes;
   const int64_t end = (a.encode.F + kTileRows - 1) / kTileRows * kTileRows;
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t b0 = group * blocks / groups, b1 = (group + 1) * blocks / groups;
     for (int64_t f = f0; f < f1; f += kPanel) {
-      // all of the next panel's lines in the steps of this one, which walks its rows once a block
-      // (the full-precision rows of candidates too: a third more time at 64 tokens, a tenth at 256)
+      // the steps of this panel, which reads its rows once per block, prefetch all lines of the next one
+      // (prefetching full-precision rows of candidates too took a third more time at 64 tokens, a tenth at
+      // 256)
       const bool more = b1 > b0 && f + 2 * kPanel <= end;
       const int64_t ahead = more ? (kPanel + b1 - b0 - 1) / (b1 - b0) : 0;
       const char* next = reinterpret_cast<const char*>(a.code + (f + kPanel) * a.width);

@@ -1,6 +1,6 @@
-// After the first stage: a second look at what is left, and the deciding dot for what the second look leaves.
+// After the first stage: a second look at what is left, then the exact dot for what the second look leaves.
 
-// What the directions add to z^: exact but for fp64's rounding.
+// What the directions add to z^; exact except for fp64's rounding.
 static inline double along_directions(const ScreenArgs& a, const Candidate& c) {
   const float* along = a.along + c.token * a.k;
   const float* projected = a.table + kScreenRows * a.stride + c.feature;
@@ -9,7 +9,7 @@ static inline double along_directions(const ScreenArgs& a, const Candidate& c) {
   return sum;
 }
 
-// z^ and B of a candidate in fp64, from the first digit of the row and the first or both of the token.
+// z^ and B of a candidate in fp64, from the first digit of the row and the first digit or both of the token.
 static inline void estimate(const ScreenArgs& a, bool both, Candidate& c) {
   const ScreenToken& token = a.tokens[c.token];
   const float* table = a.table + c.feature;
@@ -23,7 +23,7 @@ static inline void estimate(const ScreenArgs& a, bool both, Candidate& c) {
 // The dots of sixteen pairs of rows: codes and digits.
 static inline I16 dots_of_pairs(const uint8_t* const* row, const int8_t* const* q, int64_t width) {  // [16]
 #if GSF_LEVEL == 1 || GSF_LEVEL == 2
-  __m256i acc[16];  // one pair after another: with sixteen sums at once each step would go by the stack
+  __m256i acc[16];  // pair by pair: with sixteen sums at once each step would use the stack
   for (int i = 0; i < 16; ++i) {
     __m256i lo = _mm256_setzero_si256(), hi = lo;
     for (int64_t k = 0; k < 4 * width; k += kTileStep) {
@@ -42,8 +42,8 @@ static inline I16 dots_of_pairs(const uint8_t* const* row, const int8_t* const* 
   return sums16(acc);
 }
 
-// n2 of sixteen candidates, the tokens' second digits against the rows' first, and what the epilogue with
-// both digits leaves of them.
+// n2 of sixteen candidates (the tokens' second digits times the rows' first), and which of them the epilogue
+// with both digits leaves.
 static inline uint32_t second_look(const ScreenArgs& a, Candidate* const* c) {  // [16]
   const uint8_t* row[16];
   const int8_t* q[16];
@@ -65,16 +65,16 @@ static inline uint32_t second_look(const ScreenArgs& a, Candidate* const* c) {  
   return left_by_bound(features, tokens, a.k, joined16(load16i(n1), n));
 }
 
-// Whether the tokens' second digits are worth reading: they discarded at least half of what they looked at,
-// or rows are dear, since each is read for a token or two, or comes from a disk.  At T = 1024 on 2304 x
-// 16,384, where 37 % of the candidates are false, going without took 122 ms for 130; on a real layer, where
-// three in four are, it took 5.2 for 4.7.
+// Whether reading the tokens' second digits is worth it: they discarded at least half of what they were read
+// for, or rows are expensive, because each is read for only one or two tokens or comes from a disk.  At T =
+// 1024 on 2304 x 16,384, where 37 % of the candidates are false, not reading them took 122 ms instead of 130;
+// on a real layer, where three in four are false, 5.2 instead of 4.7.
 static inline bool look_pays(const ScreenArgs& a, const ScreenStats& stats) {
   return !a.adaptive || a.mapped || a.encode.T <= kTokenBlock || stats.looked < 256 ||
          2 * stats.looked_out > stats.looked;
 }
 
-// Candidates [begin, end) that the tokens' second digits leave.
+// Candidates [begin, end) that are left after the tokens' second digits.
 static inline Candidate* left_by_second_look(const ScreenArgs& a, Candidate* begin, Candidate* end) {
   Candidate *kept = begin, *group[16];
   for (Candidate* c = begin; c < end; c += 16) {
@@ -87,7 +87,7 @@ static inline Candidate* left_by_second_look(const ScreenArgs& a, Candidate* beg
   return kept;
 }
 
-// The same as `estimate` of four candidates from both digits of row and token: w . r^ to within |e2| |r^|.
+// Like `estimate`, for four candidates with both digits of row and token: w . r^ to within |e2| |r^|.
 static inline void second_estimates(const ScreenArgs& a, Candidate* const* c) {  // [4]
   I16 acc[16];
   for (I16& v : acc) v = izero16();
@@ -124,13 +124,13 @@ static inline bool never_discarded(const ScreenArgs& a, int64_t f) {
   return a.table[kStart * a.stride + f] == __builtin_inff();
 }
 
-// What a pre-activation must exceed for the pair to be stored, in any way.
+// What a pre-activation must exceed for the pair to be stored at all.
 static inline double least_stored(const EncodeArgs& a, int64_t f) {
   const double theta = a.threshold[f], edge = theta - a.half_bandwidth, tau = theta > 0 ? theta : 0;
   return a.half_bandwidth > 0.0f && edge < tau ? edge : tau;
 }
 
-// The same for one pair, where the k greatest of a token are wanted too.
+// The same for one pair, when the k largest of a token are wanted.
 static inline double least_wanted(const ScreenArgs& a, const Candidate& c) {
   return a.ranked ? a.tokens[c.token].floor : least_stored(a.encode, c.feature);
 }
@@ -139,15 +139,15 @@ static inline bool discarded(const ScreenArgs& a, const Candidate& c) {
   return c.z + c.bound <= least_wanted(a, c) && !never_discarded(a, c.feature);
 }
 
-// Whether the rows' second digit is worth reading: of the pairs that the first could not decide, at least
-// half were discarded so far (a pair's two digits are half the bytes of its fp32 token), or rows come from a
-// disk.
+// Whether reading the rows' second digit is worth it: of the pairs that the first could not decide, it
+// discarded at least half so far (a pair's two digits are half the bytes of its fp32 token), or rows come
+// from a disk.
 static inline bool second_pays(const ScreenArgs& a, const ScreenStats& stats) {
   return a.code2 &&
          (!a.adaptive || a.mapped || stats.undecided < 256 || 2 * stats.discarded > stats.undecided);
 }
 
-// Candidates [begin, end) with their estimates; those that a second digit discards are left out.
+// Adds estimates to candidates [begin, end); those that a second digit discards are removed.
 static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, Candidate* end,
                                         ScreenStats& stats) {
   const bool look = !a.both && look_pays(a, stats);
@@ -167,7 +167,7 @@ static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, C
     stats.undecided += waiting;
     waiting = 0;
   };
-  // pairs that fire whatever the bound are not worth the rows' second digit
+  // for pairs that certainly fire, reading the rows' second digit is not worth it
   for (Candidate* c = begin; c < end; ++c) {
     if (c->z - c->bound > least_wanted(a, *c)) continue;
     four[waiting++] = c;
@@ -184,7 +184,7 @@ static inline Candidate* with_estimates(const ScreenArgs& a, Candidate* begin, C
   return kept;
 }
 
-// Full precision for the first four pairs of [c, end); what is stored stays in the order of the candidates.
+// Full precision for the first four pairs of [c, end); results are stored in the order of the candidates.
 template <typename E>
 static inline void refine(const ScreenArgs& a, const Candidate* c, const Candidate* end, ScreenStats& stats,
                           HitSink& sink) {
@@ -209,7 +209,7 @@ static inline void refine(const ScreenArgs& a, const Candidate* c, const Candida
   for (int p = 0; p < count; ++p) {
     const int64_t f = c[p].feature;
     const float zb = z[p] + e.bias[f], theta = e.threshold[f];
-    // written so that NaN is a violation
+    // written such that NaN is a violation
     if (!never_discarded(a, f) && !(__builtin_fabs(zb - c[p].z) <= c[p].bound)) ++stats.violations;
     if (fires(zb, theta) || __builtin_fabsf(zb - theta) < e.half_bandwidth) {
       sink.push(e.ids ? e.ids[c[p].token] : c[p].token, f, canonical(zb));
@@ -226,7 +226,7 @@ static inline void refine_all(const ScreenArgs& a, const Candidate* begin, const
   stats.refined += end - begin;
 }
 
-// By feature, and by token within one: a row is read once for all its tokens.  A feature's tokens come
+// By feature, then by token: a row is read once for all its tokens.  The tokens of a feature are
 // ascending.
 static inline Candidate* sorted_by_feature(CandidateSink& space, int64_t f0, int64_t f1) {
   const int64_t count = space.at - space.begin;
@@ -261,6 +261,6 @@ static void refine_pairs(const ScreenArgs& a, CandidateSpan pairs, ScreenStats& 
     case Dtype::f16:
       return refine_all<F16>(a, pairs.begin, pairs.end, stats, sink);
     case Dtype::i8:
-      return;  // refused by the checks above this layer
+      return;  // rejected by the checks one layer up
   }
 }

@@ -1,11 +1,11 @@
-// What the screen needs beside vec.h and matryoshka_vec.h: dots of 64 codes with 64 digits, the sums of
-// sixteen accumulators at once, four numbers repeated four times, and rounding to digits.  Included by
+// What the screen needs in addition to vec.h and matryoshka_vec.h: dots of 64 codes with 64 digits, the sums
+// of sixteen accumulators at once, four numbers repeated four times, and rounding to digits.  Included by
 // isa_body.h.
 
 #if GSF_LEVEL >= 3
-// acc's lanes together gain the sum of code[i] * digit[i]; which lane takes what is nobody's concern.
-// In assembly since GCC 12 copies the accumulator before each intrinsic of this kind: two instructions for
-// one.
+// Adds the sum of code[i] * digit[i] to acc, spread over its lanes; lane order is unspecified.
+// In assembly, because GCC 12 copies the accumulator before each intrinsic of this kind: two instructions
+// instead of one.
 static inline I16 dot64(I16 acc, B64 code, B64 digit) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(code.v), "v"(digit.v));
   return acc;
@@ -16,7 +16,7 @@ static inline I16 imul16(I16 a, I16 b) { return {_mm512_mullo_epi32(a.v, b.v)}; 
 static inline I16 to_int16(V16 a) { return {_mm512_cvttps_epi32(a.v)}; }
 static inline V16 mul16(V16 a, V16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline V16 repeat4(const float* p) { return {_mm512_broadcast_f32x4(_mm_loadu_ps(p))}; }
-// Bit i: lane i of a is not <= that of floor, so NaN is set.
+// Bit i: not (lane i of a <= lane i of floor), so NaN sets the bit.
 static inline uint32_t above16(V16 a, V16 floor) { return _mm512_cmp_ps_mask(a.v, floor.v, _CMP_NLE_UQ); }
 static inline __m512i sums_of_4(const I16* a) {
   const __m512i ab =
@@ -34,7 +34,7 @@ static inline I16 sums16(const I16* a) {
 }
 static inline V16 sub16(V16 a, V16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline V16 div16(V16 a, V16 b) { return {_mm512_div_ps(a.v, b.v)}; }
-// b where either is NaN
+// b if either is NaN
 static inline V16 min16(V16 a, V16 b) { return {_mm512_min_ps(a.v, b.v)}; }
 static inline V16 max16(V16 a, V16 b) { return {_mm512_max_ps(a.v, b.v)}; }
 static inline V16 abs16(V16 a) { return {_mm512_abs_ps(a.v)}; }
@@ -46,8 +46,8 @@ static inline void store_bytes16(void* p, I16 a) {
 }
 #elif GSF_LEVEL >= 1
 static inline __m256i load32i(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-// 32 codes or digits, ready for add_dots.  Bytes without a dot product of their own are widened to int16,
-// even and odd ones, which madd_epi16 sums exactly; maddubs would saturate (2·255·127 > 32,767).
+// 32 codes or digits, ready for add_dots.  Without an instruction for byte dot products, even and odd bytes
+// are widened to int16, which madd_epi16 sums exactly; maddubs would saturate (2·255·127 > 32,767).
 #if GSF_LEVEL == 2
 struct Digits32 {
   __m256i all;

@@ -1,5 +1,5 @@
-// Sixteen fp32 lanes, one definition per instruction set, the same result on each.  Included inside the
-// instruction set's namespace by isa_body.h; GSF_LEVEL is 0 plain, 1 AVX2, 2 AVX-VNNI, 3 AVX-512, 4 AVX-512
+// Sixteen fp32 lanes, defined once per instruction set, with the same results.  isa_body.h includes this
+// inside the instruction set's namespace; GSF_LEVEL is 0 plain, 1 AVX2, 2 AVX-VNNI, 3 AVX-512, 4 AVX-512
 // and AMX.
 
 #if GSF_LEVEL >= 3
@@ -22,7 +22,7 @@ static inline V16 load16(const F16* p) {
 static inline V16 load16(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-// The fold of the one order of summation (docs/how/exact.md): lanes 8-4-2-1.
+// Adds the lanes in the fixed order of summation (docs/how/exact.md): 8-4-2-1.
 static inline float fold16(V16 a) {
   const __m256 s8 = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
   const __m128 s4 = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
@@ -79,7 +79,7 @@ static inline V16 load16(const float* p) {
   return r;
 }
 static inline void store16(float* p, V16 a) { memcpy(p, a.v, sizeof a.v); }
-// fmaf and not a*b+c: one rounding is part of the contract.
+// fmaf and not a*b+c, because a single rounding is part of the contract.
 static inline V16 fma16(V16 a, V16 b, V16 c) {
   for (int i = 0; i < 16; ++i) c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
   return c;

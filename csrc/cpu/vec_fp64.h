@@ -86,7 +86,8 @@ static inline D16 dmul16(D16 a, const D16& b) {
   for (int i = 0; i < 16; ++i) a.v[i] *= b.v[i];
   return a;
 }
-// Two roundings: without an instruction for it fma is a call, and these sums are bounds, not answers.
+// Two roundings: without an fma instruction it would be a function call, and these sums are bounds, not
+// results.
 static inline D16 dfma16(const D16& a, const D16& b, D16 c) {
   for (int i = 0; i < 16; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;

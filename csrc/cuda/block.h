@@ -1,4 +1,4 @@
-// What several kernels do with a block of 256 threads.
+// Helpers for a block of 256 threads, used by several kernels.
 #pragma once
 
 #include "cuda/intrin.h"
@@ -6,8 +6,8 @@
 
 namespace gsf::cuda {
 
-// Lane j plus lane j + HALF, down to one.  Each width is a loop of its own: with a bound that varies, the
-// compiler keeps the lanes in local memory.
+// Lane j plus lane j + HALF, down to one.  Each width is a separate loop: with a variable bound the compiler
+// keeps the lanes in local memory.
 template <int HALF>
 GSF_DEVICE void fold(float (&acc)[16]) {
 #pragma unroll
@@ -15,7 +15,7 @@ GSF_DEVICE void fold(float (&acc)[16]) {
   if constexpr (HALF > 1) fold<HALF / 2>(acc);
 }
 
-// One dot in the one order of summation, by one thread: for the rare word whose values did not fit its
+// One dot in the fixed order of summation, by one thread: for the rare word whose values did not fit its
 // slots.
 template <typename W>
 GSF_DEVICE float dot_alone(const float* x, const W* w, int64_t d) {
@@ -31,19 +31,19 @@ GSF_DEVICE float dot_alone(const float* x, const W* w, int64_t d) {
   return acc[0];
 }
 
-// The pre-activation of token t and feature f again, as the encode kernel stored it: the same order, hence
-// the same bytes.
+// Recomputes the pre-activation of token t and feature f, in the same order and thus with the same bytes as
+// in the encode kernel.
 template <typename W>
 GSF_DEVICE float value_again(const EncodeArgs& e, int64_t t, int64_t f) {
   return canonical(add_rn(dot_alone(e.x + t * e.d, static_cast<const W*>(e.w) + f * e.d, e.d), e.bias[f]));
 }
 
-// Sum over the block, the same in every thread.  Before `part` is used again all must have passed another
-// barrier; so for block_prefix.
+// Sum over the block, the same in every thread.  All threads must pass another barrier before `part` is
+// reused; this also applies to block_prefix.
 GSF_DEVICE int64_t block_sum(int64_t v, int64_t* part) {
   for (int half = 16; half > 0; half /= 2) v += shuffle_xor(v, half);
   if (lane() == 0) part[warp()] = v;
-  sync_block();  // all parts are there
+  sync_block();  // all parts are written
   int64_t sum = 0;
   for (int i = 0; i < kWarps; ++i) sum += part[i];
   return sum;
@@ -57,7 +57,7 @@ GSF_DEVICE int block_prefix(int v, int* part) {
     if (lane() >= step) inclusive += other;
   }
   if (lane() == 31) part[warp()] = inclusive;
-  sync_block();  // all parts are there
+  sync_block();  // all parts are written
   int before = inclusive - v;
   for (int i = 0; i < warp(); ++i) before += part[i];
   return before;

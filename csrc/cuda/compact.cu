@@ -1,4 +1,5 @@
-// From bitmap words, counts and slots to compressed sparse rows: a block takes 256 words of one token.
+// Converts bitmap words, counts and slots to compressed sparse rows: a block processes 256 words of one
+// token.
 #include "cuda/block.h"
 #include "cuda/intrin.h"
 #include "cuda/kernels.h"
@@ -32,12 +33,12 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) gather(GatherArgs a) {
   int rank = 0;
   for (uint32_t left = bits; left != 0; left &= left - 1, ++rank) {
     const int64_t at = start + rank;
-    if (at >= a.capacity) break;  // crow keeps the true count; who reads finds out
+    if (at >= a.capacity) break;  // crow keeps the true count, which readers compare
     a.col[at] = static_cast<int32_t>(word * 32 + lowest_bit(left));
     if (rank < kSlots) a.values[at] = e.slots[(row + word) * kSlots + rank];
   }
 
-  // Words with more hits than slots: their values again, one a lane.
+  // Words with more hits than slots: recompute their values, one per lane.
   for (uint32_t late = ballot(count > kSlots); late != 0; late &= late - 1) {
     const int owner = lowest_bit(late);
     const uint32_t hits = shuffle(bits, owner);

@@ -1,9 +1,8 @@
-// Sparse decode, features ascending by fused multiply-add.  The sum of one output element has one order, so
-// it cannot be split over warps; the loads can.
+// Sparse decode, features in ascending order by fused multiply-add.  The sum of one output element has one
+// order, so it cannot be split over warps, but the loads can.
 //
-// Why CUDA and not Triton: with few rows all of a row's loads should be in flight at once.  Here the warps of
-// a block share them out by the row's length and one warp adds in order; a Triton program waits for its own
-// loads.
+// Why CUDA and not Triton: with few rows, all loads of a row should be in flight at once.  Here the warps of
+// a block share the loads and one warp adds in order; a Triton program waits for its own loads.
 #include "cuda/intrin.h"
 #include "cuda/kernels.h"
 
@@ -21,8 +20,8 @@ GSF_DEVICE void store(const DecodeArgs& a, int64_t n, int64_t k, float sum, bool
   a.out[n * a.d + k] = fits ? canonical(out) : quiet_nan();
 }
 
-// Few rows: a block takes 32 columns of one row; its 8 warps fetch 128 features' segments, 16 loads a thread
-// in flight, warp 0 adds them in order.
+// Few rows: a block computes 32 columns of one row; its 8 warps load segments of 128 features, with 16 loads
+// per thread in flight, and warp 0 adds them in order.
 constexpr int kStage = 128;
 
 template <typename W>
@@ -42,16 +41,16 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) decode_few(DecodeArgs a) {
       rows[r][lane()] = w;
       if (lane() == 0) scaled[r] = value;
     }
-    sync_block();  // the segments are whole before they are added
+    sync_block();  // all segments are loaded before they are added
     if (warp() == 0) {
       for (int r = 0; r < count; ++r) sum = fma_rn(scaled[r], rows[r][lane()], sum);
     }
-    sync_block();  // and added before the next overwrite them
+    sync_block();  // and added before the next ones overwrite them
   }
   if (warp() == 0 && inside) store(a, n, k, sum, fits);
 }
 
-// Many rows: a block takes 256 columns of one row; columns vary slowest, so that rows that tokens share are
+// Many rows: a block computes 256 columns of one row; columns vary slowest, so that rows shared by tokens are
 // read from L2.
 template <typename W>
 GSF_GLOBAL void GSF_BOUNDS(kThreads) decode_many(DecodeArgs a) {
@@ -71,7 +70,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) decode_many(DecodeArgs a) {
   store(a, n, k, sum, fits);
 }
 
-// Up to here a row's 32-column blocks (72 at d = 2304) fill a device only with all warps loading.
+// Up to this many rows, a row's 32-column blocks (72 at d = 2304) fill a device only if all warps load.
 constexpr int64_t kFewDecodeRows = 32;
 
 template <typename W>

@@ -1,13 +1,13 @@
 // Exact JumpReLU encode: the dots of docs/how/exact.md, bias, threshold and a bitmap in one pass.
 //
 // Why CUDA and not Triton: the 16 accumulators of a pair are 16 lanes of a half-warp (or 4 x 4 of a quad), so
-// that the fold is four shuffles; Triton has no layout of that kind and goes through shared memory.
+// adding them takes four shuffles; Triton has no such layout and uses shared memory.
 #include "cuda/intrin.h"
 #include "cuda/kernels.h"
 
 namespace gsf::cuda {
 
-// One token's word of 32 features, one a lane: bitmap, count and the first values, written by a whole warp.
+// One token's word of 32 features, one per lane: bitmap, count and first values, written by a whole warp.
 GSF_DEVICE void write_word(const EncodeArgs& a, int64_t t, int64_t word, float z) {
   const int64_t f = word * 32 + lane();
   const bool hit = f < a.F && fires(z, a.threshold[f], a.half_bandwidth);
@@ -25,7 +25,7 @@ GSF_DEVICE void write_word(const EncodeArgs& a, int64_t t, int64_t word, float z
 
 constexpr int kTile = 32;
 constexpr int kChunk = 64;           // of d in shared memory at a time
-constexpr int kStride = kChunk + 2;  // 8 rows further on is 16 banks further on: two half-warps never collide
+constexpr int kStride = kChunk + 2;  // 8 rows are 16 banks apart: two half-warps never conflict
 
 template <typename W>
 GSF_GLOBAL void GSF_BOUNDS(kThreads) encode_tile(EncodeArgs a) {
@@ -45,7 +45,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) encode_tile(EncodeArgs a) {
       xs[r][c] = inside && t0 + r < a.T ? a.x[(t0 + r) * a.d + k0 + c] : 0.0f;
       ws[r][c] = inside && f0 + r < a.F ? widened(w[(f0 + r) * a.d + k0 + c]) : 0.0f;
     }
-    sync_block();  // the chunk is whole before anyone reads it
+    sync_block();  // the chunk is complete before it is read
     for (int k = 0; k < kChunk && k0 + k < a.d; k += 16) {
       float xk[8], wk[8];
       for (int i = 0; i < 8; ++i) xk[i] = xs[tt + i][k + j];
@@ -56,7 +56,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) encode_tile(EncodeArgs a) {
         for (int q = 0; q < 8; ++q) acc[p][q] = fma_rn(xk[p], wk[q], acc[p][q]);
       }
     }
-    sync_block();  // everyone has read it before the next chunk overwrites it
+    sync_block();  // all threads have read it before the next chunk overwrites it
   }
 
 #pragma unroll
@@ -65,7 +65,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) encode_tile(EncodeArgs a) {
     for (int q = 0; q < 8; ++q) {
       float v = acc[p][q];
       for (int half = 8; half > 0; half /= 2) v = add_rn(v, shuffle_xor(v, half));
-      // every lane of the half-warp holds the sum; one of them keeps it
+      // every lane of the half-warp has the sum; one of them stores it
       if (j == (p * 8 + q) % 16) zs[tt + p][ff + q] = v;
     }
   }
@@ -104,11 +104,11 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) encode_few(EncodeArgs a) {
   const int row = thread() / 4, quad = thread() % 4;
   const int64_t f0 = block() * kRows, f = f0 + row;
   const int64_t safe =
-      f < a.F ? f : a.F - 1;  // a row that is not there repeats the last: shuffles need all lanes
+      f < a.F ? f : a.F - 1;  // an invalid row repeats the last one, because shuffles need all lanes
   const W* w = static_cast<const W*>(a.w) + safe * a.d;
 
   float acc[TT][4] = {};  // lanes 4 * quad + i of each token's 16
-  // steps whose loads are in flight together: 64 bytes a thread for one token, fewer where 128 registers are
+  // steps whose loads are in flight together: 64 bytes per thread for one token, fewer when 128 registers are
   // full
   [[maybe_unused]] constexpr int kAhead = TT == 1 ? 4 : (TT == 4 ? 2 : 1);
 #pragma unroll kAhead
@@ -138,9 +138,9 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) encode_few(EncodeArgs a) {
   }
 }
 
-// ---- which kernel serves which shape ---------------------------------------------------------------------
+// ---- which kernel is used for which shape ----------------------------------------------------------------
 
-// Above, a tile of 32 tokens is half idle at worst and still within the time that the weights take to arrive.
+// Above, a tile of 32 tokens is at worst half idle and still takes no longer than loading the weights.
 constexpr int64_t kFewTokens = 8;
 
 template <bool ALIGNED, typename W>
@@ -154,7 +154,7 @@ static void launch_few(const Launcher& launch, const EncodeArgs& a) {
 template <typename W>
 static void launch_encode(const Launcher& launch, const EncodeArgs& a) {
   if (a.T > kFewTokens) return launch(encode_tile<W>, (a.T + kTile - 1) / kTile * a.words, a);
-  // 16-byte loads need rows that start on 16 bytes
+  // 16-byte loads need rows that begin on 16 bytes
   const bool aligned = a.d % 4 == 0 && reinterpret_cast<uintptr_t>(a.x) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(a.w) % (4 * sizeof(W)) == 0;
   aligned ? launch_few<true, W>(launch, a) : launch_few<false, W>(launch, a);

@@ -1,10 +1,10 @@
-// CUDA's execution model on the CPU, for tests: every thread of a block is a fiber (ucontext), blocks run one
-// after the other.  Shuffles, ballots and barriers park a fiber until all that must arrive have arrived.
+// CUDA's execution model on the CPU, for tests: every thread of a block is a fiber (ucontext), and blocks run
+// one after the other.  Shuffles, ballots and barriers stop a fiber until all that must arrive have arrived.
 //
-// Under ThreadSanitizer each fiber is a thread of its own to the race detector (its fiber API), switched to
-// without synchronisation; only barriers order memory: sync_block() for the block, sync_warp() for the warp.
-// Shuffles and ballots do not (CUDA promises none for them).  Fibers run in ascending, descending or seeded
-// random order, so that code which works in one order only is found.
+// Under ThreadSanitizer, each fiber is a separate thread for the race detector (its fiber API). Switches do
+// not synchronise; only barriers order memory: sync_block() for the block, sync_warp() for the warp.
+// Shuffles and ballots do not (CUDA gives no such guarantee).  Fibers run in ascending, descending or seeded
+// random order, so that code which works in only one order is found.
 #pragma once
 
 #include <ucontext.h>
@@ -42,7 +42,7 @@ struct Fiber {
   void* tsan;
   Wait wait;
   unsigned block_turn, warp_turn;  // barriers passed so far
-  uint64_t give, take[32];         // what a lane offers, what its warp offered when all had arrived
+  uint64_t give, take[32];         // what a lane gives, and what its warp gave when all had arrived
   uint32_t votes;
 };
 
@@ -56,8 +56,8 @@ struct Block {
   int64_t number;
   Order order;
   uint64_t seed;
-  // Addresses that the race detector orders by.  Barriers take two in turn: with one alone, a thread that
-  // comes out of a barrier late would be ordered behind what others did since, up to their next barrier.
+  // Addresses that the race detector orders by.  Barriers alternate between two: with only one, a thread that
+  // leaves a barrier late would also be ordered after what others did up to their next barrier.
   char start_clock, end_clock, block_clock[2], warp_clock[kMaxThreads / 32][2];
 };
 
@@ -77,7 +77,7 @@ GSF_NO_TSAN inline int thread() { return state().current; }
 GSF_NO_TSAN inline int lane() { return state().current & 31; }
 GSF_NO_TSAN inline int64_t block() { return state().number; }
 
-// Back to the scheduler until it lets this fiber run again.
+// Returns to the scheduler until it lets this fiber run again.
 GSF_NO_TSAN inline void park(Wait wait) {
   Block& b = state();
   Fiber& f = b.fibers[b.current];
@@ -143,7 +143,7 @@ GSF_NO_TSAN inline void fiber_main() {
   fail("a finished thread was resumed");
 }
 
-// Lets a whole group go on if every thread of it waits for the same thing.
+// Lets a whole group continue if all of its threads wait for the same operation.
 GSF_NO_TSAN inline bool release(int first, int count, Wait what) {
   Block& b = state();
   int waiting = 0, done = 0;
@@ -152,7 +152,7 @@ GSF_NO_TSAN inline bool release(int first, int count, Wait what) {
     if (b.fibers[i].wait == Wait::done) ++done;
   }
   if (waiting == 0) return false;
-  // a block's barrier does not wait for threads that have returned; a warp's operations name all 32 lanes
+  // a block's barrier does not wait for threads that have returned; warp operations need all 32 lanes
   if (waiting + (what == Wait::block ? done : 0) < count) return false;
   uint32_t votes = 0;
   uint64_t given[32] = {};
@@ -193,7 +193,7 @@ GSF_NO_TSAN inline void start_fibers() {
   }
 }
 
-// One turn: every thread that can run does, in the order asked for.
+// One turn: runs every thread that can run, in the chosen order.
 GSF_NO_TSAN inline bool turn() {
   Block& b = state();
   int order[kMaxThreads];
@@ -225,7 +225,7 @@ GSF_NO_TSAN inline void run_block() {
   Block& b = state();
 #if defined(__SANITIZE_THREAD__)
   b.scheduler_tsan = __tsan_get_current_fiber();
-  // a launch comes after everything before it
+  // a launch happens after everything before it
   __tsan_release(&b.start_clock);
 #endif
   start_fibers();
@@ -245,8 +245,8 @@ GSF_NO_TSAN inline void run_block() {
 #endif
 }
 
-// A kernel's body as a callable without arguments, run for each block of the grid, or for its last one alone:
-// for offsets into tensors of which nobody can fill the whole.
+// Runs a kernel's body (a callable without arguments) for each block of the grid, or only for the last one:
+// for offsets into tensors that are too large to fill.
 template <typename Fn>
 void launch(int64_t blocks, int threads, Order order, uint64_t seed, bool last_alone, Fn body) {
   Block& b = state();

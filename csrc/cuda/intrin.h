@@ -1,5 +1,5 @@
-// The only place for intrinsics: each has a host twin, so that one source serves nvcc and, through host.h,
-// any C++ compiler.  Nothing here is specific to an instruction set beyond compute capability 8.0.
+// The only place for intrinsics. Each has a host version, so that one source compiles with nvcc and, through
+// host.h, with any C++ compiler.  It needs nothing beyond compute capability 8.0.
 #pragma once
 
 #include <cstdint>
@@ -12,12 +12,13 @@
 #define GSF_GLOBAL __global__
 #define GSF_DEVICE __device__ __forceinline__
 #define GSF_SHARED __shared__
-// Two blocks on a multiprocessor at least: up to 128 registers a thread, a quarter of the warps or more.
+// At least two blocks on a multiprocessor: up to 128 registers a thread, a quarter of the warps or more.
 #define GSF_BOUNDS(threads) __launch_bounds__(threads, 2)
 #else
 #define GSF_GLOBAL
 #define GSF_DEVICE inline
-// One block runs at a time, so one copy is enough; its content before the first write is another block's.
+// One block runs at a time, so one copy is enough; before the first write it has the previous block's
+// content.
 #define GSF_SHARED static
 #define GSF_BOUNDS(threads)
 #endif
@@ -104,7 +105,7 @@ GSF_DEVICE uint32_t lanes_below() { return (1u << lane()) - 1u; }
 // Stored NaNs are the canonical quiet one.
 GSF_DEVICE float canonical(float z) { return z == z ? z : quiet_nan(); }
 
-// What a latent is (docs/how/exact.md): z > max(theta, 0), or z is NaN; within the bandwidth also what is
+// When a latent is stored (docs/how/exact.md): z > max(theta, 0), or z is NaN; with a bandwidth also if it is
 // near.
 GSF_DEVICE bool fires(float z, float theta, float half_bandwidth) {
   const float near = z > theta ? z - theta : theta - z;

@@ -1,5 +1,5 @@
-// What the CUDA kernels take: raw pointers and sizes, passed by value; and the launchers, one a source, which
-// pick the kernel of a shape.  They check nothing and wait for nothing.
+// Arguments of the CUDA kernels: raw pointers and sizes, passed by value; and the launchers, one per source
+// file, which choose the kernel for a shape.  They check nothing and wait for nothing.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace gsf::cuda {
 
-constexpr int kSlots = 4;  // values kept per word of 32 features; SLOTS in backends/gpu/encode.py
+constexpr int kSlots = 4;  // values stored per word of 32 features; SLOTS in backends/gpu/encode.py
 
 struct EncodeArgs {
   const float* x;          // [T][d], widened
@@ -46,7 +46,7 @@ struct DecodeArgs {
 
 struct SpliceArgs {
   GatherArgs g;             // its latents are written too; total is null
-  const float* x;           // [T][d_out], widened, or null: the reconstruction takes its place
+  const float* x;           // [T][d_out], widened, or null: then the reconstruction replaces it
   const void* w;            // [F][d_out] of its element type: the decoder's rows
   const float* bias;        // [d_out]
   const int32_t* features;  // [edits], ascending
@@ -78,7 +78,7 @@ struct MatryoshkaArgs {
   float* y;                  // [T][out]
   int64_t T, out, units, groups, group_units;
   int32_t half_scale;
-  int32_t stored, bits;  // of the planes given (2, 3, 4, 6 or 8), of the slice
+  int32_t stored, bits;  // of the given planes (2, 3, 4, 6 or 8), of the slice
   int32_t rounds;        // bits below the slice are rounded once, up to `top`; else they are dropped
   int32_t top;
   float mid;  // what the mid-rise slice adds on the 8-bit grid

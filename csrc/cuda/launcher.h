@@ -1,5 +1,5 @@
-// launch(kernel, blocks, args): the one thing that differs between a device and the host build.  The ops,
-// which a C++ compiler compiles beside nvcc's kernels (GSF_CUDA_OPS), hold a launcher and pass it on.
+// launch(kernel, blocks, args): the only difference between a device and the host build.  The ops, which a
+// C++ compiler compiles separately from nvcc's kernels (GSF_CUDA_OPS), keep a launcher and pass it on.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct Launcher {
 struct Launcher {
   host::Order order;
   uint64_t seed;
-  bool last_alone = false;  // of the blocks of a grid
+  bool last_alone = false;  // run only the last block of a grid
   template <typename Kernel, typename Args>
   void operator()(Kernel kernel, int64_t blocks, const Args& args) const {
     host::launch(blocks, kThreads, order, seed, last_alone, [&] { kernel(args); });

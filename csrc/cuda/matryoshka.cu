@@ -1,10 +1,10 @@
-// y = A(x - mean) . W_r^T + bias for nested codes in bit planes (matryoshka/planes.py), for few tokens: two
-// launches, one that rounds the tokens to int8 and one that reads every plane byte once.
+// y = A(x - mean) . W_r^T + bias for nested codes in bit planes (quant/planes.py), for few tokens, in two
+// launches: one rounds the tokens to int8, the other reads every plane byte once.
 //
-// Why CUDA and not Triton: a 32-bit word of a plane holds the bits of four columns of one row for eight (or
-// four) quads of columns, so that shifted and masked it is an operand of dp4a as it lies.  Planes go from
-// 128-bit loads into registers and no further.  A Triton tile for tensor cores must be permuted through
-// shared memory first, and its 16 tokens are 15 too many for one.
+// Why CUDA and not Triton: a 32-bit word of a plane has the bits of four columns of one row for eight (or
+// four) quads of columns. Shifted and masked, it is directly an operand of dp4a.  Planes are loaded with
+// 128-bit loads into registers.  A Triton tile for tensor cores must first be permuted through shared memory,
+// and it computes 16 tokens even if there is one.
 #include "cuda/block.h"
 #include "cuda/intrin.h"
 #include "cuda/kernels.h"
@@ -18,14 +18,14 @@ GSF_DEVICE float centred(const TokensArgs& a, int64_t t, int64_t k) {
   return a.mean ? add_rn(a.x[t * a.d + k], -a.mean[k]) : a.x[t * a.d + k];
 }
 
-// The greatest over the block, the same in every thread.
+// Maximum over the block, the same in every thread.
 GSF_DEVICE float block_max(float v, float* part) {
   for (int half = 16; half > 0; half /= 2) {
     const float other = shuffle_xor(v, half);
     v = other > v ? other : v;
   }
   if (lane() == 0) part[warp()] = v;
-  sync_block();  // all parts are there
+  sync_block();  // all parts are written
   for (int i = 0; i < kWarps; ++i) v = part[i] > v ? part[i] : v;
   return v;
 }
@@ -38,7 +38,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) round_token(TokensArgs a) {
   float most = 0.0f;
   for (int64_t k = thread(); k < a.d; k += kThreads) {
     const float v = centred(a, t, k), size = v < 0.0f ? -v : v;
-    // NaN is greater than nothing: it counts as infinity
+    // comparisons with NaN are false, so count it as infinity
     most = size <= most ? most : (size < kInfinity ? size : kInfinity);
   }
   most = block_max(most, parts);
@@ -79,21 +79,21 @@ GSF_DEVICE Word4 load_words(const void* p) { return *static_cast<const Word4*>(p
 
 GSF_BOTH constexpr uint32_t in_bytes(int mask) { return 0x01010101u * static_cast<uint32_t>(mask); }
 
-// Down by S bits, up where S is negative.
+// Shift right by S bits, left if S is negative.
 template <int S>
 GSF_DEVICE uint32_t moved(uint32_t word) {
   if constexpr (S >= 0) return word >> S;
   if constexpr (S < 0) return word << -S;
 }
 
-// The bits of quad J in plane P, at their place in the code; what else the shift drags along is masked off.
+// The bits of quad J in plane P, at their position in the code; other bits are masked off.
 template <int R, int P, int J>
 GSF_DEVICE uint32_t field(const uint32_t (&plane)[5][2]) {
   constexpr int width = plane_width(R, P), low = plane_low(R, P), from = width == 2 ? 2 * (J % 4) : J;
   return moved<from - low>(plane[P][width == 2 ? J / 4 : 0]) & in_bytes(((1 << width) - 1) << low);
 }
 
-// Four columns' codes of one row.  pairs: planes 1 and 2 side by side, those of the even and of the odd
+// Four columns' codes of one row.  pairs: planes 1 and 2 combined, for the even and for the odd
 // quads.
 template <int R, int J>
 GSF_DEVICE uint32_t quad(const uint32_t (&plane)[5][2], const uint32_t (&pairs)[2]) {
@@ -108,7 +108,7 @@ GSF_DEVICE uint32_t quad(const uint32_t (&plane)[5][2], const uint32_t (&pairs)[
   return code;
 }
 
-// Bits below the slice dropped, or rounded once: (c + 2^(d-1)) >> d = ((c >> (d-1)) + 1) >> 1, each in its
+// Bits below the slice are dropped, or rounded once: (c + 2^(d-1)) >> d = ((c >> (d-1)) + 1) >> 1, in each
 // byte.
 GSF_DEVICE uint32_t resliced(const MatryoshkaArgs& a, uint32_t code) {
   const int drop = a.stored - a.bits, first = a.rounds ? drop - 1 : drop;
@@ -144,7 +144,7 @@ GSF_DEVICE void add_unit(const MatryoshkaArgs& a, int64_t tile, int64_t u, int f
   int32_t q[TT][8];
 #pragma unroll
   for (int t = 0; t < TT; ++t) {
-    // a token that is not there repeats the last
+    // an invalid token repeats the last one
     const int64_t token = t0 + t < a.T ? t0 + t : a.T - 1;
     const int32_t* from = a.q + (token * a.units + u) * 8;
     const Word4 low = load_words(from), high = load_words(from + 4);
@@ -176,12 +176,12 @@ GSF_DEVICE float alpha_of(const MatryoshkaArgs& a, int64_t at) {
   return static_cast<const float*>(a.scale)[at];
 }
 
-// A group's integer dot into the sum, as the native kernel does it: one rounding a step, in its order.
+// Adds a group's integer dot to the sum like the native kernel: one rounding per step, in the same order.
 GSF_DEVICE float end_group(const MatryoshkaArgs& a, int64_t at, int32_t qsum, int32_t dot, float acc) {
   const float alpha = alpha_of(a, at), sum = static_cast<float>(qsum);
   const int32_t zero = a.zero[at], step = 1 << (8 - a.bits);
   if (a.group_units > 16) {
-    // over 512 weights the products and the zero point's part would cancel in fp32
+    // above 512 weights, the products and the zero point's part would cancel in fp32
     const float whole = static_cast<float>(dot * step - zero * qsum);
     return fma_rn(alpha, add_rn(whole, mul_rn(a.mid, sum)), acc);
   }
@@ -189,9 +189,9 @@ GSF_DEVICE float end_group(const MatryoshkaArgs& a, int64_t at, int32_t qsum, in
   return fma_rn(mul_rn(alpha, add_rn(a.mid, -static_cast<float>(zero))), sum, acc);
 }
 
-// What one thread finishes: a row and a token, its groups in ascending order.
+// What one thread completes: a row and a token, with groups in ascending order.
 struct Finish {
-  int64_t at, token, group, end;  // of the scale; the group that is open and its last unit
+  int64_t at, token, group, end;  // of the scale; the current group and its last unit
   int32_t dot;
   float acc;
 };
@@ -206,16 +206,16 @@ GSF_DEVICE void add_part(const MatryoshkaArgs& a, Finish& f, int32_t part, int64
 }
 
 constexpr int kUnits =
-    kWarps * 8;  // of a stage: a thread takes one unit of four rows, four threads its block
+    kWarps * 8;  // units per stage: a thread takes one unit of four rows, four threads its block
 
-// A block: 16 rows and TT tokens.  WHOLE: one group a row, whose dots stay in registers until the end; else
-// the units' dots pass through shared memory and are added group by group.
+// A block: 16 rows and TT tokens.  WHOLE: one group a row, whose dots stay in registers until the end;
+// otherwise the units' dots go through shared memory and are added group by group.
 template <int R, int TT, bool WHOLE>
 GSF_GLOBAL void GSF_BOUNDS(kThreads) matryoshka_few(MatryoshkaArgs a) {
   constexpr int kParts = WHOLE ? kWarps : kUnits;
   GSF_SHARED int32_t parts[kParts][TT][16];
   const int64_t tiles =
-      (a.T + TT - 1) / TT;  // tokens vary fastest: planes come from L2 for all but the first
+      (a.T + TT - 1) / TT;  // tokens vary fastest: for all but the first, planes come from L2
   const int64_t rows = block() / tiles, t0 = block() % tiles * TT;
   const int own = warp() * 8 + lane() / 4, first = lane() % 4 * 4;
   const int t = thread() / 16, row = thread() % 16;
@@ -230,10 +230,10 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) matryoshka_few(MatryoshkaArgs a) {
         parts[own][i / 4][first + i % 4] = dot[i / 4][i % 4];
         dot[i / 4][i % 4] = 0;
       }
-      sync_block();  // the dots of a stage are whole before they are added
+      sync_block();  // all dots of a stage are written before they are added
       const int count = static_cast<int>(a.units - u0 < kUnits ? a.units - u0 : kUnits);
       for (int i = 0; finishes && i < count; ++i) add_part(a, f, parts[i][t][row], u0 + i + 1);
-      sync_block();  // and added before the next overwrite them
+      sync_block();  // and added before the next ones overwrite them
     }
   }
   if constexpr (WHOLE) {
@@ -252,7 +252,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) matryoshka_few(MatryoshkaArgs a) {
     a.y[f.token * a.out + o] = canonical(fma_rn(f.acc, a.s[f.token], a.bias ? a.bias[o] : 0.0f));
 }
 
-// ---- which kernel serves which shape ---------------------------------------------------------------------
+// ---- which kernel is used for which shape ----------------------------------------------------------------
 
 template <int R, int TT>
 static void launch_tokens(const Launcher& launch, const MatryoshkaArgs& a) {

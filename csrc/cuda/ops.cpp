@@ -1,5 +1,5 @@
-// The CUDA kernels as ops of the library gemmascope_fast_cuda, which gemmascope_fast/backends/gpu/register.py
-// puts under the package's own ops.  Tensors and checks live here, kernels in the .cu files.
+// The CUDA kernels as ops of the library gemmascope_fast_cuda; gemmascope_fast/backends/gpu/register.py makes
+// them implementations of the package's ops.  Tensors and checks are here, kernels are in the .cu files.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/cat.h>
@@ -17,12 +17,12 @@
 namespace gsf::cuda {
 namespace {
 
-// Bitmap of one pass; the slots take four times as much.  Also keeps every grid below 2^31 blocks.
+// Size of one pass's bitmap; the slots take four times as much.  It also keeps every grid below 2^31 blocks.
 constexpr int64_t kChunkBytes = 16 << 20;
 
 using Csr = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// What the encode kernel leaves, allocated.
+// Allocates the outputs of the encode kernel.
 struct Words {
   at::Tensor bitmap, count, slots;
 
@@ -134,7 +134,7 @@ at::Tensor decode_cuda(const at::Tensor& crow, const at::Tensor& col, const at::
   check_device(values, W_dec, "values");
   const c10::cuda::CUDAGuard guard(W_dec.device());
   check_capability();
-  // one read: the pattern must be sound before a kernel follows it
+  // one read back: the pattern must be valid before a kernel uses it
   const at::Tensor bad = (col < 0).logical_or(col >= F).any().logical_or((crow.diff() < 0).any());
   const at::Tensor ends = at::stack({bad.to(at::kLong), crow[0], crow[-1]}).cpu();
   const int64_t* seen = ends.const_data_ptr<int64_t>();
@@ -142,7 +142,7 @@ at::Tensor decode_cuda(const at::Tensor& crow, const at::Tensor& col, const at::
                     "crow_indices, col_indices: expected ", "offsets from 0 to ", col.numel(),
                     " that never fall and features in [0, ", F, ")");
   const Dtype dtype = dtype_of(W_dec, "W_dec");
-  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: int8 rows need one");
+  TORCH_CHECK_VALUE(dtype != Dtype::i8 || row_scale.has_value(), "row_scale: required for int8 W_dec");
   at::Tensor bias, scale;
   if (b_dec) {
     check_shape(*b_dec, {d}, "b_dec");
@@ -172,7 +172,7 @@ at::Tensor decode_cuda(const at::Tensor& crow, const at::Tensor& col, const at::
   return out;
 }
 
-// Two launches and no read: T <= 16 tokens, edits as gemmascope_fast/backends/gpu/loop.py packs them.
+// Two launches, nothing read back: T <= 16 tokens, edits as packed by gemmascope_fast/backends/gpu/loop.py.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> splice_cuda(
     const at::Tensor& x, const at::Tensor& W_enc, const at::Tensor& b_enc, const at::Tensor& threshold,
     const at::Tensor& W_dec, const at::Tensor& b_dec, const at::Tensor& features, const at::Tensor& kind,
@@ -200,7 +200,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> splice_cuda(
                                      {amount, "amount"}}) {
     check_device(tensor, x, name);
   }
-  TORCH_CHECK_VALUE(capacity >= 0, "capacity: expected a count, got ", capacity);
+  TORCH_CHECK_VALUE(capacity >= 0, "capacity: expected 0 or more, got ", capacity);
   const c10::cuda::CUDAGuard guard(x.device());
   check_capability();
   const at::Tensor xs = fp32(x), rows = W_enc.t().contiguous(), bias = fp32(b_enc), theta = fp32(threshold);

@@ -1,4 +1,4 @@
-// What the ops on CUDA tensors share: the launcher of the current stream, and checks.
+// Shared by the ops on CUDA tensors: the launcher for the current stream, and checks.
 #pragma once
 
 #define GSF_CUDA_OPS

@@ -17,7 +17,7 @@ using MaybeTensor = std::optional<at::Tensor>;
 constexpr int64_t kMaxTokens = 16;  // gemmascope_fast/backends/gpu/matryoshka.py
 constexpr int64_t kMaxIn = 66000;   // 256 * 127 * 66,000 < 2^31
 
-// Contiguous and on 16 bytes, as the kernels' 128-bit loads want it.
+// Contiguous and 16-byte aligned, as the kernels' 128-bit loads need it.
 at::Tensor aligned(const at::Tensor& t) {
   const at::Tensor whole = t.contiguous();
   return reinterpret_cast<uintptr_t>(whole.const_data_ptr()) % 16 == 0 ? whole : whole.clone();
@@ -31,7 +31,7 @@ at::Tensor vector(const MaybeTensor& t, int64_t size, const at::Tensor& x, const
   return fp32(*t);
 }
 
-// The planes that the slice reads, kept alive by `held`: whole planes, one bit more where it rounds.
+// The planes that the slice reads, kept alive by `held`: whole planes, and one bit more if it rounds.
 void choose_planes(at::TensorList planes, const at::Tensor& x, int64_t blocks, int64_t bits, int64_t rule,
                    MatryoshkaArgs& args, std::vector<at::Tensor>& held) {
   int64_t stored = 0;

@@ -1,14 +1,14 @@
 // The fused loop's second launch (T <= 16): from the encode kernel's bitmap to the spliced activation.
 //
-// Why CUDA and not Triton: the list of what fired must be compacted before it can be walked in order; here a
-// block does so in shared memory, a Triton program has none to index and needs a launch of its own for it.
+// Why CUDA and not Triton: the list of what fired must be compacted before it is read in order. Here a block
+// does so in shared memory; a Triton program has no indexable shared memory and needs another launch.
 #include "cuda/block.h"
 #include "cuda/intrin.h"
 #include "cuda/kernels.h"
 
 namespace gsf::cuda {
 
-constexpr int kSpliceStage = 128;  // entries whose 32-column segments wait in shared memory: 16 KiB
+constexpr int kSpliceStage = 128;  // entries whose 32-column segments are in shared memory: 16 KiB
 
 // The value of token t's feature f, which is the rank-th hit of its word.
 template <typename W>
@@ -17,8 +17,8 @@ GSF_DEVICE float latent_value(const EncodeArgs& e, int64_t t, int64_t f, int ran
   return value_again<W>(e, t, f);
 }
 
-// What an edit adds, for every latent that attach's would meet: NaN is not below a least value, and infinity
-// scaled by one stays.
+// What an edit adds; the same as attach's edits give for every latent: NaN is not below a minimum, and
+// infinity scaled by one stays.
 GSF_DEVICE float delta_of(int32_t kind, float amount, float old) {
   if (kind == kScale) return amount == 1.0f ? 0.0f : add_rn(mul_rn(old, amount), -old);
   if (kind == kAdd) return amount;
@@ -26,7 +26,7 @@ GSF_DEVICE float delta_of(int32_t kind, float amount, float old) {
   return add_rn(amount, -old);
 }
 
-// A block: 32 columns of one token.  Its threads compact 256 words at a time, its warps fetch the rows'
+// A block: 32 columns of one token.  Its threads compact 256 words at a time, its warps load the rows'
 // segments, warp 0 adds in order.  The blocks of the first columns also write the latents.
 template <typename W>
 GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
@@ -41,7 +41,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
   const int64_t column = inside ? k : a.d_out - 1;
   const W* w = static_cast<const W*>(a.w);
 
-  // every block of a token must know whether the row fits the capacity, hence where it begins
+  // every block of a token must know whether the row fits the capacity, so it needs the row's start
   int64_t mine = 0;
   for (int64_t i = thread(); i < t * e.words; i += kThreads) mine += e.count[i];
   int64_t start = block_sum(mine, sums);
@@ -51,8 +51,8 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
   for (int64_t first = 0; first < e.words; first += kThreads) {
     const int64_t word = first + thread();
     const uint32_t bits = word < e.words ? e.bitmap[t * e.words + word] : 0;
-    // The barrier within each stands between a round's reading of the other's parts and the next round's
-    // writing.
+    // The barriers inside each call separate one round's reads of the other call's parts from the next
+    // round's writes.
     const int before = block_prefix(popcount(bits), parts);
     const int64_t total = block_sum(popcount(bits), sums);
     for (int64_t s0 = 0; s0 < total && (sums_rows || writes); s0 += kSpliceStage) {
@@ -63,7 +63,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
         feature[at] = static_cast<int32_t>(word * 32 + lowest_bit(left));
         value[at] = latent_value<W>(e, t, feature[at], rank);
       }
-      sync_block();  // the list is whole before anyone walks it
+      sync_block();  // the list is complete before it is read
       const int count = static_cast<int>(total - s0 < kSpliceStage ? total - s0 : kSpliceStage);
       if (writes && thread() < count && start + s0 + thread() < a.g.capacity) {
         a.g.col[start + s0 + thread()] = feature[thread()];
@@ -73,11 +73,11 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
       for (int r = warp(); sums_rows && r < count; r += kWarps) {
         rows[r][lane()] = widened(w[feature[r] * a.d_out + column]);
       }
-      sync_block();  // the segments are whole before they are added
+      sync_block();  // all segments are loaded before they are added
       if (warp() == 0 && sums_rows) {
         for (int r = 0; r < count; ++r) sum = fma_rn(value[r], rows[r][lane()], sum);
       }
-      sync_block();  // and added before the next overwrite them
+      sync_block();  // and added before the next ones overwrite them
     }
     start += total;
   }
@@ -96,7 +96,7 @@ GSF_GLOBAL void GSF_BOUNDS(kThreads) splice_few(SpliceArgs a) {
     changed = true;
   }
   const float base = a.x ? a.x[t * a.d_out + k] : canonical(add_rn(sum, a.bias[k]));
-  // without a change the base passes bit for bit: adding +0 would turn a -0 into +0
+  // without a change the base is returned bit for bit, because adding +0 would turn -0 into +0
   const float out = changed ? canonical(add_rn(base, extra)) : base;
   a.out[t * a.d_out + k] = start <= a.g.capacity ? out : quiet_nan();
 }

@@ -1,1 +1,1 @@
-"""Jobs over text: evaluation, extraction, dashboards, concepts, comparisons, tables of widths; no argument parsing."""
+"""Jobs over text: evaluation, extraction, dashboards, concepts, comparisons, tables of widths. No argument parsing."""

@@ -1,8 +1,10 @@
-"""The model and the SAE that a command's --model, --sae, --sae-id and --layer name; "demo" is the bundled pair."""
+"""Loads the model and the SAE named by --model, --sae, --sae-id and --layer; "demo" is the bundled pair."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from gemmascope_fast.attach.origin import check_site
 from gemmascope_fast.checkpoints.bundled import MODEL_NAME, SAE_FILE, load_demo_model, load_demo_sae
@@ -14,47 +16,60 @@ from gemmascope_fast.sae.sites import Site
 SEVERAL = ("cross_layer_transcoder", "crosscoder")  # kinds that read or write several sites
 
 
-def load_model(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for a command line's --model: "demo", or what transformers takes; fp32 and eval.
+def load_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer) for --model: "demo", or a model of transformers; in eval mode.
 
     The model is of the class that its checkpoint names (a language model, a reward model, an encoder), a causal
-    language model where it names none.
+    language model where it names none.  Raises ValueError for a device that does not exist.
     """
+    check_device(device)
     if name == "demo":
-        return load_demo_model()
+        model, tokenizer = load_demo_model()
+        return model.to(device, getattr(torch, dtype)), tokenizer
     import transformers
 
     with from_hub_or_cache(name) as local:
         named = transformers.AutoConfig.from_pretrained(name, **local).architectures or []
         own = next((getattr(transformers, each) for each in named if hasattr(transformers, each)), None)
         cls = own or transformers.AutoModelForCausalLM
-        model = cls.from_pretrained(name, dtype="float32", **local).eval()
+        model = cls.from_pretrained(name, dtype=dtype, **local).eval().to(device)
         return model, transformers.AutoTokenizer.from_pretrained(name, **local)
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError for a --device that torch does not know, or that does not exist."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this process sees no such CUDA device")
+
+
 def full_names(settings: dict[str, Any]) -> tuple[str, str]:
-    """(model, SAE) of an extraction's settings as titles show them: what "demo" stands for is spelled out."""
+    """(model, SAE) of an extraction's settings for titles; "demo" is replaced by its full name."""
     model, sae = str(settings.get("model", "a model")), str(settings.get("sae", "an SAE"))
     return MODEL_NAME if model == "demo" else model, SAE_FILE.stem if sae == "demo" else sae
 
 
 def sae_place(name: str) -> str:
-    """Where a command line's SAE lies: "demo" is the bundled file, anything else stands for itself."""
+    """Where a command's SAE is stored: "demo" is the bundled file, any other name is unchanged."""
     return str(SAE_FILE) if name == "demo" else name
 
 
-def load_sae(name: str, sae_id: str | None = None) -> JumpReLUSAE:
-    """The SAE for a command line's --sae: "demo", or a file, folder or repository.
+def load_sae(name: str, sae_id: str | None = None, device: str = "cpu") -> JumpReLUSAE:
+    """The SAE for --sae, in fp32: "demo", or a file, folder or repository.
 
-    Raises ValueError for a coder of several sites, which no command takes.
+    Raises ValueError for a coder of several sites, which no command accepts.
     """
+    check_device(device)
     if name == "demo":
-        return load_demo_sae()
-    sae = from_pretrained(name, sae_id)
+        return load_demo_sae().to(device)
+    sae = from_pretrained(name, sae_id, device)
     if sae.kind in SEVERAL:
         raise ValueError(
             f"--sae {name}: expected an SAE or transcoder that reads one site and writes one, got a {sae.kind};"
-            " in Python `attach` takes it"
+            " use `attach` in Python"
         )
     return sae
 
@@ -65,13 +80,16 @@ def load_pair(
     sae_id: str | None = None,
     layer: int | None = None,
     anywhere: bool = False,
+    device: str = "cpu",
+    dtype: str = "float32",
 ) -> tuple[Any, Any, JumpReLUSAE, int]:
-    """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own).
+    """(model, tokenizer, sae, layer) for --model, --sae, --sae-id and --layer (None: the SAE's own), on --device, the
+    model in --dtype.
 
-    anywhere: `layer` need not be the SAE's own; it becomes its own.  Raises ValueError where neither the arguments nor
-    the checkpoint name a residual-stream layer, AttachError where they name different ones.
+    anywhere: `layer` may differ from the SAE's own, and replaces it.  Raises ValueError if neither the arguments nor
+    the checkpoint name a residual-stream layer, AttachError if they name different ones.
     """
-    loaded = load_sae(sae, sae_id)
+    loaded = load_sae(sae, sae_id, device)
     if layer is not None and loaded.cfg.site is not None:
         if anywhere:
             loaded.cfg.site = Site("resid", layer)
@@ -81,4 +99,4 @@ def load_pair(
         layer = loaded.cfg.site.layer
     if layer is None:
         raise ValueError("--layer: expected a layer number, for the checkpoint names no residual-stream layer")
-    return *load_model(model), loaded, layer
+    return *load_model(model, device, dtype), loaded, layer

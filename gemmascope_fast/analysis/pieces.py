@@ -1,36 +1,36 @@
-"""Tokens as text that can be shown piece by piece, in any script."""
+"""Converts tokens to text that can be shown piece by piece, in any script."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-LOST = "\ufffd"  # what decoding gives for bytes that are no whole character
+LOST = "\ufffd"  # result of decoding bytes that are not a whole character
 
 
 class Span(NamedTuple):
-    """A stretch of text that can be shown on its own, and the tokens (by index) that it comes from."""
+    """A piece of text that can be shown separately, and the indices of its tokens."""
 
     text: str
     tokens: list[int]
 
 
 class Pieces:
-    """Decoding token by token, for one tokenizer.
+    """Decodes token by token, for one tokenizer.
 
-    A token may hold part of a character's bytes, or a vowel sign that belongs to the letter of the token before
-    (Devanagari): such tokens share one span, for drawn apart they would be neither.
+    A token may contain part of a character's bytes, or a vowel sign that belongs to the letter in the token before
+    (Devanagari). Such tokens share one span, because separately they could not be displayed.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        # in front of everything that is decoded: tokenizers drop a space at the beginning
+        # put before everything that is decoded, because tokenizers drop a space at the beginning
         (*_, self._anchor) = tokenizer("a", add_special_tokens=False)["input_ids"]
         self._start = tokenizer.decode([self._anchor])
         self._known: dict[int, str] = {}
 
     def __call__(self, token_id: int) -> str:
-        """The text of one token; the replacement character where it holds part of one."""
+        """The text of one token; the replacement character if it is part of a character."""
         if token_id not in self._known:
             self._known[token_id] = self._decode([token_id])
         return self._known[token_id]
@@ -40,7 +40,7 @@ class Pieces:
         return whole[len(self._start) :]
 
     def spans(self, ids: Sequence[int]) -> list[Span]:
-        """The text of consecutive tokens, cut where it may be cut: between grapheme clusters."""
+        """The text of consecutive tokens, cut only between grapheme clusters."""
         whole: list[Span] = []
         at = 0
         while at < len(ids):
@@ -61,7 +61,7 @@ class Pieces:
 
 
 def _by_cluster(spans: Sequence[Span]) -> list[Span]:
-    """Neighbours that share a grapheme cluster become one."""
+    """Merge neighbours that share a grapheme cluster."""
     import regex
 
     text = "".join(span.text for span in spans)

@@ -1,4 +1,4 @@
-"""What an SAE makes of one text: latents and the figures by which one judges them, each from its formula."""
+"""Reads one text with an SAE: latents, and figures of quality computed directly from their formulas."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from gemmascope_fast import backends
 from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import spread
+from gemmascope_fast.attach.tokens import device_of
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.ops.latents import SparseLatents
@@ -37,7 +38,7 @@ def read_text(
 ) -> Reading:
     """Run the text through the model and the SAE at the output of `layer`.
 
-    L0, FVU, dead fraction and support are over the content tokens (no BOS, EOS, PAD); cross-entropies are in
+    L0, FVU, dead_fraction and support are over the content tokens (no BOS, EOS, PAD); cross-entropies are in
     nats, the mean over the content tokens that have a token before them.  Raises ValueError for a text of fewer
     than two content tokens, an unknown layer, or another kind of SAE.
     """
@@ -48,6 +49,7 @@ def read_text(
     every = tokenizer(text, return_tensors="pt")["input_ids"]
     ids = every[:, :max_tokens]
     content = ~torch.isin(ids[0], torch.tensor(sorted(tokenizer.all_special_ids)))
+    ids = ids.to(device_of(model))
     if int(content.sum()) < 2:
         raise ValueError(f"text: expected at least two tokens besides the special ones, got {int(content.sum())}")
     with torch.inference_mode():
@@ -84,11 +86,11 @@ def read_text(
         "backend": _backend(sae.device),
     }
     pieces = [tokenizer.decode([int(i)]) for i in ids[0]]
-    return Reading(pieces, content.tolist(), spread(read, content), figures, every.shape[1] - ids.shape[1])
+    return Reading(pieces, content.tolist(), spread(read.cpu(), content), figures, every.shape[1] - ids.shape[1])
 
 
 def _base(model: Any, layer: int, ids: Tensor, content: Tensor) -> tuple[Tensor, float]:
-    """(activations of the content rows at the output of the layer, cross-entropy of the model as it is)."""
+    """(activations of the content rows at the output of the layer, cross-entropy of the unchanged model)."""
     try:
         run = attach(model, {(layer, "resid"): Activations()}, tokens=content)
     except AttachError as error:
@@ -99,13 +101,13 @@ def _base(model: Any, layer: int, ids: Tensor, content: Tensor) -> tuple[Tensor,
 
 
 def _spliced(model: Any, layer: int, ids: Tensor, content: Tensor, sae: JumpReLUSAE) -> float:
-    """Cross-entropy with the content rows of the layer's output reconstructed; the others pass as they are."""
+    """Cross-entropy with the content rows of the layer's output reconstructed; the others pass unchanged."""
     with attach(model, {(layer, "resid"): sae}, mode="splice", tokens=content):
         return cross_entropy(model, ids, content)
 
 
 def constant(mean: Tensor) -> JumpReLUSAE:
-    """An SAE of which nothing ever fires, so that it reconstructs every row as `mean` [d]: splicing it ablates."""
+    """An SAE in which nothing fires, so it reconstructs every row as `mean` [d]; splicing it in is an ablation."""
     d = mean.numel()
     return JumpReLUSAE.from_weights(
         W_enc=torch.zeros(d, 1),
@@ -117,20 +119,20 @@ def constant(mean: Tensor) -> JumpReLUSAE:
 
 
 def cross_entropy(model: Any, ids: Tensor, content: Tensor) -> float:
-    """Mean of -log p(token | before) in nats over content tokens from the second position on; ids [1, S]."""
+    """Mean of -log p(token | earlier tokens) in nats over content tokens from the second position on; ids [1, S]."""
     logits = model(ids).logits[0, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none")
     return float(losses[content[1:]].double().mean())
 
 
 def eager(sae: JumpReLUSAE, x: Tensor) -> Tensor:
-    """The dense fp32 SAE as one writes it in PyTorch: what ours is timed against."""
+    """The dense fp32 SAE as usually written in PyTorch: our time is compared with it."""
     z = x @ sae.W_enc + sae.b_enc
     return (torch.relu(z) * (z > sae.threshold)) @ sae.W_dec + sae.b_dec
 
 
 def check_support(sae: JumpReLUSAE, x: Tensor, latents: SparseLatents) -> tuple[bool, int]:
-    """(equal to fp64 wherever |z - θ| exceeds the dot's bound, pairs that differ from eager fp32).
+    """(support equals fp64 wherever |z - θ| exceeds the dot's bound, number of pairs that differ from eager fp32).
 
     The bound is κ(‖w‖‖x‖ + |b|), κ that of op `encode`'s sum (`ops.encode.kappa`).
     """
@@ -150,7 +152,7 @@ def check_support(sae: JumpReLUSAE, x: Tensor, latents: SparseLatents) -> tuple[
 
 
 def measure(*calls: Callable[[], Any]) -> list[float]:
-    """Median milliseconds of each call, taken in turn after a warm-up, so that all see the same machine."""
+    """Median milliseconds of each call. Calls alternate after a warm-up, so that all run under the same conditions."""
     taken: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
@@ -158,12 +160,14 @@ def measure(*calls: Callable[[], Any]) -> list[float]:
         for times, call in zip(taken, calls, strict=True):
             begin = time.perf_counter()
             call()
+            if torch.cuda.is_initialized():  # a kernel returns before it is done
+                torch.cuda.synchronize()
             times.append(1e3 * (time.perf_counter() - begin))
     return [sorted(times)[REPEATS // 2] for times in taken]
 
 
 def _backend(device: torch.device) -> str:
-    """The backend that serves `encode` here, with the instruction set where it is native."""
+    """The backend that runs `encode` here, with the instruction set if it is native."""
     chosen = backends.requested() or next(
         c.backend for c in backends.choices() if c.op == "encode" and c.device == device.type
     )
@@ -179,8 +183,8 @@ LABELS = {
     "ce_base": "cross-entropy, model alone (nats per token)",
     "ce_spliced": "cross-entropy, SAE spliced in",
     "ce_mean_ablated": "cross-entropy, layer output replaced by its mean",
-    "delta_loss": "delta LM loss (spliced - alone)",
-    "dead_fraction": "share of features silent on this text",
+    "delta_loss": "delta_loss: cross-entropy, spliced - alone",
+    "dead_fraction": "dead_fraction: features that never fire on this text",
     "support_equal": "support equals fp64 outside the error bound",
     "support_flips_vs_eager": "pairs that differ from eager fp32",
     "backend": "backend",

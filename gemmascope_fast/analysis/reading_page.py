@@ -1,4 +1,4 @@
-"""The self-contained HTML page of one reading: no network, no other file."""
+"""The HTML page of one reading, self-contained: it needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def render(reading: Reading) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gemmascope_fast.analysis"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    # "<" is escaped: a text that contains </script> must not end the script
+    # "<" is escaped, so that a text with </script> does not end the script
     data = json.dumps(page_data(reading), allow_nan=False).replace("<", "\\u003c")
     return environment.get_template("demo.html").render(figures=figures, data=data, run=reading.figures)
 

@@ -1,4 +1,4 @@
-"""The one jinja2 environment of all pages, and data for their scripts."""
+"""The jinja2 environment of all pages, and data for their scripts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @cache
 def environment() -> Any:
-    """Templates of gemmascope_fast/report/templates: escaped, and an undefined name is an error."""
+    """Templates of gemmascope_fast/analysis/templates: escaped, and an undefined name is an error."""
     import jinja2
 
     return jinja2.Environment(
@@ -22,10 +22,10 @@ def environment() -> Any:
 
 
 def render(template: str, **values: Any) -> str:
-    """The template's text."""
+    """Render the template to text."""
     return environment().get_template(template).render(**values)
 
 
 def script_data(value: Any) -> str:
-    """JSON for a <script> element: "<" is escaped, for a text that contains </script> must not end the script."""
+    """JSON for a <script> element: "<" is escaped, so that a text with </script> does not end the script."""
     return json.dumps(value, allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")

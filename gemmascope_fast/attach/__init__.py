@@ -1,6 +1,6 @@
-"""`attach`: SAEs inside a transformers model, to watch it, to replace what passes, to steer it.
+"""`attach`: put SAEs inside a transformers model, to observe it, to replace activations, to steer it.
 
-`attach` itself is also `gemmascope_fast.attach`; import what else is here by `from gemmascope_fast.attach import …`.
+`gemmascope_fast.attach` is the function itself; import other names with `from gemmascope_fast.attach import …`.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ def attach(
     keep: bool = True,
     anywhere: bool = False,
 ) -> Run:
-    """SAEs in a transformers model while the returned run's `with` block lasts.
+    """Attach SAEs to a transformers model for the duration of the returned run's `with` block.
 
-    saes: an SAE, a list, a Bank (of which this model's SAEs are taken), or a dict keyed by layer, (layer, kind), Site
-    or module path (`….output` or `….input` of that very module; a bare path means its output).  Without a key the
-    checkpoint's own site counts; docs/reference/sites.md says what each kind is.  In place of an SAE an `Activations`
-    keeps what passes.  A cross-layer transcoder has one set of latents a layer, keyed by where that layer reads, and
-    splices every output; a crosscoder has one, keyed by the tuple of its sites, and is only observed.
-    mode: None means "observe", or "splice+error" where there are edits.  "observe" changes nothing; "splice" puts the
-    reconstruction in the activation's place; "splice+error" adds what the reconstruction lacks, so that without edits
-    the activation passes bit for bit (and nothing is decoded), while the gradient goes through the latents, with the
-    error a constant unless `error_grad`.
-    edits: interventions (Clamp, Scale, Ablate, Add, MinClamp, Mask, Direction) in their order: one, a list where one
-    SAE is attached, or a dict keyed as `saes`; at a site of no SAE a Direction alone.  They act on the selected tokens.
-    tokens: "content", the default: neither BOS, EOS, PAD, padding nor a chat's first four tokens, on which Gemma Scope
-    was not trained; "all"; a bool tensor [S] or [B, S] over the columns of the sequences; or a callable from token ids
-    int64 [B, S] (and, where it takes a second argument, the call's `Tokens`) to bool [B, S].  What is left out keeps
-    an empty row and passes unchanged.
+    saes: an SAE, a list, a Bank (its SAEs of this model are used), or a dict keyed by layer, (layer, kind), Site or
+    module path (`….output` or `….input` of that module; a bare path means its output).  Without a key, the site in the
+    checkpoint is used; docs/reference/sites.md explains the kinds.  An `Activations` in place of an SAE records the
+    activations.  A cross-layer transcoder has one set of latents per layer, keyed by the site that the layer reads, and
+    splices every output; a crosscoder has one set, keyed by the tuple of its sites, and can only observe.
+    mode: None means "observe", or "splice+error" if there are edits.  "observe" changes nothing. "splice" replaces the
+    activation by the reconstruction. "splice+error" also adds the reconstruction error: without edits, the
+    activation passes through bit for bit (and nothing is decoded), while the gradient goes through the latents; the
+    error is a constant unless `error_grad`.
+    edits: interventions (Clamp, Scale, Ablate, Add, MinClamp, Mask, Direction), applied in order: one, a list if one
+    SAE is attached, or a dict keyed as `saes`; without an SAE only Direction.  They act on selected tokens.
+    tokens: "content" (default): without BOS, EOS, PAD, padding and the first four tokens of a chat, because Gemma Scope
+    was not trained on them; "all"; a bool tensor [S] or [B, S] over the columns of the sequences; or a function of the
+    token ids int64 [B, S] (and, if it has a second parameter, the call's `Tokens`) that returns bool [B, S].  Tokens
+    that are not selected have an empty row and pass unchanged.
 
-    keep: False keeps no latents, for long runs that observers watch (`run.watch`, `run.on_fire`).
-    anywhere: True allows a key that names another site than the SAE's checkpoint does.
+    keep: False stores no latents, for long runs with observers (`run.watch`, `run.on_fire`).
+    anywhere: True allows a key for another site than the one in the SAE's checkpoint.
 
-    Raises AttachError for a site that is not in the model, or not the one that the SAE's checkpoint names, an SAE of
-    another width, two splices at one site; ValueError or TypeError for arguments that mean nothing.  All of that
-    before anything runs.  Warns where the SAE was trained on a model of another name.
+    Raises AttachError for a site that is not in the model, or not the one in the SAE's checkpoint, an SAE of the wrong
+    width, or two splices at one site; ValueError or TypeError for invalid arguments. All of these are raised before
+    anything runs.  Warns if the SAE was trained on a model with another name.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")

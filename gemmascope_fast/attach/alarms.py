@@ -1,4 +1,4 @@
-"""`run.on_fire`: a function that runs when a feature fires, before the next token is chosen or beside the model."""
+"""`run.on_fire`: calls a function when a feature fires, before the next token is chosen or in the background."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gemmascope_fast.ops.latents import SparseLatents
 
 @dataclass(frozen=True)
 class Fired:
-    """One token on which a feature was above the alarm's threshold.  row: of the call, batch-major."""
+    """One token on which a feature was above the alarm's threshold.  row: its row in the call, batch-major."""
 
     key: Key
     feature: int
@@ -31,10 +31,10 @@ class Fired:
 
 
 def stop(call: Call, output: Any, stopped: set[int]) -> None:
-    """Leave EOS as the only choice for the next token of these sequences.  AttachError where there is none."""
+    """Make EOS the only possible next token of these sequences.  AttachError if that is impossible."""
     generation, logits = call.group.generation, getattr(output, "logits", None)
     if generation is None or not generation.eos or generation.beams > 1 or not isinstance(logits, Tensor):
-        raise AttachError("on_fire: only a sequence of generate that has an EOS token and no beams can be stopped")
+        raise AttachError("on_fire: only a sequence of generate can be stopped, with an EOS token and no beam search")
     logits = logits.clone()
     rows = torch.tensor(sorted(stopped), device=logits.device) - call.group.base
     logits[rows, -1] = -torch.inf
@@ -43,8 +43,8 @@ def stop(call: Call, output: Any, stopped: set[int]) -> None:
 
 
 class Alarm:
-    """Made by `run.on_fire`.  fired: events so far; dropped: events that a full queue refused (sync=False only);
-    errors: what fn raised in the background."""
+    """Returned by `run.on_fire`.  fired: events so far; dropped: events lost because the queue was full (sync=False
+    only); errors: what fn raised in the background."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Alarm:
         self._worker: threading.Thread | None = None
 
     def update(self, latents: SparseLatents, tokens: Tokens) -> set[int]:
-        """Call or queue the function for each token above the threshold; the sequences that it stops."""
+        """Call the function, or queue the call, for each token above the threshold; returns the sequences to stop."""
         values = latents.features([self.feature])[:, 0]
         stopped: set[int] = set()
         for row in (values > self.threshold).nonzero()[:, 0].tolist():
@@ -92,11 +92,11 @@ class Alarm:
         while (event := self._queue.get()) is not None:
             try:
                 self.fn(event)
-            except Exception as error:  # noqa: BLE001 kept for whoever asks; the model goes on
+            except Exception as error:  # noqa: BLE001 kept in `errors`; the model continues
                 self.errors.append(error)
 
     def close(self) -> None:
-        """Wait until what is queued has been handled; called when the run is left."""
+        """Wait until all queued events are handled; called when the run ends."""
         if self._worker is not None:
             self._queue.put(None)
             self._worker.join()

@@ -1,4 +1,4 @@
-"""How much each latent did for a number: gradient times activation, and its integral along a path."""
+"""How much each latent contributed to a number: gradient times activation, and integrated gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Parts = Mapping[Key, list[tuple[SparseLatents, Tensor | None]]]
 
 
 def gradients(parts: Parts, metric: Tensor, retain_graph: bool) -> dict[Key, list[SparseLatents]]:
-    """∂metric/∂latent on the stored entries of each call's chosen rows; zero where the metric does not depend."""
+    """∂metric/∂latent for the stored entries of each call's selected rows; zero if the metric ignores them."""
     if not isinstance(metric, Tensor) or metric.numel() != 1:
         raise AttachError("metric: expected a tensor of one element computed from the model's output")
     flat = [(key, latents) for key, each in parts.items() for latents, _ in each]
@@ -27,7 +27,7 @@ def gradients(parts: Parts, metric: Tensor, retain_graph: bool) -> dict[Key, lis
     if not graph or not metric.requires_grad:
         raise AttachError(
             "metric: no gradient reaches the latents; attach in a splicing mode and leave gradients enabled"
-            " (reentrant gradient checkpointing disables them in forward: use_reentrant=False keeps them)"
+            " (reentrant gradient checkpointing disables them in the forward pass; use use_reentrant=False)"
         )
     found = iter(torch.autograd.grad(metric, graph, allow_unused=True, retain_graph=retain_graph))
     out: dict[Key, list[SparseLatents]] = {key: [] for key in parts}
@@ -38,7 +38,7 @@ def gradients(parts: Parts, metric: Tensor, retain_graph: bool) -> dict[Key, lis
 
 
 def attribution(parts: Parts, metric: Tensor, retain_graph: bool = False) -> dict[Key, SparseLatents]:
-    """By key, gradient × activation: SparseLatents [N, d_sae] with the pattern of `run.latents[key]`."""
+    """Gradient × activation by key: SparseLatents [N, d_sae] with the pattern of `run.latents[key]`."""
     by_key = gradients(parts, metric, retain_graph)
     return {
         key: SparseLatents.cat(
@@ -51,7 +51,7 @@ def attribution(parts: Parts, metric: Tensor, retain_graph: bool = False) -> dic
 
 
 def integrated_gradients(run: Run, key: Key, forward: Callable[[], Tensor], steps: int) -> SparseLatents:
-    """Midpoint rule over the path from no latents (the error alone) to the latents as they are."""
+    """Midpoint rule along the path from no latents (only the error) to the actual latents."""
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
     total: Tensor | None = None
@@ -63,7 +63,7 @@ def integrated_gradients(run: Run, key: Key, forward: Callable[[], Tensor], step
             values = torch.cat([grad.values for grad in grads])
             latents = [(part.detach(), chosen) for part, chosen in parts[key]]
         if total is not None and total.shape != values.shape:
-            raise AttachError("forward: expected the same latents in every step; run one site and one input")
+            raise AttachError("forward: expected the same latents in every step; run the same input each time")
         total = values if total is None else total + values
     joined = SparseLatents.cat(spread(part, chosen) for part, chosen in latents)
     assert total is not None

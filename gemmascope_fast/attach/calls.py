@@ -1,4 +1,4 @@
-"""What one forward call is about: its rows, and which sequences they continue."""
+"""Data about one forward call: its rows, and which sequences they continue."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CACHES = ("cache", "past_key_values", "cache_params")  # transformers 5.24; earlier; Mamba's earlier
+CACHES = ("cache", "past_key_values", "cache_params")  # transformers 5.24; earlier versions; earlier Mamba
 
 
 @dataclass
 class Tokens:
-    """One row per token that the sites saw, in call order, batch-major within a call; tensors [N] on the CPU.
+    """One row per token that reached the sites, in call order, batch-major within a call; tensors [N] on the CPU.
 
-    call: number of the forward call.  sequence: number of the sequence in the run (with beam search the running
-    beam).  position: column in the sequence, padding included.  token_id: -1 where no ids were given.
-    valid: False for padding.  Within a callable selection the same five are [B, S].
+    call: number of the forward call.  sequence: number of the sequence in the run (in beam search, the running
+    beam).  position: column in the sequence, padding included.  token_id: -1 if no ids were given.
+    valid: False for padding.  In a `tokens` function these five have shape [B, S].
     """
 
     call: Tensor
@@ -33,7 +33,7 @@ class Tokens:
 
     @classmethod
     def cat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Rows of several, flattened, in order."""
+        """Concatenate the flattened rows of several, in order."""
         none = torch.empty(0, dtype=torch.int64)
         each = {name: [getattr(part, name).reshape(-1) for part in parts] for name in cls.__dataclass_fields__}
         return cls(**{name: torch.cat([none.bool() if name == "valid" else none, *each[name]]) for name in each})
@@ -41,49 +41,49 @@ class Tokens:
 
 @dataclass
 class Generation:
-    """What is known of one `generate`: from its arguments when it begins, from its output when it ends."""
+    """What is known about one `generate`: from its arguments at the start, from its output at the end."""
 
-    prompt: int | None = None  # columns
+    prompt: int | None = None  # number of columns
     mask: Tensor | None = None  # [B, prompt], False for padding
     beams: int = 1
     eos: tuple[int, ...] = ()
-    final: Tensor | None = None  # the returned sequences, once it ended
-    returned: Any = None  # weak reference to that tensor itself
+    final: Tensor | None = None  # the returned sequences, after it ended
+    returned: Any = None  # weak reference to that tensor
     beam_indices: Tensor | None = None
-    embeds: bool = False  # the prompt came as inputs_embeds
+    embeds: bool = False  # the prompt was given as inputs_embeds
     offset: int = (
-        0  # column of the first returned token: not 0 where the prompt, or what a cache holds, is not returned
+        0  # column of the first returned token: not 0 if the prompt, or what a cache contains, is not returned
     )
-    group: tuple[Any, Group] | None = None  # its sequences, and the Ledger that they are counted in
+    group: tuple[Any, Group] | None = None  # its sequences, and the Ledger that counts them
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The sequences that a group continues: those that another group had after so many of its calls."""
+    """The sequences that a group continues: those of another group after a number of its calls."""
 
     group: Group
     calls: int
-    rows: tuple[int, ...]  # for each of the new group's sequences, the parent's that it continues
-    columns: int  # how many columns of them the cache held
+    rows: tuple[int, ...]  # for each of the new group's sequences, the parent's sequence that it continues
+    columns: int  # how many of their columns the cache had
 
 
 @dataclass
 class Group:
-    """Sequences that go on together: one batch of one generation or of one KV cache."""
+    """Sequences that continue together: one batch of one generation or of one KV cache."""
 
     base: int  # number of the first sequence
     rows: int
     generation: Generation | None = None
-    first: int = 0  # column at which the sequences' first call began
+    first: int = 0  # column at which the first call of the sequences began
     end: int = 0
-    prompt: int = 0  # columns of the prompt: of generate, else of the first call
+    prompt: int = 0  # columns of the prompt: from generate, or those of the first call
     calls: list[Call] = field(default_factory=list)
     parent: Parent | None = None
-    given: Tensor | None = None  # bool [B, columns before the first call], False for padding, where a mask tells
-    heads: list[list[int]] | None = None  # columns of each row's last chat prefix, as far as it was seen
-    continued: bool = False  # another group goes on with this one's cache
-    cache: Any = None  # weak reference to the cache that holds the sequences
-    prints: tuple[int, Tensor] | None = None  # what the cache held last: see ledger.py
+    given: Tensor | None = None  # bool [B, columns before the first call], False for padding, if a mask says so
+    heads: list[list[int]] | None = None  # columns of each row's last chat prefix, as far as known
+    continued: bool = False  # another group continues with this one's cache
+    cache: Any = None  # weak reference to the cache with the sequences
+    prints: tuple[int, Tensor] | None = None  # sampled cache contents after the last call: see ledger.py
     told: bool = False  # whether the cache's length was `end` after the last call
 
 
@@ -97,20 +97,20 @@ class Call:
     length: int
     start: int
     ids: Tensor | None  # [B, S] on the CPU
-    valid: Tensor | None  # bool [B, S] on the CPU; None where nothing is padding
+    valid: Tensor | None  # bool [B, S] on the CPU; None if there is no padding
     device: torch.device
     opener: nn.Module
-    chosen: Tensor | None = None  # bool [B * S] on the CPU: the rows that are read; None for all
-    replay: bool = False  # a part of it runs again in backward, under gradient checkpointing: nothing is recorded
-    graded: bool = False  # it was made with gradients enabled
-    region: Any = None  # the checkpointed region that runs now: see checkpointing.py
-    offset: int = -1  # row in the run, once committed
+    chosen: Tensor | None = None  # bool [B * S] on the CPU: the selected rows; None for all
+    replay: bool = False  # part of it runs again in backward (gradient checkpointing): nothing is recorded
+    graded: bool = False  # gradients were enabled
+    region: Any = None  # the checkpointed region that is running: see checkpointing.py
+    offset: int = -1  # its first row in the run, once recorded
     reached: set[Any] = field(default_factory=set)
     scratch: dict[Any, Any] = field(default_factory=dict)
-    leases: dict[Any, Any] = field(default_factory=dict)  # of a bank's SAEs in use, by tap
+    leases: dict[Any, Any] = field(default_factory=dict)  # leases of a bank's SAEs in use, by tap
 
     def release(self) -> None:
-        """Give back what is still in use: the call is over, or was cut short."""
+        """Release the SAEs still in use, when the call ended or was interrupted."""
         while self.leases:
             self.leases.popitem()[1].release()
 
@@ -119,7 +119,7 @@ class Call:
         return self.batch * self.length
 
     def tokens(self) -> Tokens:
-        """Its rows as [B, S]."""
+        """Its rows with shape [B, S]."""
         shape = (self.batch, self.length)
         rows = torch.arange(self.batch)[:, None] + self.group.base
         columns = torch.arange(self.start, self.start + self.length)[None]
@@ -133,7 +133,7 @@ class Call:
 
 
 class Arguments:
-    """The arguments of a module's forward by name, however they were passed."""
+    """The arguments of a module's forward by name, whether positional or not."""
 
     def __init__(self, module: nn.Module) -> None:
         parameters = inspect.signature(module.forward).parameters.values()
@@ -144,8 +144,8 @@ class Arguments:
 
 
 def cache_of(values: Any) -> Any:
-    """The KV cache or recurrent state among a call's arguments or in its output, or None."""
-    if hasattr(values, "cache"):  # an output of transformers 5.24, which warns where it is asked for the older names
+    """The KV cache or recurrent state in a call's arguments or output, or None."""
+    if hasattr(values, "cache"):  # an output of transformers 5.24, which warns if the older names are used
         return values.cache
     for name in CACHES:
         found = values.get(name) if isinstance(values, Mapping) else getattr(values, name, None)
@@ -155,7 +155,7 @@ def cache_of(values: Any) -> Any:
 
 
 def cache_length(cache: Any) -> int | None:
-    """Columns that a cache holds already; None where it does not say (recurrent states that are not empty)."""
+    """Number of columns in a cache; None if it does not say (non-empty recurrent states)."""
     if cache is None:
         return 0
     if isinstance(cache, tuple):

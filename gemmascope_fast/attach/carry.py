@@ -1,4 +1,4 @@
-"""The error term: x̂ + (x − x̂) is x, so x is handed on as it is and only the backward knows of x̂."""
+"""The error term: x̂ + (x − x̂) equals x, so forward returns x unchanged, and only backward uses x̂."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NO_VMAP = "vmap cannot run over a model with attached SAEs: pass the samples as 
 
 
 class _Carry(torch.autograd.Function):
-    """Forward: x [N, d_out], bit for bit.  Backward: that of x̂ plus a constant on the chosen rows (latents [n] of
-    them, in order), the identity on the others."""
+    """Forward: x [N, d_out], bit for bit.  Backward: on the selected rows that of x̂ plus a constant (latents [n] are
+    theirs, in order), on the others the identity."""
 
     @staticmethod
     def forward(x, values, W_dec, b_dec, x_in, W_skip, crow, col, chosen, unit):
@@ -80,14 +80,14 @@ class _Carry(torch.autograd.Function):
 
 
 def zeros_like(x: Tensor) -> Callable[[], Tensor]:
-    """What makes zeros of x's shape, without holding x."""
+    """What is needed to make zeros of x's shape, without keeping x."""
     return partial(torch.zeros, x.shape, dtype=x.dtype, device=x.device)
 
 
 def tangent_on_rows(
     dx: Tensor | None, drecon: Tensor | None, chosen: Tensor | None, zeros: Callable[[], Tensor]
 ) -> Tensor:
-    """Of the tangents of x [N, d] and of its reconstruction: on the chosen rows the second, on the others the first."""
+    """Tangent of the output: on the selected rows that of the reconstruction [N, d], on the others that of x."""
     out = zeros()
     if dx is not None and chosen is not None:
         out = dx.masked_fill(chosen[:, None], 0)
@@ -110,10 +110,10 @@ def carry(
     chosen: Tensor | None,
     unit: Tensor | float | None = None,
 ) -> Tensor:
-    """x [N, d_out] whose gradient is that of the SAE's output with the error held constant.
+    """Return x [N, d_out] with the gradient of the SAE's output, where the error is held constant.
 
-    latents: of the n chosen rows (chosen: bool [N], None for all); x_in [n, d_in]: what they were encoded from; unit:
-    what the SAE's own units are multiplied by at this place (None: 1).  Outside of autograd x itself is returned.
+    latents: of the n selected rows (chosen: bool [N], None for all); x_in [n, d_in]: what they were encoded from; unit:
+    factor for the SAE's units at this place (None: 1).  Without autograd, x itself is returned.
     """
     skip = sae.W_skip if isinstance(sae, JumpReLUSkipTranscoder) else None
     graph = (x, latents.values, sae.W_dec, sae.b_dec, skip)

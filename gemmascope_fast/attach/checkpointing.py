@@ -1,11 +1,11 @@
-"""Gradient checkpointing: a region of the model runs again in backward, and its splices with it.
+"""Gradient checkpointing: a region of the model runs again in backward, and its splices must run again too.
 
-Under `model.gradient_checkpointing_enable()` transformers runs each layer through the module's
-`_gradient_checkpointing_func`.  While a splicing run is open, that function is wrapped on the instance.  So the
-region's first run is known to belong to the call that is open, and its second, in backward, is a replay of the same
-call: it reads the same rows and makes the same edits, now with a graph, and records nothing.
+After `model.gradient_checkpointing_enable()`, transformers runs each layer through the module's
+`_gradient_checkpointing_func`.  While a splicing run is open, that function is wrapped on the instance.  So we
+know that the first execution of a region belongs to the open call, and that the second, in backward, replays the
+same call: it reads the same rows and makes the same edits, now with a graph, and records nothing.
 
-A region that somebody checkpoints by other means cannot be followed: with a splice inside it is an error.
+A region that is checkpointed in another way cannot be followed, so a splice inside it is an error.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ HOW = "use model.gradient_checkpointing_enable(), or attach with mode 'observe'"
 
 
 class _Wrapped:
-    """One module's checkpointing function, wrapped for every run that splices."""
+    """The wrapped checkpointing function of one module, for all runs that splice."""
 
     def __init__(self, module: nn.Module) -> None:
         self.runs: tuple[Run, ...] = ()
@@ -57,7 +57,7 @@ class _Wrapped:
 
 
 class Region:
-    """What is checkpointed: the first time it runs in its calls, later as their replay."""
+    """A checkpointed region: runs first in its calls, and later as their replay."""
 
     def __init__(self, function: Callable[..., Any], calls: Sequence[tuple[Run, Call]]) -> None:
         self.function, self.calls, self.ran = function, calls, False
@@ -83,18 +83,18 @@ class Region:
 
 
 def checkpointing(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Those of the modules that would checkpoint a forward now."""
+    """The modules that would use checkpointing in a forward now."""
     if not torch.is_grad_enabled():
         return []
     return [m for m in modules if m.gradient_checkpointing and m.training and _FUNCTION in m.__dict__]
 
 
 def wrap(module: nn.Module, run: Run) -> None:
-    """Let a run follow the module's checkpointed regions from now on."""
+    """Make a run follow the module's checkpointed regions from now on."""
     with _LOCK:
         known = _WRAPPED.get(module)
         if known is not None and module.__dict__.get(_FUNCTION) is not known.wrapper:
-            known = None  # it was enabled anew
+            known = None  # it was enabled again
         if known is None:
             runs = () if module not in _WRAPPED else _WRAPPED[module].runs
             known = _WRAPPED[module] = _Wrapped(module)
@@ -105,7 +105,7 @@ def wrap(module: nn.Module, run: Run) -> None:
 
 
 def unwrap(module: nn.Module, run: Run) -> None:
-    """The run follows the module no longer; nothing where it does not."""
+    """Make the run stop following the module; does nothing if it did not follow it."""
     with _LOCK:
         known = _WRAPPED.get(module)
         if known is None:
@@ -117,7 +117,7 @@ def unwrap(module: nn.Module, run: Run) -> None:
 
 
 def elsewhere() -> bool:
-    """Whether the code that runs now was called by `torch.utils.checkpoint.checkpoint`."""
+    """Whether the current code was called by `torch.utils.checkpoint.checkpoint`."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "checkpoint" and frame.f_code.co_filename == _FILE:
@@ -127,7 +127,7 @@ def elsewhere() -> bool:
 
 
 def recomputing() -> bool:
-    """Whether this thread is in a backward pass, and not in one of the regions that are followed."""
+    """Whether this thread is in a backward pass, but not in a region that is followed."""
     return torch._C._current_graph_task_id() != -1 and not getattr(_REPLAYING, "depth", 0)
 
 
@@ -141,7 +141,7 @@ def _replaying() -> Iterator[None]:
 
 
 def _states(run: Run, call: Call) -> list[tuple[Edit, dict[str, Any]]]:
-    """The run's edits as they are in this call: their numbers may be changed before the backward pass."""
+    """A snapshot of the run's edits in this call, because their numbers may change before the backward pass."""
     if "edits" not in call.scratch:
         call.scratch["edits"] = [(edit, {k: _kept(v) for k, v in vars(edit).items()}) for edit in run.edits]
     states: list[tuple[Edit, dict[str, Any]]] = call.scratch["edits"]
@@ -149,7 +149,7 @@ def _states(run: Run, call: Call) -> list[tuple[Edit, dict[str, Any]]]:
 
 
 def _kept(value: Any) -> Any:
-    if isinstance(value, Tensor):  # one that is trained must be the same tensor
+    if isinstance(value, Tensor):  # a tensor that is trained must stay the same tensor
         return value if value.requires_grad else value.clone()
     return list(value) if isinstance(value, list) else value
 

@@ -1,4 +1,4 @@
-"""A cross-layer transcoder inside a model: what a layer's latents write at its own output and at every later one."""
+"""A cross-layer transcoder inside a model: a layer's latents write to its own output and to all later ones."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class Written:
-    """Of one call, by one coder: what the layers so far write to the outputs from the current one on.
+    """In one call, for one coder: what the layers so far write to the current output and the later ones.
 
-    total: their reconstruction, fp32 [n, (layers left) · d], current output first, where it is needed.
+    total: their reconstruction, fp32 [n, (layers left) · d], current output first, if it is needed.
     changes: (layer, rows or None for all, fp32 [rows, outputs · d] from that layer on): what edits add.
     """
 
@@ -34,7 +34,7 @@ class Written:
 
 
 class _Pass(torch.autograd.Function):
-    """Forward: x, bit for bit.  Backward: on the chosen rows that of `recon` [n, d], the identity on the others."""
+    """Forward: x, bit for bit.  Backward: that of `recon` [n, d] on the selected rows, the identity on the others."""
 
     @staticmethod
     def forward(x, recon, chosen):
@@ -67,9 +67,9 @@ class _Pass(torch.autograd.Function):
 
 
 def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
-    """flat [N, d], the true output of the tap's layer → what goes on instead; flat itself where nothing changes.
+    """flat [N, d], the output of the tap's layer → the replacement; flat itself if nothing changes.
 
-    at: int64 [n], the rows that were read (None: all).  Sums run over the source layers in ascending order, as in
+    at: int64 [n], the selected rows (None: all).  Source layers are summed in ascending order, as in
     `CrossLayerTranscoder.decode`.
     """
     part, state = tap.entry.part, tap.state
@@ -92,7 +92,7 @@ def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
 
 
 def _change(tap: Tap, written: Written, latents: SparseLatents, call: Call, at: Tensor | None) -> None:
-    """Note what the layer's edits, or a path of integrated gradients, add to its output and the later ones."""
+    """Store what the layer's edits, or a path of integrated gradients, add to its output and the later ones."""
     part, path = tap.entry.part, tap.state.path
     assert part is not None
     change = None if tap.plan is None else tap.plan.change(tap.sae(call), latents, call, at)
@@ -107,7 +107,7 @@ def _change(tap: Tap, written: Written, latents: SparseLatents, call: Call, at: 
 
 
 def _reconstruction(tap: Tap, written: Written, latents: SparseLatents, call: Call) -> Tensor:
-    """x̂ [n, d] of the tap's layer in the coder's dtype, without edits; moves `written` on to it."""
+    """x̂ [n, d] of the tap's layer in the coder's dtype, without edits; advances `written` to this layer."""
     part, sae = tap.entry.part, tap.coder
     assert part is not None
     assert isinstance(sae, Coder)
@@ -122,7 +122,7 @@ def _reconstruction(tap: Tap, written: Written, latents: SparseLatents, call: Ca
 
 
 def _edited(tap: Tap, written: Written, rows: Tensor, call: Call, at: Tensor | None) -> Tensor:
-    """rows [n, d] with the changes that every layer so far makes to this output, then this site's directions."""
+    """rows [n, d] plus the changes that all layers so far make to this output, then this site's directions."""
     part = tap.entry.part
     assert part is not None
     d = part.whole.cfg.d_in

@@ -1,7 +1,7 @@
-"""Interventions on latents: small objects that compose, given to `attach` as `edits`.
+"""Interventions on latents: small objects that can be combined, passed to `attach` as `edits`.
 
-An edit is kept as what it adds to the latents (its delta), of the features that it names alone.  So editing three
-features decodes three rows of W_dec whatever else fires, and an edit that changes nothing touches no activation.
+An edit is stored as what it adds to the latents (its delta), only for the features that it names.  So editing three
+features decodes three rows of W_dec, whatever else fires, and an edit that changes nothing changes no activation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Positions = str | Tensor | Callable[..., Tensor]
 
 
 class EditError(AttachError, ValueError):
-    """Edits that mean nothing, contradict each other or do not fit where they are put."""
+    """Edits that are invalid, contradict each other or do not fit their site."""
 
 
 class FeatureIndexError(AttachError, IndexError):
@@ -31,14 +31,14 @@ class FeatureIndexError(AttachError, IndexError):
 
 @dataclass(eq=False, kw_only=True)
 class Edit:
-    """What every edit has.
+    """Base class of all edits.
 
     positions: "all", "prompt", "generated" (columns fed back by generate, or after a sequence's first call), a bool
-    mask [S] or [B, S] over columns, or a callable from token ids [B, S] to bool [B, S].
+    mask [S] or [B, S] over columns, or a function from token ids [B, S] to bool [B, S].
     sequences: None for every sequence of the batch, a bool tensor [B], or row numbers; may be changed between
-    calls.  With beams or several returned sequences the rows of one input share its entry.
-    on: False switches the edit off, between calls.
-    site: the key of the SAE it is for, where several are attached.
+    calls.  With beams or several returned sequences, all rows of one input use its entry.
+    on: False switches the edit off; may be changed between calls.
+    site: the key of its SAE, if several are attached.
     """
 
     positions: Positions = "all"
@@ -47,7 +47,7 @@ class Edit:
     site: Any = None
 
     def check(self) -> None:
-        """Raise where the selection means nothing."""
+        """Raise an error if the selection is invalid."""
         p = self.positions
         if isinstance(p, str):
             if p not in ("all", "prompt", "generated"):
@@ -60,11 +60,11 @@ class Edit:
 
     @property
     def everywhere(self) -> bool:
-        """Whether it is for every row of every call."""
+        """Whether it applies to every row of every call."""
         return self.on and self.sequences is None and isinstance(self.positions, str) and self.positions == "all"
 
     def rows(self, call: Call) -> Tensor | None:
-        """bool [B * S] of the call's rows that it is for; None for all."""
+        """bool [B * S], the rows of the call that it applies to; None for all."""
         if not self.on:
             return torch.zeros(call.n_rows, dtype=torch.bool)
         chosen = self._columns(call)
@@ -98,11 +98,11 @@ class Edit:
 
 @dataclass(eq=False)
 class FeatureEdit(Edit):
-    """An edit of named features: `delta` says what it makes of what was added so far."""
+    """An edit of named features. `delta` computes the new total of what is added."""
 
     feature: int | Sequence[int]
     features: tuple[int, ...] = field(init=False, repr=False)
-    NUMBER: ClassVar[str] = "value"  # the field that says how much, if any
+    NUMBER: ClassVar[str] = "value"  # the field with its number, if it has one
 
     def __post_init__(self) -> None:
         self.features = _features(self.feature)
@@ -113,16 +113,16 @@ class FeatureEdit(Edit):
 
     @staticmethod
     def delta(old: Tensor, delta: Tensor, amount: Tensor) -> Tensor:
-        """old, delta [n, k] of k features: their latents, what earlier edits add → what is added now.
+        """Current latents and what earlier edits add (old, delta), each [n, k] for k features → what is added now.
 
-        amount [k]: each feature's own number, so that several edits of one kind are one operation.
+        amount [k]: each feature's number, so that several edits of one kind run as one operation.
         """
         raise NotImplementedError
 
 
 @dataclass(eq=False)
 class Clamp(FeatureEdit):
-    """Sets the feature to `value`, fired or not."""
+    """Sets the feature to `value`, whether or not it fired."""
 
     value: float
 
@@ -157,7 +157,7 @@ class Scale(FeatureEdit):
 
 @dataclass(eq=False)
 class Add(FeatureEdit):
-    """Adds strength · W_dec[feature] to the activation, whatever the feature does: AxBench's addition."""
+    """Adds strength · W_dec[feature] to the activation, whatever the feature's value (the addition in AxBench)."""
 
     strength: float
 
@@ -170,7 +170,7 @@ class Add(FeatureEdit):
 
 @dataclass(eq=False)
 class MinClamp(FeatureEdit):
-    """Raises the feature to `value` where it is below."""
+    """Raises the feature to `value` if it is lower."""
 
     value: float
 
@@ -181,7 +181,7 @@ class MinClamp(FeatureEdit):
 
 @dataclass(eq=False)
 class Mask(Edit):
-    """Keeps these features alone and sets every other one to zero."""
+    """Keeps only these features and sets all others to zero."""
 
     features: Sequence[int] | Tensor
 
@@ -194,7 +194,7 @@ class Mask(Edit):
 
 @dataclass(eq=False)
 class Direction(Edit):
-    """Adds strength · vector to the activation: DiffMean, ReFT-r1, any probe.  vector [d], any floating dtype."""
+    """Adds strength · vector to the activation: DiffMean, ReFT-r1 or any probe.  vector [d], any floating dtype."""
 
     vector: Tensor
     strength: float = 1.0
@@ -205,7 +205,7 @@ class Direction(Edit):
 
 
 def check_edits(edits: Sequence[Edit], d_sae: int | None, d_out: int | None) -> None:
-    """Raise for edits of one site that do not fit it (d_sae None: there is no SAE) or contradict each other."""
+    """Raise an error if edits of one site do not fit it (d_sae None: there is no SAE) or contradict each other."""
     for edit in edits:
         edit.check()
         for name in ("value", "factor", "strength"):
@@ -217,7 +217,7 @@ def check_edits(edits: Sequence[Edit], d_sae: int | None, d_out: int | None) -> 
                 raise EditError(f"vector: expected [{d_out}], got {_shape(edit.vector)}")
             continue
         if d_sae is None:
-            raise EditError(f"{type(edit).__name__} needs an SAE at its site; only Direction does without")
+            raise EditError(f"{type(edit).__name__} needs an SAE at its site; only Direction does not")
         outside = [f for f in edit.features if f >= d_sae]  # type: ignore[attr-defined]
         if outside:
             raise FeatureIndexError(f"feature: expected one in [0, {d_sae}), got {outside[0]} in {edit}")
@@ -228,7 +228,7 @@ def check_edits(edits: Sequence[Edit], d_sae: int | None, d_out: int | None) -> 
 
 
 def _check_pair(one: Edit, other: Edit) -> None:
-    """Raise EditError where two edits of the same rows cannot both hold."""
+    """Raise EditError if two edits of the same rows cannot both apply."""
     for mask, edit in ((one, other), (other, one)):
         if isinstance(mask, Mask) and isinstance(edit, (Clamp, Add, MinClamp, Scale)):
             dropped = set(edit.features) - set(mask.features)  # type: ignore[arg-type]
@@ -243,7 +243,7 @@ def _check_pair(one: Edit, other: Edit) -> None:
 
 
 def _range(edit: FeatureEdit) -> tuple[float, float]:
-    """The values that an edit leaves a feature."""
+    """The range of values that a feature has after an edit."""
     if isinstance(edit, Clamp):
         return edit.value, edit.value
     if isinstance(edit, Ablate):
@@ -252,7 +252,7 @@ def _range(edit: FeatureEdit) -> tuple[float, float]:
 
 
 def _overlap(one: Edit, other: Edit) -> bool:
-    """Whether two edits may meet in a row, as far as can be told before the model runs."""
+    """Whether two edits may apply to the same row, as far as known before the model runs."""
     if {str(one.positions), str(other.positions)} == {"prompt", "generated"}:
         return False
     p, q = one.positions, other.positions

@@ -1,4 +1,4 @@
-"""What `saes` of `attach` says: which coder reads and writes where, and under which key."""
+"""Interprets the argument `saes` of `attach`: which coder reads and writes where, and under which key."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ Key = Any
 
 @dataclass
 class Activations:
-    """In place of an SAE in `saes`: keeps the activations themselves, of the selected tokens only.
+    """Use it in place of an SAE in `saes` to record the activations of the selected tokens.
 
-    sink: called as sink(x, tokens) in every call, x [n, d] in the activation's dtype (no longer valid once the
-    model goes on, if it works in place: copy what is to stay), tokens the n rows it belongs to.  Without a sink
-    `run.activations[key]` gives them all, [n, d].
+    sink: called as sink(x, tokens) in every call, with x [n, d] in the activation's dtype and tokens its n rows. Copy x
+    if you keep it, because the model may overwrite it in place.  Without a sink, `run.activations[key]` has all
+    of them, [n, d].
     """
 
     sink: Callable[[Tensor, Any], None] | None = None
     parts: list[Tensor] = field(default_factory=list)
 
 
-Attached = Coder | BankedSAE | Activations | None  # None: nothing is read, only edits that need no SAE are there
+Attached = Coder | BankedSAE | Activations | None  # None: nothing is read, there are only edits that need no SAE
 SAES = (Coder, BankedSAE)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which layer of a coder of several layers an entry is."""
+    """Which layer of a coder of several layers an entry belongs to."""
 
     whole: CrossLayerTranscoder
     layer: int
@@ -50,9 +50,9 @@ class Part:
 
 @dataclass
 class Entry:
-    """One coder: its key in `run.latents`, where it reads, and where it writes (a transcoder: elsewhere).
+    """One coder: its key in `run.latents`, where it reads, and where it writes (for a transcoder: elsewhere).
 
-    more: where a crosscoder reads besides.  part: set for each layer of a cross-layer transcoder.
+    more: the other sites that a crosscoder reads.  part: set for each layer of a cross-layer transcoder.
     """
 
     key: Key
@@ -61,7 +61,7 @@ class Entry:
     site_out: Site
     more: tuple[Site, ...] = ()
     part: Part | None = None
-    aliases: frozenset[Site] = frozenset()  # what else its sites are called in the model
+    aliases: frozenset[Site] = frozenset()  # other names of its sites in the model
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -69,10 +69,10 @@ class Entry:
 
 
 def entries(saes: Any, structure: Structure | None = None, anywhere: bool = False) -> list[Entry]:
-    """From an SAE, a list, a dict, or a bank (its SAEs of this model, all of them without one).
+    """Entries from an SAE, a list, a dict, or a bank (its SAEs of this model; all if no model is given).
 
-    AttachError where a site is missing, a key is given twice, or a key names another site than the checkpoint does
-    (allowed with `anywhere`).  A model that an SAE was not trained on is a warning.
+    AttachError if a site is missing, a key is given twice, or a key names another site than the checkpoint
+    (allowed with `anywhere`).  Warns if an SAE was not trained on this model.
     """
     if isinstance(saes, Bank):
         found = _banked(saes if structure is None else saes.for_model(structure.model))
@@ -93,7 +93,7 @@ def entries(saes: Any, structure: Structure | None = None, anywhere: bool = Fals
 
 
 def _in_model(found: list[Entry], structure: Structure | None) -> list[Entry]:
-    """The entries, with the other names that their sites have in the model."""
+    """The entries, with the other names of their sites in the model."""
     if structure is None:
         return found
     trained_on = []
@@ -106,7 +106,7 @@ def _in_model(found: list[Entry], structure: Structure | None) -> list[Entry]:
             try:
                 names |= structure.aliases(site)
             except AttachError:
-                continue  # the tap says what is wrong with it
+                continue  # the tap reports what is wrong with it
         entry.aliases = frozenset(names)
     for name in dict.fromkeys(trained_on):
         check_model(name, structure.model)
@@ -114,7 +114,7 @@ def _in_model(found: list[Entry], structure: Structure | None) -> list[Entry]:
 
 
 def _banked(bank: Bank) -> list[Entry]:
-    """Keyed by site; where several are at one site, by their names."""
+    """Keyed by site; if several are at one site, by their names."""
     found = [(name, _entry(None, coder)) for name, coder in bank.items()]
     sites = Counter(entry.site for _, entry in found)
     return [e if sites[e.site] == 1 else Entry(name, e.coder, e.site, e.site_out) for name, e in found]
@@ -137,15 +137,15 @@ def _is_coder(value: Any) -> bool:
 
 
 def _several(key: Key, coder: Crosscoder | CrossLayerTranscoder) -> list[Entry]:
-    """Of a cross-layer transcoder one entry a layer, keyed by where it reads; of a crosscoder one, keyed by its sites.
+    """For a cross-layer transcoder one entry per layer, keyed by where it reads; for a crosscoder one, keyed by sites.
 
-    They stand where their own sites say: one key cannot name them all.
+    They use the sites in their checkpoints, because one key cannot name all of them.
     """
     sites = coder.sites if isinstance(coder, Crosscoder) else coder.cfg.sites
     known = tuple(site for site in sites if site is not None)
     name = f"this {coder.kind.replace('_', ' ')}"
     if key is not None:
-        raise AttachError(f"saes: {name} has {coder.n_layers} sites of its own: give it in a list, not under {key!r}")
+        raise AttachError(f"saes: {name} has {coder.n_layers} sites: give it in a list, not under {key!r}")
     if len(known) != coder.n_layers or not known:
         raise AttachError(f"saes: {name} names {len(known)} of its {coder.n_layers} sites: set them")
     if isinstance(coder, Crosscoder):
@@ -191,7 +191,7 @@ def _entry(key: Key, coder: Any, structure: Structure | None = None, anywhere: b
 
 
 def site_of(key: Key, own: Site | None = None) -> Site:
-    """The site that a key names.  A bare layer means the SAE's own kind there, the residual stream without one; text
+    """The site that a key names.  A bare layer means the SAE's kind there (the residual stream if it has none); text
     is the path of a module, and means that module."""
     if isinstance(key, Site):
         return key
@@ -212,7 +212,7 @@ def site_of(key: Key, own: Site | None = None) -> Site:
 
 
 def find_key(asked: Key, known: Iterable[Entry]) -> Key:
-    """The key of the one entry that `asked` names: the key itself, or another name of its site.  KeyError."""
+    """The key of the entry that `asked` names: the key itself, or another name of its site.  Else KeyError."""
     known = list(known)
     for entry in known:
         if type(entry.key) is type(asked) and entry.key == asked:
@@ -223,7 +223,7 @@ def find_key(asked: Key, known: Iterable[Entry]) -> Key:
         site = None
     same = [e for e in known if site is not None and site in e.sites]
     if not same and isinstance(asked, int):
-        # a bare layer where only one SAE reads
+        # a bare layer, if only one SAE reads there
         same = [e for e in known if any(s.layer == asked for s in e.sites)]
     if len(same) != 1:
         raise KeyError(f"{asked!r}: expected one of {[e.key for e in known]}")
@@ -233,7 +233,7 @@ def find_key(asked: Key, known: Iterable[Entry]) -> Key:
 def assign(edits: Any, known: list[Entry]) -> list[tuple[Entry, list[Edit]]]:
     """Each entry with its edits: from one edit, a list, or a dict keyed as `saes` (or by sites without an SAE).
 
-    An edit with neither key nor `site` is for the only SAE.  AttachError where that is not one.
+    An edit with neither key nor `site` is for the only SAE.  AttachError if there are several.
     """
     if isinstance(edits, Edit):
         edits = [edits]
@@ -241,7 +241,7 @@ def assign(edits: Any, known: list[Entry]) -> list[tuple[Entry, list[Edit]]]:
     for key, given in edits.items() if isinstance(edits, Mapping) else [(None, edits)]:
         for edit in [given] if isinstance(given, Edit) else given:
             if not isinstance(edit, Edit):
-                raise TypeError(f"edits: expected Clamp, Scale and the like, got {type(edit).__name__}")
+                raise TypeError(f"edits: expected edits such as Clamp or Scale, got {type(edit).__name__}")
             keyed.append((edit.site if key is None else key, edit))
     found = [(entry, list[Edit]()) for entry in known]
     for key, edit in keyed:
@@ -265,7 +265,7 @@ def _edits_at(key: Key, edit: Edit, found: list[tuple[Entry, list[Edit]]]) -> li
 
 
 def spread(latents: SparseLatents, chosen: Tensor | None) -> SparseLatents:
-    """Rows of the chosen tokens → rows of all tokens, the others empty.  chosen: bool [N] with n true, or None."""
+    """Rows of the selected tokens → rows of all tokens; the others are empty. chosen: bool [N] with n true, or None."""
     if chosen is None:
         return latents
     chosen = chosen.to(latents.crow_indices.device)

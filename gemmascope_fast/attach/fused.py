@@ -1,12 +1,12 @@
-"""The fused loop (gpu/loop.py) inside attach: a decoded token's encode, edits and decode in two or three launches.
+"""The fused loop (gpu/loop.py) in attach: encodes, edits and decodes a generated token in two or three launches.
 
-It serves where it gives the bytes of the steps that it replaces, and steps aside everywhere else:
+It runs only if it gives the same bytes as the separate steps that it replaces:
 
-- modes "splice" and "splice+error", no gradient asked for, up to 16 rows a call, none left out by `tokens`;
-- no edits in "splice", or edits of features (Scale, Ablate, Clamp, Add, MinClamp) for every row, one a feature; no
+- modes "splice" and "splice+error", no gradient needed, up to 16 rows a call, all selected by `tokens`;
+- no edits in "splice", or edits of features (Scale, Ablate, Clamp, Add, MinClamp) for every row, one per feature; no
   Mask, no Direction;
-- an SAE that reads and writes one site, with fp32 weights in memory (with 16-bit ones the steps round in between);
-- tensors on a GPU, or Triton's interpreter asked for by name.
+- an SAE that reads and writes one site, with fp32 weights in memory (with 16-bit weights the separate steps round);
+- tensors on a GPU, or Triton's interpreter requested by name.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from gemmascope_fast.attach.taps import Tap
 
 PLAIN = (Scale, Ablate, Clamp, Add, MinClamp)
-MOST_ENTRIES = 1 << 22  # latents that the loop makes room for: 32 MiB, given back within the hook
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations: a sum with float64 ones is not fp32's
+MOST_ENTRIES = 1 << 22  # latents that the loop allocates room for: 32 MiB, freed within the hook
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations: a sum with float64 would not be in fp32
 
 
 def edit_table(edits: Iterable[FeatureEdit], d_sae: int, device: torch.device | str = "cpu") -> loop.EditTable:
-    """What the fused loop reads of Scale, Ablate, Clamp, Add and MinClamp; their selections are not kept.
+    """Convert Scale, Ablate, Clamp, Add and MinClamp to what the fused loop reads; their selections are ignored.
 
-    Raises TypeError for other edits, ValueError where two name one feature, IndexError for one beyond d_sae.
+    Raises TypeError for other edits, ValueError if two name one feature, IndexError for one not below d_sae.
     """
     return loop.EditTable.of(((f, *_entry(edit)) for edit in edits for f in edit.features), d_sae, device)
 
@@ -49,7 +49,7 @@ def _entry(edit: FeatureEdit) -> tuple[int, float]:
     if isinstance(edit, Scale):
         return loop.SCALE, edit.factor
     if isinstance(edit, Ablate):
-        return loop.CLAMP, 0.0  # not a product with 0: an infinite latent would become NaN
+        return loop.CLAMP, 0.0  # not multiplication by 0, which would turn an infinite latent into NaN
     if isinstance(edit, Clamp):
         return loop.CLAMP, edit.value
     if isinstance(edit, Add):
@@ -60,26 +60,26 @@ def _entry(edit: FeatureEdit) -> tuple[int, float]:
 
 
 class Fused:
-    """One tap's fused loop: `encode` runs it while the site is read, `result` is what it left for the write."""
+    """The fused loop of one tap: `encode` runs it when the site is read, `result` returns its output at the write."""
 
     def __init__(self, tap: Tap, edits: list[FeatureEdit]) -> None:
         self.tap, self.edits = tap, edits
-        self.table: tuple[Any, Any] | None = None  # of the edits as they were: numbers may change between calls
+        self.table: tuple[Any, Any] | None = None  # with the edits' numbers when it was made: these may change
 
     @classmethod
     def of(cls, tap: Tap) -> Fused | None:
-        """None where the tap can never be served."""
+        """None if the tap can never use the fused loop."""
         given = [] if tap.plan is None else tap.plan.edits
         edits = [e for e in given if isinstance(e, FeatureEdit) and type(e) in PLAIN]
         features = [f for e in edits for f in e.features]
         one_site = tap.writes is tap.reads and not tap.reads.form and tap.entry.part is None and len(tap.sources) == 1
-        nothing = not given and tap.state.mode == "splice+error"  # what comes goes on: there is no decode to fuse
+        nothing = not given and tap.state.mode == "splice+error"  # x passes unchanged: there is no decode to fuse
         if not tap.splices or not one_site or nothing or len(edits) < len(given) or len(set(features)) < len(features):
             return None
         return cls(tap, edits)
 
     def encode(self, sae: Coder, x: Tensor, rows: Tensor, call: Call) -> SparseLatents | None:
-        """Latents of rows [n, d], of what passes at the site as x; None where the steps must serve."""
+        """Latents of rows [n, d], the activation x at the site; None if the separate steps must run."""
         if not self._serves(sae, rows, call):
             return None
         key = (rows.device, [(e.features, e.amount) for e in self.edits])
@@ -90,13 +90,13 @@ class Fused:
         out, fixed = loop.splice(rows, *weights, self.table[1], error)
         call.scratch["fused", self.tap] = x, out
         found = fixed.sparse()
-        # copied: a slice would keep the room for everything that might have fired
+        # copied: a slice would keep the memory allocated for the maximum number of latents
         col, values = found.col_indices.clone(), found.values.clone()
         return SparseLatents(found.crow_indices, col, values, tuple(found.shape))
 
     def result(self, x: Tensor, call: Call) -> Tensor | None:
-        """What is to go on in place of x, [n, d_out] in x's dtype; None where the loop did not run, or where the
-        error term is that of another activation: somebody wrote at the site in between."""
+        """The replacement for x, [n, d_out] in x's dtype; None if the loop did not run, or if its error term belongs to
+        another activation, because something wrote at the site in between."""
         read, out = call.scratch.pop(("fused", self.tap), (None, None))
         if out is None or (self.tap.state.mode == "splice+error" and read is not x):
             return None

@@ -1,4 +1,4 @@
-"""Forward hooks that can be taken away whole, even after their registration was interrupted halfway."""
+"""Removes forward hooks completely, even if their registration was interrupted halfway."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 
 def unhook(module: nn.Module, function: Callable[..., Any] | None) -> None:
-    """Take a function away from a module's forward hooks and pre-hooks; nothing where it is not among them.
+    """Remove a function from a module's forward hooks and pre-hooks; does nothing if it is not there.
 
-    By identity, not by torch's handle: a KeyboardInterrupt may come before the handle is returned.
+    It compares identity and needs no handle, because a KeyboardInterrupt may come before torch returns the handle.
     """
     flags = (
         module._forward_hooks_with_kwargs,

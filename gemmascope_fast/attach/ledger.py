@@ -1,9 +1,9 @@
-"""Which sequences a call continues: those of its generation, or those that its KV cache holds.
+"""Finds which sequences a call continues: those of its generation, or those in its KV cache.
 
-A cache carries a mark that names the sequences in it, so a copy of a cache is known as well.  Between two calls a cache
-may be cropped, reordered, or lose and repeat sequences.  Its length tells the first; for the rest the ledger keeps a
-few numbers of the last columns' keys, or of recurrent states (`prints`), and finds each row of the next call among
-them.  A cache that shows neither, such as a quantised one, is taken to keep its rows in their order.
+A cache carries a mark that names its sequences, so a copy of a cache is recognised too.  Between two calls a cache may
+be cropped, reordered, or lose and repeat sequences.  Cropping shows in its length. For the rest, the ledger stores a
+few numbers of the last columns' keys, or of recurrent states (`prints`), and looks up each row of the next call in
+them.  If a cache gives neither, such as a quantised one, its rows are assumed to keep their order.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gemmascope_fast.attach.calls import Call, Generation, Group, Parent, cache_
 from gemmascope_fast.errors import AttachError
 
 _MARKS = "_gemmascope_fast_marks"
-COLUMNS, DIMENSIONS = 64, 4  # of the keys that are kept: 1 KB a sequence; keys of the last layer depend on all before
+COLUMNS, DIMENSIONS = 64, 4  # of the stored keys: 1 KB a sequence; the last layer's keys depend on all earlier tokens
 
 
 @dataclass(frozen=True)
 class Mark:
-    """What a cache holds for one ledger.  calls: None for the cache itself, or how many calls had been made when it
-    was copied, with its `prints` of that time."""
+    """What a cache contains, for one ledger.  calls: None for the cache itself; for a copy, the number of calls made
+    when it was copied, with its `prints` at that time."""
 
     group: Group
     calls: int | None = None
@@ -39,7 +39,7 @@ class Mark:
 
 
 class _Marks:
-    """By ledger, what a cache holds.  A copy of the cache gets marks of its own, which later calls leave alone."""
+    """What a cache contains, by ledger.  A copy of the cache gets its own marks, which later calls do not change."""
 
     def __init__(self, cache: Any = None) -> None:
         self.owner = None if cache is None else weakref.ref(cache)
@@ -52,25 +52,25 @@ class _Marks:
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()  # a cache that is saved leaves them behind
+        return dict, ()  # not saved with the cache
 
 
 class Ledger:
-    """Which group a call continues.  Caches are held weakly: a group does not keep one alive."""
+    """Finds the group that a call continues.  References to caches are weak, so they do not keep a cache in memory."""
 
     def __init__(self, keep: bool = True) -> None:
         self.groups: list[Group] = []
-        self.keep = keep  # False: groups are forgotten with their cache or generation
+        self.keep = keep  # False: a group is forgotten with its cache or generation
         self.sequences = 0
 
     def group(self, cache: Any, generation: Generation | None, start: int | None, batch: int, length: int) -> Group:
-        """The group of a call of `batch` rows that begins at column `start` (None: unknown, goes on)."""
+        """The group of a call of `batch` rows that begins at column `start` (None: unknown, it continues)."""
         if generation is not None and generation.group is not None and generation.group[0] is self:
             own = generation.group[1]
             if own.rows != batch:
                 raise AttachError(f"a call of {batch} sequences continues a generation of {own.rows}")
             return own
-        mark = None if start == 0 else self._mark(cache)  # a cache that was emptied holds other sequences
+        mark = None if start == 0 else self._mark(cache)  # a cache that was emptied has other sequences
         parent = None if mark is None else _parent(mark, cache, start, batch)
         if mark is not None and parent is not None:
             here = mark.calls is None
@@ -97,7 +97,7 @@ class Ledger:
         return group
 
     def committed(self, call: Call, cache: Any) -> None:
-        """The call is over, and the cache of its output holds its columns."""
+        """Called after the call, when the cache in its output has the call's columns."""
         group = call.group
         group.end = call.start + call.length
         if self.keep:
@@ -110,7 +110,7 @@ class Ledger:
             group.told = cache_length(cache) == group.end
 
     def generated(self, generation: Generation) -> None:
-        """A generation has ended: its cache may be the user's, and go on."""
+        """Called after a generation: its cache may belong to the user, who may continue it."""
         group = generation.group[1] if generation.group is not None and generation.group[0] is self else None
         cache = None if group is None or group.cache is None else group.cache()
         length = None if cache is None else cache_length(cache)
@@ -126,7 +126,7 @@ class Ledger:
     def _remember(self, cache: Any, group: Group) -> None:
         known = getattr(cache, "__dict__", None)
         if known is None:
-            return  # such a cache cannot be followed: a call that continues it is one of columns not seen
+            return  # such a cache cannot be followed: a later call that continues it has columns that were not seen
         marks = known.get(_MARKS)
         if not isinstance(marks, _Marks) or marks.owner is None or marks.owner() is not cache:
             old, marks = marks, _Marks(cache)
@@ -141,8 +141,8 @@ class Ledger:
             group.cache = weakref.ref(cache)
 
     def rolled_back_to(self, group: Group) -> int | None:
-        """How many columns a group's cache holds now, where it was cropped since the last call; None where it was not,
-        where it was emptied for other sequences, or where that cannot be told."""
+        """Number of columns in a group's cache, if it was cropped since the last call; None if it was not cropped, was
+        emptied for other sequences, or if that is unknown."""
         cache = None if group.cache is None or not group.told else group.cache()
         mark = None if cache is None else self._mark(cache)
         if mark is None or mark.group is not group or mark.calls is not None:
@@ -152,7 +152,7 @@ class Ledger:
 
 
 def _parent(mark: Mark, cache: Any, start: int | None, batch: int) -> Parent | None:
-    """What a call of `batch` rows from column `start` on continues; None where the cache holds something else."""
+    """What a call of `batch` rows from column `start` on continues; None if the cache contains something else."""
     group = mark.group
     calls = len(group.calls) if mark.calls is None else mark.calls
     prints = group.prints if mark.calls is None else mark.prints
@@ -164,7 +164,7 @@ def _parent(mark: Mark, cache: Any, start: int | None, batch: int) -> Parent | N
 def _rows(
     old: tuple[int, Tensor] | None, new: tuple[int, Tensor] | None, batch: int, before: int
 ) -> tuple[int, ...] | None:
-    """For each row of a cache the row that it was; None where one is not among them."""
+    """For each row of a cache, the earlier row that it was; None if one of them is not found."""
     same = tuple(range(batch)) if batch == before else None
     if old is None or new is None or new[1].shape[0] != batch:
         return same
@@ -180,7 +180,7 @@ def _rows(
     equal = (now[:, None] == was[None]).flatten(2).all(2).to("cpu")  # [rows now, rows then]
     if not bool(equal.any(1).all()):
         return None
-    # of several rows with one history its own, else the first
+    # among several rows with the same history prefer the same index, else the first
     own = torch.arange(batch)
     first = equal.int().argmax(1)
     stays = equal[own, own.clamp(max=before - 1)] & (own < before)
@@ -188,13 +188,13 @@ def _rows(
 
 
 def _prints(cache: Any, end: int) -> tuple[int, Tensor] | None:
-    """(first column, [B, columns, dimensions]): of the keys of the last columns up to `end`, or of recurrent states,
-    from the last layer that shows them; None for caches of other kinds."""
+    """(first column, [B, columns, dimensions]) of the keys of the last columns up to `end`, or of recurrent states,
+    from the last layer that has them; None for other kinds of cache."""
     cache = getattr(cache, "self_attention_cache", cache)
     for layer in reversed(getattr(cache, "layers", None) or ()):
         keys, kind = getattr(layer, "keys", None), type(layer).__name__
         if isinstance(keys, Tensor) and keys.dim() == 4 and "Quant" not in kind:
-            if keys.shape[2] > end:  # room for more
+            if keys.shape[2] > end:  # it has spare room
                 keys = keys[:, :, :end]
             kept = keys[:, 0, -COLUMNS:, :DIMENSIONS].detach().clone()
             return end - kept.shape[1], kept
@@ -208,7 +208,7 @@ def _prints(cache: Any, end: int) -> tuple[int, Tensor] | None:
 def open_call(
     ledger: Ledger, index: int, opener: nn.Module, given: Mapping[str, Any], generation: Generation | None
 ) -> Call:
-    """A call from the arguments of the model's forward.  AttachError where they hold neither ids nor embeddings."""
+    """A call, from the arguments of the model's forward.  AttachError if there are neither ids nor embeddings."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     leading = ids if ids is not None else embeds
     if not isinstance(leading, Tensor) or leading.dim() < 2:
@@ -231,7 +231,7 @@ def open_call(
 
 
 def _start(given: Mapping[str, Any], cache: Any, length: int) -> int | None:
-    """The first column of a call; None where only its history tells."""
+    """The first column of a call; None if only its history can tell."""
     position = given.get("cache_position")
     if isinstance(position, Tensor) and position.numel() == length:
         return int(position[0])

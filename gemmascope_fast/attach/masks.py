@@ -1,4 +1,4 @@
-"""What a call's masks and position ids say: which columns are padding, and where packed documents begin."""
+"""Reads a call's masks and position ids: which columns are padding, and where packed documents begin."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 
 from gemmascope_fast.attach.calls import Call
 
-# Additive masks hide a column by -inf, by the dtype's least number or by -10,000 (older encoders).  What is above
-# leaves it visible: a bias such as ALiBi's.
+# Additive masks hide a column with -inf, with the dtype's minimum, or with -10,000 (older encoders).  Larger values
+# leave it visible, for example a bias such as ALiBi's.
 HIDDEN = -9000.0
 
 
 def padding(mask: Any, call: Call) -> Tensor | None:
-    """bool [B, S], False for padding, from a mask of the whole sequence or of the call's own columns; None where
-    nothing is padding."""
+    """bool [B, S], False for padding, from a mask of the whole sequence or of the call's own columns; None if there is
+    no padding."""
     begin, end = call.start, call.start + call.length
     generation = call.group.generation
     if generation is not None and generation.prompt is not None and begin >= generation.prompt:
-        return None  # generate's own tokens: it masks none of them, and looking each time would cost 10 µs a token
+        return None  # generate's own tokens are never padding, and checking each time would cost 10 µs a token
     own: Tensor | None
     if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= end:
         own = mask[:, begin:end]
     elif isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] == call.length:
         own = mask
     elif generation is not None and generation.mask is not None:
-        # a static cache turns the mask into four dimensions; generate's own argument is still the plain one
+        # a static cache makes the mask four-dimensional; generate's argument is still the plain one
         full = torch.ones(generation.mask.shape[0], end, dtype=torch.bool)
         prompt = generation.mask[:, :end]
         full[:, : prompt.shape[1]] = prompt
@@ -43,7 +43,7 @@ def padding(mask: Any, call: Call) -> Tensor | None:
 
 
 def before(mask: Any, call: Call) -> Tensor | None:
-    """bool [B, start] of the columns before a call, False for padding; None where the mask does not tell."""
+    """bool [B, start] of the columns before a call, False for padding; None if the mask does not say."""
     generation = call.group.generation
     if not (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= call.start + call.length):
         mask = None if generation is None else generation.mask
@@ -53,16 +53,16 @@ def before(mask: Any, call: Call) -> Tensor | None:
 
 
 def documents(given: Mapping[str, Any], call: Call) -> Tensor:
-    """bool [B, S]: the columns at which another document begins, of several packed into one row.
+    """bool [B, S]: the columns at which another document begins, if several are packed into one row.
 
-    Position ids start again there, a block-diagonal mask lets them see nothing before, and a mask of two dimensions
-    may number the documents.
+    There position ids restart, a block-diagonal mask hides everything before, or a mask of two dimensions numbers the
+    documents.
     """
     found = torch.zeros(call.batch, call.length, dtype=torch.bool)
     position = given.get("position_ids")
     if isinstance(position, Tensor) and position.shape[-1] == call.length:
         position = position.detach().to("cpu")
-        while position.dim() > 2:  # of several axes the first is the text's
+        while position.dim() > 2:  # with several axes, the first is for text
             position = position[0]
         position = _each(position.reshape(-1, call.length), call)
         found[:, 0] = position[:, 0] == 0
@@ -81,16 +81,16 @@ def documents(given: Mapping[str, Any], call: Call) -> Tensor:
 
 
 def _each(rows: Tensor, call: Call) -> Tensor:
-    """[B, …] from one row for all, or from one for each input of generate."""
+    """[B, …], from one row for all, or from one for each input of generate."""
     return rows if rows.shape[0] == call.batch else rows.repeat_interleave(call.batch // rows.shape[0], dim=0)
 
 
 def _visible(mask: Any, call: Call) -> tuple[Tensor, int] | None:
-    """(bool [B, S, K]: which columns each token may see; where the call's own begin among the K), from a mask
-    [B, heads, S, K], [B, S, K] or a dict of such masks by attention type.  None where there is none."""
+    """(bool [B, S, K]: which columns each token sees; the position of the call's first column in K), from a mask
+    [B, heads, S, K], [B, S, K] or a dict of such masks by attention type.  None if there is no mask."""
     if isinstance(mask, Mapping):
         known = [found for found in (_visible(each, call) for each in mask.values()) if found is not None]
-        # a window shows less than the attention without one, and its own cache may hold fewer columns
+        # sliding-window attention sees less, and its cache may have fewer columns
         return max(known, key=lambda found: (found[0].shape[2], int(found[0].sum())), default=None)
     if not isinstance(mask, Tensor) or mask.dim() not in (3, 4):
         return None
@@ -104,10 +104,10 @@ def _visible(mask: Any, call: Call) -> tuple[Tensor, int] | None:
 
 
 def _seen(visible: Tensor, first: int) -> Tensor:
-    """bool [B, S]: the columns that some token sees, padding tokens apart.
+    """bool [B, S]: the columns that at least one token sees, not counting padding tokens.
 
-    Where a token sees nothing at all some attention kernels give NaN, so transformers lets padding on the left see
-    everything.  Such rows come first, and see what comes after them.
+    Some attention kernels give NaN if a token sees nothing, so transformers lets left padding see everything.  Such
+    rows come first, and see columns that come after them.
     """
     length = visible.shape[1]
     own = visible[:, :, first : first + length]

@@ -1,6 +1,6 @@
-"""What watches a run call by call, in memory that does not grow with the text (`TopK` apart).
+"""Observers process a run call by call, in memory that does not grow with the text (except `TopK`).
 
-`run.watch(observer, key)` feeds it the selected tokens of every call, padding left out, while the run lasts.
+`run.watch(observer, key)` passes it the selected tokens of every call, without padding, while the run lasts.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class TopK:
 
 
 class Statistics:
-    """Running figures per feature, in fp64 or int64, over `count` tokens.
+    """Running statistics per feature, in fp64 or int64, over `count` tokens.
 
-    fired [d_sae]: tokens on which it fired; rate = fired / count; mean: over the tokens on which it fired (0 for
-    none); max.  histogram [d_sae, bins]: values by `edges` [bins + 1], the first and last bin open to that side.
-    cofiring [c, c]: tokens on which two of the chosen features fired together (the diagonal: one).
+    fired [d_sae]: number of tokens on which it fired; rate = fired / count; mean: over tokens on which it fired (0 if
+    none); max.  histogram [d_sae, bins]: values by `edges` [bins + 1]; the first and last bin are open-ended.
+    cofiring [c, c]: tokens on which two of the chosen features fired together (on the diagonal: on which one fired).
     """
 
     def __init__(self, d_sae: int, *, edges: Sequence[float] = (), chosen: Sequence[int] = ()) -> None:
@@ -61,7 +61,7 @@ class Statistics:
         self.max = torch.zeros(d_sae, dtype=torch.float64)
         self.edges = torch.tensor(edges, dtype=torch.float64)
         if len(edges) == 1 or bool((self.edges.diff() <= 0).any()):
-            raise ValueError(f"edges: expected at least two that rise, got {list(edges)}")
+            raise ValueError(f"edges: expected at least two in ascending order, got {list(edges)}")
         self.histogram = torch.zeros(d_sae, max(len(edges) - 1, 0), dtype=torch.int64)
         outside = [f for f in chosen if not 0 <= f < d_sae]
         if outside:
@@ -93,13 +93,13 @@ class Statistics:
 
 
 class TopContexts:
-    """For every feature the k tokens on which it was strongest, with what stood around them.
+    """For every feature, the k tokens on which it was strongest, with their context.
 
-    Memory: d_sae · k · (left + right + 1) token ids and k values, whatever is read.  Only text of the same forward
-    call counts as context, and `left` tokens of the sequences in the last call; -1 stands for none.
+    Memory: d_sae · k · (left + right + 1) token ids and k values, however much text is read.  Context is text of the
+    same forward call, and `left` tokens of the sequences in the last call; -1 means no token.
 
-    values [d_sae, k], descending, -inf where fewer fired; contexts int64 [d_sae, k, left + 1 + right], the token
-    itself at `left`; sequence and position [d_sae, k].
+    values [d_sae, k], descending, -inf if fewer fired; contexts int64 [d_sae, k, left + 1 + right], with the token
+    itself at index `left`; sequence and position [d_sae, k].
     """
 
     def __init__(self, d_sae: int, k: int = 10, *, left: int = 16, right: int = 8) -> None:
@@ -110,7 +110,7 @@ class TopContexts:
         self.contexts = torch.full((d_sae, k, left + 1 + right), -1, dtype=torch.int64)
         self.sequence = torch.full((d_sae, k), -1, dtype=torch.int64)
         self.position = torch.full((d_sae, k), -1, dtype=torch.int64)
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by sequence, its last positions and ids
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # for each sequence, its last positions and ids
 
     def update(self, latents: SparseLatents, tokens: Tokens) -> None:
         around = self._windows(tokens)
@@ -129,7 +129,7 @@ class TopContexts:
         row = torch.full((own.numel(), self.k), -1, dtype=torch.int64)
         row[at, rank] = rows
         both = torch.cat([self.values[own], new], 1)
-        # stable: of equals the earlier stays (a BOS gives the same values in every text)
+        # stable: ties keep the earlier one (BOS gives the same values in every text)
         ranked, pick = both.sort(dim=1, descending=True, stable=True)
         self.values[own], pick = ranked[:, : self.k], pick[:, : self.k]
         self._merge(self.sequence, own, pick, _at(tokens.sequence, row))
@@ -149,7 +149,7 @@ class TopContexts:
             rows = (tokens.sequence == sequence).nonzero()[:, 0]
             own = tokens.position[rows], tokens.token_id[rows]
             earlier = self._before.get(sequence, (own[0][:0], own[1][:0]))
-            kept = earlier[0] < own[0][0]  # the others were taken back: a rejected draft, a cache that was cropped
+            kept = earlier[0] < own[0][0]  # later columns were removed: a rejected draft, or a cache that was cropped
             position, ids = (torch.cat([old[kept], new]) for old, new in zip(earlier, own, strict=True))
             padded = torch.cat([ids.new_full((self.left,), -1), ids, ids.new_full((self.right,), -1)])
             around[rows] = padded.unfold(0, self.left + 1 + self.right, 1)[int(kept.sum()) :]
@@ -167,7 +167,7 @@ def _at(values: Tensor, rows: Tensor) -> Tensor:
 
 
 def select(latents: SparseLatents, tokens: Tokens, chosen: Tensor | None) -> tuple[SparseLatents, Tokens]:
-    """Of one call ([B, S] tokens, latents of the chosen rows): the rows that are not padding."""
+    """Of one call ([B, S] tokens, latents of the selected rows): the rows that are not padding."""
     flat = Tokens(**{name: value.reshape(-1) for name, value in _fields(tokens).items()})
     if chosen is not None:
         flat = Tokens(**{name: value[chosen] for name, value in _fields(flat).items()})

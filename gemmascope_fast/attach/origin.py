@@ -1,4 +1,4 @@
-"""Whether an SAE is put where its checkpoint says that it belongs: the site, and the model that it was trained on."""
+"""Checks whether an SAE is attached where its checkpoint says: the site, and the model that it was trained on."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.sae.sites import Site
 
-# What the name of a model's repository may end in without being another model.
+# Suffixes of a repository name that do not make it another model.
 _SAME = re.compile(r"-(pt|hf|bnb|4bit|8bit|gptq|awq|gguf|int4|int8|fp8|bf16|fp16|float16|float32)$")
 _ALIASES = {"gpt2-small": "gpt2"}
 
 
 def check_site(key: Any, site: Site, own: Site, structure: Structure | None) -> None:
-    """AttachError where `site` is another place than `own`, the site that the checkpoint names."""
+    """Raise AttachError if `site` is not `own`, the site in the checkpoint."""
     if _same(site, own, structure):
         return
     kind = own.path if own.kind == "path" else "embed" if own.layer is None else f"layer {own.layer}, {own.kind!r}"
     raise AttachError(
-        f"saes: key {key!r}: the checkpoint's own site is {own.hook_name} ({kind}); attach it there, or give"
+        f"saes: key {key!r}: the checkpoint's own site is {own.hook_name} ({kind}); attach it there, or pass"
         " anywhere=True (--anywhere on the command line)"
     )
 
@@ -35,7 +35,7 @@ def _same(site: Site, own: Site, structure: Structure | None) -> bool:
     wanted = _place(own, structure)
     if wanted is not None:
         found = _place(site, structure)
-        # a site that the model does not have gets an error of its own later
+        # a site that the model lacks gets its own error later
         return found is None or found.is_at(wanted)
     if None not in (site.at_layer, own.at_layer) and site.at_layer != own.at_layer:
         return False
@@ -50,7 +50,7 @@ def _place(site: Site, structure: Structure | None) -> Any:
 
 
 def move(cfg: Any, layer: int | None) -> None:
-    """Make a layer the coder's own (`--anywhere`): its sites keep their kinds.  None leaves them."""
+    """Move a coder to another layer (`--anywhere`): its sites keep their kinds.  None leaves them unchanged."""
     if layer is None:
         return
     cfg.site = Site("resid", layer) if cfg.site is None else cfg.site.at(layer)
@@ -59,7 +59,7 @@ def move(cfg: Any, layer: int | None) -> None:
 
 
 def check_model(trained_on: str | None, model: nn.Module) -> None:
-    """A warning where the model's name is known, and it is not the one that the SAE was trained on."""
+    """Warn if the model's name is known and is not the one that the SAE was trained on."""
     config = getattr(model, "config", None)
     given = [getattr(model, "name_or_path", None), getattr(config, "_name_or_path", None)]
     names = {name for name in map(plain_name, given) if name is not None}
@@ -73,8 +73,8 @@ def check_model(trained_on: str | None, model: nn.Module) -> None:
 
 
 def plain_name(name: object) -> str | None:
-    """A model's name without its owner and without what only says how it is stored; None for a folder's, which says
-    nothing, unless it is a snapshot in Hugging Face's cache."""
+    """A model's name without its owner and without suffixes for storage formats. None for the path of a folder, which
+    says nothing, unless it is a snapshot in Hugging Face's cache."""
     if not isinstance(name, str) or not name.strip("/."):
         return None
     cached = re.search(r"models--[^/\\]+?--([^/\\]+)", name)

@@ -1,4 +1,4 @@
-"""The edits of one site, ready to run: from latents to what is added to the activation."""
+"""The edits of one site, compiled: computes from latents what is added to the activation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemmascope_fast.sae.base import Coder
 
 
 class Plan:
-    """Edits of one site in their order; features that none of them names are never looked at."""
+    """The edits of one site in their order; features that no edit names are not processed."""
 
     def __init__(self, edits: Sequence[Edit], d_sae: int | None, d_out: int | None) -> None:
         check_edits(edits, d_sae, d_out)
@@ -30,7 +30,7 @@ class Plan:
         self.masks = any(isinstance(e, Mask) for e in edits)
 
     def _step(self, group: list[Edit]) -> tuple[list[Edit], Tensor | None, list[Tensor | None]]:
-        """(edits of one kind on features of their own, their columns together (None: all of them), of each)."""
+        """(edits of one kind on different features, their columns together (None: all), the columns of each)."""
         at = {feature: column for column, feature in enumerate(self.touched)}
         each = [[at[f] for f in e.features] if isinstance(e, FeatureEdit) else [] for e in group]
         flat = [column for columns in each for column in columns]
@@ -46,10 +46,10 @@ class Plan:
         at: Tensor | None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """x [n, d] of the chosen rows with everything added; x itself where nothing is.
+        """x [n, d] of the selected rows with everything added; x itself if nothing is added.
 
-        latents: of the same rows, by `sae`; at: int64 [n], their numbers in the call (None: all of them); scale: what
-        the SAE's own units are multiplied by at this place (the embedding's scale), if anything.
+        latents: of the same rows, by `sae`; at: int64 [n], their row numbers in the call (None: all); scale: factor for
+        the SAE's units at this place (such as the embedding's scale), if any.
         """
         if latents is not None and sae is not None:
             change = self.change(sae, latents, call, at)
@@ -59,7 +59,7 @@ class Plan:
         return self.direct(x, call, at, scale)
 
     def direct(self, x: Tensor, call: Call, at: Tensor | None, scale: Tensor | None = None) -> Tensor:
-        """x [n, d] with the directions added, as `apply`."""
+        """x [n, d] with the directions added, as in `apply`."""
         for edit in self.directions:
             if edit.strength == 0:
                 continue
@@ -74,14 +74,14 @@ class Plan:
     def change(
         self, sae: Coder, latents: SparseLatents, call: Call, at: Tensor | None
     ) -> tuple[Tensor | None, Tensor] | None:
-        """(rows, None for all of them; what the edits of latents add there, fp32 [rows, d_out]); None for nothing."""
+        """(rows or None for all, what the edits of latents add there, fp32 [rows, d_out]); None if nothing is added."""
         if not self.steps or not latents.n_rows:
             return None
         delta, rest = self._delta(latents, call, at)
         if rest is None:
             if not bool(delta.any()):
                 return None
-            if delta.shape[0] == 1:  # a decoded token: what it needs is there, a look for zeros costs more than they
+            if delta.shape[0] == 1:  # one token: checking for zeros would cost more than decoding them
                 ids, ends = self._on(delta.device)
                 return None, ops.decode(ends, ids, delta[0], sae.W_dec, None, None)
             rows = (delta != 0).any(1).nonzero()[:, 0]
@@ -94,19 +94,19 @@ class Plan:
         return rows, ops.decode(own.crow_indices, own.col_indices, own.values, sae.W_dec, None, None)
 
     def _decode(self, delta: Tensor, W_dec: Tensor) -> Tensor:
-        """delta [n, k] of the touched features times their decoder rows: fp32 [n, d_out]."""
+        """delta [n, k] of the edited features times their decoder rows: fp32 [n, d_out]."""
         ids, _ends = self._on(delta.device)
         crow, col = from_mask(delta != 0)
         return ops.decode(crow, ids[col.long()], delta[delta != 0], W_dec, None, None)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The touched features, and the offsets of one row that holds them all, on a device: there they stay."""
+        """The edited features, and the offsets of one row with all of them; cached on the device."""
         if self.ids.device != device:
             self.ids, self.ends = self.ids.to(device), self.ends.to(device)
         return self.ids, self.ends
 
     def _delta(self, latents: SparseLatents, call: Call, at: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What is added to the touched features, fp32 [n, k], and, where there are masks, to what fired [nnz]."""
+        """What is added to the edited features, fp32 [n, k], and, if there are masks, to what fired [nnz]."""
         old = in_dtype(latents.features(self.touched), torch.float32)
         delta = torch.zeros_like(old)
         rest = torch.zeros_like(latents.values) if self.masks else None
@@ -138,7 +138,7 @@ class Plan:
         return torch.where(drop, -old, delta), torch.where(gone, -latents.values, rest)
 
     def _entries(self, latents: SparseLatents, delta: Tensor, rest: Tensor) -> SparseLatents:
-        """The two parts, of the touched features and of all others, as one set of sparse rows."""
+        """The two parts (edited features, all others) as one set of sparse rows."""
         rows, columns = (delta != 0).nonzero(as_tuple=True)
         touched = torch.zeros(latents.d_sae, dtype=torch.bool, device=delta.device)
         touched[self.touched] = True
@@ -159,7 +159,7 @@ class Plan:
 
 
 def _groups(edits: Sequence[Edit]) -> list[list[Edit]]:
-    """Neighbours of one kind that share no feature stand together: they are one operation."""
+    """Group neighbouring edits of one kind that share no feature: each group runs as one operation."""
     found: list[list[Edit]] = []
     for edit in edits:
         last = found[-1] if found else []
@@ -173,7 +173,7 @@ def _groups(edits: Sequence[Edit]) -> list[list[Edit]]:
 
 
 def _changed(edits: Sequence[Edit], columns: Tensor | None, old: Tensor, delta: Tensor, mask: Tensor | None) -> Tensor:
-    """delta after edits of one kind.  columns [c] of their features (None: all); mask [n]: the rows they are for."""
+    """delta after edits of one kind.  columns [c] of their features (None: all); mask [n]: the rows they apply to."""
     first = edits[0]
     assert isinstance(first, FeatureEdit)
     amounts = [e.amount for e in edits if isinstance(e, FeatureEdit) for _ in e.features]
@@ -188,7 +188,7 @@ def _changed(edits: Sequence[Edit], columns: Tensor | None, old: Tensor, delta: 
 
 
 def added(x: Tensor, rows: Tensor | None, what: Tensor) -> Tensor:
-    """x with `what` added to some rows (None: all), in x's own dtype; the other rows stay bit for bit."""
+    """x with `what` added to some rows (None: all), in x's dtype; the other rows stay unchanged, bit for bit."""
     what = what if what.device == x.device else what.to(x.device)
     if rows is None or rows.numel() == x.shape[0]:
         return in_dtype(x + what, x.dtype)

@@ -1,4 +1,4 @@
-"""A run: what one `with attach(…)` sees of a model, and what it changes."""
+"""A run: what one `with attach(…)` records of a model, and what it changes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from gemmascope_fast.files.write import atomic
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.sites import Site
 
-# what `torch.load(…, weights_only=True)` may build: latents, and the sites that are their keys
+# what `torch.load(…, weights_only=True)` may construct: latents, and sites as their keys
 torch.serialization.add_safe_globals([SparseLatents, Site])
 
 _ACTIVE: list[Run] = []
@@ -44,11 +44,11 @@ _LOCK = threading.RLock()
 
 
 class Run(ExitStack[None]):
-    """One attachment, made by `attach`; a context manager.  Everything it recorded stays readable afterwards.
+    """One attachment, returned by `attach`; a context manager.  Its records remain readable afterwards.
 
-    An ExitStack, because its exit goes on with what is left where a KeyboardInterrupt cuts one step short.
+    It is an ExitStack, because that continues to clean up if a KeyboardInterrupt interrupts one step.
 
-    latents: by key (or any other name of its site), SparseLatents [N, d_sae] with one row per row of `tokens`.
+    latents: by key (or another name of its site), SparseLatents [N, d_sae] with one row per row of `tokens`.
     activations: by key of an `Activations`, Tensor [n, d] of the selected tokens.
     seconds: time spent in this run's hooks so far.
     """
@@ -88,7 +88,7 @@ class Run(ExitStack[None]):
         self._splices = any(tap.splices for tap in self._taps)
         self._arguments = {m: Arguments(m) for m in submodules(model)}
         self._checkpointed = [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-        self._hooks: tuple[Any, Any] | None = None  # while attached: the functions before and after a call
+        self._hooks: tuple[Any, Any] | None = None  # while attached: the functions that run before and after a call
         self._ledger = Ledger(keep)
         self._calls: list[Call] = []
         self._count = self._rows = 0
@@ -106,13 +106,13 @@ class Run(ExitStack[None]):
 
     def __enter__(self) -> Run:
         if self.state.owner is not None:
-            raise AttachError("a run is entered once; call attach again")
+            raise AttachError("a run can be entered only once; call attach again")
         self.state.owner = threading.get_ident()
         self._check_neighbours()
         try:
             self.callback(self._close_alarms)
             self.callback(self._remove)
-            self.callback(self._remove)  # should the first be interrupted
+            self.callback(self._remove)  # in case the first is interrupted
             self._install()
             for coder in self._first:
                 coder.prefetch_next([coder.name])
@@ -135,7 +135,7 @@ class Run(ExitStack[None]):
         generation.listen(self.model, self)
 
     def _remove(self) -> None:
-        """Take away whatever of this run is in the model; may be called again, and after half an `_install`."""
+        """Remove everything of this run from the model; safe to call again, or after an interrupted `_install`."""
         with _LOCK:
             _ACTIVE[:] = [run for run in _ACTIVE if run is not self]
         for module in self._arguments:
@@ -177,14 +177,14 @@ class Run(ExitStack[None]):
     # ---- calls --------------------------------------------------------------------------------------
 
     def _mine(self) -> bool:
-        """Whether a call of this thread is this run's: its own thread's, or that of a thread without a run."""
+        """Whether a call in this thread belongs to this run: it is the run's thread, or a thread without a run."""
         me = threading.get_ident()
         if me != self.state.owner:
             with _LOCK:
                 if any(run.state.owner == me and run.model is self.model for run in _ACTIVE):
                     return False
         if self._bound not in (None, me) and self._busy(self._bound):
-            raise AttachError("two threads use one attached model at a time: attach in each of them")
+            raise AttachError("two threads use one attached model at the same time; attach in each thread")
         self._bound = me
         return True
 
@@ -199,7 +199,7 @@ class Run(ExitStack[None]):
         if known is not None:
             if known.opener is not module or known.replay:
                 return
-            self._open.pop(me).release()  # a KeyboardInterrupt cut that forward short: torch calls no hook then
+            self._open.pop(me).release()  # a KeyboardInterrupt ended that forward early, and torch then calls no hook
         if not self._mine() or self.recomputed():
             return
         generating = self._generating.get(me)
@@ -213,13 +213,13 @@ class Run(ExitStack[None]):
         self.state.seconds += time.perf_counter() - begin
 
     def _follow_checkpoints(self, generating: bool) -> None:
-        """Follow what is checkpointed in this forward; AttachError, before it runs, where that cannot be."""
+        """Follow the checkpointed regions of this forward; AttachError, before it runs, if that is impossible."""
         regions = checkpointing.checkpointing(self._checkpointed)
         several = [tap.entry.key for tap in self._taps if tap.splices and tap.entry.part is not None]
         if regions and several:
             raise AttachError(
                 f"gradient checkpointing: a cross-layer transcoder ({several[0]!r}) writes at later layers too, and"
-                " these are computed again without it; call model.gradient_checkpointing_disable(), or attach with mode"
+                " these are recomputed without it; call model.gradient_checkpointing_disable(), or attach with mode"
                 " 'observe'"
             )
         for module in regions:
@@ -227,30 +227,30 @@ class Run(ExitStack[None]):
         if not generating and checkpointing.elsewhere():
             raise AttachError(
                 "gradient checkpointing: the model itself is called by torch.utils.checkpoint, and a splice inside"
-                f" would be left out in backward; {checkpointing.HOW}"
+                f" would be missing in backward; {checkpointing.HOW}"
             )
 
     def recomputed(self) -> bool:
-        """Whether this runs in a backward pass: a part of some forward is computed again.
+        """Whether this runs in a backward pass, because part of a forward is computed again.
 
-        AttachError where a splice would be missing there.
+        AttachError if a splice would be missing there.
         """
         if not checkpointing.recomputing():
             return False
         if self._splices and self._count and self._mine():
             raise AttachError(
-                "gradient checkpointing: backward computes a part of the model again that this run cannot follow,"
-                f" without its splice; {checkpointing.HOW}"
+                "gradient checkpointing: backward recomputes a part of the model that this run cannot follow, so its"
+                f" splice would be missing; {checkpointing.HOW}"
             )
         return True
 
     @contextmanager
     def replayed(self, call: Call) -> Iterator[None]:
-        """Within, this thread is in a part of the call that runs again: the splices act, and nothing is recorded."""
+        """Within the block, this thread replays a part of the call: the splices act, and nothing is recorded."""
         me = threading.get_ident()
         outer = self._open.get(me)
         again = dataclasses.replace(call, reached=set(), scratch={}, leases={}, replay=True, region=None)
-        left = self._hooks is None  # backward comes after the `with`
+        left = self._hooks is None  # backward runs after the `with` block
         try:
             for place, visitor in self._visits if left else ():
                 places.visit(place, visitor)
@@ -273,7 +273,7 @@ class Run(ExitStack[None]):
         begin = time.perf_counter()
         del self._open[me]
         call.release()
-        if output is None:  # the forward raised: nothing of it counts
+        if output is None:  # the forward raised an error: nothing of it is recorded
             return
         missed = [tap.entry.key for tap in self._taps if not tap.was_reached(call)]
         if missed:
@@ -287,7 +287,7 @@ class Run(ExitStack[None]):
         self.state.seconds += time.perf_counter() - begin
 
     def _commit(self, call: Call, output: Any) -> set[int]:
-        """Record the call; gives the sequences that an alarm stops."""
+        """Record the call; returns the sequences that an alarm stops."""
         call.offset = self._rows
         self._rows += call.n_rows
         self._count += 1
@@ -318,7 +318,7 @@ class Run(ExitStack[None]):
         return self.state.seconds
 
     def call(self) -> Call | None:
-        """The call that this thread is in, or None where it is not this run's."""
+        """The call that this thread is in, or None if it does not belong to this run."""
         return self._open.get(threading.get_ident())
 
     def generation_begins(self, generation: Generation) -> bool:
@@ -335,7 +335,7 @@ class Run(ExitStack[None]):
         if call is not None and call.group.generation is generation:  # interrupted within a forward
             self._open.pop(me).release()
 
-    # ---- what it saw --------------------------------------------------------------------------------
+    # ---- records ------------------------------------------------------------------------------------
 
     @property
     def latents(self) -> Mapping[Key, SparseLatents]:
@@ -361,33 +361,33 @@ class Run(ExitStack[None]):
 
     @property
     def tokens(self) -> Tokens:
-        """The N rows.  Once a generation has ended, what stands after a sequence's EOS is padding as well."""
+        """The N rows.  After a generation ends, tokens after a sequence's EOS count as padding too."""
         each = [call.tokens() for call in self._calls]
         for call, rows in zip(self._calls, each, strict=True):
             rows.valid = _valid_at_last(call, rows.valid)
         return Tokens.cat(each)
 
     def sequences(self, key: Key, output: Any = None) -> list[SparseLatents]:
-        """One SparseLatents per sequence, padding dropped; a position seen twice counts as last seen.
+        """One SparseLatents per sequence, without padding; for a position seen twice, the last one is used.
 
-        output: what `generate` returned, for the sequences of that generation alone: row i belongs to token i of
-        output.sequences[b] without its padding (the last token was never fed back).  Beam search needs an output
-        with beam_indices.  Without an output: of every forward or generation, in order.
+        output: what `generate` returned, to get only the sequences of that generation: row i belongs to token i of
+        output.sequences[b] without its padding (the last token was never fed back).  For beam search the output must
+        have beam_indices.  Without an output: the sequences of every forward or generation, in order.
 
-        Calls that share a KV cache are one sequence, from the cache's first column on: a loop by hand, a prefix that
-        was prefilled (also in a copy of the cache), several `generate` calls.  A cache that was cropped, reordered,
-        or lost and repeated rows gives the sequences it holds: what was taken back is in `latents` and `tokens` alone.
+        Calls that share a KV cache form one sequence, from the cache's first column on: a manual loop, a prefilled
+        prefix (also in a copy of the cache), several `generate` calls.  If a cache was cropped, reordered, or lost and
+        repeated rows, you get the sequences it contains now; removed tokens remain only in `latents` and `tokens`.
 
-        Raises AttachError where a cache held columns that this run never saw (it names their positions), or where the
-        rows cannot be told.
+        Raises AttachError if a cache had columns that this run never saw (it names their positions), or if the rows
+        cannot be determined.
         """
         latents = self.latents[key]
         return [latents[rows] for rows in rows_of(self._ledger, output)]
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write everything that was recorded to one file, atomically, for `torch.load(path, weights_only=True)`.
+        """Write all records to one file, atomically, for `torch.load(path, weights_only=True)`.
 
-        That gives a dict: `latents` by key (SparseLatents [N, d_sae], without a graph), `activations` by key, and
+        Loading returns a dict: `latents` by key (SparseLatents [N, d_sae], without a graph), `activations` by key, and
         `tokens`, whose five columns are tensors [N].  Keys that are Sites are saved as their hook names.  Import
         gemmascope_fast before loading.
         """
@@ -401,30 +401,30 @@ class Run(ExitStack[None]):
             torch.save(content, file)
 
     def attribution(self, metric: Tensor, *, retain_graph: bool = False) -> dict[Key, SparseLatents]:
-        """Gradient × activation of each latent for a number that the model's output gave (a loss, a difference of
-        logits, a reward): by key, SparseLatents [N, d_sae] with the pattern of `latents`.
+        """Gradient × activation of each latent, for a number computed from the model's output (a loss, a difference of
+        logits, a reward): SparseLatents [N, d_sae] by key, with the pattern of `latents`.
 
-        The error terms are constants (in "splice+error"; with several sites a latent's value includes what it does
-        through later ones).  Raises AttachError where no gradient reaches the latents: in "observe", under no_grad.
+        Error terms are constants (in "splice+error"; with several sites, a latent's value includes its effect through
+        later ones).  Raises AttachError if no gradient reaches the latents: in mode "observe", or under no_grad.
         """
         return attribution(self._parts, metric, retain_graph)
 
     def integrated_gradients(self, key: Key, forward: Callable[[], Tensor], steps: int = 8) -> SparseLatents:
-        """Integrated gradients of one site's latents, from none to all of them with the error held, in `steps`.
+        """Integrated gradients of one site's latents, from none to all of them, with the error constant, in `steps`.
 
-        forward: runs the model within this run's `with` and returns the number; it is called once per step and
-        leaves no rows.  Only in mode "splice+error".
+        forward: runs the model within this run's `with` block and returns the number. It is called once per step, and
+        records no rows.  Only in mode "splice+error".
         """
         if self.mode != "splice+error" or self.state.error_grad:
             raise AttachError("integrated_gradients: expected mode 'splice+error' with the error held constant")
         return integrated_gradients(self, find_key(key, self.entries), forward, steps)
 
-    # ---- who watches --------------------------------------------------------------------------------
+    # ---- observers ----------------------------------------------------------------------------------
 
     def watch(self, observer: Observer, key: Key = None) -> Any:
-        """Feed an observer (TopK, Statistics, TopContexts, or your own) from now on; gives it back.
+        """Feed an observer (TopK, Statistics, TopContexts, or your own) from now on; returns the observer.
 
-        key: of the SAE; may be left out where only one is attached.  Padding does not reach it.
+        key: that of the SAE; not needed if only one is attached.  The observer gets no padding.
         """
         self._watching.append((self._only(key), observer))
         return observer
@@ -441,9 +441,9 @@ class Run(ExitStack[None]):
     ) -> Alarm:
         """Call fn(event) for every token on which the feature's latent exceeds the threshold.
 
-        sync: before the next token is chosen; where fn returns True the token's sequence ends: generate chooses EOS
-        for it next.  Otherwise fn runs in a thread beside the model, at most `capacity` events wait, and the alarm
-        counts those it drops; leaving the run waits for the rest.  Raises IndexError for a feature the SAE lacks.
+        sync=True: before the next token is chosen. If fn returns True, the token's sequence ends: generate must choose
+        EOS next.  sync=False: fn runs in a thread in the background, at most `capacity` events wait, and the alarm
+        counts dropped ones; the end of the run waits for the rest.  Raises IndexError for a feature that the SAE lacks.
         """
         key = self._only(key)
         d_sae = next(e.coder.cfg.d_sae for e in self.entries if e.key == key)  # type: ignore[union-attr]
@@ -456,13 +456,13 @@ class Run(ExitStack[None]):
     def _only(self, key: Key) -> Key:
         if key is None:
             if len(self._parts) != 1:
-                raise AttachError(f"key: expected one of {list(self._parts)}, for several SAEs are attached")
+                raise AttachError(f"key: expected one of {list(self._parts)}, because several SAEs are attached")
             return next(iter(self._parts))
         return find_key(key, [e for e in self.entries if e.key in self._parts])
 
     @contextmanager
     def aside(self, path: tuple[Key, float]) -> Iterator[dict[Key, list[tuple[SparseLatents, Tensor | None]]]]:
-        """Calls within leave nothing behind in the run; their latents are in what it yields."""
+        """Calls within the block add nothing to the run's records; it yields an object with their latents."""
         kept = self._ledger, self._calls, self._count, self._rows, self._parts, self.keep
         self._ledger, self._calls, self._count, self._rows = Ledger(), [], 0, 0
         self._parts, self.keep = {key: [] for key in self._parts}, True
@@ -474,7 +474,7 @@ class Run(ExitStack[None]):
             self.state.path = None
 
     def clear(self) -> None:
-        """Forget the rows recorded so far; sequences under way go on as new ones."""
+        """Forget the rows recorded so far; unfinished sequences continue as new ones."""
         self._calls.clear()
         self._ledger = Ledger(self.keep)
         self._count = self._rows = 0
@@ -487,7 +487,7 @@ class Run(ExitStack[None]):
 
 
 class _View(Mapping[Key, Any]):
-    """Read-only, by key or by another name of the key's site."""
+    """A read-only mapping, by key or by another name of the key's site."""
 
     def __init__(self, keys: Mapping[Key, Any], make: Callable[[Key], Any], known: list[Entry]) -> None:
         self._keys, self._make = keys, make
@@ -506,11 +506,11 @@ class _View(Mapping[Key, Any]):
         return repr(dict(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return OrderedDict, (), None, None, iter(self.items())  # as torch.load takes it, with weights_only
+        return OrderedDict, (), None, None, iter(self.items())  # the form that torch.load accepts with weights_only
 
 
 def _name(key: Key) -> Key:
-    """The key, with the names of sites in the place of sites."""
+    """The key with sites replaced by their names."""
     if isinstance(key, Site):
         return key.hook_name
     return tuple(_name(part) for part in key) if isinstance(key, tuple) else key

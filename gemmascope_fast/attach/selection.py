@@ -1,4 +1,4 @@
-"""Which rows of a call are read and changed: `tokens` of `attach`, and positions of edits."""
+"""Selects the rows of a call that are read and changed: `tokens` of `attach`, and positions of edits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from gemmascope_fast.attach.calls import Call
 from gemmascope_fast.attach.masks import documents
 from gemmascope_fast.errors import AttachError
 
-# <start_of_turn>; a chat begins <bos><start_of_turn>user\n, which Gemma Scope's instruction-tuned SAEs leave out
+# <start_of_turn>; a chat begins <bos><start_of_turn>user\n, which Gemma Scope's instruction-tuned SAEs exclude
 _START_OF_TURN = {"gemma": 106, "gemma2": 106, "gemma3": 105, "gemma3_text": 105}
 CHAT_PREFIX = 4
-FEW = 64  # rows of a decoded token: as Python numbers they are compared in 2 µs, as tensors in 15
+FEW = 64  # up to this many rows, comparing as Python numbers takes 2 µs, as tensors 15
 
 Selection = str | Tensor | Callable[..., Tensor]
 
 
 def check_selection(tokens: Any) -> None:
-    """Raise TypeError or ValueError for what cannot select rows."""
+    """Raise TypeError or ValueError for an argument that cannot select rows."""
     if isinstance(tokens, str):
         if tokens not in ("all", "content"):
             raise ValueError(f"tokens: expected 'all', 'content', a bool tensor or a callable, got {tokens!r}")
@@ -34,7 +34,7 @@ def check_selection(tokens: Any) -> None:
 
 
 class Selector:
-    """Rows of each call, as a bool tensor [B * S] on the CPU, or None for all of them."""
+    """Selected rows of each call, as a bool tensor [B * S] on the CPU, or None for all."""
 
     def __init__(self, tokens: Selection, model: nn.Module) -> None:
         check_selection(tokens)
@@ -60,8 +60,8 @@ class Selector:
     def _content(self, call: Call, given: Mapping[str, Any]) -> Tensor | None:
         if call.ids is None:
             raise AttachError(
-                "tokens: 'content' (the default) tells special tokens by input_ids, and the model was called with"
-                " inputs_embeds alone; give tokens='all', a bool tensor or a callable"
+                "tokens: 'content' (the default) needs input_ids to find special tokens, and the model was called with"
+                " inputs_embeds only; pass tokens='all', a bool tensor or a callable"
             )
         if call.n_rows <= FEW and call.valid is None and self.specials.isdisjoint(call.ids.reshape(-1).tolist()):
             heads = call.group.heads or ()
@@ -75,9 +75,9 @@ class Selector:
         return chosen
 
     def _chat_prefix(self, call: Call, given: Mapping[str, Any]) -> Tensor:
-        """bool [B, S]: the three tokens after each <bos> that opens a chat, however the sequence was chunked.
+        """bool [B, S]: the three tokens after each <bos> that begins a chat, however the sequence was split into calls.
 
-        One row may hold several chats: packed documents each have their own.
+        A row may contain several chats, in packed documents.
         """
         assert call.ids is not None
         found = torch.zeros(call.batch, call.length, dtype=torch.bool)
@@ -89,7 +89,7 @@ class Selector:
             opens &= call.valid
         begins: Tensor | None = None
         for row, (head, any_opens) in enumerate(zip(group.heads, opens.any(1).tolist(), strict=True)):
-            head[:] = [column for column in head if column < call.start]  # the others were taken back
+            head[:] = [column for column in head if column < call.start]  # later columns were removed
             if any_opens or 0 < len(head) < CHAT_PREFIX:
                 begins = documents(given, call) if begins is None else begins
                 self._follow(call, row, head, opens[row].tolist(), begins[row].tolist(), found[row])
@@ -98,13 +98,13 @@ class Selector:
     def _follow(
         self, call: Call, row: int, head: list[int], opens: list[bool], begins: list[bool], found: Tensor
     ) -> None:
-        """Mark a row's prefixes in `found` [S].  head: columns of the last prefix so far, its <bos> first."""
+        """Mark a row's prefixes in `found` [S].  head: columns of the most recent prefix, its <bos> first."""
         assert call.ids is not None
         ids = call.ids[row].tolist()
         valid = [True] * call.length if call.valid is None else call.valid[row].tolist()
         at = 0
         while at < call.length:
-            if not 0 < len(head) < CHAT_PREFIX:  # none under way: on to the next <bos>
+            if not 0 < len(head) < CHAT_PREFIX:  # no prefix has begun: go to the next <bos>
                 if True not in opens[at:]:
                     return
                 at = opens.index(True, at)
@@ -123,7 +123,7 @@ class Selector:
 def by_mask(mask: Tensor, call: Call, name: str) -> Tensor:
     """bool [B, S] from a mask [columns] or [B, columns] of whole sequences.
 
-    It must cover a sequence's first call; columns decoded beyond its end are not selected.
+    It must cover a sequence's first call; tokens generated beyond its end are not selected.
     """
     mask = mask.detach().to("cpu")
     full = mask[None].expand(call.batch, -1) if mask.dim() == 1 else mask
@@ -141,11 +141,11 @@ def by_mask(mask: Tensor, call: Call, name: str) -> Tensor:
 
 
 def checked(chosen: Any, call: Call, name: str) -> Tensor:
-    """What a callable returned, as bool [B, S]."""
+    """The result of a callable, as bool [B, S]."""
     shape = (call.batch, call.length)
     if not isinstance(chosen, Tensor) or chosen.dtype != torch.bool or chosen.numel() != call.n_rows:
         got = f"{chosen.dtype} {tuple(chosen.shape)}" if isinstance(chosen, Tensor) else type(chosen).__name__
-        raise AttachError(f"{name}: expected the callable to give a bool tensor {shape}, got {got}")
+        raise AttachError(f"{name}: expected the callable to return a bool tensor {shape}, got {got}")
     return chosen.detach().to("cpu").reshape(shape)
 
 
@@ -161,7 +161,7 @@ def _takes_two(function: Callable[..., Any]) -> bool:
 
 
 def _special_ids(model: nn.Module) -> tuple[Tensor, tuple[int, ...], int | None]:
-    """(ids of BOS, EOS and PAD, ids of BOS alone, id that opens a chat turn) from the model's configurations."""
+    """(ids of BOS, EOS and PAD, ids of BOS only, id that begins a chat turn) from the model's configurations."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found: dict[str, set[int]] = {"bos": set(), "eos": set(), "pad": set()}

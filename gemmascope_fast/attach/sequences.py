@@ -1,4 +1,4 @@
-"""From rows in call order to one list of rows per sequence."""
+"""Converts rows in call order to one list of rows per sequence."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from gemmascope_fast.errors import AttachError
 
 
 class _Table:
-    """Of one group, by [sequence, column]: the row that saw it last (-1: none), its id, whether it is valid.
+    """For one group, by [sequence, column]: the last row that had it (-1: none), its id, whether it is valid.
 
-    Columns that a cache held are those of the group that it continues, and each call replaces what was there from its
-    first column on.
+    Columns already in a cache come from the group that it continues, and each call replaces the columns from its first
+    one on.
     """
 
     def __init__(self, group: Group) -> None:
@@ -40,7 +40,7 @@ class _Table:
         self.valid = self.valid[:, : self.width]
 
     def _hold(self, group: Group, held: Parent) -> None:
-        """Go on with the sequences and columns that the cache held when the group began."""
+        """Start with the sequences and columns that the cache had when the group began."""
         rows = list(held.rows)
         self.row, self.id, self.valid = self.row[rows], self.id[rows], self.valid[rows]
         self._go_to(held.columns)
@@ -49,7 +49,7 @@ class _Table:
             self.valid[:, :width] = group.given[:, :width].numpy()
 
     def _go_to(self, column: int) -> None:
-        """What comes from this column on was taken back; what is missing before it was never seen."""
+        """Columns from this one on were removed; missing ones before it were never seen."""
         if column > self.width:
             self.row[:, self.width : column] = self.id[:, self.width : column] = -1
             self.valid[:, self.width : column] = True
@@ -65,7 +65,7 @@ class _Table:
 
 
 def _lineage(group: Group) -> list[tuple[Group, Parent, Sequence[Call]]]:
-    """The groups that it continues, the first one first, and itself: what the cache held when each began, its calls."""
+    """The groups that it continues, first one first, and itself: what the cache had when each began, and its calls."""
     found: list[tuple[Group, Parent, Sequence[Call]]] = []
     calls = len(group.calls)
     while True:
@@ -77,7 +77,7 @@ def _lineage(group: Group) -> list[tuple[Group, Parent, Sequence[Call]]]:
 
 
 def rows_of(ledger: Ledger, output: Any = None) -> list[Tensor]:
-    """Row numbers (int64) per sequence, padding dropped.  AttachError where that cannot be told."""
+    """Row numbers (int64) per sequence, without padding.  AttachError if they cannot be determined."""
     if output is None:
         groups = [group for group in ledger.groups if group.calls and not group.continued]
     else:
@@ -95,9 +95,9 @@ def rows_of(ledger: Ledger, output: Any = None) -> list[Tensor]:
 
 
 def after_eos(generation: Generation) -> Tensor | None:
-    """bool [B, columns] of a finished generation: True for what stands after a sequence's own EOS; None if unknown.
+    """bool [B, columns] of a finished generation: True for tokens after a sequence's own EOS; None if unknown.
 
-    An EOS in the prompt (chat templates end each turn with one) ends nothing.
+    An EOS in the prompt (chat templates end each turn with one) does not end the sequence.
     """
     final, prompt = generation.final, generation.prompt
     if final is None or prompt is None or not generation.eos:
@@ -125,7 +125,7 @@ def _matching(groups: Sequence[Group], output: Any) -> Group:
 
 
 def _final(group: Group, output: Any) -> tuple[Tensor | None, Tensor | None]:
-    """(the returned sequences, the beam indices) of a group; AttachError for a beam search without indices."""
+    """(the returned sequences, the beam indices) of a group; AttachError for beam search without indices."""
     generation = group.generation
     if generation is None:
         return None, None
@@ -136,14 +136,14 @@ def _final(group: Group, output: Any) -> tuple[Tensor | None, Tensor | None]:
         if beams is None or generation.final is None or output is None:
             raise AttachError(
                 "sequences: beams change rows between steps; call generate with return_dict_in_generate=True and"
-                " output_scores=True and give its output, which then has beam_indices"
+                " output_scores=True and pass its output, which then has beam_indices"
             )
         return generation.final, beams
     return generation.final, None
 
 
 def _of_group(group: Group, final: Tensor | None, columns: int | None, own: bool) -> list[Tensor]:
-    """columns: how many count, None for all.  own: only those of the sequences that generate returned."""
+    """columns: how many to use, None for all.  own: only those of the sequences that generate returned."""
     table = _Table(group)
     keep = table.valid.copy()
     if columns is not None:
@@ -165,7 +165,7 @@ def _of_group(group: Group, final: Tensor | None, columns: int | None, own: bool
 
 
 def _of_beams(group: Group, final: Tensor, beams: Tensor) -> list[Tensor]:
-    """beam_indices[r, i] is the running row whose logits gave sequence r its i-th new token."""
+    """beam_indices[r, i] is the running row whose logits produced the i-th new token of sequence r."""
     table, found = _Table(group), []
     prompt = group.prompt
     for r in range(final.shape[0]):
@@ -184,12 +184,12 @@ def _picked(group: Group, sequence: int, keep: np.ndarray, row: np.ndarray) -> T
     if missing.size:
         raise AttachError(
             f"sequences: {missing.size} columns were in the cache before this run saw them (or before run.clear):"
-            f" positions {_ranges(missing)} of sequence {group.base + sequence}; run.latents has what it saw"
+            f" positions {_ranges(missing)} of sequence {group.base + sequence}; run.latents has the rows it saw"
         )
     return torch.from_numpy(row[keep].astype(np.int64))
 
 
 def _ranges(numbers: np.ndarray) -> str:
-    """Ascending numbers in words: "0 to 8, 12"."""
+    """Ascending numbers as text: "0 to 8, 12"."""
     parts = np.split(numbers, (np.diff(numbers) > 1).nonzero()[0] + 1)
     return ", ".join(f"{part[0]} to {part[-1]}" if part.size > 1 else str(part[0]) for part in parts)

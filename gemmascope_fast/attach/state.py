@@ -1,4 +1,4 @@
-"""What a run and its taps share while the model runs."""
+"""State shared by a run and its taps while the model runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from gemmascope_fast.attach.entries import Key
 
 @dataclass
 class State:
-    """mode and error_grad are the run's own.  call: the model's call that this thread is in, None outside of one.
-    recomputed: whether it is computed again for gradient checkpointing.  path: the key whose latents are at this share
-    of what they are, for integrated gradients.  seconds: time spent in hooks so far.  owner: the thread that entered
-    the run."""
+    """mode and error_grad: those of the run.  call: the model call that this thread is in, None outside of one.
+    recomputed: whether gradient checkpointing computes it again.  path: for integrated gradients, a key and the factor
+    for its latents.  seconds: time spent in hooks so far.  owner: the thread that entered the run."""
 
     mode: str
     error_grad: bool

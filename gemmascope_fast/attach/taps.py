@@ -1,4 +1,4 @@
-"""One coder at its places: encode what passes, and hand back what is to go on instead."""
+"""One coder at its places: encodes the activation, and returns the replacement activation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODES = ("observe", "splice", "splice+error")
 
 
 class Tap:
-    """An entry of a run, resolved in the model and checked against it."""
+    """An entry of a run, located in the model and checked against it."""
 
     def __init__(self, state: State, entry: Entry, edits: Sequence[Edit], structure: Structure) -> None:
         self.state, self.entry, self.coder = state, entry, entry.coder
@@ -47,8 +47,8 @@ class Tap:
             isinstance(self.coder, Crosscoder) or (entry.part and entry.part.whole.kind == "crosscoder")
         ):
             raise AttachError(
-                f"mode: a crosscoder ({entry.key!r}) cannot be spliced: it reconstructs what it reads, at its first"
-                " site from activations that its last has yet to give; expected 'observe'"
+                f"mode: a crosscoder ({entry.key!r}) cannot be spliced: at its first site its reconstruction needs"
+                " activations of its last, which are not computed yet; expected 'observe'"
             )
         d_sae, d_out = (None, self.writes.width) if cfg is None else (cfg.d_sae, cfg.d_out)
         if cfg is not None:
@@ -60,7 +60,7 @@ class Tap:
         if isinstance(self.coder, BankedSAE):
             self.coder.check_fits()
         if self.splices and self.writes.form == "no_gain":
-            raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read, not replaced")
+            raise AttachError(f"{entry.key!r}: {self.writes.name} without its gain can be read but not replaced")
         if self.splices and entry.part is not None and self.writes.form:
             raise AttachError(
                 f"mode: {entry.key!r}: a cross-layer transcoder cannot write at {self.writes.name}, whose output the"
@@ -69,10 +69,10 @@ class Tap:
         self.plan = Plan(edits, d_sae, d_out) if edits else None
         self.fused = Fused.of(self)
         self.steps = [visitor.step for _, visitor in self.visits()]
-        self.next: list[str] = []  # of a bank's SAE: those that the model reaches after it
+        self.next: list[str] = []  # for a bank's SAE: those that the model reaches after it
 
     def sae(self, call: Call) -> Coder:
-        """The SAE; a bank's is held on its device until `done` or the call's end."""
+        """The SAE; one from a bank stays on its device until `done` or the end of the call."""
         if not isinstance(self.coder, BankedSAE):
             assert isinstance(self.coder, Coder)
             return self.coder
@@ -84,7 +84,7 @@ class Tap:
         return module
 
     def done(self, call: Call) -> None:
-        """The call needs the SAE no longer."""
+        """The call no longer needs the SAE."""
         lease = call.leases.pop(self, None)
         if lease is not None:
             lease.release()
@@ -106,7 +106,7 @@ class Tap:
         call.reached.add((step, self))
 
     def rows(self, x: Tensor, call: Call, place: Place) -> Tensor:
-        """x as [N, d]; AttachError where the site does not carry one row per token."""
+        """x as [N, d]; AttachError if the site does not have one row per token."""
         if x.numel() != call.n_rows * x.shape[-1]:
             raise AttachError(
                 f"{place.name}: expected {call.batch} x {call.length} rows, one per token, got shape {tuple(x.shape)}"
@@ -119,7 +119,7 @@ class Tap:
 
 
 class ReadTap:
-    """The tap at the place it reads, or at one of a crosscoder's several."""
+    """The tap at the place it reads, or at one of the places of a crosscoder."""
 
     def __init__(self, tap: Tap, number: int = 0) -> None:
         self.tap, self.number = tap, number
@@ -147,8 +147,8 @@ class ReadTap:
                 self._join(rows, call)
             elif tap.coder is not None:
                 if tap.splices and tap.writes is not tap.reads:
-                    # copied: a skip connection reads them again at the write, and autograd in its backward, when an
-                    # in-place operation of the model may have changed what passed here (Mixtral's jitter)
+                    # copied, because the write (skip connection) and autograd's backward read them again, and an
+                    # in-place operation of the model may change them in between (Mixtral's jitter)
                     rows = rows.clone()
                 self._encode(tap.sae(call), rows, call, x)
                 if not tap.splices:
@@ -156,17 +156,17 @@ class ReadTap:
         tap.state.seconds += time.perf_counter() - begin
 
     def _join(self, rows: Tensor, call: Call) -> None:
-        """Keep the rows until every site of a crosscoder has given its own, then encode them side by side."""
+        """Keep the rows until all sites of a crosscoder have theirs, then encode them side by side."""
         sae = self.tap.coder
         assert isinstance(sae, Coder)
         held = call.scratch.setdefault(("held", self.tap), {})
-        # copied: an in-place operation of the model may change what passed here
+        # copied, because an in-place operation of the model may change them
         held[self.number] = rows.to(sae.device, copy=True)
         if len(held) == len(self.tap.sources):
             self._encode(sae, torch.cat([held[number] for number in sorted(held)], -1), call)
 
     def _encode(self, sae: Coder, rows: Tensor, call: Call, x: Tensor | None = None) -> None:
-        """x: what passes at the site, of which these are the rows, where nothing was done to it."""
+        """x: the activation at the site, if these are its rows and unchanged."""
         if rows.shape[-1] != sae.cfg.d_in:
             raise AttachError(
                 f"{self.tap.reads.name}: carries {rows.shape[-1]} dimensions, the SAE's d_in is {sae.d_in}"
@@ -176,7 +176,7 @@ class ReadTap:
         latents = sae.encode_sparse(rows) if fused is None else fused
         asks = self.tap.splices and torch.is_grad_enabled() and not transformed()
         if asks and not latents.values.requires_grad:
-            # everything before and in the SAE is frozen: attribution still asks for the gradient here
+            # everything before and in the SAE is frozen, but attribution needs the gradient here
             latents = latents.with_values(latents.values.requires_grad_())
         call.scratch["latents", self.tap.entry.key] = latents
         if self.tap.splices:
@@ -213,19 +213,19 @@ class WriteTap:
         return new
 
     def _check_region(self, call: Call) -> None:
-        """AttachError where backward could not splice here again."""
+        """AttachError if backward could not splice here again."""
         tap = self.tap
         if not call.graded or call.replay:
             return
         if call.region is None and checkpointing.elsewhere():
             raise AttachError(
                 f"gradient checkpointing: {tap.writes.name} is inside torch.utils.checkpoint, and the splice of"
-                f" {tap.entry.key!r} would be left out in backward; {checkpointing.HOW}"
+                f" {tap.entry.key!r} would be missing in backward; {checkpointing.HOW}"
             )
         if tap.coder is not None and call.scratch.get(("region", tap), call.region) is not call.region:
             raise AttachError(
                 f"gradient checkpointing: {tap.entry.key!r} reads {tap.reads.name} and writes {tap.writes.name}, which"
-                " are checkpointed apart; call model.gradient_checkpointing_disable()"
+                " are checkpointed separately; call model.gradient_checkpointing_disable()"
             )
 
     def _new(self, x: Tensor, call: Call) -> Tensor | None:
@@ -265,7 +265,7 @@ class WriteTap:
     def _edited(
         self, flat: Tensor, sae: Coder | None, latents: SparseLatents | None, call: Call, at: Tensor | None
     ) -> Tensor:
-        """flat with the edits added to the chosen rows; flat itself where nothing is added."""
+        """flat with the edits added to the selected rows; flat itself if nothing is added."""
         plan = self.tap.plan
         if plan is None:
             return flat
@@ -279,7 +279,7 @@ class WriteTap:
 
 
 def follow(taps: Sequence[Tap]) -> list[BankedSAE]:
-    """Tell each tap of a bank's SAE which come after it, round and round; gives the first of them."""
+    """Tell each tap of a bank's SAE which SAEs come after it, in a cycle; returns the first ones."""
     order = {
         kind: i for i, kind in enumerate(("embed", "attn", "attn_out", "mlp_in", "mlp_in_no_gain", "mlp", "resid"))
     }
@@ -295,7 +295,7 @@ def follow(taps: Sequence[Tap]) -> list[BankedSAE]:
 def _scaled(
     x: Tensor, sae: Coder, latents: SparseLatents, at: Tensor | None, factor: float, unit: Tensor | float | None
 ) -> Tensor:
-    """x with the chosen rows' latents at `factor` of what they are; the gradient stays that of x."""
+    """x with the selected rows' latents multiplied by `factor`; the gradient stays that of x."""
     values = (factor - 1) * latents.values.detach()
     added = ops.decode(latents.crow_indices, latents.col_indices, values, sae.W_dec, None, None).to(x.device)
     added = added if unit is None else added * unit
@@ -303,7 +303,7 @@ def _scaled(
 
 
 def _formed(x: Tensor, place: Place, inputs: tuple[Any, ...]) -> Tensor:
-    """What the SAE reads, from what passes at the place."""
+    """What the SAE reads, computed from the activation at the place."""
     if place.form == "no_gain":
         norm = place.module
         if isinstance(norm, torch.nn.LayerNorm):
@@ -315,13 +315,13 @@ def _formed(x: Tensor, place: Place, inputs: tuple[Any, ...]) -> Tensor:
     if place.form == "unscaled":
         if place.module.weight.is_meta:  # type: ignore[union-attr]
             raise AttachError(f"{place.name}: the embedding's weights are offloaded; keep it on a device")
-        # looked up again: dividing by the scale would not give the table's own values back
+        # looked up again, because dividing by the scale would not restore the table's exact values
         return torch.nn.functional.embedding(inputs[0], place.module.weight)  # type: ignore[arg-type]
     return x * place.scale if place.form == "scaled" else x
 
 
 def _unit(place: Place) -> Tensor | float | None:
-    """What the SAE's own units are multiplied by at a place; None for 1."""
+    """The factor for the SAE's units at a place; None for 1."""
     if place.form == "unscaled":
         return place.module.embed_scale  # type: ignore[return-value]
     return 1 / place.scale if place.form == "scaled" else None

@@ -1,4 +1,4 @@
-"""Versions of this package and of what it stands on."""
+"""Versions of this package and its dependencies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gemmascope_fast._version import __version__
 
 
 def versions(packages: Iterable[str]) -> dict[str, str | None]:
-    """Version by name of this package, Python and `packages`; None where a package is not installed."""
+    """Versions by name: this package, Python and `packages`; None for a package that is not installed."""
     found: dict[str, str | None] = {"gemmascope-fast": __version__, "python": platform.python_version()}
     for name in packages:
         try:

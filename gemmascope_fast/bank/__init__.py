@@ -1,13 +1,13 @@
-"""A bank: many SAEs behind one object, of which a budget's worth is in memory.
+"""A bank: many SAEs in one object, which keeps only as many in memory as fit into a budget.
 
-Three tiers, each with a budget in bytes.  *Device*: ready to run, with what they pack.  *Host*: bare weights in RAM.
-*Disk*: the checkpoints themselves (of a repository: in the Hugging Face cache).  A use brings an SAE to the device;
-the least recently used one that is not in use leaves, to the host tier or, without room there, for good.
+There are three tiers; device and host have a budget in bytes.  *Device*: SAEs ready to run, with their screens.
+*Host*: only the weights, in RAM.  *Disk*: the checkpoints (of a repository: in the Hugging Face cache).  Using an SAE
+moves it to the device. The least recently used SAE that is not in use moves to the host tier, or is dropped.
 
 On a CPU, device and host are the same memory, so an SAE is in one of the two tiers, never in both, and moving it
-copies nothing: host_bytes then is room for SAEs that keep their weights and lose what they packed, and the most
-that a bank holds is device_bytes + host_bytes.  On an accelerator device_bytes is its memory, host_bytes RAM, and
-an SAE that leaves the device is copied again from the host tier while it is there.
+copies nothing. There host_bytes is room for SAEs that keep their weights but lose their screens, and a bank uses at
+most device_bytes + host_bytes.  On an accelerator, device_bytes is its memory and host_bytes is RAM. An SAE that left
+the device is copied again from the host tier if it is still there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Source = str | Path
 
 
 class BankedSAE:
-    """An SAE of a bank: what it is is here, its weights are there while it is used."""
+    """An SAE of a bank. Its description is always available, its weights only while it is used."""
 
     def __init__(self, store: Store, member: Member) -> None:
         self._store, self._member = store, member
@@ -61,41 +61,41 @@ class BankedSAE:
 
     @property
     def nbytes(self) -> int:
-        """What it counts against device_bytes."""
+        """Bytes that it counts against device_bytes."""
         return self._store.device_bytes_of(self.name)
 
     def lease(self) -> Lease:
-        """The SAE on the device until the lease is released: `with` gives the module, or see `Lease.release`.
+        """The SAE on the device until the lease is released: `with` gives the module; or see `Lease.release`.
 
-        BankError where the budget has no room (waits first for what other threads use), CheckpointError where the
-        checkpoint cannot be read.  The module is shared and read-only; do not keep it after the release: its memory
-        counts until you let go.
+        Raises BankError if the budget has no room (it first waits for SAEs that other threads use), CheckpointError if
+        the checkpoint cannot be read.  The module is shared and read-only. Do not keep it after the release: its memory
+        counts as long as you hold it.
         """
         return self._store.acquire(self.name)
 
     def check_fits(self) -> None:
-        """BankError where the budget is smaller than this SAE."""
+        """Raise BankError if the budget is smaller than this SAE."""
         self._store.check_fits(self.name)
 
     def encode_sparse(
         self, x: Tensor, screen: bool | None = None, bandwidth: float | None = None, precision: str = "exact"
     ) -> SparseLatents:
-        """As the SAE's own."""
+        """Like `encode_sparse` of the SAE."""
         with self.lease() as sae:
             return sae.encode_sparse(x, screen, bandwidth, precision)  # type: ignore[operator]
 
     def decode(self, latents: Tensor | SparseLatents) -> Tensor:
-        """As the SAE's own."""
+        """Like `decode` of the SAE."""
         with self.lease() as sae:
             return sae.decode(latents)  # type: ignore[operator]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """As the SAE's own."""
+        """Like `forward` of the SAE."""
         with self.lease() as sae:
             return sae(x)
 
     def prefetch_next(self, names: list[str]) -> None:
-        """Bring others of its bank in the background."""
+        """Load other SAEs of its bank in the background."""
         self._store.prefetch(names)
 
     @property
@@ -107,20 +107,20 @@ class BankedSAE:
 
 
 class Bank(Mapping[str, BankedSAE]):
-    """SAEs by name: those of a file, a folder, a Hugging Face repository, a SAELens release, or of several models.
+    """SAEs by name, from a file, a folder, a Hugging Face repository, a SAELens release, or for several models.
 
-    source: one of these, or {model_name: source}; a name is then "model_name:sae_id", otherwise the sae_id.
-    device_bytes, host_bytes: budgets (None: no limit), see the module; on what is held: weights, what they pack,
-    what is being loaded, and what has left but is still referenced from outside.  An SAE larger than device_bytes
-    is a BankError where it is used.
-    ahead: how many of the SAEs that an attached model reaches next are brought while it works on this one.
-    screen: SAEs have their screen built when they come to the device, and its bytes count there; worth it where an SAE
-    is used often before it leaves.  False: none is ever built.  The answers are the same bytes.
+    source: one of these, or {model_name: source}. Names are then "model_name:sae_id", otherwise the sae_id.
+    device_bytes, host_bytes: budgets (None: no limit), see the module docstring. They cover weights, screens, SAEs
+    being loaded, and SAEs that left the bank but are still referenced elsewhere.  Using an SAE larger than device_bytes
+    raises BankError.
+    ahead: how many of the SAEs that an attached model needs next are loaded while it uses the current one.
+    screen: build the screen of an SAE when it comes to the device; its bytes count there. Useful if an SAE is used
+    often before it leaves.  False: never build one.  The results are the same, byte for byte.
 
-    The listing is read now (of a repository: its listing alone), headers and weights at first use.  Weights are
-    read-only: an SAE may leave and be read again.  Safe to use from several threads.
+    The list of SAEs is read now (of a repository: only its listing), headers and weights at first use.  Weights are
+    read-only, because an SAE may be dropped and read again.  Safe to use from several threads.
 
-    Raises CheckpointError where there is no checkpoint, ValueError for budgets or dtypes that mean nothing.
+    Raises CheckpointError if there is no checkpoint, ValueError for invalid budgets or dtypes.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Bank(Mapping[str, BankedSAE]):
         revision: str | None = None,
     ) -> None:
         if ahead < 0:
-            raise ValueError(f"ahead: expected a count, got {ahead}")
+            raise ValueError(f"ahead: expected 0 or more, got {ahead}")
         self._store = Store(torch.device(device), held_dtype(dtype), device_bytes, host_bytes, ahead, screen)
         several = isinstance(source, Mapping)
         for model, place in source.items() if isinstance(source, Mapping) else [(None, source)]:
@@ -146,7 +146,7 @@ class Bank(Mapping[str, BankedSAE]):
         self._members = dict(self._store.members)
         self._any_model = not several
 
-    # ---- what is in it ------------------------------------------------------------------------------
+    # ---- contents -----------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> BankedSAE:
         if name not in self._members:
@@ -160,8 +160,8 @@ class Bank(Mapping[str, BankedSAE]):
         return len(self._members)
 
     def select(self, *patterns: str) -> Bank:
-        """The SAEs whose sae_id fits a pattern such as "layer_*/width_16k/*", as a bank that shares this one's
-        budget.  KeyError where none does."""
+        """The SAEs whose sae_id matches a pattern such as "layer_*/width_16k/*", as a bank that shares this one's
+        budget.  KeyError if there are none."""
         found = matching(self._members.values(), patterns)
         if not found:
             raise KeyError(
@@ -170,8 +170,8 @@ class Bank(Mapping[str, BankedSAE]):
         return self._part(found, self._any_model)
 
     def of(self, model_name: str) -> Bank:
-        """The SAEs of one model, as a bank that shares this one's budget; `attach` takes all of them, whatever the
-        model given there is called.  KeyError for a name that the bank does not know."""
+        """The SAEs of one model, as a bank that shares this one's budget. `attach` uses all of them, whatever the model
+        is called.  KeyError for an unknown name."""
         found = [m for m in self._members.values() if m.model_name == model_name]
         if not found:
             raise KeyError(f"{model_name!r}: expected one of {self.models}")
@@ -185,14 +185,14 @@ class Bank(Mapping[str, BankedSAE]):
 
     @property
     def models(self) -> list[str | None]:
-        """The models' names: as told, or as the checkpoints say (None where one does not)."""
+        """Names of the models, as given or as in the checkpoints (None if one does not say)."""
         return list(dict.fromkeys(m.model_name for m in self._members.values()))
 
     def for_model(self, model: nn.Module) -> Bank:
         """The SAEs of a model by its name (`name_or_path`; the last part of a path is enough).
 
-        A bank of one source whose checkpoints name at most one model gives all of them: sizes and sites are checked
-        by `attach`.  AttachError where the bank holds several models' and none is this one's.
+        If a bank has one source whose checkpoints name at most one model, this returns all of them; `attach` checks
+        sizes and sites.  AttachError if the bank has SAEs of several models and none is this one.
         """
         if self._any_model and len(self.models) <= 1:
             return self
@@ -201,8 +201,8 @@ class Bank(Mapping[str, BankedSAE]):
         found = [m for m in self._members.values() if m.model_name and _short(m.model_name) in own]
         if not found:
             raise AttachError(
-                f"saes: this bank holds SAEs of {self.models}, and the model calls itself {sorted(own) or 'nothing'};"
-                " give bank.of(name)"
+                f"saes: this bank has SAEs of {self.models}, and the name of the model is {sorted(own) or 'unknown'};"
+                " use bank.of(name)"
             )
         return self._part(found, True)
 
@@ -210,7 +210,7 @@ class Bank(Mapping[str, BankedSAE]):
 
     @contextmanager
     def use(self, name: str) -> Iterator[Any]:
-        """The SAE `name` on the device while the block lasts (see `BankedSAE.lease`)."""
+        """The SAE `name`, on the device within the block (see `BankedSAE.lease`)."""
         lease = self[name].lease()
         try:
             yield lease.module
@@ -218,21 +218,21 @@ class Bank(Mapping[str, BankedSAE]):
             lease.release()
 
     def prefetch(self, model_name: str | None = None) -> None:
-        """Announce that a model's SAEs (None: all of this bank) are to be used soon, in the order of the layers that
-        their names tell.
+        """Start loading a model's SAEs (None: all of this bank) because they are used soon, in the order of the layers
+        in their names.
 
-        Returns at once; they are brought in the background, to the device as many as fit, to the host tier those
-        that come after.  Nothing in use leaves for them.  A later announcement takes the place of this one.
+        Returns at once. They are loaded in the background: to the device as many as fit, the later ones to the host
+        tier.  SAEs in use are not evicted for them.  A later call replaces this one.
         """
         part = self if model_name is None else self.of(model_name)
         self._store.announce(sorted(part, key=_in_order))
 
     def settle(self) -> None:
-        """Wait until nothing is being brought in the background."""
+        """Wait until background loading has finished."""
         self._store.settle()
 
     def close(self) -> None:
-        """Let go of all SAEs; BankError where one is in use.  Parts of a bank close together."""
+        """Drop all SAEs; BankError if one is in use.  Closing a part of a bank closes the whole bank."""
         self._store.close()
 
     def __enter__(self) -> Bank:
@@ -241,16 +241,16 @@ class Bank(Mapping[str, BankedSAE]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # ---- what it does -------------------------------------------------------------------------------
+    # ---- statistics ---------------------------------------------------------------------------------
 
     @property
     def stats(self) -> Stats:
-        """Counts of uses, waits and loads; the same object for as long as the bank lives."""
+        """Counts of uses, waits and loads; always the same object."""
         return self._store.stats
 
     def held(self) -> dict[str, dict[str, Any]]:
-        """By tier: its budget, the bytes that count now, the most that ever counted, how many have left, and the
-        SAEs that are there, the next to leave first."""
+        """For each tier: budget, bytes that count now, maximum so far, number of SAEs that left, and the SAEs in it,
+        the next to leave first."""
         return self._store.held()
 
     def __repr__(self) -> str:
@@ -262,7 +262,7 @@ def _short(name: str) -> str:
 
 
 def _in_order(name: str) -> tuple[int, list[tuple[int, str]]]:
-    """By layer, then by name with its numbers counted as numbers."""
+    """Sort key: by layer, then by name, with numbers in names compared as numbers."""
     layer = re.search(r"(?:layers?|blocks)[._](\d+)", name)
     parts = [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
     return (int(layer[1]) if layer else -1), parts

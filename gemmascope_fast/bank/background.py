@@ -1,4 +1,4 @@
-"""What a bank brings ahead of its use: a queue, and a thread for as long as there is something in it."""
+"""Loads SAEs of a bank in the background before they are used: a queue, and a thread while it is not empty."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Wanted(NamedTuple):
-    """An SAE to bring in the background; `spare` may not leave for it."""
+    """An SAE to load in the background; those in `spare` must not be evicted for it."""
 
     name: str
     spare: frozenset[str]
@@ -17,10 +17,10 @@ class Wanted(NamedTuple):
 
 
 class Background:
-    """A queue of SAEs.  Its thread gives them to `fetch`, one after the other.
+    """A queue of SAEs.  Its thread passes them to `fetch` one by one.
 
-    `changed` is the store's lock: held around every method here and around `fetch`, which may let go of it meanwhile
-    and raises nothing.
+    `changed` is the store's lock. It is held around every method here and around `fetch`, which may release it for a
+    while and raises nothing.
     """
 
     def __init__(self, changed: threading.Condition) -> None:
@@ -29,23 +29,23 @@ class Background:
         self._thread: threading.Thread | None = None
 
     def put(self, wanted: Iterable[Wanted], fetch: Callable[[Wanted], None]) -> None:
-        """Queue what is not queued yet: what was announced behind everything else, anything else before it."""
+        """Queue what is not queued yet: announced SAEs at the end, others before all announced ones."""
         queued = {item.name for item in self._queue}
         new = [item for item in wanted if item.name not in queued]
         self._queue.extend(item for item in new if item.announced)
         self._queue.extendleft(item for item in reversed(new) if not item.announced)
         if self._queue and self._thread is None:
-            # A thread for as long as there is work: an idle bank leaves none behind.  It alone holds `fetch`, a method
-            # of the store: a reference from here would make a cycle, and keep a dropped bank's weights in memory.
+            # The thread exists only while there is work.  Only the thread refers to `fetch`, a method of the store. A
+            # reference from this object would make a cycle, and keep the weights of a deleted bank in memory.
             self._thread = threading.Thread(target=self._work, args=(fetch,), name="gemmascope-fast bank", daemon=True)
             self._thread.start()
 
     def forget_announced(self) -> None:
-        """A later announcement takes the place of an earlier one."""
+        """Drop earlier announcements; a later one replaces them."""
         self._queue = deque(item for item in self._queue if not item.announced)
 
     def stop(self) -> None:
-        """Nothing more after what is being fetched."""
+        """Fetch nothing more after the current SAE."""
         self._queue.clear()
 
     def settle(self) -> None:
@@ -54,7 +54,7 @@ class Background:
             self._changed.wait()
 
     def runs_here(self) -> bool:
-        """Whether the caller is this queue's thread."""
+        """Whether the caller runs in this queue's thread."""
         return threading.current_thread() is self._thread
 
     def _work(self, fetch: Callable[[Wanted], None]) -> None:

@@ -1,4 +1,4 @@
-"""What a bank holds, as names and headers: which checkpoints are in a place, how many bytes each takes."""
+"""The contents of a bank as names and headers: which checkpoints there are, and how many bytes each needs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 class Member:
-    """One checkpoint of a bank.  Its header is read (and, of a repository's, its file fetched) when first asked for.
+    """One checkpoint of a bank.  Its header is read (of a repository, its file is downloaded) when first needed.
 
-    name: its key in the bank.  model: the name that the bank was told, None where the checkpoint is to say it.
+    name: its key in the bank.  model: the name given to the bank, or None to use the checkpoint's.
     """
 
     def __init__(self, name: str, model: str | None, source: str | Path, sae_id: str | None, revision: str | None):
@@ -56,7 +56,7 @@ class Member:
 
     @property
     def cfg(self) -> SAEConfig:
-        """CheckpointError where the checkpoint is of several sites."""
+        """Raise CheckpointError if the checkpoint has several sites."""
         found = self.checkpoint
         if found.layers:
             raise CheckpointError(f"{found.path}: expected a checkpoint of one site, got a {found.kind}")
@@ -67,24 +67,24 @@ class Member:
         return self.told_model if self.told_model is not None else self.checkpoint.model_name
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of its parameters as held in `dtype`."""
+        """Bytes of its parameters in `dtype`."""
         return _elements(self.checkpoint) * dtype.itemsize
 
     def packed_bytes(self) -> int:
-        """The most bytes that it may pack beside them."""
+        """The most bytes that its screen may need in addition."""
         found = self.checkpoint
         if found.extra.get("shared"):
             return most_bytes(len(found.layers) * found.d_in, found.d_sae)
         return sum(most_bytes(part.d_in, part.d_sae) for part in found.layers or (found,))
 
     def load(self, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """The module, its parameters without gradient.
+        """Load the module; its parameters do not require gradients.
 
-        Raises CheckpointError where a file is not the one whose header was read: a bank's SAEs may be read many
-        times, and all readings must give the same weights.
+        Raises CheckpointError if a file is not the one whose header was read, because a bank may read an SAE many times
+        and must get the same weights each time.
         """
         checkpoint, stamp = self._open()
-        # in inference mode tensors would be made that no autograd graph may hold later
+        # inference mode would make tensors that autograd graphs cannot use later
         with torch.inference_mode(False), torch.no_grad():
             self._check(checkpoint, stamp)
             made = build(checkpoint, device, dtype)
@@ -92,7 +92,7 @@ class Member:
         return made.requires_grad_(False).eval()
 
     def pack(self, module: torch.nn.Module) -> None:
-        """Its screen: the one stored beside the weights, or one built now."""
+        """Its screen: the one stored with the weights, or a new one."""
         with torch.inference_mode(False), torch.no_grad():
             take_screen(module, self.checkpoint)
             pack(module)
@@ -103,14 +103,14 @@ class Member:
         for before, after in zip(stamp, now, strict=True):
             if before != after:
                 raise CheckpointError(
-                    f"{before[0]}: changed on disk since the bank read its header; make the bank anew"
+                    f"{before[0]}: changed on disk since the bank read its header; create the bank again"
                 )
 
 
 def find(source: str | Path, revision: str | None = None) -> Iterator[tuple[str | Path, str | None, str]]:
-    """(source, sae_id, name) of every checkpoint in a place: a file, a folder, a repository, a SAELens release.
+    """(source, sae_id, name) of every checkpoint in a file, a folder, a repository or a SAELens release.
 
-    Nothing of a repository is fetched but its listing.  CheckpointError where there is none.
+    Of a repository only the listing is read.  CheckpointError if there is no checkpoint.
     """
     root = Path(source)
     if root.is_file():
@@ -130,7 +130,7 @@ def find(source: str | Path, revision: str | None = None) -> Iterator[tuple[str 
 
 
 def matching(members: Iterable[Member], patterns: Sequence[str]) -> list[Member]:
-    """Those whose sae_id fits one of the patterns (`*`, `?`, `[…]`; `*` also matches `/`)."""
+    """Those whose sae_id matches one of the patterns (`*`, `?`, `[…]`; `*` also matches `/`)."""
     return [m for m in members if any(fnmatch.fnmatchcase(m.sae_id, pattern) for pattern in patterns)]
 
 
@@ -138,7 +138,7 @@ def _elements(checkpoint: Checkpoint) -> int:
     own = {name: math.prod(entry.shape) for name, entry in checkpoint.arrays.items()}
     if checkpoint.layers:
         each = [_elements(layer) for layer in checkpoint.layers]
-        # files of one set of latents each hold its bias and thresholds; the crosscoder holds them once
+        # each file of one set of latents has its bias and thresholds; the crosscoder keeps them once
         twice = 2 * checkpoint.d_sae * (len(each) - 1) if checkpoint.extra.get("shared") else 0
         return sum(own.values()) + sum(each) - twice
     return sum(own.values()) + (0 if "threshold" in own else checkpoint.d_sae)
@@ -152,6 +152,6 @@ def _stamp(checkpoint: Checkpoint) -> Stamp:
         try:
             stat = os.stat(file)
         except OSError as error:
-            raise CheckpointError(f"{file}: no longer there: {error}") from error
+            raise CheckpointError(f"{file}: no longer exists: {error}") from error
         found.append((file, stat.st_ino, stat.st_size, stat.st_mtime_ns))
     return tuple(found)

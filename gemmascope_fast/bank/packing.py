@@ -1,4 +1,4 @@
-"""What a bank's SAEs pack beside their weights: their screen where they come to the device, or nothing at all."""
+"""What the SAEs of a bank keep in addition to weights: their screen when they are on the device, or nothing."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from gemmascope_fast.sae.screen_cache import ScreenCache, Screened, ScreenOption
 
 
 class NoScreen(ScreenCache):
-    """Holds no screen, whatever is asked: the bank counts no room for one.  An encode's bytes are the same."""
+    """Never builds a screen, because the bank reserves no room for it.  The results are the same."""
 
     def encode(self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None) -> Sequence[Tensor]:
         return super().encode(sae, x, False, bandwidth)
 
     def build(self, sae: Screened, options: ScreenOptions) -> None:
-        raise BankError("prepare: this bank was made with screen=False and counts no bytes for what is packed")
+        raise BankError("prepare: this bank was made with screen=False and has no room for a screen")
 
 
 def unpack(module: nn.Module, bare: bool = False) -> None:
-    """Let go of what is packed.  bare: and pack nothing from now on."""
+    """Drop the screen.  bare: never build one again."""
     for part in _saes(module):
         part.screen_cache = NoScreen() if bare else ScreenCache()
 
 
 def pack(module: nn.Module) -> None:
-    """Pack now, rather than at the first use, where packing pays."""
+    """Build the screen now rather than at first use, if it makes encoding faster."""
     for part in _saes(module):
         if pays(part.b_dec, part.W_enc):
             part.prepare()
 
 
 def packed(module: nn.Module) -> list[Tensor]:
-    """Every tensor held beside the parameters."""
+    """All tensors kept in addition to the parameters."""
     screens = [part.screen_cache.screen for part in _saes(module)]
     return [t for screen in screens if screen is not None for t in vars(screen).values() if isinstance(t, Tensor)]
 

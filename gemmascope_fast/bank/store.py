@@ -1,4 +1,4 @@
-"""The three tiers of a bank behind one lock: who may load, who must leave, who has to wait."""
+"""The three tiers of a bank behind one lock: decides who may load, who must leave and who has to wait."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from gemmascope_fast.bank.packing import unpack
 from gemmascope_fast.bank.tiers import Slot, Tier
 from gemmascope_fast.errors import BankError
 
-POLL = 0.05  # seconds: memory that somebody else lets go of is not announced
+POLL = 0.05  # seconds: there is no event when other code frees memory
 
 
 @dataclass
 class Stats:
     """Counts since the bank was made.
 
-    hits: uses of an SAE that was on the device.  waits: uses that had to wait for it, in seconds `waited`.
-    loads: readings from disk, `bytes_read` in all; prefetched: those of the background thread.  failed: background
-    loads that met an error, the last of which is `error` (a use meets it again, and raises it).
+    hits: uses of an SAE that was already on the device.  waits: uses that had to wait for it; `waited` is in seconds.
+    loads: reads from disk, `bytes_read` in total; prefetched: those by the background thread.  failed: background
+    loads with an error, and `error` is the last one (a use gets the same error, and raises it).
     """
 
     hits: int = 0
@@ -43,14 +43,14 @@ class Stats:
 
 
 class Lease:
-    """One use of an SAE: `module` is there, and stays on the device, until `release`."""
+    """One use of an SAE: `module` stays on the device until `release`."""
 
     def __init__(self, store: Store, slot: Slot) -> None:
         self._store, self._slot, self._thread = store, slot, threading.get_ident()
         self.module: Any = slot.module
 
     def release(self) -> None:
-        """Give it back; more than once does no harm."""
+        """End the use. Calling it more than once is harmless."""
         if self.module is not None:
             self.module = None
             self._store.release(self._slot, self._thread)
@@ -64,11 +64,11 @@ class Lease:
 
 
 class Store:
-    """SAEs by name in two budgeted memories, and on disk.
+    """SAEs by name in two memories with budgets, and on disk.
 
-    Where the device is the CPU there is one memory: an SAE is in the device tier with what it packs or in the host
-    tier as bare weights, and moving between the two copies nothing.  On an accelerator the host tier keeps its copy
-    of what is on the device until its own budget needs the room.
+    If the device is the CPU, there is one memory. An SAE is in the device tier with its screen, or in the host tier as
+    bare weights, and moving between the two copies nothing.  On an accelerator, the host tier keeps its copy of what is
+    on the device until it needs the room.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Store:
     # ---- sizes --------------------------------------------------------------------------------------
 
     def device_bytes_of(self, name: str) -> int:
-        """What an SAE counts on the device: its weights and the most that it may pack."""
+        """What an SAE counts on the device: its weights and the most that its screen may need."""
         member = self.members[name]
         return member.weight_bytes(self.dtype) + (member.packed_bytes() if self.screen else 0)
 
@@ -105,7 +105,7 @@ class Store:
         return self.members[name].weight_bytes(self.dtype)
 
     def check_fits(self, name: str) -> None:
-        """BankError for an SAE that no eviction could make room for."""
+        """Raise BankError for an SAE that would not fit even if all others left."""
         need, budget = self.device_bytes_of(name), self.on_device.budget
         if budget is not None and need > budget:
             raise BankError(f"device_bytes: {name} takes {need} bytes, the budget is {budget}")
@@ -113,9 +113,9 @@ class Store:
     # ---- use ----------------------------------------------------------------------------------------
 
     def acquire(self, name: str) -> Lease:
-        """The SAE on the device, pinned: loads it, evicts for it, waits for what other threads have in use.
+        """Pin the SAE on the device: load it, evict others, or wait for those that other threads use.
 
-        Raises BankError where it cannot get room, CheckpointError where it cannot be read.
+        Raises BankError if it cannot get room, CheckpointError if it cannot be read.
         """
         self.check_fits(name)
         me = threading.get_ident()
@@ -128,7 +128,7 @@ class Store:
                     break
                 begin = time.perf_counter() if begin is None else begin
                 if name in self.on_device.coming or name in self.on_host.coming:
-                    self._wait(me)  # it is on its way
+                    self._wait(me)  # it is being loaded
                 elif (slot := self._bring(name)) is not None:
                     break
                 else:
@@ -151,7 +151,7 @@ class Store:
 
     @contextmanager
     def _unlocked(self) -> Iterator[None]:
-        """The lock is let go within: for what takes long."""
+        """Release the lock within the block, for slow work."""
         self._changed.release()
         try:
             yield
@@ -170,7 +170,7 @@ class Store:
             self._waiting.discard(me)
 
     def _wait_for_room(self, me: int, name: str) -> None:
-        """Wait until somebody may have made room; BankError where nobody ever will."""
+        """Wait until room may have become free; BankError if that cannot happen."""
         tier = self.on_device
         holders = {thread for slot in tier.slots.values() for thread in slot.pins}
         alive = {thread.ident for thread in threading.enumerate()}
@@ -180,25 +180,25 @@ class Store:
         before = tier.ghost_bytes()
         ghosts = tier.ghosts_after_collection()
         if ghosts < before:
-            return  # that made room: try again
+            return  # room became free: try again
         in_use = [slot.name for slot in tier.slots.values() if slot.pins]
         told = f"; in use: {', '.join(in_use)}" if in_use else ""
         if ghosts:
             told += (
-                f"; {ghosts} bytes of SAEs that have left the bank are still held: by variables, or by an autograd"
-                " graph (torch.no_grad() keeps none)"
+                f"; {ghosts} bytes of SAEs that left the bank are still in memory, held by variables or by an autograd"
+                " graph (torch.no_grad() avoids the graph)"
             )
         raise BankError(f"device_bytes: no room for {name}, {self.device_bytes_of(name)} of {tier.budget} bytes{told}")
 
     # ---- moving; the lock is held --------------------------------------------------------------------
 
     def _bring(self, name: str, spare: Collection[str] = ()) -> Slot | None:
-        """The SAE's slot on the device, filled; None where it has no room.  What leaves for it goes to the host tier,
-        or for good.  The lock is let go while bytes move, the room being reserved; nothing stays on an error."""
+        """The SAE's slot on the device, filled; None if there is no room.  What is evicted goes to the host tier or is
+        dropped.  Room is reserved and the lock is released while bytes move; after an error nothing remains."""
         need = self.device_bytes_of(name)
         here = self.on_host.slots.get(name)
         if here is not None and not self.separate:
-            del self.on_host.slots[name]  # it changes places with what leaves
+            del self.on_host.slots[name]  # it swaps places with what is evicted
         if not self._make_room(self.on_device, need, spare):
             if here is not None and not self.separate:
                 self.on_host.slots[name] = here
@@ -216,7 +216,7 @@ class Store:
         return self._arrived(self.on_device, Slot(name, module, need))
 
     def _make_room(self, tier: Tier, need: int, spare: Collection[str]) -> bool:
-        """Let SAEs leave until `need` bytes fit; what somebody outside still holds does not count as gone."""
+        """Evict SAEs until `need` bytes fit. Those still referenced elsewhere do not count as freed."""
         while True:
             out = tier.make_room(need, spare)
             if out is None:
@@ -224,7 +224,7 @@ class Store:
             if not out:
                 return True
             while out:
-                slot = out.pop(0)  # no other reference: what is freed is freed at once
+                slot = out.pop(0)  # no other reference, so that memory is freed immediately
                 if tier is self.on_host or self.separate or not self._to_host(slot):
                     tier.left(slot)
                 del slot
@@ -235,7 +235,7 @@ class Store:
         return slot
 
     def _to_host(self, slot: Slot) -> bool:
-        """One memory, two tiers: the slot goes over without what it packed."""
+        """One memory, two tiers: the slot moves to the other tier without its screen."""
         if not self._reserve_on_host(slot.name):
             return False
         if self.screen:
@@ -244,7 +244,7 @@ class Store:
         return True
 
     def _read(self, name: str) -> nn.Module:
-        """From disk: by way of the host tier where that is a memory of its own and has room."""
+        """Load from disk; through the host tier, if that is a separate memory and has room."""
         if self.separate and self._reserve_on_host(name):
             return self._of_host(self._bring_to_host(name))
         return self._load(name, self.device)
@@ -277,7 +277,7 @@ class Store:
         return module
 
     def _of_host(self, here: Slot) -> nn.Module:
-        """The host's module: itself where there is one memory, else a copy, the original pinned while it is read."""
+        """The host's module: the same one if there is one memory, else a copy; the original is pinned meanwhile."""
         if not self.separate:
             return here.module
         me = threading.get_ident()
@@ -292,13 +292,13 @@ class Store:
     # ---- in the background ---------------------------------------------------------------------------
 
     def prefetch(self, names: Iterable[str]) -> None:
-        """Bring these next, before anything announced; one that has no room without evicting what is in use is
-        left out."""
+        """Load these next, before announced ones. One that has no room unless SAEs in use are evicted is left
+        out."""
         self._enqueue(list(names), announced=False)
 
     def announce(self, names: Iterable[str]) -> None:
-        """These will be used soon, in this order: to the device while there is room among them, then to the host.
-        A later announcement takes the place of an earlier one."""
+        """Announce that these are used soon, in this order: loads to the device while there is room, then to the host.
+        A later announcement replaces an earlier one."""
         self._enqueue(list(names), announced=True)
 
     def _enqueue(self, names: list[str], announced: bool) -> None:
@@ -307,7 +307,7 @@ class Store:
             self._check_open()
             if announced:
                 self._background.forget_announced()
-                # what is here already and announced again is not the next to leave
+                # so that an announced SAE that is already here is not evicted next
                 for name in reversed(names):
                     for tier in (self.on_device, self.on_host):
                         if name in tier.slots:
@@ -322,12 +322,12 @@ class Store:
         try:
             self._open(wanted.name)
             self._bring_ahead(wanted)
-        except Exception as error:  # noqa: BLE001  (whoever uses the SAE meets it again, in its own thread)
+        except Exception as error:  # noqa: BLE001  (the thread that uses the SAE gets the error again)
             self.stats.failed += 1
-            self.stats.error = error.with_traceback(None)  # whose frames hold half an SAE
+            self.stats.error = error.with_traceback(None)  # the traceback's frames would keep half an SAE in memory
 
     def _open(self, name: str) -> None:
-        """Read its header, which may be fetching it, without the lock."""
+        """Read its header without the lock, because that may download the file."""
         with self._unlocked():
             _ = self.members[name].checkpoint
 
@@ -356,12 +356,12 @@ class Store:
             }
 
     def settle(self) -> None:
-        """Wait until nothing is being brought in the background."""
+        """Wait until background loading has finished."""
         with self._changed:
             self._background.settle()
 
     def close(self) -> None:
-        """Let go of everything; BankError where an SAE is in use."""
+        """Drop all SAEs; BankError if one is in use."""
         with self._changed:
             in_use = [slot.name for slot in self.on_device.slots.values() if slot.pins]
             if in_use:
@@ -377,13 +377,13 @@ class Store:
 
 
 def copied_to(module: nn.Module, device: torch.device) -> nn.Module:
-    """A copy whose parameters are on another device; nothing is held twice on this one."""
+    """A copy with its parameters on another device; nothing is stored twice on this one."""
     with torch.inference_mode(False), torch.no_grad():
         if device.type != "cuda":
             return copy.deepcopy(
                 module, {id(p): _parameter(p.detach().to(device, copy=True)) for p in module.parameters()}
             )
-        # a stream of its own: the copy need not wait for the kernels that the model has queued
+        # a separate stream, so that the copy need not wait for kernels that the model has queued
         stream = torch.cuda.Stream(device)
         with torch.cuda.stream(stream):
             memo = {id(p): _parameter(p.detach().to(device, copy=True)) for p in module.parameters()}

@@ -1,4 +1,4 @@
-"""One memory with a budget: what is in it, what is on its way, what has left it but is still held elsewhere."""
+"""One memory with a budget: what is in it, what is being loaded, and what left but is still referenced elsewhere."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from gemmascope_fast.bank.packing import packed
 
 
 class Slot:
-    """An SAE in a tier.  pins: how often each thread is using it; it leaves only when nobody is."""
+    """An SAE in a tier.  pins: number of uses by each thread; it may leave only when there are none."""
 
     def __init__(self, name: str, module: nn.Module, nbytes: int) -> None:
         self.name, self.module, self.nbytes = name, module, nbytes
         self.pins: Counter[int] = Counter()
-        self.last_use: Any = None  # on an accelerator: the event after which its memory may be used again
+        self.last_use: Any = None  # on an accelerator: the event after which its memory may be reused
 
     def pin(self, thread: int) -> None:
         self.pins[thread] += 1
 
     def unpin(self, thread: int) -> None:
         self.pins[thread] -= 1
-        self.pins += Counter()  # drops what is zero
+        self.pins += Counter()  # removes zeros
 
 
 class Tier:
-    """SAEs in one memory, the least recently used first.  Not locked: the store's lock is held around every call.
+    """SAEs in one memory, least recently used first.  It has no lock: the store holds its lock around every call.
 
-    Three things count against the budget: the slots; what is being loaded (`coming`); and ghosts, weights that have
-    left but whose memory somebody still holds (a kept SAE, an autograd graph), until it is freed.
+    Three things count against the budget: the slots; what is being loaded (`coming`); and ghosts, which are weights
+    that left but whose memory is still referenced (by a variable, an autograd graph), until it is freed.
     """
 
     def __init__(self, name: str, budget: int | None) -> None:
@@ -47,7 +47,7 @@ class Tier:
         self.evictions = 0
 
     def used(self) -> int:
-        """Bytes that count now."""
+        """Bytes that count against the budget now."""
         return sum(slot.nbytes for slot in self.slots.values()) + sum(self.coming.values()) + self.ghost_bytes()
 
     def ghost_bytes(self) -> int:
@@ -55,10 +55,10 @@ class Tier:
         return sum(size for _, size in self._ghosts)
 
     def make_room(self, need: int, spare: Collection[str] = ()) -> list[Slot] | None:
-        """Take out least recently used SAEs until `need` bytes fit; gives them, or None where it cannot be.
+        """Remove least recently used SAEs until `need` bytes fit; returns them, or None if that is impossible.
 
-        What is pinned stays, and so does what is named in `spare`; where that is too much, nothing leaves.  The
-        caller hands the slots on or gives them to `left`.
+        Pinned SAEs and those in `spare` stay; if those take too much room, nothing is removed.  The caller moves the
+        slots on or passes them to `left`.
         """
         if self.budget is None:
             return []
@@ -78,7 +78,7 @@ class Tier:
         return out
 
     def left(self, slot: Slot) -> None:
-        """The slot's module goes: its bytes count until nobody holds them."""
+        """The slot's module leaves; its bytes count until nothing refers to them."""
         if slot.last_use is not None:
             slot.last_use.synchronize()
         seen: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -94,7 +94,7 @@ class Tier:
         self.peak = max(self.peak, self.used())
 
     def arrive(self, slot: Slot) -> None:
-        """A slot takes its place, and that of what was reserved for it."""
+        """Put in a slot, in place of the room reserved for it."""
         self.coming.pop(slot.name, None)
         self.slots[slot.name] = slot
         self.slots.move_to_end(slot.name)
@@ -104,12 +104,12 @@ class Tier:
         self.slots.move_to_end(name)
 
     def ghosts_after_collection(self) -> int:
-        """Ghost bytes that are really held, not merely waiting for the garbage collector."""
+        """Ghost bytes that are really referenced, not just waiting for the garbage collector."""
         if self.ghost_bytes():
             gc.collect()
         return self.ghost_bytes()
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
-    """Parameters, and what is packed."""
+    """Parameters and screen tensors."""
     return [p.detach() for p in module.parameters()] + packed(module)

@@ -1,4 +1,4 @@
-"""Checkpoint formats, one file each, all giving `Checkpoint`."""
+"""Checkpoint formats, one file for each. All of them return a `Checkpoint`."""
 
 from gemmascope_fast.checkpoints.base import Checkpoint
 

@@ -1,4 +1,4 @@
-"""The one dataclass every checkpoint format gives: entries not yet read, and what they belong to."""
+"""The dataclass that every checkpoint format returns: arrays that are not read yet, and what describes them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _TYPES = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 class Checkpoint:
     """A checkpoint before its weights are read.
 
-    arrays: Gemma Scope's names and shapes, W_skip as [d_in, d_out].
-    threshold_value: the threshold of every feature where the format says so and stores none (ReLU, BatchTopK).
-    layers: for a cross-layer transcoder one checkpoint a layer, W_dec [d_sae, n_outputs · d] and b_dec padded to
-    n_outputs · d; for a crosscoder the layers' own parts of one set of latents; otherwise empty.
-    normalisation: what SAELens calls normalize_activations; only "none" is computed.
-    kind_known: False where nothing in the file or its path says whether it is an SAE or a transcoder.
+    arrays: with Gemma Scope's names and shapes; W_skip is [d_in, d_out].
+    threshold_value: the threshold of every feature, for formats that store one number or none (ReLU, BatchTopK).
+    layers: for a cross-layer transcoder one checkpoint per layer, with W_dec [d_sae, n_outputs · d] and b_dec padded
+    to n_outputs · d; for a crosscoder each layer's part of one set of latents; otherwise empty.
+    normalisation: SAELens's normalize_activations; only "none" is supported.
+    kind_known: False if neither the file nor its path says whether it is an SAE or a transcoder.
     subtracts_b_dec: the encoder reads x - b_dec; `build` folds that into b_enc.
     fields: what the kind's class declares in `extra_fields`, such as k of a top-k SAE.
     """
@@ -69,7 +69,7 @@ class Checkpoint:
         if set(self.arrays) | {"threshold"} != names:
             raise CheckpointError(f"{self.path}: expected arrays {sorted(names)}, got {shown(sorted(self.arrays))}")
         if "threshold" not in self.arrays and self.threshold_value is None:
-            raise CheckpointError(f"{self.path}: threshold: expected one number a feature, got none")
+            raise CheckpointError(f"{self.path}: threshold: expected one number per feature, got none")
         self._check_shapes()
 
     def _check_shapes(self) -> None:
@@ -93,7 +93,7 @@ class Checkpoint:
             self._check_field(name, declared, sizes)
 
     def _check_field(self, name: str, declared: Field, sizes: dict[str, int]) -> None:
-        """CheckpointError where a field is missing, of another type or out of its range."""
+        """CheckpointError if a field is missing, has another type or is out of range."""
         value = self.fields.get(name)
         least, most = (sizes[end] if isinstance(end, str) else end for end in (declared.least, declared.most))
         if declared.type is int:
@@ -118,17 +118,17 @@ class Checkpoint:
 
     @property
     def d_sae(self) -> int:
-        """Latents; of a cross-layer transcoder, those of one layer."""
+        """Number of latents; for a cross-layer transcoder, those of one layer."""
         return self.layers[0].d_sae if self.layers else self.arrays["W_enc"].shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays as stored."""
+        """Bytes of the arrays in the file."""
         return sum(e.nbytes for e in self.arrays.values()) + sum(c.nbytes for c in self.layers)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of at most a megabyte; CheckpointError where the file is none."""
+    """A JSON object of at most a megabyte; CheckpointError if the file is something else."""
     try:
         content = read_small(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -137,15 +137,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def one_of(path: Path, what: str, value: Any, choices: Collection[str], optional: bool = False) -> Any:
-    """`value`, checked to be one of some texts (or, optionally, None)."""
+    """Check that `value` is one of the allowed texts (or None, if `optional`), and return it."""
     if (value is None and optional) or (isinstance(value, str) and value in choices):
         return value
     raise CheckpointError(f"{path}: {what}: expected one of {', '.join(sorted(choices))}, got {shown(value)}")
 
 
 def check_activation(path: Path, config: dict[str, Any], allowed: Sequence[str]) -> None:
-    """CheckpointError where a config names an activation function that its architecture does not have: such an SAE
-    would load, and give other latents than those it was trained with."""
+    """CheckpointError if a config names an activation function that we do not support for its architecture. Otherwise
+    such an SAE would load and give wrong latents."""
     for key in ("activation_fn", "activation_fn_str", "activation"):
         if config.get(key) is not None and not (isinstance(config[key], str) and config[key] in allowed):
             raise CheckpointError(
@@ -155,6 +155,6 @@ def check_activation(path: Path, config: dict[str, Any], allowed: Sequence[str])
 
 
 def hook_site(path: Path, name: Any) -> Site | None:
-    """The site of a hook name out of a config; None stays None."""
+    """The site for a hook name from a config; None stays None."""
     named = text(path, "hook name", name)
     return None if named is None else Site.from_hook_name(named)

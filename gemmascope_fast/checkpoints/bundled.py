@@ -1,6 +1,6 @@
-"""The bundled pair: Gemma 3 270M out of an installed package, and the SAE in gemmascope_fast/checkpoints/data.
+"""The bundled pair: Gemma 3 270M from an installed package, and the SAE in gemmascope_fast/checkpoints/data.
 
-The name "demo" stands for them wherever the command line takes a model or an SAE.
+The command line accepts the name "demo" for them wherever it takes a model or an SAE.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Demo(NamedTuple):
 
 
 def load_demo() -> Demo:
-    """Gemma 3 270M, its tokenizer, the bundled SAE and its layer; no network.
+    """Load Gemma 3 270M, its tokenizer, the bundled SAE and its layer. Needs no network.
 
-    The first call converts the installed GGUF (about a minute) and keeps the weights in `cache_folder()`.
-    Raises GemmaScopeFastError where the extra `demo` is not installed.
+    The first call converts the installed GGUF file (about a minute) and stores the weights in `cache_folder()`.
+    Raises GemmaScopeFastError if the extra `demo` is not installed.
     """
     model, tokenizer = load_demo_model()
     sae = load_demo_sae()
@@ -52,7 +52,7 @@ def load_demo_sae() -> JumpReLUSAE:
 
 
 def load_demo_model() -> tuple[Any, Any]:
-    """(model, tokenizer) of Gemma 3 270M in fp32 from the cache, which is filled first where it is empty."""
+    """(model, tokenizer) of Gemma 3 270M in fp32 from the cache; fills the cache first if it is empty."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = converted_model()
@@ -64,7 +64,7 @@ def load_demo_model() -> tuple[Any, Any]:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Within the block transformers draws no bar for loading weights: the caller draws its own."""
+    """Within the block, transformers shows no progress bar for loading weights, because the caller shows one."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()
@@ -77,7 +77,7 @@ def quiet_loading() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept: $GSF_CACHE, else $XDG_CACHE_HOME/gemmascope-fast, else ~/.cache/…"""
+    """Folder for converted weights: $GSF_CACHE, else $XDG_CACHE_HOME/gemmascope-fast, else ~/.cache/…"""
     if own := os.environ.get("GSF_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -85,9 +85,9 @@ def cache_folder() -> Path:
 
 
 def converted_model() -> Path:
-    """A folder with the model as transformers saves one.  It appears whole or not at all.
+    """A folder with the model as transformers saves it.  It appears complete or not at all.
 
-    Its name has the hash of the GGUF and transformers' version: another of either converts anew.
+    Its name has the hash of the GGUF and transformers' version. If either changes, the model is converted again.
     """
     import transformers
 
@@ -106,7 +106,7 @@ def converted_model() -> Path:
         with replacing_folder(folder) as work:
             _convert(package, work)
     except OSError:
-        if not folder.is_dir():  # else another process was faster, and its folder is as good
+        if not folder.is_dir():  # otherwise another process was faster, and we use its folder
             raise
     return folder
 
@@ -122,7 +122,7 @@ def _convert(package: Any, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf.name, dtype="float32")
     gguf.unlink()
     tokenizer.save_pretrained(folder)
-    # save_pretrained refuses a model that came from a GGUF; its weights are plain by now.
+    # save_pretrained refuses a model loaded from a GGUF, but the weights are ordinary tensors now.
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -134,5 +134,5 @@ def _convert(package: Any, folder: Path) -> None:
 
 
 def example(value: str | Path, name: str) -> Path:
-    """The bundled example `name` for the value "demo"; any other path stands for itself."""
+    """The bundled example `name` if the value is "demo"; otherwise the path that was given."""
     return EXAMPLES / name if str(value) == "demo" else Path(value)

@@ -1,6 +1,6 @@
-"""circuit-tracer's transcoder sets: `layer_N.safetensors`, one a layer, and a `config.yaml` for all (version 0.5).
+"""circuit-tracer's transcoder sets: one `layer_N.safetensors` per layer, and a `config.yaml` for all (version 0.5).
 
-ReLU, or JumpReLU where the file holds `activation_function.threshold`; W_enc [d_sae, d_in] and W_skip [d_out, d_in].
+ReLU, or JumpReLU if the file has `activation_function.threshold`; W_enc [d_sae, d_in] and W_skip [d_out, d_in].
 SAELens's mwhanna transcoders are such sets.
 """
 
@@ -22,7 +22,7 @@ _LINE = re.compile(r"^(model_name|feature_input_hook|feature_output_hook)\s*:\s*
 
 
 def read(path: Path) -> Checkpoint:
-    """`layer_N.safetensors`; sites and model from the set's `config.yaml` where it is beside the file."""
+    """Read `layer_N.safetensors`; sites and model come from the set's `config.yaml` if it is in the same folder."""
     arrays = dict(open_safetensors(path)[0])
     if "activation_function.threshold" in arrays:
         arrays["threshold"] = arrays.pop("activation_function.threshold")
@@ -46,7 +46,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _config(path: Path) -> dict[str, str]:
-    """What three lines of the YAML say; empty where it is missing, or says no hooks."""
+    """Three fields of the YAML file; empty if it is missing or names no hooks."""
     if not path.exists():
         return {}
     try:

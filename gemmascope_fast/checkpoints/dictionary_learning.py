@@ -1,7 +1,7 @@
-"""dictionary_learning's folders: `ae.pt` and `config.json` (held against version 0.1).
+"""dictionary_learning's folders: `ae.pt` and `config.json` (tested with version 0.1).
 
-They hold the SAEs of GPT-OSS 20B, Llama 3.1 8B and Qwen 2.5 7B by A. Arditi, and SAEBench's.  ReLU, top-k, batch top-k
-(a JumpReLU of the threshold that training kept), Matryoshka, JumpReLU and gated.
+SAEs of GPT-OSS 20B, Llama 3.1 8B and Qwen 2.5 7B by A. Arditi, and SAEBench's, have this format.  ReLU, top-k, batch
+top-k (a JumpReLU with the threshold that training stored), Matryoshka, JumpReLU and gated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from gemmascope_fast.checkpoints.torch_write import check_relu, save_torch, tens
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry
 from gemmascope_fast.files.fields import integer, shown, text
-from gemmascope_fast.files.write import Source, write_json
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source
 from gemmascope_fast.sae.sites import Site
 
 FILE = "ae.pt"
@@ -36,11 +37,11 @@ _NAMES = {
     "gate_bias": "b_gate",
     "mag_bias": "b_mag",
 }
-_ASIDE = ("k", "group_sizes")  # buffers that say nothing of the latents, or what the config says too
+_ASIDE = ("k", "group_sizes")  # buffers that do not affect the latents, or repeat the config
 
 
 def read(path: Path, arrays: dict[str, Entry]) -> Checkpoint:
-    """`ae.pt` beside its `config.json`, by the class that the config names."""
+    """Read `ae.pt` and the `config.json` next to it, according to the class that the config names."""
     config_path = path.with_name("config.json")
     trainer = read_json(config_path).get("trainer")
     if not isinstance(trainer, dict):
@@ -52,7 +53,7 @@ def read(path: Path, arrays: dict[str, Entry]) -> Checkpoint:
             held[_NAMES.get(name, name)] = entry.transposed() if name.endswith(".weight") else entry
     fields, value = {}, None
     if made_by == "AutoEncoderTopK":
-        held.pop("threshold", None)  # of an encode that is not the default
+        held.pop("threshold", None)  # used only by an encode that is not the default
         fields["k"] = _k(path, config_path, trainer, arrays.get("k"))
     if made_by in _BATCH:
         value = _single(path, "threshold", held.pop("threshold", None))
@@ -83,13 +84,13 @@ def _is_resid(submodule: str | None) -> bool:
 
 
 def _k(path: Path, config_path: Path, trainer: dict[str, Any], buffer: Entry | None) -> int:
-    """k as the config says it, which must be what the file holds beside the weights."""
+    """k from the config, checked against the file if that has it too."""
     held = _single(path, "k", buffer) if buffer is not None else None
     if trainer.get("k") is None and held is not None and held.is_integer():
         return int(held)
     k = integer(config_path, "trainer: k", trainer.get("k"))
     if held is not None and held != k:
-        raise CheckpointError(f"{config_path}: trainer: k: {k} contradicts {path.name}, which holds {held:g}")
+        raise CheckpointError(f"{config_path}: trainer: k: {k} contradicts {path.name}, which has {held:g}")
     return k
 
 
@@ -101,7 +102,7 @@ def _single(path: Path, name: str, entry: Entry | None) -> float:
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`ae.pt` and `config.json`: AutoEncoderTopK, AutoEncoderNew for ReLU, or JumpReluAutoEncoder."""
+    """Write `ae.pt` and `config.json`: AutoEncoderTopK, AutoEncoderNew for ReLU, or JumpReluAutoEncoder."""
     if checkpoint.kind not in ("sae", "topk_sae"):
         raise CheckpointError(f"{folder}: dictionary_learning has no {checkpoint.kind}")
     layers = {"encoder.weight": ("W_enc", True), "decoder.weight": ("W_dec", True), "encoder.bias": ("b_enc", False)}
@@ -109,7 +110,7 @@ def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype
     trainer: dict[str, Any] = {"activation_dim": checkpoint.d_in, "dict_size": checkpoint.d_sae}
     trainer |= {"lm_name": checkpoint.model_name, "layer": checkpoint.site.layer if checkpoint.site else None}
     if checkpoint.kind == "topk_sae":
-        # its encoder reads x - b_dec: what our b_enc has of it is put back
+        # its encoder reads x - b_dec, so the part of b_dec in our b_enc is added back
         matrix, b_dec = (tensor_of(arrays[name], torch.float64) for name in ("W_enc", "b_dec"))
         given = arrays | {"b_enc": tensor_of(arrays["b_enc"], torch.float64) + b_dec @ matrix}
         k = checkpoint.fields["k"]

@@ -1,4 +1,4 @@
-"""Gemma Scope (Gemma 2): params.npz; the site is told by the path."""
+"""Gemma Scope (Gemma 2): params.npz. The site is read from the path."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _SITES = {"res": "resid", "mlp": "mlp", "att": "attn"}
 def read(path: Path) -> Checkpoint:
     """`params.npz`.
 
-    Without a repository's name in the path the site stays None and the kind is only assumed (`kind_known`):
-    a transcoder has the shapes of a residual SAE.  Of several names in one path the last counts.
+    If the path has no repository name, the site is None and the kind is a guess (`kind_known`), because a transcoder
+    has the shapes of a residual SAE.  If a path has several names, the last one is used.
     """
     text = path.as_posix()
     repositories, layer = _REPOSITORY.findall(text), re.search(r"/layer_(\d+)/", text)
     arrays = {("W" + name[1:] if name.startswith("w_") else name): entry for name, entry in open_npz(path).items()}
     if not repositories:
-        # an SAE's input and output have one width: other widths can only be a transcoder's
+        # an SAE's input and output have the same width, so different widths mean a transcoder
         shapes = [arrays[name].shape for name in ("W_enc", "W_dec") if name in arrays]
         differs = len(shapes) == 2 and shapes[0][:1] != shapes[1][-1:]
         return Checkpoint(path, "transcoder" if differs else "sae", arrays, kind_known=differs, format="gemma-scope-1")
@@ -46,9 +46,9 @@ def read(path: Path) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`params.npz`, always float32; what the format has no place for (a skip, another dtype) is refused."""
+    """Write `params.npz`, always float32. Raises an error for what the format cannot store (a skip, another dtype)."""
     if checkpoint.kind not in ("sae", "transcoder"):
         raise CheckpointError(f"{folder}: Gemma Scope 1 has no {checkpoint.kind}")
     if dtype not in (None, torch.float32):
-        raise CheckpointError(f"{folder}: Gemma Scope 1 holds float32, not {dtype}")
+        raise CheckpointError(f"{folder}: Gemma Scope 1 stores float32, not {dtype}")
     write_npz(folder / FILE, arrays)

@@ -1,6 +1,6 @@
 """Gemma Scope 2 (Gemma 3): params.safetensors and config.json.
 
-Single-layer SAEs and transcoders, with and without affine skip; the skip is stored [d_in, d_out]: x @ A.
+Single-layer SAEs and transcoders, with and without affine skip. The skip is stored as [d_in, d_out]: x @ A.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, hook_
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import open_safetensors
 from gemmascope_fast.files.fields import flag, integer, shown
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.sae.sites import Site
 
 FILE = "params.safetensors"
@@ -26,10 +27,10 @@ _SITES = {"resid_post": "resid", "mlp_out": "mlp", "attn_out": "attn"}
 
 
 def read(path: Path) -> Checkpoint:
-    """`params.safetensors` beside its `config.json`.
+    """Read `params.safetensors` and the `config.json` next to it.
 
-    Where the config is missing the folder's name tells kind and site; where that is missing too, the site is
-    None and the kind assumed (`kind_known`).  Where both are there they must agree.
+    Without a config, the folder's name gives kind and site. Without that too, the site is None and the kind is a
+    guess (`kind_known`).  If both exist, they must agree.
     """
     entries, _ = open_safetensors(path)
     arrays = {NAMES.get(name, name): entry for name, entry in entries.items()}
@@ -52,11 +53,11 @@ def read(path: Path) -> Checkpoint:
             f"{config_path}: hf_hook_point_out: expected the hook point in for an SAE, got {site_out}"
         )
     if declared == "sae" and skip:
-        raise CheckpointError(f"{config_path}: type: an SAE with an affine_skip_connection in {path.name}")
+        raise CheckpointError(f"{config_path}: type: an SAE cannot have the affine_skip_connection in {path.name}")
     if flag(config_path, "affine_connection", config.get("affine_connection", skip)) != skip:
         raise CheckpointError(f"{config_path}: affine_connection contradicts {sorted(entries)}")
     kind = "skip_transcoder" if skip else declared
-    # an SAE's input and output have one width: other widths can only be a transcoder's
+    # an SAE's input and output have the same width, so different widths mean a transcoder
     shapes = [arrays[n].shape for n in ("W_enc", "W_dec") if n in arrays]
     if kind is None:
         kind = "transcoder" if len(shapes) == 2 and shapes[0][0] != shapes[1][-1] else "sae"
@@ -78,7 +79,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], Path]:
-    """The config beside `path`, empty where there is none, its architecture checked."""
+    """The config next to `path`, with its architecture checked; empty if there is none."""
     config_path = path.with_name("config.json")
     config = read_json(config_path) if config_path.exists() else {}
     if config.get("architecture", "jump_relu") != "jump_relu":
@@ -99,7 +100,7 @@ def _agree(path: Path, what: str, configured: Any, named: Any) -> None:
 
 
 def named_by_folder(path: Path) -> tuple[str | None, int | None]:
-    """(family, layer) as the last two folders of the path name them, None where they do not."""
+    """(family, layer) from the names of the last two folders of the path; None if they do not say."""
     found = _FOLDER.fullmatch("/".join(path.parts[-3:-1]).partition("_width_")[0] + "_")
     if found is None:
         found = _FOLDER.match("/".join(path.parts[-3:-1]))
@@ -109,7 +110,7 @@ def named_by_folder(path: Path) -> tuple[str | None, int | None]:
 
 
 def folder_sites(family: str, layer: int | None) -> tuple[Site | None, Site | None]:
-    """Where a family reads and writes; transcoders read the norm with its gain, unlike Gemma Scope 1's."""
+    """Where a family reads and writes. Transcoders read the norm with its gain, unlike Gemma Scope 1's."""
     if layer is None:
         return None, None
     if family == "transcoder":
@@ -118,7 +119,7 @@ def folder_sites(family: str, layer: int | None) -> tuple[Site | None, Site | No
 
 
 def model_name(path: Path, config: dict[str, Any]) -> str | None:
-    """transformers' name of the model: the configs write gemma-v3-270m-pt, the hub google/gemma-3-270m."""
+    """transformers' name of the model: configs say gemma-v3-270m-pt, the hub google/gemma-3-270m."""
     name = config.get("model_name")
     if name is None:
         found = _REPOSITORY.findall(path.as_posix())
@@ -132,7 +133,7 @@ def model_name(path: Path, config: dict[str, Any]) -> str | None:
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`params.safetensors` and `config.json`."""
+    """Write `params.safetensors` and `config.json`."""
     if checkpoint.kind not in ("sae", "transcoder", "skip_transcoder"):
         raise CheckpointError(f"{folder}: writing a {checkpoint.kind} as Gemma Scope 2 is not supported")
     back = {ours: theirs for theirs, ours in NAMES.items()}

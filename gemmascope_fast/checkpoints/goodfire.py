@@ -1,8 +1,8 @@
 """SAEs of two linear layers in one file of `torch.save`: Goodfire's (Llama 3.1 8B and 3.3 70B) and qresearch's
 (DeepSeek R1 Distill Llama 8B).
 
-ReLU of the residual stream as it is, no bias subtracted.  Goodfire's names are `encoder_linear.weight` [d_sae, d_in]
-and so on, qresearch's `encoder.weight`; the file's name says model and layer.
+ReLU SAEs of the residual stream, without subtracting a bias.  Goodfire's names are `encoder_linear.weight`
+[d_sae, d_in] and so on, qresearch's `encoder.weight`; the file name gives model and layer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MODELS = {"Llama": "meta-llama/", "DeepSeek": "deepseek-ai/"}
 
 
 def read(path: Path, arrays: dict[str, Entry]) -> Checkpoint:
-    """A file such as `Llama-3.3-70B-Instruct-SAE-l50.pt`; without such a name the site stays None."""
+    """Read a file such as `Llama-3.3-70B-Instruct-SAE-l50.pt`; with another kind of name the site is None."""
     suffix = "_linear" if "encoder_linear.weight" in arrays else ""
     ours = {f"encoder{suffix}.weight": "W_enc", f"decoder{suffix}.weight": "W_dec"}
     vectors = {f"encoder{suffix}.bias": "b_enc", f"decoder{suffix}.bias": "b_dec"}
@@ -44,11 +44,11 @@ def read(path: Path, arrays: dict[str, Entry]) -> Checkpoint:
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`MODEL-SAE-lN.pt` with Goodfire's names."""
+    """Write `MODEL-SAE-lN.pt` with Goodfire's names."""
     site = checkpoint.site
     if checkpoint.kind != "sae" or site is None or site.kind != "resid":
         raise CheckpointError(
-            f"{folder}: Goodfire's format holds ReLU SAEs of the residual stream, got a {checkpoint.kind} at"
+            f"{folder}: Goodfire's format is for ReLU SAEs of the residual stream, got a {checkpoint.kind} at"
             f" {site.hook_name if site else 'an unknown site'}"
         )
     check_relu(folder, "Goodfire's format", arrays)

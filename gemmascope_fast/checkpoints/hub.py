@@ -1,4 +1,4 @@
-"""Whether Hugging Face answers, asked once and briefly: its client would retry for about 25 seconds without a
+"""Checks once, briefly, whether Hugging Face can be reached. Its client would retry for about 25 seconds without a
 network."""
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ANSWER_SECONDS = 2.0
 
 
 def no_answer(repo: str, revision: str | None = None, seconds: float | None = None) -> str | None:
-    """Why Hugging Face gives no answer about a repository, in a line; None where it answers, be it with a refusal.
+    """Why Hugging Face does not answer about a repository, in one line; None if it answers, even with an error.
 
-    seconds: how long to wait; default $HF_HUB_ETAG_TIMEOUT, else 2.
+    seconds: how long to wait; the default is $HF_HUB_ETAG_TIMEOUT, or 2.
     """
     wait = float(os.environ.get("HF_HUB_ETAG_TIMEOUT") or ANSWER_SECONDS) if seconds is None else seconds
     answers: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
-    # In a thread, since looking up the host's name takes no time limit and can wait for a dead name server.
+    # In a thread, because the lookup of the host name has no timeout and could wait for a dead name server.
     threading.Thread(target=_ask, args=(repo, revision, wait, answers), daemon=True).start()
     try:
         error = answers.get(timeout=wait + 0.5)
@@ -32,15 +32,15 @@ def no_answer(repo: str, revision: str | None = None, seconds: float | None = No
     if error is None:
         return None
     status = getattr(getattr(error, "response", None), "status_code", None)
-    # a name that no repository can have is refused before anything is asked
+    # an impossible repository name is an error before any request
     answered = type(error).__name__ == "HFValidationError" if status is None else status < 500
     return None if answered else first_line(error)
 
 
 @contextmanager
 def from_hub_or_cache(name: str) -> Iterator[dict[str, Any]]:
-    """Options for transformers' `from_pretrained` of a model: {"local_files_only": True} where Hugging Face does not
-    answer, and GemmaScopeFastError in one sentence where the model is not in the cache then."""
+    """Options for transformers' `from_pretrained`: {"local_files_only": True} if Hugging Face does not answer. Raises
+    GemmaScopeFastError if then the model is not in the cache."""
     silent = None if Path(name).exists() else no_answer(name)
     try:
         yield {} if silent is None else {"local_files_only": True}
@@ -53,7 +53,7 @@ def from_hub_or_cache(name: str) -> Iterator[dict[str, Any]]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of the hub's client says first; the rest is advice about its options."""
+    """First line of an error of the hub's client; the rest is advice about its options."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -62,7 +62,7 @@ def _ask(repo: str, revision: str | None, seconds: float, answers: queue.SimpleQ
 
     try:
         HfApi().repo_info(repo, revision=revision, timeout=seconds)
-    except Exception as error:  # noqa: BLE001  (handed over, and told apart there)
+    except Exception as error:  # noqa: BLE001  (passed to the caller's thread, which handles it)
         answers.put(error)
     else:
         answers.put(None)

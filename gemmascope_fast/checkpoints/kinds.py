@@ -1,20 +1,20 @@
-"""The kinds of coder that one file of weights can hold: the one list of them.
+"""The list of all kinds of coder that are stored in one file of weights.
 
-A class says itself what its checkpoints hold: `kind`, `extra_arrays` and `extra_fields` (`sae/base.py`).  Everything
-else (our own files, `from_pretrained`, `attach`, `eval`, `extract`) asks this table.
+Each class declares what its checkpoints contain: `kind`, `extra_arrays` and `extra_fields` (`sae/base.py`).  All other
+code (our own files, `from_pretrained`, `attach`, `eval`, `extract`) uses this table.
 """
 
 from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from gemmascope_fast.sae.base import Coder, Field
+from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUSkipTranscoder, JumpReLUTranscoder
 from gemmascope_fast.sae.topk import AbsTopKSAE, TopKSAE
 from gemmascope_fast.sae.topk_transcoder import TopKSkipTranscoder, TopKTranscoder
 
-ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")  # that every kind has
-# What our files say beside a kind's own fields, and what the constructor of a coder takes beside arrays.
+ARRAYS = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")  # arrays of every kind
+# Other fields of our files, and other arguments of a coder's constructor.
 _TAKEN = {"version", "kind", "hook_name", "hook_name_out", "model_name", "neuronpedia_id", "figures", "screen"}
 _TAKEN |= {"screen_data", "cfg", *ARRAYS}
 
@@ -23,11 +23,11 @@ KINDS: dict[str, Any] = {}  # kind → its class, a Coder
 
 
 def register(coder: type[C]) -> type[C]:
-    """Add a class to the table, by its `kind`; returns it, so that it can be a decorator.
+    """Add a class to the table under its `kind`; returns it, so it can be used as a decorator.
 
-    ValueError where another class has that kind, where an extra array or field has a name that is taken or a dimension
-    that is unknown, or where `reconstructs_input` contradicts the kind: the kinds of transcoders, and theirs alone,
-    have the word "transcoder" in them.
+    ValueError if another class has that kind, if an extra array or field has a name that is taken or an unknown
+    dimension, or if `reconstructs_input` contradicts the kind: the kinds of transcoders, and only these, contain the
+    word "transcoder".
     """
     held = KINDS.get(coder.kind)
     if held is not None and held is not coder:
@@ -43,9 +43,6 @@ def register(coder: type[C]) -> type[C]:
     KINDS[coder.kind] = coder
     return coder
 
-
-# `k` of a top-k SAE; declared here until sae/topk.py says it itself
-TopKSAE.extra_fields = {"k": Field(int, 1, "d_sae")}
 
 for _coder in (
     JumpReLUSAE,

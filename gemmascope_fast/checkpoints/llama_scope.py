@@ -6,9 +6,9 @@ norm a latent is z = s · (x @ W_enc) + b_enc where it fires, and x̂ = (f @ W_d
 W_enc and s_out into W_dec and b_dec, so that raw activations go in and come out.
 
 The threshold θ.  First series: one number for all features, in units of raw activations.  The library scales its
-weights to raw activations before it compares, so z / s > θ; and where `sparsity_include_decoder_norm` is true, z / s
-times the norm of the feature's decoder row, which is then scaled by s / s_out, so z · ‖row‖ / s_out > θ.
-R1 series: one a feature, the exponential of `log_jumprelu_threshold`, compared with z, or with z · ‖row‖.
+weights to raw activations before it compares, so z / s > θ. If `sparsity_include_decoder_norm` is true, it compares
+z / s times the norm of the feature's decoder row, which is then scaled by s / s_out, so z · ‖row‖ / s_out > θ.
+R1 series: one per feature, the exponential of `log_jumprelu_threshold`, compared with z, or with z · ‖row‖.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from gemmascope_fast.checkpoints.torch_write import tensor_of
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.fields import flag, integer, shown, text
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.sae.sites import Site
 
 FILE, CONFIG = "final.safetensors", "hyperparams.json"
@@ -38,7 +39,7 @@ _NORM = "dataset_average_activation_norm"
 
 
 def read(path: Path) -> Checkpoint:
-    """`checkpoints/final.safetensors` of a folder with `hyperparams.json`."""
+    """Read `checkpoints/final.safetensors` of a folder with `hyperparams.json`."""
     config_path = path.parent.parent / CONFIG
     config = read_json(config_path)
     arrays, norms = _arrays(path)
@@ -51,10 +52,10 @@ def read(path: Path) -> Checkpoint:
 
 
 def read_r1(path: Path) -> Checkpoint:
-    """`sae_weights.safetensors` beside `config.json`.
+    """Read `sae_weights.safetensors` and the `config.json` next to it.
 
-    Where neither says the norm of the activations, `normalisation` stays "expected_average_only_in": SAELens's names
-    know the scale, and `find_checkpoint` folds it in.
+    If neither gives the norm of the activations, `normalisation` stays "expected_average_only_in". For SAELens's names
+    the scale is known, and `find_checkpoint` folds it in.
     """
     config_path = path.with_name(R1_CONFIG)
     config = read_json(config_path)
@@ -77,7 +78,7 @@ def is_r1(path: Path) -> bool:
 
 
 def _arrays(path: Path) -> tuple[dict[str, Entry], dict[str, float]]:
-    """Arrays under our names, and the norms of activations that a file may hold by hook point."""
+    """Arrays under our names, and norms of activations by hook point, if the file has them."""
     made: dict[str, Entry] = {}
     norms: dict[str, float] = {}
     for name, entry in open_safetensors(path)[0].items():
@@ -91,7 +92,7 @@ def _arrays(path: Path) -> tuple[dict[str, Entry], dict[str, float]]:
 
 
 def _scales(path: Path, config: dict[str, Any], norms: dict[str, float]) -> tuple[float | None, float | None]:
-    """√d_model / norm of what goes in and of what comes out; None where nothing says the norm."""
+    """√d_model / norm of the input and of the output; None if the norm is unknown."""
     normalised = config.get("norm_activation", "dataset-wise")
     if one_of(path, "norm_activation", normalised, ("dataset-wise", "inference")) == "inference":
         return 1.0, 1.0
@@ -172,11 +173,11 @@ def _by_decoder_norm(path: Path, config: dict[str, Any]) -> bool:
 
 
 def _over_norm(path: Path, arrays: dict[str, Entry], threshold: float | Entry) -> Entry:
-    """The threshold of z where z times the norm of the decoder's row is compared with `threshold`."""
+    """The threshold for z, if z times the norm of the decoder row is compared with `threshold`."""
     W_dec, like = arrays["W_dec"], threshold if isinstance(threshold, Entry) else arrays["b_enc"]
     if len(W_dec.shape) != 2 or like.shape != W_dec.shape[:1]:
-        return like  # refused for its shape, by name
-    # blocks of W_dec as stored are rows [d_out, d_sae]
+        return like  # the error for its shape comes later and names it
+    # blocks of W_dec as stored are rows of [d_out, d_sae]
     squares = torch.zeros(W_dec.shape[0], dtype=torch.float64)
     for start, block in W_dec.blocks(torch.float64):
         if W_dec.flip:
@@ -197,7 +198,7 @@ def _over_norm(path: Path, arrays: dict[str, Entry], threshold: float | Entry) -
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`hyperparams.json` and `checkpoints/final.safetensors`, the scale left at 1."""
+    """Write `hyperparams.json` and `checkpoints/final.safetensors`, with scale 1."""
     if checkpoint.kind not in ("sae", "transcoder") or checkpoint.d_in != checkpoint.arrays["W_dec"].shape[1]:
         raise CheckpointError(f"{folder}: Llama Scope has no {checkpoint.kind} of these widths")
     threshold = tensor_of(arrays["threshold"], torch.float64)

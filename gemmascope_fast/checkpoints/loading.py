@@ -1,4 +1,4 @@
-"""`from_pretrained`: a checkpoint of any known format, local or on Hugging Face, as the right module."""
+"""`from_pretrained`: loads a checkpoint of any known format, local or from Hugging Face, as the right module."""
 
 from __future__ import annotations
 
@@ -71,32 +71,32 @@ def from_pretrained(
     progress: bool | None = None,
     rows: str = "memory",
 ) -> Any:
-    """The SAE, transcoder or crosscoder that a place holds, as the module of its kind.
+    """Load an SAE, transcoder or crosscoder, as the module of its kind.
 
-    repo_or_folder, sae_id: a file or folder; a folder or Hugging Face repository and a path in it; or SAELens's
+    repo_or_folder, sae_id: a file or folder; a folder or Hugging Face repository and a path inside it; or SAELens's
     names ("gemma-scope-2b-pt-res-canonical", "layer_20/width_16k/canonical"); "demo" is the bundled SAE.
-    release: SAELens's keyword for repo_or_folder.  force_download: fetch again what is in the cache.
-    revision: of the repository.
-    kind, site, site_out: what the checkpoint cannot say itself (a params.npz whose path does not name its repository);
-    a ValueError where it says otherwise.
-    progress: a bar on stderr; None: for loads above 256 MB on a terminal.
-    rows: "memory"; "mmap": only the 8-bit screen is resident, and full-precision rows are read from a packed file
-    beside the checkpoint, written at first use (`checkpoints/packed.py`); on cpu, in float32.  Decoder rows
-    are read from the checkpoint itself where it stores them as they are used.  Such an SAE is deep-copied without
-    reading its rows, and cannot be pickled.  "pinned": the encoder's rows in pinned host memory, everything else on the
-    CUDA device (`JumpReLUSAE.pin_rows`); host memory holds the rows twice while they are copied.
+    release: SAELens's keyword for repo_or_folder.  force_download: download again even if it is in the cache.
+    revision: that of the repository.
+    kind, site, site_out: for a checkpoint that does not say them (a params.npz whose path does not name its
+    repository); ValueError if the checkpoint says something else.
+    progress: show a bar on stderr; None: for loads above 256 MB on a terminal.
+    rows: "memory"; "mmap": only the 8-bit screen is in memory, and full-precision rows are read from a packed file
+    next to the checkpoint, written at first use (`checkpoints/packed.py`); cpu and float32 only.  Decoder rows are
+    read from the checkpoint itself if it stores them in usable form.  Such an SAE can be deep-copied without reading
+    its rows, but not pickled.  "pinned": the encoder's rows in pinned host memory, everything else on the CUDA device
+    (`JumpReLUSAE.pin_rows`); host memory needs twice the size of the rows during the copy.
 
-    A repository that is in Hugging Face's cache loads without a network.
+    A repository in Hugging Face's cache loads without a network.
 
-    Raises CheckpointError for a checkpoint that is damaged, contradicts itself or is not there, ValueError for
-    another dtype than float32, bfloat16 and float16, TypeError unless one of repo_or_folder and release is given.
+    Raises CheckpointError if the checkpoint is missing, damaged or contradicts itself, ValueError for a dtype other
+    than float32, bfloat16 and float16, TypeError unless exactly one of repo_or_folder and release is given.
     """
     place = one_place(repo_or_folder, release)
     wanted = held_dtype(dtype)
     if rows not in ("memory", "mmap", "pinned"):
         raise ValueError(f'rows: expected "memory", "mmap" or "pinned", got {rows!r}')
     if rows == "mmap" and (torch.device(device).type != "cpu" or wanted != torch.float32):
-        raise ValueError(f'rows: "mmap" serves float32 on cpu, got {wanted} on {device}')
+        raise ValueError(f'rows: "mmap" needs float32 on cpu, got {wanted} on {device}')
     checkpoint = _told(find_checkpoint(place, sae_id, revision, force_download), kind, site, site_out)
     if rows == "mmap":
         from gemmascope_fast.checkpoints import mapped, packed
@@ -109,7 +109,7 @@ def from_pretrained(
 
         check_device(torch.device(device))
         if checkpoint.layers and not checkpoint.extra.get("shared"):
-            raise ValueError(f'{checkpoint.path}: rows: "pinned" serves coders with one encoder, got {checkpoint.kind}')
+            raise ValueError(f'{checkpoint.path}: rows: "pinned" needs a coder with one encoder, got {checkpoint.kind}')
     with _bar(checkpoint, progress):
         made = build(checkpoint, torch.device("cpu" if pinned else device), wanted)
     take_screen(made, checkpoint)
@@ -117,7 +117,7 @@ def from_pretrained(
 
 
 def take_screen(made: Any, checkpoint: Checkpoint) -> None:
-    """Give a module the screen that is stored beside its weights, where one is."""
+    """Give a module the screen stored with its weights, if there is one."""
     if checkpoint.format == "native" and isinstance(made, JumpReLUSAE):
         screen = native.read_screen(made, checkpoint.path)
         if screen is not None:
@@ -125,7 +125,7 @@ def take_screen(made: Any, checkpoint: Checkpoint) -> None:
 
 
 def held_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """The dtype of a name; ValueError where no SAE is held in it."""
+    """The dtype with this name; ValueError if an SAE cannot have it."""
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if wanted not in _DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype!r}")
@@ -133,7 +133,7 @@ def held_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 def one_place(repo_or_folder: str | Path | None, release: str | Path | None) -> str | Path:
-    """The one of two names for the same argument that is given; TypeError for both or none."""
+    """The one of two names for the same argument that was given; TypeError for both or none."""
     given = [place for place in (repo_or_folder, release) if place is not None]
     if len(given) != 1:
         got = "both" if given else "neither"
@@ -144,7 +144,7 @@ def one_place(repo_or_folder: str | Path | None, release: str | Path | None) -> 
 def find_checkpoint(
     repo_or_folder: str | Path, sae_id: str | None = None, revision: str | None = None, force_download: bool = False
 ) -> Checkpoint:
-    """The checkpoint that `from_pretrained` would load, fetched where it has to be, its weights not read yet."""
+    """The checkpoint that `from_pretrained` would load, downloaded if necessary. Its weights are not read yet."""
     found = locate(repo_or_folder, sae_id, revision, force_download)
     checkpoint = open_checkpoint(found.path)
     if found.named is not None:
@@ -160,13 +160,13 @@ JumpReLUSAE._load = staticmethod(from_pretrained)
 
 
 class SAE:
-    """`SAE.from_pretrained(…)`: a checkpoint of any kind as the module of its kind."""
+    """`SAE.from_pretrained(…)` loads a checkpoint of any kind as the module of its kind."""
 
     from_pretrained = staticmethod(from_pretrained)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint in a file, or in a folder holding exactly one; its weights are not read yet."""
+    """The checkpoint in a file, or in a folder with exactly one. Its weights are not read yet."""
     path = Path(path)
     if path.is_dir():
         if any(path.glob(multi_layer.PATTERN)):
@@ -203,7 +203,7 @@ def _reader_of(path: Path) -> Callable[[Path], Checkpoint]:
 
 
 def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
-    """Read the weights block by block, cast on the way, into the module of the checkpoint's kind."""
+    """Read the weights block by block, cast them, and put them into the module of the checkpoint's kind."""
     if checkpoint.normalisation != "none":
         raise CheckpointError(
             f"{checkpoint.path}: normalize_activations: expected none, got {checkpoint.normalisation!r}: fold it into"
@@ -236,7 +236,7 @@ def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> A
 
 
 def _made(checkpoint: Checkpoint, kind: Any, *args: Any, **more: Any) -> Any:
-    """The module; what it has to say of its weights names the checkpoint."""
+    """Make the module; errors about its weights name the checkpoint."""
     try:
         return kind(*args, **more)
     except ValueError as error:
@@ -244,13 +244,13 @@ def _made(checkpoint: Checkpoint, kind: Any, *args: Any, **more: Any) -> Any:
 
 
 def config_of(checkpoint: Checkpoint) -> SAEConfig:
-    """The config of what `build` gives for a checkpoint of one site."""
+    """The config of the module that `build` makes from a checkpoint of one site."""
     (d_in, d_sae), d_out = checkpoint.arrays["W_enc"].shape, checkpoint.arrays["W_dec"].shape[1]
     return SAEConfig(d_in, d_sae, d_out, checkpoint.site, checkpoint.site_out, _metadata(checkpoint))
 
 
 def folded_b_dec(W_enc: Tensor, b_dec: Tensor, b_enc: Tensor) -> Tensor:
-    """(x - b_dec) @ W_enc + b_enc = x @ W_enc + (b_enc - b_dec @ W_enc), in fp64 over the weights as held.
+    """(x - b_dec) @ W_enc + b_enc = x @ W_enc + (b_enc - b_dec @ W_enc), in fp64 from the weights as loaded.
 
     W_enc [d_in, d_sae], b_dec [d_in], b_enc fp64 [d_sae] → the bias in W_enc's dtype.
     """
@@ -297,7 +297,7 @@ def _crosscoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
 
 
 def _told(checkpoint: Checkpoint, kind: str | None, site: Site | None, site_out: Site | None) -> Checkpoint:
-    """The checkpoint with what the caller knows; ValueError where the checkpoint knows otherwise."""
+    """The checkpoint with the caller's information added; ValueError if the checkpoint says something else."""
     told: dict[str, Any] = {}
     if kind is not None and kind != checkpoint.kind:
         if checkpoint.kind_known:
@@ -313,7 +313,7 @@ def _told(checkpoint: Checkpoint, kind: str | None, site: Site | None, site_out:
 
 
 def _scaled(checkpoint: Checkpoint, scale: float) -> Checkpoint:
-    """SAELens's norm_scaling_factor folded in: W_enc · s, W_dec / s, b_dec / s."""
+    """Fold in SAELens's norm_scaling_factor: W_enc · s, W_dec / s, b_dec / s."""
     arrays = dict(checkpoint.arrays)
     arrays["W_enc"] = arrays["W_enc"].scaled(scale)
     arrays |= {name: arrays[name].scaled(1 / scale) for name in ("W_dec", "b_dec")}
@@ -322,7 +322,7 @@ def _scaled(checkpoint: Checkpoint, scale: float) -> Checkpoint:
 
 @contextmanager
 def _bar(checkpoint: Checkpoint, progress: bool | None) -> Iterator[None]:
-    """A bar over the bytes read, by way of the entries' streams."""
+    """Show a progress bar over the bytes read, by wrapping the streams of the entries."""
     with progress_bar(checkpoint.nbytes, checkpoint.path.name, progress) as update:
         for part in (checkpoint, *checkpoint.layers):
             part.arrays = {name: replace(entry, seen=update) for name, entry in part.arrays.items()}

@@ -1,4 +1,4 @@
-"""SAEs wider than memory: rows mapped from a packed file (packed.py), their 8-bit screen alone resident."""
+"""SAEs larger than memory: rows are mapped from a packed file (packed.py), only the 8-bit screen is in memory."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 VECTORS = ("b_enc", "b_dec", "threshold")
-# Python names it from 3.13 on; this is Linux's value wherever torch is built for it.
+# Python names it from 3.13 on; this is Linux's value on all platforms of torch.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000) if sys.platform == "linux" else 0
 
 
 def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
-    """The SAE of a packed file: rows and decoder mapped (the decoder where it lies), codes, bounds and vectors
-    resident.
+    """Open the SAE of a packed file. Rows and decoder are mapped (the decoder in the file where it is stored); codes,
+    bounds and vectors are in memory.
 
-    Answers are those of the resident SAE, byte for byte.  What is read here is compared with its checksums; `verify`
-    compares the rows too.  Raises CheckpointError naming file and array for a damaged or truncated file; a file that
-    is truncated later raises at the next call.
+    Results are those of the SAE in memory, byte for byte.  What is read now is compared with its checksums; `verify`
+    compares the rows too.  Raises CheckpointError naming file and array for a damaged or truncated file. If a file is
+    truncated later, the next call raises.
     """
     layout, about = open_layout(path)
     _agree(path, layout, about, checkpoint)
@@ -73,7 +73,7 @@ def open_packed(path: Path, checkpoint: Checkpoint) -> JumpReLUSAE:
 
 
 def _agree(path: Path, layout: Layout, about: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """CheckpointError where a packed file says other things of its checkpoint than that does itself."""
+    """CheckpointError if a packed file contradicts its checkpoint."""
     arrays = checkpoint.arrays
     (d_in, d_sae), d_out = arrays["W_enc"].shape, arrays["W_dec"].shape[1]
     said = {"kind": about["kind"], "d_in": layout.d_in, "d_sae": layout.d_sae, "d_out": layout.d_out}
@@ -90,9 +90,9 @@ def _agree(path: Path, layout: Layout, about: dict[str, Any], checkpoint: Checkp
 
 
 def verify(path: str | Path, progress: bool | None = None) -> None:
-    """Read a whole packed file and compare it with its checksums, the mapped rows included, and W_dec where it lies.
+    """Read a whole packed file, including the mapped rows and W_dec wherever it is stored, and compare the checksums.
 
-    progress: a bar on stderr, as in `from_pretrained`.  Raises CheckpointError naming file and array where they differ.
+    progress: show a bar on stderr, as in `from_pretrained`.  Raises CheckpointError naming file and array if not.
     """
     path = Path(path)
     layout, about = open_layout(path)
@@ -118,17 +118,17 @@ def _compare(
 
 
 class _Mapping:
-    """A file mapped to its end, and what it was, since reading past the end of a file that shrank would end the
-    process."""
+    """A file mapped up to its end, with its size and times, because reading past the end of a file that shrank would
+    kill the process."""
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
         self.path = path
         check_regular(path)
-        # as long as the mapping; a descriptor goes on to the same file where another has got its name
+        # open as long as the mapping: a descriptor stays with the same file even if another file gets its name
         self.file = open(path if descriptor is None else descriptor, "rb")  # noqa: SIM115
         self.was = self._is()
-        # Private: an edit of the weights stays in this process.  Writable private memory counts against what the
-        # system lends in all, and a mapping wider than memory would be refused, but for NORESERVE.
+        # Private: an edit of the weights stays in this process.  Writable private memory counts against the OS's commit
+        # limit, and a mapping larger than memory would be refused without NORESERVE.
         flags, prot = mmap.MAP_PRIVATE | _NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
         self.buffer = mmap.mmap(self.file.fileno(), self.was[0], flags=flags, prot=prot)
         self._address = torch.frombuffer(self.buffer, dtype=torch.uint8, count=1).data_ptr()
@@ -138,7 +138,7 @@ class _Mapping:
         return stat.st_size, stat.st_mtime_ns
 
     def check(self) -> None:
-        """CheckpointError where the file is another than what was mapped."""
+        """CheckpointError if the file is not the one that was mapped."""
         size, time = self._is()
         if size < self.was[0]:
             raise CheckpointError(f"{self.path}: truncated to {size} bytes of {self.was[0]}")
@@ -152,13 +152,13 @@ class _Mapping:
         return tensor.device.type == "cpu" and 0 <= tensor.data_ptr() - self._address < self.was[0]
 
     def again(self) -> _Mapping:
-        """Another mapping of the same file, which must be what it was."""
+        """Another mapping of the same file, which must not have changed."""
         self.check()
         return _Mapping(self.path, os.dup(self.file.fileno()))
 
 
 class Mapped(Rows):
-    """The mapped arrays of an SAE: those of a packed file, and W_dec out of the checkpoint where it lies there."""
+    """The mapped arrays of an SAE: those of a packed file, and W_dec from the checkpoint if it is used there."""
 
     in_memory = False
 
@@ -168,20 +168,20 @@ class Mapped(Rows):
 
     @classmethod
     def of(cls, path: Path, layout: Layout, about: dict[str, Any]) -> Mapped:
-        """Map the packed file, and the checkpoint beside it where W_dec lies there; CheckpointError where that is not
-        the one that was packed."""
+        """Map the packed file, and the checkpoint next to it if W_dec is used from there; CheckpointError if that is
+        not the file that was packed."""
         if layout.decoder is None:
             return cls(layout, _Mapping(path), None)
         checkpoint = path.with_name(about["file"])
         if not checkpoint.is_file() or source_of(checkpoint) != about["source"]:
-            raise CheckpointError(f"{path}: W_dec lies in {checkpoint}, which is not there or another by now")
+            raise CheckpointError(f"{path}: W_dec is in {checkpoint}, which is missing or was changed")
         there = _Mapping(checkpoint)
         if layout.decoder < 0 or layout.decoder % 4 or layout.decoder + 4 * layout.d_sae * layout.d_out > there.was[0]:
             raise CheckpointError(f"{path}: W_dec: byte {layout.decoder} of {checkpoint} does not fit its shape")
         return cls(layout, _Mapping(path), there)
 
     def check(self) -> None:
-        """CheckpointError where a file is another than what was mapped."""
+        """CheckpointError if a file is not the one that was mapped."""
         for mapping in self.mappings:
             mapping.check()
 
@@ -193,29 +193,29 @@ class Mapped(Rows):
         return self._packed.view(*self.layout.arrays()[name])
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in a file."""
+        """Whether a tensor is stored in a file."""
         return any(mapping.holds(tensor) for mapping in self.mappings)
 
     def prefetch(self, weight: Tensor, ids: Tensor) -> None:
-        """Have these rows of a matrix fetched, all at once, if it lies in the file."""
+        """Prefetch these rows of a matrix, all at once, if it is in the file."""
         if self.holds(weight) and weight.is_contiguous():
             backends.announce_rows(weight, ids)
 
     def after_change(self, sae: Any) -> Rows:
-        # cast or moved, they are in memory
+        # after a cast or a move they are in memory
         return self if any(self.holds(w) for w in (sae.W_enc, sae.W_dec)) else Rows()
 
     def before_pickle(self) -> None:
         raise TypeError(
-            f"{self.path}: an SAE of mapped rows is not pickled: its rows would be written in full; open its checkpoint"
-            ' with rows="mmap" where it is needed'
+            f"{self.path}: an SAE of mapped rows cannot be pickled, as its rows would be written; open its checkpoint"
+            ' with rows="mmap" where you need it'
         )
 
     def before_copy(self, sae: Any, memo: dict[int, Any]) -> None:
-        """Put into the memo of a deepcopy of `sae` the rows out of a second private mapping: no memory is taken, and an
-        edit of one SAE is not seen in the other.
+        """Add to the memo of a deepcopy of `sae` the rows of a second private mapping. This takes no memory, and edits
+        of one SAE do not change the other.
 
-        Raises ValueError where rows were edited in place: what was edited is in this mapping alone.
+        Raises ValueError if rows were edited in place, because the edits exist only in this mapping.
         """
         twin = None
         for name, array in (("W_enc", ROWS), ("W_dec", "W_dec")):
@@ -223,12 +223,12 @@ class Mapped(Rows):
             if id(weight) in memo or not self.holds(weight):
                 continue
             if not weight.is_inference() and weight._version != 0:
-                raise ValueError(f"{name}: expected the rows of {self.path}, got edited ones, which are not copied")
+                raise ValueError(f"{name}: expected the rows of {self.path}; edited rows cannot be copied")
             twin = twin or self._again()
             rows = twin.view(array)
             copied = nn.Parameter(rows.t() if name == "W_enc" else rows, requires_grad=weight.requires_grad)
             memo[id(weight)] = copied
-        memo[id(self)] = twin or Rows()  # the memo holds rows of its own: a copy in memory
+        memo[id(self)] = twin or Rows()  # if the memo already has copied rows, they are in memory
 
     def _again(self) -> Mapped:
         return Mapped(self.layout, self._packed.again(), self._checkpoint and self._checkpoint.again())

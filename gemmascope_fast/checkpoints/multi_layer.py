@@ -1,8 +1,8 @@
-"""Gemma Scope 2's cross-layer transcoders and crosscoders: one params_layer_{i}.safetensors a layer.
+"""Gemma Scope 2's cross-layer transcoders and crosscoders: one file params_layer_{i}.safetensors per layer.
 
-A cross-layer transcoder's layer i holds w_dec [d_sae, n_layers, d], of which [:, i:, :] counts: it writes to
-its own layer and to those after it.  A crosscoder's files either hold w_dec [d_sae, d], the layer's part of one
-set of latents, or, like the transcoder's, [d_sae, n_layers, d]: latents of each layer, writing to those after it.
+In a cross-layer transcoder, layer i has w_dec [d_sae, n_layers, d], of which [:, i:, :] is used: it writes to its own
+layer and the later ones.  A crosscoder's files have either w_dec [d_sae, d], the layer's part of one set of latents,
+or w_dec [d_sae, n_layers, d] as in the transcoder: each layer has its own latents and writes to the later layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DECLARED = {"clt": "cross_layer_transcoder", "crosscoder": "crosscoder"}
 
 
 def read(folder: Path) -> Checkpoint:
-    """The folder of all layers' files.  CheckpointError where a layer is missing or shapes disagree."""
+    """Read the folder with all layers' files.  CheckpointError if a layer is missing or shapes disagree."""
     files = {int(m[1]): folder / m[0] for m in (_NUMBER.fullmatch(p.name) for p in folder.iterdir()) if m}
     if set(files) != set(range(len(files))):
         raise CheckpointError(f"{folder}: expected {PATTERN} numbered from 0, got {shown(sorted(files))}")
@@ -88,7 +88,7 @@ def _layer(path: Path, i: int, n: int, kind: str) -> Checkpoint:
                 f"{path}: w_dec: expected [d_sae, {n}, d] and b_dec [d], got {W_dec.shape}, {b_dec.shape}"
             )
         arrays["W_dec"] = W_dec.mapped(lambda block, start: block[:, i:].flatten(1), (d_sae, (n - i) * d))
-        # the layer's own bias belongs to the first of the outputs it writes
+        # the layer's bias belongs to the first output that it writes
         arrays["b_dec"] = _padded(b_dec, (n - i) * d)
     elif kind == "cross_layer_transcoder":
         raise CheckpointError(f"{path}: w_dec: expected [d_sae, n_layers, d], got {W_dec.shape}")
@@ -96,7 +96,7 @@ def _layer(path: Path, i: int, n: int, kind: str) -> Checkpoint:
 
 
 def _padded(entry: Entry, size: int) -> Entry:
-    """A vector followed by zeros; it is far below one block of bytes, so one block is all of it."""
+    """A vector followed by zeros. It is much smaller than a block of bytes, so one block is enough."""
     have = entry.shape[0]
 
     def pad(block: torch.Tensor, start: int) -> torch.Tensor:
@@ -112,12 +112,12 @@ def _sites(folder: Path, kind: str, i: int, n: int) -> dict[str, Any]:
     found = _LAYERS.match(folder.name)
     numbers = [int(part) for part in found[1].split("_")] if found else []
     if found and len(numbers) != n:
-        raise CheckpointError(f"{folder}: its name says {len(numbers)} layers, {n} files are there")
+        raise CheckpointError(f"{folder}: its name says {len(numbers)} layers, but it has {n} files")
     return {"site": Site("resid", numbers[i]), "site_out": Site("resid", numbers[i])} if numbers else {}
 
 
 def _one_set_of_latents(layers: tuple[Checkpoint, ...]) -> None:
-    """Files that each hold a part of one set of latents must agree on its bias and thresholds."""
+    """Check that files with parts of one set of latents agree on its bias and thresholds."""
     for name in ("b_enc", "threshold"):
         held = [layer.arrays[name] for layer in layers if name in layer.arrays]
         first = held[0].read(torch.device("cpu"), torch.float32) if held else None

@@ -1,4 +1,4 @@
-"""SAELens's names of releases and SAEs, from a table that scripts/saelens_names.py wrote."""
+"""SAELens's names of releases and SAEs, from a table written by scripts/saelens_names.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gemmascope_fast.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Named:
-    """What a name stands for.  scale: SAELens's norm_scaling_factor, folded into the weights."""
+    """The checkpoint that a name refers to.  scale: SAELens's norm_scaling_factor, folded into the weights."""
 
     repo: str
     path: str
@@ -34,7 +34,7 @@ def releases() -> dict[str, dict[str, Any]]:
 
 
 def ids(release: str) -> list[str]:
-    """The SAE names of a release."""
+    """Names of the SAEs of a release."""
     return releases()[release]["ids"]
 
 
@@ -56,7 +56,7 @@ def _repositories() -> frozenset[str]:
 
 def neuronpedia_id(path: Path) -> str | None:
     """Neuronpedia's id of the checkpoint in a file whose path names its repository: …/gemma-scope-2b-pt-res/layer_20/
-    width_16k/average_l0_71/params.npz, or the same in Hugging Face's cache.  None where SAELens's table has none."""
+    width_16k/average_l0_71/params.npz, or the same in Hugging Face's cache.  None if SAELens's table has none."""
     parts = path.parts
     for i in reversed(range(len(parts) - 1)):
         repo, below = parts[i].rpartition("--")[2], parts[i + 1 :]
@@ -72,7 +72,7 @@ def neuronpedia_id(path: Path) -> str | None:
 
 
 def lookup(release: str, sae_id: str | None) -> Named | None:
-    """What `release` and `sae_id` stand for; None where there is no such release.
+    """Look up `release` and `sae_id`; None if there is no such release.
 
     Raises CheckpointError for a release without that SAE, naming the nearest, and for one of a kind that is not
     computed here.

@@ -1,4 +1,4 @@
-"""The package's own safetensors: tensors by name, one JSON object under the metadata key "gemmascope_fast"."""
+"""The package's own format (safetensors): tensors by name, and JSON under the metadata key "gemmascope_fast"."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SCREEN = tuple(field.name for field in fields(Screen))
 
 
 def read(path: Path) -> Checkpoint:
-    """A file written by `save`; tensors under "screen." are read by `read_screen`."""
+    """Read a file written by `save`; `read_screen` reads the tensors named "screen."."""
     entries, metadata = open_safetensors(path)
     about = _metadata(path, metadata)
     integer(path, "version", about.get("version"), 1, 1)
@@ -62,10 +62,10 @@ def _metadata(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 
 
 def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
-    """The screen stored beside the weights that `sae` was just loaded with; None where there is none, or where the
-    weights were cast on the way and are no longer those it was built from.
+    """The screen stored with the weights that `sae` was loaded from; None if there is none, or if the weights were cast
+    and are no longer those it was built from.
 
-    Raises CheckpointError where it is of other weights than the file's, or holds what no build gives.
+    Raises CheckpointError if it was built from other weights than the file's, or has values that no build produces.
     """
     entries, metadata = open_safetensors(path)
     about = _metadata(path, metadata)
@@ -79,7 +79,7 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
         raise CheckpointError(f"{path}: screen: built from other weights than those of the file")
     if not {"code", "table"} <= set(held) <= set(_SCREEN):
         raise CheckpointError(f"{path}: screen: expected code, table and some of {_SCREEN}, got {shown(sorted(held))}")
-    # START may be infinite: `check_screen` looks at the table's values
+    # START may be infinite; `check_screen` checks the table's values
     tensors = {name: entry.read(sae.device, entry.dtype, finite=False) for name, entry in held.items()}
     optional = (tensors.get(name) for name in ("centre", "directions", "scales"))
     screen = Screen(tensors["code"], tensors.get("code2"), tensors["table"], *optional)
@@ -90,7 +90,7 @@ def read_screen(sae: JumpReLUSAE, path: Path) -> Screen | None:
 
 
 def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = None, screen: bool = False) -> None:
-    """Write atomically and block by block: under the final name only when complete.
+    """Write atomically, block by block: the file gets its final name only when it is complete.
 
     matrix_dtype: what matrices are stored in (None: as held); vectors stay as held.
     screen: store the certified screen too, with a hash of the weights it is of, so that loading builds nothing.
@@ -104,7 +104,7 @@ def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = 
     arrays: dict[str, Source] = {name: getattr(sae, name).detach() for name in (*ARRAYS, *sae.extra_arrays)}
     if screen:
         if matrix_dtype not in (None, sae.dtype):
-            raise ValueError(f"screen: it is of the weights as held, {sae.dtype}; matrix_dtype asks for {matrix_dtype}")
+            raise ValueError(f"screen: it was built from {sae.dtype} weights, which does not fit {matrix_dtype}")
         made = sae.prepare().screen_cache.screen
         assert made is not None
         arrays |= {f"screen.{name}": tensor for name, tensor in made.tensors().items()}
@@ -113,7 +113,7 @@ def save(sae: JumpReLUSAE, path: str | Path, matrix_dtype: torch.dtype | None = 
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`sae.safetensors` out of another format's entries."""
+    """Write `sae.safetensors` from the entries of another format."""
     if checkpoint.kind not in KINDS:
         raise CheckpointError(f"{folder}: writing a {checkpoint.kind} as one file is not supported")
     site, out = checkpoint.site, checkpoint.site_out or checkpoint.site

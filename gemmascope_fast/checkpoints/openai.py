@@ -1,8 +1,8 @@
 """OpenAI's SAEs of GPT-2 small (github.com/openai/sparse_autoencoder): a state dict in `LOCATION/autoencoders/N.pt`.
 
-latents = activation(encoder(x - pre_bias) + latent_bias), x̂ = decoder(latents) + pre_bias.  Those with ReLU are read.
-Those with TopK normalise each token to mean 0 and standard deviation 1 first and undo it afterwards, which is not
-computed here: they are refused by name.
+latents = activation(encoder(x - pre_bias) + latent_bias), x̂ = decoder(latents) + pre_bias.  ReLU SAEs are supported.
+TopK SAEs first normalise each token to mean 0 and standard deviation 1 and undo it afterwards, which is not
+supported: they raise an error that says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SITES = {"resid_delta_attn": "attn_out", "resid_delta_mlp": "mlp", "resid_post_
 
 
 def read(path: Path, arrays: dict[str, Entry], values: dict[str, Any]) -> Checkpoint:
-    """A state dict of their Autoencoder, tied or not; the path says the site where it is as they published it."""
+    """Read a state dict of their Autoencoder, tied or not; the site comes from the path if it is as published."""
     activation = values.get("activation", "ReLU")
     if activation == "TopK":
         raise CheckpointError(
@@ -44,7 +44,7 @@ def read(path: Path, arrays: dict[str, Entry], values: dict[str, Any]) -> Checkp
             made["W_enc"] = entry.transposed()
         elif name == "decoder.weight":
             made["W_dec"] = entry.transposed()
-        elif name == "decoder.linear.weight":  # tied: the encoder's own matrix, whose rows are the decoder's
+        elif name == "decoder.linear.weight":  # tied: the encoder's matrix, whose rows are also the decoder's
             made["W_dec"] = entry
         else:
             made[{"pre_bias": "b_dec", "latent_bias": "b_enc"}.get(name, name)] = entry
@@ -63,12 +63,12 @@ def read(path: Path, arrays: dict[str, Entry], values: dict[str, Any]) -> Checkp
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`autoencoder.pt`: a state dict that their `Autoencoder.from_state_dict` takes."""
+    """Write `autoencoder.pt`: a state dict for their `Autoencoder.from_state_dict`."""
     if checkpoint.kind != "sae":
-        raise CheckpointError(f"{folder}: OpenAI's format holds ReLU SAEs here, got a {checkpoint.kind}")
+        raise CheckpointError(f"{folder}: OpenAI's format is written for ReLU SAEs only, got a {checkpoint.kind}")
     check_relu(folder, "OpenAI's format", arrays)
     held = {name: tensor_of(arrays[name], dtype) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    # their encoder subtracts pre_bias first: what our b_enc has of it is put back
+    # their encoder subtracts pre_bias first, so its part in our b_enc is added back
     bias = held["b_enc"].double() + held["b_dec"].double() @ held["W_enc"].double()
     n = bias.shape[0]
     state = {

@@ -1,11 +1,11 @@
-"""The packed file of an SAE that is wider than memory: rows one after the other, and their 8-bit screen.
+"""The packed file of an SAE that is larger than memory: its rows one after the other, and their 8-bit screen.
 
-A checkpoint holds W_enc as [d_in, d_sae], where one feature touches d_in pages.  The packed file is a safetensors file
-with the rows [d_sae, d_in], W_dec, the vectors, the screen, and checksums of them all.  It is written once, in bounded
-memory, panel by panel of features: under a name of its own until it is complete, and resumed where it was interrupted.
+A checkpoint stores W_enc as [d_in, d_sae], so one feature is spread over d_in pages.  The packed file is a safetensors
+file with the rows [d_sae, d_in], W_dec, the vectors, the screen, and checksums of all of them.  It is written once, in
+bounded memory, panel by panel of features. It has a temporary name until it is complete, and interrupted work resumes.
 
-W_dec has one feature after the other in the checkpoint already.  Where it can be used as it lies there (`in_place`) it
-is mapped there, and the packed file holds its checksums alone.
+W_dec is already stored feature by feature in the checkpoint.  If it can be used there (`in_place`), it is mapped from
+the checkpoint, and the packed file has only its checksums.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ from gemmascope_fast.sae.screen import MOST_INPUTS
 KEY = "gemmascope_fast_packed"
 VERSION = 4
 HEADER = 1 << 20  # bytes kept for the header, which is written last; also the alignment of the first rows
-# fp32 rows at a time; packing holds about three times as much.  Of a million features a panel has one in nine: then
-# each row of W_enc in the checkpoint gives 466 KB in one read.
+# fp32 rows at a time; packing needs about three times as much memory.  With a million features a panel has one in
+# nine, and each row of W_enc in the checkpoint gives 466 KB in one read.
 PANEL_BYTES = 1 << 30
 SPARE_BYTES = 64 << 20
 ROWS, TABLE, CODES = "W_enc.rows", "screen.table", ("screen.code", "screen.code2")
 PANELLED = (ROWS, "W_dec", *CODES, TABLE)
 PACKED_KINDS = ("sae", "transcoder")
 
-Checksums = dict[str, list[int]]  # of each array, those of its pieces
+Checksums = dict[str, list[int]]  # for each array, the checksums of its pieces
 Update = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each array of a packed file lies, and the pieces of it that have a checksum each.
+    """Positions of the arrays in a packed file, and the pieces of each that have a checksum.
 
-    panel: features of a panel, a multiple of 64.  decoder: W_dec's first byte in the checkpoint; None where the packed
-    file holds it.
+    panel: number of features in a panel, a multiple of 64.  decoder: position of W_dec's first byte in the checkpoint;
+    None if the packed file contains it.
     """
 
     d_in: int
@@ -90,37 +90,37 @@ class Layout:
         return placed
 
     def checked(self) -> list[str]:
-        """The arrays that have checksums: those of the file, and W_dec wherever it lies."""
+        """The arrays with checksums: those of the file, and W_dec wherever it is stored."""
         return list(dict.fromkeys((*self.arrays(), "W_dec")))
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Size of the file in bytes."""
         dtype, shape, at = self.arrays()["b_dec"]
         return at + math.prod(shape) * dtype.itemsize
 
     def panels(self) -> list[tuple[int, int]]:
-        """First feature and end of each panel."""
+        """Each panel as (first feature, end)."""
         return [(start, min(self.d_sae, start + self.panel)) for start in range(0, self.d_sae, self.panel)]
 
     def pieces(self, name: str) -> list[tuple[slice, ...]]:
-        """Index of each piece of an array: its part of each panel, or all of what is not written in panels."""
+        """Index of each piece of an array: one per panel, or everything if it is not written in panels."""
         if name not in PANELLED:
             return [(slice(None),)]
         if name in CODES:
             return [(slice(start // 4, -(-end // 4)),) for start, end in self.panels()]
-        if name == TABLE:  # the last panel has the columns past d_sae too
+        if name == TABLE:  # the last panel also has the columns past d_sae
             return [(slice(None), slice(s, None if e == self.d_sae else e)) for s, e in self.panels()]
         return [(slice(start, end),) for start, end in self.panels()]
 
 
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's bytes: against damage, not against intent; 4 GB/s, where sha256 gave 1.7."""
+    """CRC-32 of a tensor's bytes: detects damage, not manipulation. 4 GB/s, where sha256 gave 1.7."""
     return zlib.crc32(_data(tensor))
 
 
 def open_layout(path: Path) -> tuple[Layout, dict[str, Any]]:
-    """The layout of a complete packed file and what its header says; CheckpointError where it is none or truncated."""
+    """Layout and header of a complete packed file; CheckpointError if it is truncated or not a packed file."""
     entries, about = _header(path)
     d_in = integer(path, "d_in", about.get("d_in"), 1, MOST_INPUTS)
     d_sae, d_out, panel = (integer(path, name, about.get(name)) for name in ("d_sae", "d_out", "panel"))
@@ -131,9 +131,9 @@ def open_layout(path: Path) -> tuple[Layout, dict[str, Any]]:
     one_of(path, "kind", about.get("kind"), PACKED_KINDS)
     file = text(path, "file", about.get("file"))
     if file in (None, "..") or Path(file).name != file:
-        raise CheckpointError(f"{path}: file: expected the name of a file beside this one, got {shown(file)}")
+        raise CheckpointError(f"{path}: file: expected the name of a file in the same folder, got {shown(file)}")
     there = {name: (entry.dtype, entry.shape, entry.at) for name, entry in entries.items()}
-    if there != layout.arrays():  # and so the sizes are those of arrays that the file has room for
+    if there != layout.arrays():  # otherwise the sizes could exceed the file
         raise CheckpointError(f"{path}: metadata {KEY!r}: does not fit the arrays")
     sums = about.get("checksums")
     if not isinstance(sums, dict) or set(sums) != set(layout.checked()):
@@ -144,7 +144,7 @@ def open_layout(path: Path) -> tuple[Layout, dict[str, Any]]:
 
 
 def _header(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
-    """The arrays of a packed file and what its header says, as far as it is one."""
+    """The arrays of a packed file and its header, checked to be one."""
     entries, metadata = open_safetensors(path)
     if KEY not in metadata:
         raise CheckpointError(f"{path}: metadata {KEY!r}: not a packed file")
@@ -155,12 +155,12 @@ def _header(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
 
 
 def pack(checkpoint: Checkpoint, path: Path, centre: Tensor | None = None, progress: bool | None = False) -> Path:
-    """Write the packed file of a checkpoint of kind "sae", "transcoder" unless a complete one of it is there.
+    """Write the packed file of a checkpoint of kind "sae" or "transcoder", unless a complete one exists.
 
-    centre [d_in]: of the screen; default b_dec for an SAE.  progress: a bar on stderr, as in `from_pretrained`.  Holds
-    about three gigabytes whatever the width; of an uncompressed checkpoint each byte is read once, of npz twice (its
-    checksums), of a compressed one all once a panel, decompressed on the way.  Raises CheckpointError for another kind,
-    damaged arrays, or a disk with too little room.
+    centre [d_in]: that of the screen; default b_dec for an SAE.  progress: show a bar on stderr, as in
+    `from_pretrained`.  Needs about three gigabytes of memory at any width. Each byte of an uncompressed checkpoint is
+    read once, of npz twice (its checksums); a compressed one is read and decompressed once per panel.  Raises
+    CheckpointError for another kind, damaged arrays, or a disk with too little space.
     """
     if checkpoint.kind not in PACKED_KINDS or checkpoint.subtracts_b_dec or checkpoint.normalisation != "none":
         raise CheckpointError(f"{checkpoint.path}: rows='mmap': expected a plain SAE or transcoder")
@@ -203,8 +203,8 @@ def pack(checkpoint: Checkpoint, path: Path, centre: Tensor | None = None, progr
 
 
 def in_place(checkpoint: Checkpoint, path: Path) -> bool:
-    """Whether W_dec can be mapped where it lies in the checkpoint: float32 as it is, not compressed, at a multiple of
-    four bytes (members of an npz begin anywhere), in a file beside the packed one.  Otherwise it is copied."""
+    """Whether W_dec can be mapped from the checkpoint: it must be float32, unchanged, not compressed, at a multiple of
+    four bytes (members of an npz begin anywhere), in a file next to the packed one.  Otherwise it is copied."""
     entry = checkpoint.arrays["W_dec"]
     plain = entry.dtype == torch.float32 and not entry.flip and entry.block is None
     beside = entry.file == checkpoint.path and path.parent == checkpoint.path.parent
@@ -220,7 +220,7 @@ def _fill(
     record: Callable[[Checksums], None],
     update: Update,
 ) -> Checksums:
-    """Write the panels that are not done; gives the checksums of all."""
+    """Write the panels that are missing; returns the checksums of all."""
     sums = {name: list(done.get(name, [])) for name in PANELLED}
     for number, (start, end) in enumerate(layout.panels()):
         if number < len(sums[ROWS]):
@@ -240,13 +240,13 @@ def _fill(
             else:
                 _write(file, at + layout.pieces(name)[number][0].start * part[0].nbytes, part, update)
         file.flush()
-        os.fsync(file.fileno())  # a panel counts as done only when it is on the disk
+        os.fsync(file.fileno())  # a panel counts as done only once it is on the disk
         record(sums)
     return sums
 
 
 def _panel(checkpoint: Checkpoint, start: int, end: int, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The features [start, end) of every array that is written in panels."""
+    """Features [start, end) of every array that is written in panels."""
     W_enc, W_dec = checkpoint.arrays["W_enc"], checkpoint.arrays["W_dec"]
     rows, decoder = torch.empty(end - start, W_enc.shape[0]), torch.empty(end - start, W_dec.shape[1])
     W_enc.read_part_into(rows.t(), 0, start)
@@ -254,7 +254,7 @@ def _panel(checkpoint: Checkpoint, start: int, end: int, vectors: dict[str, Tens
     b, theta = vectors["b_enc"][start:end], vectors["threshold"][start:end]
     code, code2, table = ops.screen_rows(rows.t(), b, theta, vectors["screen.centre"], True)
     table = table[:, : end - start]
-    if end == W_enc.shape[1]:  # and the columns past d_sae, which are discarded whatever the token
+    if end == W_enc.shape[1]:  # also the columns past d_sae, which the screen discards for every token
         beyond = torch.zeros(len(Row), table_stride(end) - end)
         beyond[Row.START] = -math.inf
         table = torch.cat([table, beyond], 1)
@@ -272,13 +272,13 @@ def _piece_bytes(layout: Layout, name: str, number: int) -> int:
 
 
 def source_of(path: Path) -> str:
-    """What a packed file belongs to: the checkpoint's file, its size and time."""
+    """Identifies the source of a packed file: the checkpoint's file name, size and time."""
     stat = path.stat()
     return f"{path.name} {stat.st_size} {stat.st_mtime_ns} {VERSION}"
 
 
 def _is_of(path: Path, source: str) -> bool:
-    """Whether a complete packed file of this source is there; CheckpointError where the file is of another kind."""
+    """Whether a complete packed file of this source exists; CheckpointError if the file is of another kind."""
     if not path.exists():
         return False
     return bool(_header(path)[1]["source"] == source)
@@ -324,7 +324,7 @@ def _write(file: IO[bytes], at: int, tensor: Tensor, update: Update) -> None:
 
 
 def _make_room(path: Path, file: IO[bytes], size: int) -> None:
-    needed = size - min(size, 512 * os.fstat(file.fileno()).st_blocks)  # of an interrupted packing some is there
+    needed = size - min(size, 512 * os.fstat(file.fileno()).st_blocks)  # part of it may be written already
     free = shutil.disk_usage(path.parent).free
     if free < needed + SPARE_BYTES:
         raise CheckpointError(f"{path}: rows='mmap': needs {needed + SPARE_BYTES} bytes, the disk has {free}")
@@ -332,7 +332,7 @@ def _make_room(path: Path, file: IO[bytes], size: int) -> None:
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[IO[bytes]]:
-    """The partial file, open to one writer at a time."""
+    """The partial file, opened by one writer at a time."""
     import fcntl
 
     while True:
@@ -343,7 +343,7 @@ def _locked(partial: Path) -> Iterator[IO[bytes]]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise CheckpointError(f"{partial}: another process is packing this checkpoint") from error
-            # a writer that finished in between has given the file its last name: not this one to write to any more
+            # if another writer finished in between, this file has its final name: do not write to it
             if partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat()):
                 yield file
                 return
@@ -361,7 +361,7 @@ def _progress(partial: Path, source: str, layout: Layout) -> Checksums:
         if kept.get("source") != f"{source} {layout.panel}" or not isinstance(kept.get("checksums"), dict):
             return {}
         sums = {name: integers(record, name, kept["checksums"].get(name)) for name in PANELLED}
-    except CheckpointError:  # none, or not one of ours: all panels are written
+    except CheckpointError:  # missing, or of another source: write all panels
         return {}
     return sums if len({len(each) for each in sums.values()}) == 1 else {}
 

@@ -1,8 +1,8 @@
 """Qwen Scope (Qwen 3 and 3.5): `layerN.sae.pt`, top-k SAEs of the residual stream.
 
-The file holds W_enc [d_sae, d_in], W_dec [d_in, d_sae], b_enc and b_dec.  k stands in the repository's name alone:
-SAE-Res-Qwen3-1.7B-Base-W32K-L0_50 has k = 50.  What `write` makes also holds k, so that it can be read anywhere;
-SAELens passes over it.
+The file has W_enc [d_sae, d_in], W_dec [d_in, d_sae], b_enc and b_dec.  k is only in the repository's name:
+SAE-Res-Qwen3-1.7B-Base-W32K-L0_50 has k = 50.  Files from `write` also contain k, so that they can be read anywhere;
+SAELens ignores it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _REPOSITORY = re.compile(r"SAE-Res-([\w.-]+?)-W[0-9]+K-L0_([0-9]{1,9})(?![0-9])"
 
 
 def read(path: Path, arrays: dict[str, Entry], values: dict[str, Any]) -> Checkpoint:
-    """A `layerN.sae.pt`; model and k from the last name of a Qwen Scope repository in its path."""
+    """Read a `layerN.sae.pt`; model and k come from the last name of a Qwen Scope repository in its path."""
     repositories, layer = _REPOSITORY.findall(path.as_posix()), NAME.fullmatch(path.name)
     named = int(repositories[-1][1]) if repositories else None
     k = named if values.get("k") is None else integer(path, "k", values["k"])
@@ -52,11 +52,11 @@ def read(path: Path, arrays: dict[str, Entry], values: dict[str, Any]) -> Checkp
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`layerN.sae.pt`, N being the layer of the SAE's site."""
+    """Write `layerN.sae.pt`, where N is the layer of the SAE's site."""
     site = checkpoint.site
     if checkpoint.kind != "topk_sae" or site is None or site.kind != "resid":
         raise CheckpointError(
-            f"{folder}: Qwen Scope holds top-k SAEs of the residual stream, got a {checkpoint.kind} at"
+            f"{folder}: Qwen Scope's format is for top-k SAEs of the residual stream, got a {checkpoint.kind} at"
             f" {site.hook_name if site else 'an unknown site'}"
         )
     stored = {"W_enc": ("W_enc", True), "W_dec": ("W_dec", True), "b_enc": ("b_enc", False), "b_dec": ("b_dec", False)}

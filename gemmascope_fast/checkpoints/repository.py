@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a local folder, a Hugging Face repository, a name of SAELens's."""
+"""Finds a checkpoint: in a local folder, a Hugging Face repository, or by SAELens's name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _BESIDE = ("config.json", "cfg.json", "hparams.json", llama_scope.CONFIG)
 
 @dataclass(frozen=True)
 class Found:
-    """A local file or folder, and what the name it was asked by says about it."""
+    """A local file or folder, and what is known from the name it was requested by."""
 
     path: Path
     named: names.Named | None = None
@@ -57,13 +57,13 @@ class Found:
 def locate(
     source: str | Path, sae_id: str | None = None, revision: str | None = None, force_download: bool = False
 ) -> Found:
-    """The local path of a checkpoint, fetched where it has to be.  CheckpointError where it is not there.
+    """The local path of a checkpoint, downloaded if necessary.  CheckpointError if it does not exist.
 
-    The text "demo" is the bundled SAE, as on the command line; a folder of that name is Path("demo") or "./demo".
+    The text "demo" means the bundled SAE, as on the command line. A folder of that name is Path("demo") or "./demo".
     """
     if source == "demo":
         if sae_id is not None:
-            raise CheckpointError(f"sae_id: 'demo' is one SAE and takes none, got {sae_id!r}")
+            raise CheckpointError(f"sae_id: 'demo' is a single SAE, so no sae_id is expected, got {sae_id!r}")
         return Found(SAE_FILE)
     if sae_id is not None:
         parts = PurePosixPath(sae_id).parts
@@ -79,7 +79,7 @@ def locate(
 
 
 def inside(folder: Path, sae_id: str | None) -> Path:
-    """folder / sae_id.  CheckpointError where links lead elsewhere (within a Hugging Face cache they may)."""
+    """folder / sae_id.  CheckpointError if links lead outside (within a Hugging Face cache they may)."""
     path = folder / sae_id if sae_id else folder
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
@@ -88,9 +88,9 @@ def inside(folder: Path, sae_id: str | None) -> Path:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """CheckpointError where `path` is really outside `folder`.
+    """CheckpointError if `path` is outside `folder` after following links.
 
-    The Hugging Face cache links snapshots/<revision>/… to blobs/… beside it: those stay within the repository.
+    The Hugging Face cache links snapshots/<revision>/… to blobs/… next to it; these stay within the repository.
     """
     root = folder.resolve()
     for parent in (root, *root.parents):
@@ -102,7 +102,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def checkpoints_among(paths: Iterable[str]) -> dict[str, str]:
-    """Checkpoint paths (files, or folders of params_layer_*) among a listing's, in order → their format."""
+    """Checkpoint paths (files, or folders of params_layer_*) in a listing, in order → their format."""
     found: dict[str, str] = {}
     listing = sorted(paths)
     there = set(listing)
@@ -141,7 +141,7 @@ def id_of(path: str) -> str:
 
 
 def repository_files(repo: str, revision: str | None = None) -> list[str]:
-    """All paths in a Hugging Face repository.  CheckpointError where it is not in reach."""
+    """All paths in a Hugging Face repository.  CheckpointError if it cannot be reached."""
     from huggingface_hub import HfApi
 
     silent = no_answer(repo, revision)
@@ -156,10 +156,10 @@ def repository_files(repo: str, revision: str | None = None) -> list[str]:
 
 @contextmanager
 def _in_reach(repo: str) -> Iterator[None]:
-    """CheckpointError for what the hub's client raises: no such repository or revision, no access, no network."""
+    """Turn errors of the hub's client into CheckpointError: no such repository or revision, no access, no network."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    # what the client beneath raises without a network: requests' are OSErrors, httpx's share a base with HfHubHTTPError
+    # without a network, requests raises OSErrors; httpx's errors share a base class with HfHubHTTPError
     client: Iterator[type[Exception]] = (
         c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception
     )
@@ -174,13 +174,13 @@ def _in_reach(repo: str) -> Iterator[None]:
         yield
     except errors as error:
         raise CheckpointError(
-            f"{repo}: not a local path, and not a repository in reach: {first_line(error)}"
+            f"{repo}: not a local path, and not a repository that can be reached: {first_line(error)}"
         ) from error
 
 
 def _download(repo: str, path: str | None, revision: str | None, force: bool = False) -> Path:
-    """The checkpoint at `path` in a repository: from the cache where it is sure to be the one that is meant, or where
-    Hugging Face does not answer."""
+    """The checkpoint at `path` in a repository. It comes from the cache if that is certain to be the requested version,
+    or if Hugging Face does not answer."""
     from huggingface_hub import snapshot_download
 
     if path is None:
@@ -220,7 +220,7 @@ def _patterns(at: PurePosixPath) -> list[str]:
 
 
 def _cached(repo: str, path: str, patterns: list[str], revision: str | None) -> Path | None:
-    """The checkpoint in Hugging Face's cache, without asking anyone; None where it is not there."""
+    """The checkpoint in Hugging Face's cache, without network requests; None if it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -235,12 +235,12 @@ def _cached(repo: str, path: str, patterns: list[str], revision: str | None) -> 
 
 
 def _only_checkpoint(repo: str, revision: str | None) -> str:
-    """The checkpoint of a repository that holds one; a repository of many is not downloaded whole."""
+    """The checkpoint of a repository that has just one; a repository with many is not downloaded whole."""
     found = list(checkpoints_among(repository_files(repo, revision)))
     if len(found) == 1:
         return found[0]
     shown = ", ".join(id_of(path) for path in found[:3])
     raise CheckpointError(
-        f"sae_id: {repo} holds {len(found)} checkpoints; name one"
+        f"sae_id: {repo} has {len(found)} checkpoints; name one"
         + (f", such as {shown}; `gemmascope-fast ls {repo}` lists them" if found else ": none in a known format")
     )

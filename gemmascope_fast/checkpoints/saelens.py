@@ -1,4 +1,4 @@
-"""SAELens folders: cfg.json and sae_weights.safetensors (held against version 6.54)."""
+"""SAELens folders: cfg.json and sae_weights.safetensors (tested with version 6.54)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from gemmascope_fast.checkpoints.gated import ungated
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.fields import MOST, flag, integer, shown, text
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source, write_safetensors
 
 FILE = "sae_weights.safetensors"
-VERSION = "6.54.0"  # whose meaning of cfg.json is written
-# What each architecture computes at inference.  BatchTopK's threshold is a number the training kept.
+VERSION = "6.54.0"  # we write cfg.json as this version reads it
+# What each architecture computes at inference.  BatchTopK uses a threshold that training stored.
 _KINDS = {
     "jumprelu": "sae",
     "standard": "sae",
@@ -41,7 +42,7 @@ _ARCHITECTURES = {
     "transcoder": "jumprelu_transcoder",
     "skip_transcoder": "jumprelu_skip_transcoder",
 }
-# Which activation functions a config of each may name; others (tanh-relu) were computed by versions before 6.
+# Activation functions that the config of each may name; others (tanh-relu) existed before version 6 only.
 _ACTIVATIONS = {
     "jumprelu": ("relu", "jumprelu"),
     "topk": ("topk",),
@@ -62,9 +63,9 @@ _ABOUT_MODEL = ("model_name", "hook_name", "hook_name_out", "hf_hook_name", "hf_
 
 
 def read(path: Path) -> Checkpoint:
-    """`sae_weights.safetensors` beside its `cfg.json`, with the defaults SAELens fills in.
+    """Read `sae_weights.safetensors` and the `cfg.json` next to it, with SAELens's defaults.
 
-    Refused rather than read wrongly: other architectures, and activations that are normalised at run time.
+    Raises an error for other architectures, and for activations that are normalised at run time.
     """
     config_path = path.with_name("cfg.json")
     stored = read_json(config_path)
@@ -113,13 +114,13 @@ def check_refused(path: Path, architecture: object) -> None:
 
 
 def _d_sae(arrays: dict[str, Entry]) -> int:
-    """How many features there are, as far as the arrays say; `Checkpoint` refuses those that do not."""
+    """Number of features according to the arrays; `Checkpoint` checks that they agree."""
     shape = arrays["W_enc"].shape if "W_enc" in arrays else ()
     return shape[1] if len(shape) == 2 and shape[1] else MOST
 
 
 def modern(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A cfg.json of any SAELens version in the present form, as SAELens's own loader fills it in.  path: for errors."""
+    """Convert a cfg.json of any SAELens version to the current form, as SAELens's loader does.  path: for errors."""
     metadata = config.get("metadata")
     about: dict[str, Any] = metadata if isinstance(metadata, dict) else {}
     version = str(config.get("sae_lens_version") or about.get("sae_lens_version") or "")
@@ -144,7 +145,7 @@ def modern(config: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _site(path: Path, metadata: dict[str, Any], which: str, model: Any) -> Any:
-    """transformers' own name counts where SAELens gives it: its hook_mlp_in is not TransformerLens's."""
+    """Use transformers' hook name if SAELens gives it, because SAELens's hook_mlp_in is not TransformerLens's."""
     exact = metadata.get(f"hf_hook_name{which}")
     if exact is not None:
         return hook_site(path, exact)
@@ -152,7 +153,7 @@ def _site(path: Path, metadata: dict[str, Any], which: str, model: Any) -> Any:
 
 
 def _arrays(path: Path, architecture: str, rescale: bool) -> tuple[dict[str, Entry], float]:
-    """Arrays under our names and the threshold of an SAE that has one number for all features."""
+    """Arrays under our names, and the threshold if an SAE has one number for all features."""
     arrays, value = open_safetensors(path)[0], 0.0
     scale = arrays.pop("scaling_factor", None)
     if scale is not None and any(bool((block != 1).any()) for _, block in scale.blocks(torch.float32)):
@@ -176,10 +177,10 @@ def _arrays(path: Path, architecture: str, rescale: bool) -> tuple[dict[str, Ent
 
 
 def _rescaled(arrays: dict[str, Entry]) -> dict[str, Entry]:
-    """z · ‖W_dec‖ decides and W_dec / ‖W_dec‖ decodes: the same as a decoder of unit rows."""
+    """z · ‖W_dec‖ is compared and W_dec / ‖W_dec‖ decodes, which equals an SAE with decoder rows of unit length."""
     W_dec, W_enc, b_enc = arrays["W_dec"], arrays["W_enc"], arrays["b_enc"]
     if (len(W_enc.shape), len(W_dec.shape), b_enc.shape) != (2, 2, W_enc.shape[1:]) or W_dec.shape[:1] != b_enc.shape:
-        return {}  # refused for its shapes, by name
+        return {}  # the error for its shapes comes later and names it
     norm = torch.cat([block.reshape(block.shape[0], -1).norm(dim=1) for _, block in W_dec.blocks(torch.float64)])
     if not bool((norm > 0).all()):
         raise CheckpointError(f"{W_dec.file}: W_dec: expected rows that are not zero to rescale by their norm")
@@ -195,7 +196,7 @@ def _rescaled(arrays: dict[str, Entry]) -> dict[str, Entry]:
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`sae_weights.safetensors` and `cfg.json` that SAELens 6 loads with `SAE.load_from_disk`."""
+    """Write `sae_weights.safetensors` and a `cfg.json` that SAELens 6 loads with `SAE.load_from_disk`."""
     if checkpoint.kind not in _ARCHITECTURES:
         raise CheckpointError(f"{folder}: SAELens has no {checkpoint.kind}")
     arrays = dict(arrays)
@@ -221,7 +222,7 @@ def _config(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        # only SAEs of hook_z are reshaped: TransformerLens keeps the heads apart
+        # SAELens reshapes only SAEs of hook_z, because TransformerLens keeps the heads separate
         "reshape_activations": "hook_z" if site and site.kind == "attn" else "none",
     }
     if "transcoder" in checkpoint.kind:

@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify: `sae.safetensors` and `cfg.json` (held against eai-sparsify 1.3).  Top-k SAEs and
+"""EleutherAI's sparsify: `sae.safetensors` and `cfg.json` (tested with eai-sparsify 1.3).  Top-k SAEs and
 transcoders, with or without a skip."""
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from gemmascope_fast.checkpoints.base import Checkpoint, check_activation, read_
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files.arrays import Entry, open_safetensors
 from gemmascope_fast.files.fields import flag, integer, text
-from gemmascope_fast.files.write import Source, write_json, write_safetensors
+from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.write import Source, write_safetensors
 from gemmascope_fast.sae.sites import Site
 
 FILE = "sae.safetensors"
 CONFIG = "cfg.json"
 FORMAT = "sparsify"
-_FOLDER = re.compile(r"(?:.*\.)?layers[._]([0-9]{1,6})(\..+)?")  # a module's path below the model
+_FOLDER = re.compile(r"(?:.*\.)?layers[._]([0-9]{1,6})(\..+)?")  # a module's path inside the model
 _KINDS = {"topk_sae": (False, False), "topk_transcoder": (True, False), "topk_skip_transcoder": (True, True)}
 
 
@@ -29,7 +30,7 @@ def is_sparsify(path: Path) -> bool:
 
 
 def read(path: Path) -> Checkpoint:
-    """`sae.safetensors` beside its `cfg.json`; the folder's name is the module's path: layers.5, layers.5.mlp."""
+    """Read `sae.safetensors` and its `cfg.json`; the folder's name is the module path: layers.5, layers.5.mlp."""
     config_path = path.with_name(CONFIG)
     config = read_json(config_path)
     check_activation(config_path, config, ("topk",))
@@ -70,7 +71,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def sites_of(folder: str, transcodes: bool) -> tuple[Site | None, Site | None]:
-    """Where a coder of the module with this path reads and writes; a transcoder goes from its input to its output."""
+    """Where a coder of the module with this path reads and writes; a transcoder reads its input, writes its output."""
     named = _FOLDER.fullmatch(folder)
     if named is None:
         return None, None
@@ -84,19 +85,19 @@ def sites_of(folder: str, transcodes: bool) -> tuple[Site | None, Site | None]:
 
 
 def _model(path: Path) -> str | None:
-    """What the config of the whole training, a folder up, says."""
+    """The config of the whole training, one folder up."""
     above = path.parent.parent / "config.json"
     return text(above, "model", read_json(above).get("model")) if above.exists() else None
 
 
 def write(checkpoint: Checkpoint, arrays: dict[str, Source], folder: Path, dtype: torch.dtype | None) -> None:
-    """`sae.safetensors` and `cfg.json` that sparsify's `SparseCoder.load_from_disk` takes."""
+    """Write `sae.safetensors` and `cfg.json` for sparsify's `SparseCoder.load_from_disk`."""
     if checkpoint.kind not in _KINDS or checkpoint.d_in != checkpoint.arrays["W_dec"].shape[1]:
         raise CheckpointError(f"{folder}: sparsify has no {checkpoint.kind} of these widths")
     transcodes, skips = _KINDS[checkpoint.kind]
     given: dict[str, Any] = dict(arrays)
     if not transcodes:
-        # its encoder reads x - b_dec: what our b_enc has of it is put back
+        # its encoder reads x - b_dec, so the part of b_dec in our b_enc is added back
         held = {n: _tensor(given[n]) for n in ("W_enc", "b_enc", "b_dec")}
         given["b_enc"] = (held["b_enc"] + held["b_dec"] @ held["W_enc"]).to(given["b_enc"].dtype)
     stored = {"encoder.weight": _turned(given["W_enc"]), "encoder.bias": given["b_enc"]}

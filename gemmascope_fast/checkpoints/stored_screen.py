@@ -1,8 +1,8 @@
-"""What a screen that comes from a file must hold before a kernel reads it.
+"""Checks of a screen that was read from a file, before a kernel uses it.
 
-A digest or a checksum in the same file shows damage, not intent.  These checks are on the values: a table that any
-build could have given, with nothing that a kernel would turn into a feature past d_sae or into an integer that is none.
-That the bounds are those of the weights is not checked: this would take as long as building the screen.
+A digest or checksum in the same file shows damage, not manipulation.  These checks are on the values: the table must
+be one that a build can give, and no kernel may get a feature past d_sae or an invalid integer from it.  They do not
+check that the bounds fit the weights, which would take as long as building the screen.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from gemmascope_fast.sae.screen import Screen
 
 # Rows of the table that are norms, bounds or scales.
 _NOT_NEGATIVE = (Row.SCALE, Row.ERROR, Row.NORM, Row.SLACK, Row.SCALE2, Row.ERROR2)
-_MAY_OVERFLOW = (Row.SLACK, Row.START)  # rounded up, to infinity where a centre is huge; START also says "never"
+_MAY_OVERFLOW = (Row.SLACK, Row.START)  # infinite if the centre is huge; in START also "never discard"
 
 
 def check_screen(path: Path, screen: Screen, d_in: int, d_sae: int) -> None:
-    """CheckpointError naming file and array where a screen of an encoder [d_in, d_sae] cannot come from a build."""
+    """CheckpointError naming file and array if a screen of an encoder [d_in, d_sae] cannot be the result of a build."""
     directions = screen.directions
     k = 0 if directions is None or directions.dim() != 2 else directions.shape[0]
     tiles = (-(-d_sae // 4), -(-d_in // 64), 4, 64)
@@ -56,7 +56,7 @@ def _check_table(path: Path, table: Tensor, d_sae: int) -> None:
         past = -math.inf if row == Row.START else 0.0
         if not bool((beyond == past).all()):
             raise _wrong(path, name, f"{past} in the columns past d_sae = {d_sae}", "other values")
-        # one comparison says what a NaN, an infinity or a number out of range is not
+        # a single comparison that is false for NaN, infinity and numbers out of range
         least = 0.0 if row in (*_NOT_NEGATIVE, Row.ZERO) else -torch.finfo(table.dtype).max
         most = 255.0 if row == Row.ZERO else math.inf if row in _MAY_OVERFLOW else torch.finfo(table.dtype).max
         if not bool(((inside >= least) & (inside <= most)).all()):

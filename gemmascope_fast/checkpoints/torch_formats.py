@@ -1,4 +1,4 @@
-"""Checkpoints that `torch.save` wrote: told apart by the names of their arrays.
+"""Checkpoints written by `torch.save`; the names of their arrays show which format they have.
 
 Qwen Scope's `layerN.sae.pt`, Goodfire's and qresearch's `.pt` and `.pth`, OpenAI's `N.pt`, dictionary_learning's
 `ae.pt`.  They are read without unpickling (`files/torch_zip.py`), in blocks like every other format.
@@ -20,7 +20,7 @@ SUFFIXES = (".pt", ".pth")
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in a file of torch.save, of whichever of these formats it is."""
+    """Read the checkpoint in a file of torch.save, in any of these formats."""
     held = open_torch(path)
     arrays: dict[str, Entry] = {name: value for name, value in held.items() if isinstance(value, Entry)}
     values: dict[str, Any] = {name: value for name, value in held.items() if name not in arrays}

@@ -1,4 +1,4 @@
-"""Writing what `torch.save` writes: a dict of tensors."""
+"""Writes a dict of tensors with `torch.save`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gemmascope_fast.files.write import Source
 
 
 def tensor_of(source: Source, dtype: torch.dtype | None) -> Tensor:
-    """The array in memory, contiguous, on the CPU, in `dtype` (None: as it is)."""
+    """The array in memory, contiguous, on the CPU, in `dtype` (None: unchanged)."""
     wanted = dtype or source.dtype
     if isinstance(source, Entry):
         return source.read(torch.device("cpu"), wanted)
@@ -31,7 +31,7 @@ def save_torch(
 ) -> None:
     """Write a dict with torch.save.  stored: name in the file → (our name, whether the file has it transposed).
 
-    The arrays are in memory while it writes, once.
+    The arrays are in memory once during the write.
     """
     held: dict[str, Any] = {}
     for name, (ours, transposed) in stored.items():
@@ -41,7 +41,7 @@ def save_torch(
 
 
 def check_relu(folder: Path, what: str, arrays: Mapping[str, Source]) -> None:
-    """CheckpointError where a threshold is above 0: the format has ReLU alone."""
+    """CheckpointError if a threshold is above 0, because the format supports only ReLU."""
     threshold = arrays.get("threshold")
     if threshold is not None and bool((tensor_of(threshold, torch.float64) > 0).any()):
         raise CheckpointError(f"{folder}: {what} has no thresholds, and some of this SAE's are above 0")

@@ -1,4 +1,4 @@
-"""TransformerLens's hook names, which SAELens's configs use, and the sites they are."""
+"""TransformerLens's hook names, used in SAELens's configs, and the sites they mean."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 from gemmascope_fast.sae.sites import Site
 
-# In Gemma 2 and 3, TransformerLens takes hook_mlp_out and hook_attn_out after the norms that follow MLP and
-# attention, and hook_normalized before the gain.  hook_mlp_in (Gemma Scope 2 in SAELens) is told by hf_hook_name.
+# In Gemma 2 and 3, TransformerLens's hook_mlp_out and hook_attn_out are after the norms that follow MLP and attention,
+# and hook_normalized is before the gain.  For hook_mlp_in (Gemma Scope 2 in SAELens) see hf_hook_name.
 _GEMMA = {
     "hook_resid_post": "resid",
     "hook_mlp_out": "mlp",
@@ -23,8 +23,8 @@ _PRE_NORM = ("llama", "qwen", "mistral")
 
 
 def site_of(hook_name: object, model_name: str | None) -> Site | None:
-    """The site of a hook name such as "blocks.4.hook_resid_post"; None where transformers has no such tensor or
-    none that is known for this model."""
+    """The site of a hook name such as "blocks.4.hook_resid_post"; None if transformers has no such tensor, or it is
+    unknown for this model."""
     parts = hook_name.split(".", 2) if isinstance(hook_name, str) else []
     if len(parts) != 3 or parts[0] != "blocks" or not re.fullmatch("[0-9]{1,6}", parts[1]):
         return None
@@ -42,7 +42,7 @@ def site_of(hook_name: object, model_name: str | None) -> Site | None:
 
 
 def name_of(site: Site | None) -> str | None:
-    """The hook name of a site, None where TransformerLens has none."""
+    """The hook name of a site; None if TransformerLens has none."""
     if site is None:
         return None
     tails = {kind: tail for tail, kind in _GEMMA.items()}

@@ -4,42 +4,37 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.checkpoints.bundled import example
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
-from gemmascope_fast.files.results import write_json, write_text
+from gemmascope_fast.cli import arguments as common
+from gemmascope_fast.files.progress import bar
+from gemmascope_fast.files.results import write_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Reads a conversation turn by turn, tool results included, with one KV cache, and shows what fires where."
+        "Reads a conversation turn by turn, tool results included, with one KV cache, and shows which features fire in"
+        " which turn."
     )
-    add_pair_arguments(parser)
-    parser.add_argument(
-        "--transcript", default="demo", metavar="FILE", help="JSON: role and content a turn (default: bundled)"
-    )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the transcript there, shaded by feature")
-    add_output_arguments(parser, plot=False)
+    common.add_pair(parser)
+    note = "JSON: role and content of each turn; 'demo' is bundled"
+    parser.add_argument("--transcript", default="demo", metavar="FILE", help=note)
+    common.add_output(parser, "--html", "write a self-contained page: the transcript, shaded by feature")
+    common.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from gemmascope_fast.analysis.compare.conversation import by_role, load_transcript, read_conversation
-    from gemmascope_fast.analysis.pair import load_pair
+    from gemmascope_fast.checkpoints.bundled import example
 
-    check_outputs(args)
     path = example(args.transcript, "talk.json")
     turns = load_transcript(path)
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
-    with tqdm(total=len(turns), desc="reading", unit="turn") as bar:
-        traces = read_conversation(model, tokenizer, {(layer, "resid"): sae}, turns, bar.update)
+    model, tokenizer, sae, layer = common.load_pair(args)
+    with bar(total=len(turns), desc="reading", unit="turn") as shown:
+        traces = read_conversation(model, tokenizer, {(layer, "resid"): sae}, turns, shown.update)
     roles = by_role(traces)
     _show(traces, roles)
-    if args.json is not None:
-        write_json(args.json, {"turns": [_record(trace) for trace in traces], "roles": roles})
+    common.write_figures(args, {"turns": [_record(trace) for trace in traces], "roles": roles})
     if args.html is not None:
         write_text(args.html, page(traces, tokenizer, f"{path.name}: layer {layer}"))
         print(f"Page: {args.html}")
@@ -53,22 +48,19 @@ def _record(trace: Any) -> dict[str, Any]:
 
 
 def _show(traces: Sequence[Any], roles: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    table = Table("turn", "role", "tokens", "L0", "strongest features:mean activation", title="Turns")
+    rows: list[tuple[Any, ...]] = []
     for number, trace in enumerate(traces, 1):
         record = _record(trace)
         # no space within: a narrow terminal breaks lines between features
         top = "  ".join(f"{f['feature']}:{f['mean']:.4g}" for f in record["features"][:4])
-        table.add_row(str(number), record["role"], str(record["tokens"]), f"{record['l0']:.1f}", top)
-    console.print(table)
-    by = Table("role", "tokens", "L0", "fires more often than elsewhere, feature:rate/elsewhere", title="Roles")
+        rows.append((str(number), record["role"], str(record["tokens"]), f"{record['l0']:.1f}", top))
+    common.print_table(("turn", "role", "tokens", "L0", "strongest features:mean activation"), rows, "Turns")
+    rows = []
     for role, found in roles.items():
         top = "  ".join(f"{f['feature']}:{f['rate']:.2f}/{f['elsewhere']:.2f}" for f in found["features"][:4])
-        by.add_row(role, str(found["tokens"]), f"{found['l0']:.1f}", top)
-    console.print(by)
+        rows.append((role, str(found["tokens"]), f"{found['l0']:.1f}", top))
+    more = "fires more often than in other roles, feature:rate/elsewhere"
+    common.print_table(("role", "tokens", "L0", more), rows, "Roles")
 
 
 def page(traces: Sequence[Any], tokenizer: Any, title: str) -> str:

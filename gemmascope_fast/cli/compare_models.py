@@ -6,28 +6,29 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
+from gemmascope_fast.cli import arguments as common
 from gemmascope_fast.errors import require
-from gemmascope_fast.files.results import save_figure, shown, write_json
+from gemmascope_fast.files.progress import bar
+from gemmascope_fast.files.results import save_figure, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads the same texts with two models.  With one SAE: which features are kept, moved, lost, gained.  With one"
-        " each: which features fire alike.  Tokens are aligned by the characters they cover."
+        " SAE for each model: which features fire alike.  Tokens are aligned by the characters that they cover."
     )
-    add_pair_arguments(parser)
-    parser.add_argument("--model-b", required=True, help="the second model")
-    parser.add_argument("--sae-b", help="its SAE (default: the same for both)")
-    parser.add_argument("--sae-b-id", help="the SAE within its repository")
-    parser.add_argument("--layer-b", type=int, help="default: that SAE's own, or --layer")
-    parser.add_argument("--text", nargs="+", default=["pydoc"], metavar="TEXT", help="as `extract --text` takes them")
-    parser.add_argument("--column", default="text", help="the text's key in JSON lines and Parquet (default: text)")
-    parser.add_argument("--split", default="paragraph", help="documents of a .txt: file, paragraph or line")
-    parser.add_argument("--most", type=int, default=500, help="texts read (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=1023, help="tokens after each BOS (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=15, help="rows of the table (default: %(default)s)")
-    add_output_arguments(parser)
+    common.add_pair(parser)
+    parser.add_argument("--model-b", required=True, metavar="MODEL", help="the second model")
+    parser.add_argument("--sae-b", metavar="SAE", help="the second model's SAE (default: the same for both)")
+    parser.add_argument("--sae-b-id", metavar="ID", help="that SAE within its repository")
+    note = "the layer whose output that SAE reads (default: that SAE's own, or --layer)"
+    parser.add_argument("--layer-b", type=int, metavar="N", help=note)
+    common.add_documents(parser, "paragraph")
+    parser.add_argument("--most", type=int, default=500, metavar="N", help="read at most this many texts")
+    common.add_window(parser)
+    parser.add_argument("--top", type=int, default=15, metavar="N", help="rows of the table")
+    common.add_json(parser)
+    common.add_plot(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,24 +40,22 @@ def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.cli.extract import sites_of
 
     require("scipy", "analysis", "compare-models")
-    check_outputs(args)
-    if args.most < 1:
-        raise ValueError(f"--most: expected at least 1, got {args.most}")
+    common.check_least(args, "most")
     stream = ("".join(d.parts) for d in documents(resolve(args.text), args.column, args.split))
     texts = list(islice((t for t in stream if t.strip()), args.most))
     if not texts:
         raise ValueError(f"--text: expected at least one text, got none in {', '.join(args.text)}")
-    sae = load_sae(args.sae, args.sae_id)
-    sae_b = load_sae(args.sae_b, args.sae_b_id) if args.sae_b else sae
+    sae = load_sae(args.sae, args.sae_id, args.device)
+    sae_b = load_sae(args.sae_b, args.sae_b_id, args.device) if args.sae_b else sae
     if sae_b is sae and args.anywhere:
-        sae_b = load_sae(args.sae, args.sae_id)  # one SAE has one site: each side gets its own
+        sae_b = load_sae(args.sae, args.sae_id, args.device)  # one SAE has one site: each side gets its own
     layer_b = args.layer if args.layer_b is None and args.sae_b is None else args.layer_b
     sides: list[Any] = []
     for name, own, layer in ((args.model, sae, args.layer), (args.model_b, sae_b, layer_b)):
         sites_of(own, layer, args.anywhere)
-        sides.append((*load_model(name), {own.cfg.site if layer is None else layer: own}))
-    with _bar(2 * len(texts)) as bar:
-        a, b = gather(sides[0], sides[1], texts, window=args.window, progress=bar.update)
+        sides.append((*load_model(name, args.device, args.dtype), {own.cfg.site if layer is None else layer: own}))
+    with bar(total=2 * len(texts), desc="reading", unit="text") as reading:
+        a, b = gather(sides[0], sides[1], texts, window=args.window, progress=reading.update)
     out: dict[str, Any] = {"texts": len(texts), "spans": a.shape[0]}
     if args.sae_b is None:
         out["features"] = changes(a, b)
@@ -64,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         out["features"] = matches(a, b)
     _show(out, args.top)
-    if args.json is not None:
-        write_json(args.json, out)
+    common.write_figures(args, out)
     if args.plot is not None:
         _plot(out, args.plot)
     return 0
@@ -74,27 +72,17 @@ def run(args: argparse.Namespace) -> int:
 WHAT = ("kept", "moved", "lost", "gained", "changed")
 
 
-def _bar(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="reading", unit="text")
-
-
 def _show(out: dict[str, Any], top: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
     if not out["features"]:
-        console.print("No feature fires often enough to be compared.")
+        print("No feature fires often enough to be compared.")
         return
-    names = list(out["features"][0])
-    table = Table(*names, title=f"{out['texts']} texts, {out['spans']} spans of characters")
-    for record in out["features"][:top]:
-        table.add_row(*(str(v) if n in ("feature", "match") else shown(v) for n, v in record.items()))
-    console.print(table)
+    rows = [
+        [str(v) if n in ("feature", "match") else shown(v) for n, v in record.items()]
+        for record in out["features"][:top]
+    ]
+    common.print_table(list(out["features"][0]), rows, f"{out['texts']} texts, {out['spans']} spans of characters")
     if "counts" in out:
-        console.print(", ".join(f"{n} {what}" for what, n in out["counts"].items()))
+        print(", ".join(f"{n} {what}" for what, n in out["counts"].items()))
 
 
 def _plot(out: dict[str, Any], path: Path) -> None:

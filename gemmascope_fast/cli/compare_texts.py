@@ -4,54 +4,46 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from gemmascope_fast.checkpoints.bundled import example
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
+from gemmascope_fast.cli import arguments as common
 from gemmascope_fast.errors import require
-from gemmascope_fast.files.results import save_figure, shown, write_json
+from gemmascope_fast.files.progress import bar
+from gemmascope_fast.files.results import save_figure, shown
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Features of two sets of texts with effect size, test and false discovery rate; or of preferred against"
-        " rejected answers, before and after length and format are taken out."
+        " rejected answers, before and after correcting for length and format."
     )
-    add_pair_arguments(parser)
-    parser.add_argument(
-        "--a",
-        nargs="+",
-        metavar="TEXT",
-        help="the first set, as `extract --text` takes it; 'demo:past' and 'demo:present' are bundled",
-    )
-    parser.add_argument("--b", nargs="+", metavar="TEXT", help="the second set")
-    parser.add_argument(
-        "--pairs",
-        type=Path,
-        metavar="FILE",
-        help="instead: JSON lines of chosen, rejected and, if any, prompt; 'demo' is bundled",
-    )
-    parser.add_argument(
-        "--reward", action="store_true", help="of pairs: --model is a reward model; what its features add to the reward"
-    )
-    parser.add_argument("--no-covariates", action="store_true", help="of pairs: leave length and format in")
-    parser.add_argument("--column", default="text", help="the text's key in JSON lines and Parquet (default: text)")
-    parser.add_argument("--split", default="line", help="documents of a .txt: file, paragraph or line (default: line)")
-    parser.add_argument("--pool", default="mean", help="of a text's tokens: mean, max or rate (default: mean)")
-    parser.add_argument("--test", default="rank", help="'rank' (Mann-Whitney) or 'permutation' (default: rank)")
+    common.add_pair(parser)
+    note = "the first set, as `extract --text` takes it; 'demo:past' and 'demo:present' are bundled"
+    parser.add_argument("--a", nargs="+", metavar="FILE", help=note)
+    parser.add_argument("--b", nargs="+", metavar="FILE", help="the second set")
+    note = "instead of two sets: JSON lines with chosen, rejected and optionally prompt; 'demo' is bundled"
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help=note)
+    note = "with --pairs: --model is a reward model; show what its features add to the reward"
+    parser.add_argument("--reward", action="store_true", help=note)
+    note = "with --pairs: do not correct for length and format"
+    parser.add_argument("--no-covariates", action="store_true", help=note)
+    common.add_documents(parser, "line", text=False)
+    parser.add_argument("--pool", default="mean", metavar="NAME", help="over a text's tokens: mean, max or rate")
+    parser.add_argument("--test", default="rank", metavar="NAME", help="'rank' (Mann-Whitney) or 'permutation'")
     parser.add_argument("--layers", action="store_true", help="also how separable the sets are at every layer")
-    parser.add_argument("--window", type=int, default=1023, help="tokens after each BOS (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=15, help="rows of the table (default: %(default)s)")
-    add_output_arguments(parser)
+    common.add_window(parser)
+    parser.add_argument("--top", type=int, default=15, metavar="N", help="rows of the table")
+    common.add_json(parser)
+    common.add_plot(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     require("scipy", "analysis", "compare-texts")
-    check_outputs(args)
     if (args.pairs is None) == (args.a is None or args.b is None):
-        raise ValueError("expected --a TEXT and --b TEXT, or --pairs FILE")
+        raise ValueError("expected --a FILE and --b FILE, or --pairs FILE")
     if args.reward and (args.pairs is None or args.layers):
         raise ValueError("--reward: expected --pairs, and no --layers")
     from gemmascope_fast.cli.extract import sites_of
@@ -60,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.compare.reward import load_reward_model
     from gemmascope_fast.analysis.pair import load_model, load_sae
 
-    sae = load_sae(args.sae, args.sae_id)
+    sae = load_sae(args.sae, args.sae_id, args.device)
     sites_of(sae, args.layer, args.anywhere)
     key = args.layer if args.layer is not None else sae.cfg.site
-    model, tokenizer = load_reward_model(args.model) if args.reward else load_model(args.model)
+    model, tokenizer = (load_reward_model if args.reward else load_model)(args.model, args.device, args.dtype)
     rows, pairs = _compare(args, model, tokenizer, {key: sae}, first, second, z)
     out: dict[str, Any] = {"texts": [len(first), len(second)], "features": _records(rows)}
     _show(rows, args.top, f"{len(first)} texts against {len(second)}")
@@ -73,8 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if args.layers:
         out["layers"] = depth(model, tokenizer, {key: sae}, first, second, args.window, args.pairs is not None)
         _show_layers(out["layers"])
-    if args.json is not None:
-        write_json(args.json, out)
+    common.write_figures(args, out)
     if args.plot is not None:
         _plot(rows, out.get("layers"), args.plot)
     return 0
@@ -82,8 +73,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray | None]:
     """(first set, second set, differences of covariates for pairs)."""
+    import numpy as np
+
     from gemmascope_fast.analysis.compare.sets import covariates
     from gemmascope_fast.analysis.extraction.sources import documents, json_lines, resolve, string
+    from gemmascope_fast.checkpoints.bundled import example
 
     if args.pairs is None:
         sets = []
@@ -91,9 +85,7 @@ def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray |
             found = ["".join(d.parts) for d in documents(resolve(names), args.column, args.split)]
             found = [text for text in found if text.strip()]
             if len(found) < 2:
-                raise ValueError(
-                    f"{flag}: expected at least two texts, got {len(found)}: an empty class compares to none"
-                )
+                raise ValueError(f"{flag}: expected at least two texts, got {len(found)}")
             sets.append(found)
         return sets[0], sets[1], None
     chosen, rejected, z = [], [], []
@@ -112,15 +104,13 @@ def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray |
 
 
 def _compare(args: Any, model: Any, tokenizer: Any, sites: Any, first: Any, second: Any, z: Any) -> tuple[dict, Any]:
-    """(rows a feature, with --reward what moves each pair)."""
-    from tqdm import tqdm
-
+    """(a row for each feature, with --reward what changes each pair's rewards)."""
     from gemmascope_fast.analysis.compare.pooled import pooled
     from gemmascope_fast.analysis.compare.reward import attributed, ranked
     from gemmascope_fast.analysis.compare.sets import compare_pairs, compare_sets
 
-    with tqdm(total=len(first) + len(second), desc="reading", unit="text") as bar:
-        options = {"window": args.window, "progress": bar.update}
+    with bar(total=len(first) + len(second), desc="reading", unit="text") as reading:
+        options = {"window": args.window, "progress": reading.update}
         if args.reward:
             (a, of_a), (b, of_b) = (attributed(model, tokenizer, sites, texts, **options) for texts in (first, second))
             return compare_pairs(a, b, z), ranked(a, b, (of_a, of_b))
@@ -133,7 +123,7 @@ def depth(
     paired: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Separability of the two sets at the output of every layer, and on the latents where there is an SAE."""
-    from tqdm import tqdm
+    import numpy as np
 
     from gemmascope_fast.analysis.compare.pooled import pool
     from gemmascope_fast.analysis.compare.sets import separability
@@ -146,8 +136,8 @@ def depth(
     ((own, sae),) = sites.items()
     labels = [True] * len(first) + [False] * len(second)
     means: dict[Any, list[np.ndarray]] = {key: [] for key in (*keys, "latents")}
-    with tqdm(total=len(labels), desc="every layer", unit="text") as bar:
-        for _, rows in read_texts(model, tokenizer, keys, [*first, *second], window=window, progress=bar.update):
+    with bar(total=len(labels), desc="every layer", unit="text") as reading:
+        for _, rows in read_texts(model, tokenizer, keys, [*first, *second], window=window, progress=reading.update):
             for key in keys:
                 means[key].append(rows[key].double().mean(0).numpy())
         for _, rows in read_texts(model, tokenizer, {own: sae}, [*first, *second], window=window):
@@ -166,46 +156,36 @@ def _records(rows: dict) -> list[dict[str, Any]]:
 
 
 def _show(rows: dict, top: int, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     names = list(rows)
-    # a column is as wide as a terminal of 80 has room for: the JSON holds every digit
-    heads = (n.replace("_", " ").replace("difference", "differs by") for n in names)
-    table = Table(*heads, title=f"{title}: {len(rows['feature'])} features tested")
-    for record in _records({n: rows[n][:top] for n in names}):
-        digits = {n: 2 if n[0] in "pq" or n == "difference" else 3 for n in names}
-        table.add_row(*(str(v) if n == "feature" else f"{v:.{digits[n]}g}" for n, v in record.items()))
-    console = Console()
-    console.print(table)
+    # few digits: the table must fit a terminal of 80 columns; the JSON has all of them
+    heads = [n.replace("_", " ").replace("difference", "differs by") for n in names]
+    digits = {n: 2 if n[0] in "pq" or n == "difference" else 3 for n in names}
+    shown_rows = [
+        [str(v) if n == "feature" else f"{v:.{digits[n]}g}" for n, v in record.items()]
+        for record in _records({n: rows[n][:top] for n in names})
+    ]
+    common.print_table(heads, shown_rows, f"{title}: {len(rows['feature'])} features tested")
     for name in (n for n in names if n.startswith("q")):
-        console.print(f"features with {name.replace('_', ' ')} < 0.05: {int((rows[name] < 0.05).sum())}")
+        print(f"features with {name.replace('_', ' ')} < 0.05: {int((rows[name] < 0.05).sum())}")
 
 
 def _show_pairs(pairs: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("pair", "chosen", "rejected", "adds to the difference, feature:by", title="Rewards")
+    rows = []
     for row in pairs:
         # no space within: a narrow terminal breaks lines between features
         by = "  ".join(f"{f['feature']}:{f['difference']:+.3g}" for f in row["features"][:4])
-        table.add_row(str(row["pair"]), f"{row['chosen']:.4g}", f"{row['rejected']:.4g}", by)
-    Console().print(table)
+        rows.append((str(row["pair"]), f"{row['chosen']:.4g}", f"{row['rejected']:.4g}", by))
+    common.print_table(("pair", "chosen", "rejected", "adds to the difference, feature:by"), rows, "Rewards")
 
 
 def _show_layers(found: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("layer", "AUC of held-out texts", title="How separable the sets are")
-    for row in found:
-        table.add_row(str(row["layer"]), shown(row["auc"]))
-    Console().print(table)
+    rows = [(str(row["layer"]), shown(row["auc"])) for row in found]
+    common.print_table(("layer", "AUC of held-out texts"), rows, "How separable the sets are")
 
 
 def _plot(rows: dict, layers: list[dict[str, Any]] | None, path: Path) -> None:
     """Effect against significance; for pairs effect before against after; and AUC by layer."""
+    import numpy as np
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11 if layers else 6.5, 4.2), layout="constrained")

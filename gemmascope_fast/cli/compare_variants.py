@@ -6,55 +6,54 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gemmascope_fast.checkpoints.bundled import example
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
+from gemmascope_fast.cli import arguments as common
 from gemmascope_fast.errors import require
-from gemmascope_fast.files.results import save_figure, shown, write_json
+from gemmascope_fast.files.progress import bar
+from gemmascope_fast.files.results import save_figure, shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Groups of texts that mean the same: how alike the features that fire, how often the model's label agrees, and"
-        " how well that share of agreement predicts that it is right."
+        "Groups of texts that mean the same: how similar the features that fire, how often the model's labels agree,"
+        " and how well that agreement predicts a correct label."
     )
-    add_pair_arguments(parser)
-    parser.add_argument(
-        "--data", default="demo", metavar="FILE", help="JSON lines: group, text, kind, label (default: bundled)"
-    )
-    parser.add_argument(
-        "--labels", nargs="+", metavar="LABEL", help="what the model may answer (default: nothing is asked)"
-    )
-    parser.add_argument("--prompt", default="{text}\nAnswer:", help="of the question, with {text}")
+    common.add_pair(parser)
+    note = "JSON lines: group, text, kind, label; 'demo' is bundled"
+    parser.add_argument("--data", default="demo", metavar="FILE", help=note)
+    note = "the answers that the model chooses from (default: the model is not asked)"
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help=note)
+    note = "the question; {text} becomes the text (default: '{text}\\nAnswer:')"
+    parser.add_argument("--template", default="{text}\nAnswer:", metavar="TEXT", help=note)
     parser.add_argument("--also", nargs="*", default=[], metavar="MODEL", help="more models that vote on the label")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    add_output_arguments(parser)
+    common.add_seed(parser)
+    common.add_json(parser)
+    common.add_plot(parser, "the labels' reliability")
 
 
 def run(args: argparse.Namespace) -> int:
+    import numpy as np
+
     from gemmascope_fast.analysis.compare.variants import calibrate, groups_of, load_variants, stability
-    from gemmascope_fast.analysis.pair import load_model, load_pair
+    from gemmascope_fast.analysis.pair import load_model
+    from gemmascope_fast.checkpoints.bundled import example
 
     require("scipy", "analysis", "variants")
-    check_outputs(args)
     if args.plot is not None and not args.labels:
-        raise ValueError("--plot: expected --labels, for the plot is of their reliability")
+        raise ValueError("--plot: expected --labels: the plot shows their reliability")
     variants = load_variants(example(args.data, "variants.jsonl"))
     groups = groups_of(variants)
     _check_labels(args, variants)
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
+    model, tokenizer, sae, layer = common.load_pair(args)
     out: dict[str, Any] = {"groups": len(groups), "texts": len(variants)}
     out["features"] = stability(_fired(model, tokenizer, {(layer, "resid"): sae}, variants), groups)
     if args.labels:
-        pairs = [(model, tokenizer), *(load_model(name) for name in args.also)]
+        pairs = [(model, tokenizer), *(load_model(name, args.device, args.dtype) for name in args.also)]
         votes = _votes(pairs, variants, groups, args)
         out["agreement"] = votes.shares(np.ones(votes.size)).max(1).mean().item()
         if (votes.gold >= 0).sum() >= 4:
             out["calibration"] = calibrate(votes, args.seed)
     _show(out)
-    if args.json is not None:
-        write_json(args.json, out)
+    common.write_figures(args, out)
     if args.plot is not None:
         _plot(out["calibration"], args.plot)
     return 0
@@ -72,28 +71,26 @@ def _check_labels(args: argparse.Namespace, variants: Any) -> None:
 
 def _fired(model: Any, tokenizer: Any, sites: Any, variants: Any) -> list[set[int]]:
     """Features that fired anywhere in each text."""
-    from tqdm import tqdm
-
     from gemmascope_fast.analysis.extraction.texts import read_texts
 
     (key,) = sites
-    with tqdm(total=len(variants), desc="reading", unit="text") as bar:
+    with bar(total=len(variants), desc="reading", unit="text") as reading:
         texts = [v.text for v in variants]
         return [
             set(rows[key].col_indices.tolist()) if rows else set()
-            for _, rows in read_texts(model, tokenizer, sites, texts, progress=bar.update)
+            for _, rows in read_texts(model, tokenizer, sites, texts, progress=reading.update)
         ]
 
 
 def _votes(pairs: Any, variants: Any, groups: dict[str, list[int]], args: Any) -> Any:
-    from tqdm import tqdm
+    import numpy as np
 
     from gemmascope_fast.analysis.compare.variants import Votes, classify
 
     known = {v.group: v.label for v in variants if v.label is not None}
-    with tqdm(total=len(pairs) * len(variants), desc="asking", unit="text") as bar:
+    with bar(total=len(pairs) * len(variants), desc="asking", unit="text") as asking:
         texts = [v.text for v in variants]
-        predicted = [classify(m, t, texts, args.labels, args.prompt, bar.update) for m, t in pairs]
+        predicted = [classify(m, t, texts, args.labels, args.template, asking.update) for m, t in pairs]
     kinds = sorted({v.kind for v in variants})
     names = list(groups)
     return Votes(
@@ -108,18 +105,16 @@ def _votes(pairs: Any, variants: Any, groups: dict[str, list[int]], args: Any) -
 
 
 def _show(out: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "value", title=f"{out['texts']} texts in {out['groups']} groups")
-    table.add_row("features shared by two variants (Jaccard)", shown(out["features"]["jaccard"]))
-    table.add_row("features shared by two groups", shown(out["features"]["across"]))
+    rows = [
+        ("features shared by two variants (Jaccard)", shown(out["features"]["jaccard"])),
+        ("features shared by two groups", shown(out["features"]["across"])),
+    ]
     if "agreement" in out:
-        table.add_row("votes for a group's most frequent label", shown(out["agreement"]))
+        rows.append(("votes for a group's most frequent label", shown(out["agreement"])))
     for name, figures in (("equal", "equal weights"), ("weighted", "fitted weights")):
         for key in ("accuracy", "brier", "ece") if "calibration" in out else ():
-            table.add_row(f"{key}, {figures}, held-out groups", shown(out["calibration"][name][key]))
-    Console().print(table)
+            rows.append((f"{key}, {figures}, held-out groups", shown(out["calibration"][name][key])))
+    common.print_table(("figure", "value"), rows, f"{out['texts']} texts in {out['groups']} groups")
 
 
 def _plot(found: dict[str, Any], path: Path) -> None:

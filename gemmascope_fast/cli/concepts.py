@@ -7,56 +7,52 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
+from gemmascope_fast.cli import arguments as common
 from gemmascope_fast.errors import require
-from gemmascope_fast.files.results import save_figure, write_json
+from gemmascope_fast.files.progress import bar
+from gemmascope_fast.files.results import save_figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "AxBench's methods offline.  Half of each concept's texts train, the other half test: ROC AUC of the maximum"
-        " over tokens, also against hard negatives alone (label 0); then steering by factors."
+        " over tokens, also against hard negatives only (label 0); then steering with several factors."
     )
-    add_pair_arguments(parser)
+    common.add_pair(parser)
     parser.add_argument("--data", type=Path, metavar="FILE", help="JSON lines: text, concept, label (default: bundled)")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="among SAE DiffMean probe ReFT-r1 (default: all)")
-    parser.add_argument(
-        "--factors", nargs="*", type=float, default=[0.2, 0.4, 1.0, 2.0], help="of steering; none: no steering"
-    )
-    parser.add_argument("--reft-steps", type=int, default=12, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (default: %(default)s)")
-    parser.add_argument("--prompt", help="show what the model writes after it, steered by the factor of most gain")
-    add_output_arguments(parser)
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="of SAE DiffMean probe ReFT-r1 (default: all)")
+    note = "steering factors; without a number nothing is steered"
+    parser.add_argument("--factors", nargs="*", type=float, default=[0.2, 0.4, 1.0, 2.0], metavar="X", help=note)
+    parser.add_argument("--reft-steps", type=int, default=12, metavar="N", help="training steps of ReFT-r1")
+    common.add_seed(parser)
+    common.add_prompt(parser, "show the model's continuation of it, steered with the factor of largest gain")
+    common.add_json(parser)
+    common.add_plot(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from gemmascope_fast.analysis.concepts.data import BUNDLED, load_examples, split
     from gemmascope_fast.analysis.concepts.run import METHODS, Concepts
-    from gemmascope_fast.analysis.pair import load_pair
 
     require("sklearn", "analysis", "concepts")
-    check_outputs(args)
     methods = args.methods or list(METHODS)
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, got {method!r}")
-    if args.reft_steps < 1:
-        raise ValueError(f"--reft-steps: expected at least 1, got {args.reft_steps}")
+    common.check_least(args, "reft_steps")
     examples = load_examples(args.data or BUNDLED)
     splits = split(examples, args.seed)
-    model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
-    with tqdm(total=len(examples), desc="reading", unit="text") as bar:
-        made = Concepts(model, tokenizer, sae, layer, examples, bar.update)
+    model, tokenizer, sae, layer = common.load_pair(args)
+    with bar(total=len(examples), desc="reading", unit="text") as reading:
+        made = Concepts(model, tokenizer, sae, layer, examples, reading.update)
     rows: list[dict[str, Any]] = []
     written = []
-    with tqdm(total=len(splits) * len(methods) * (1 + len(args.factors)), desc="concepts", unit="step") as bar:
+    with bar(total=len(splits) * len(methods) * (1 + len(args.factors)), desc="concepts", unit="step") as steps:
         for part in splits:
-            for detector in made.fit(part, methods, {"steps": args.reft_steps}, bar.update):
+            for detector in made.fit(part, methods, {"steps": args.reft_steps}, steps.update):
                 row = {"concept": part.concept, "method": detector.method, **made.detect(detector, part)}
                 if args.factors:
-                    row["steering"] = made.steer(detector, part, args.factors, bar.update)
+                    row["steering"] = made.steer(detector, part, args.factors, steps.update)
                     best = max(row["steering"], key=lambda s: s["gain"])
                     row |= {"best_factor": best["factor"], "gain": best["gain"], "cost": best["cost"]}
                     if args.prompt is not None:
@@ -64,17 +60,9 @@ def run(args: argparse.Namespace) -> int:
                         written.append({"concept": part.concept, "method": detector.method, "text": text})
                 rows.append(row)
     show(rows, methods, written)
-    if args.json is not None:
-        settings = {
-            "model": args.model,
-            "sae": args.sae,
-            "layer": layer,
-            "seed": args.seed,
-            "texts": len(examples),
-            "reft_steps": args.reft_steps,
-            "factors": args.factors,
-        }
-        write_json(args.json, {"settings": settings, "means": means(rows, methods), "rows": rows, "written": written})
+    settings = {name: getattr(args, name) for name in ("model", "sae", "seed", "reft_steps", "factors")}
+    settings |= {"layer": layer, "texts": len(examples)}
+    common.write_figures(args, {"settings": settings, "means": means(rows, methods), "rows": rows, "written": written})
     if args.plot is not None:
         plot(rows, methods, args.plot)
     return 0

@@ -6,7 +6,7 @@ import argparse
 from importlib import import_module
 from pathlib import Path
 
-from gemmascope_fast.cli.arguments import PLACE, check_folder
+from gemmascope_fast.cli import arguments as common
 from gemmascope_fast.files.atomic import replacing_folder
 
 FORMATS = (
@@ -24,19 +24,19 @@ FORMATS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help=PLACE)
-    parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--sae-id", help="the checkpoint in it")
-    parser.add_argument("--revision", help="of the repository")
-    parser.add_argument("--to", required=True, choices=FORMATS)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as stored")
+    parser.add_argument("source", help=common.PLACE)
+    common.add_output(parser, "target", "the folder to write", "folder")
+    parser.add_argument("--sae-id", metavar="ID", help="the SAE within its repository")
+    parser.add_argument("--revision", metavar="NAME", help="of the repository: a branch, tag or commit")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    choices = ("float32", "bfloat16", "float16")
+    parser.add_argument("--save-dtype", choices=choices, help="type of the written arrays (default: as stored)")
 
 
 def run(args: argparse.Namespace) -> int:
     from gemmascope_fast.analysis.pair import sae_place
 
-    check_folder("target", args.target)
-    written = convert(sae_place(args.source), args.target, args.to, args.sae_id, args.dtype, args.revision)
+    written = convert(sae_place(args.source), args.target, args.to, args.sae_id, args.save_dtype, args.revision)
     print(f"{args.target}: {', '.join(written)}")
     return 0
 
@@ -49,12 +49,12 @@ def convert(
     dtype: str | None = None,
     revision: str | None = None,
 ) -> list[str]:
-    """Write the checkpoint of one place as a folder in another format; gives the names of the files written.
+    """Write a checkpoint as a folder in another format; returns the names of the files written.
 
-    Arrays go from file to file in blocks, unless a bias has to be folded in first.  In a folder that exists, files of
-    the same names are replaced and others stay.  A kill leaves it without weights at worst, never with the weights of
-    one checkpoint and the configuration of another.  Raises CheckpointError where the other format has no place for
-    what is there.
+    Arrays are copied from file to file in blocks, unless a bias has to be folded in first.  In a folder that exists,
+    files of the same names are replaced and others stay.  A kill leaves it without weights at worst, never with the
+    weights of one checkpoint and the configuration of another.  Raises CheckpointError if the other format cannot
+    store this checkpoint.
     """
     import torch
 

@@ -4,114 +4,100 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
-from gemmascope_fast.files import identity
-from gemmascope_fast.files.results import save_figure, write_json
+from gemmascope_fast.cli import arguments as common
+from gemmascope_fast.files.atomic import make_folder
+from gemmascope_fast.files.progress import bar
+from gemmascope_fast.files.results import save_figure
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
-    parser.add_argument("--sae", default="demo", help="an SAE's repository, folder or file; 'demo' is the bundled one")
-    parser.add_argument("--sae-id", help="the SAE within its repository")
-    parser.add_argument("--layer", type=int, help="the layer to put the SAE in (default: the SAE's own)")
-    add_anywhere_argument(parser)
-    parser.add_argument("--text", default="pydoc", help="a UTF-8 file, 'pydoc' or 'stdlib' (default: %(default)s)")
+    common.add_pair(parser)
+    common.add_text(parser, ["pydoc"])
     parser.add_argument("--held-out", action="store_true", help="read its last tenth only, which `train` never sees")
-    parser.add_argument("--window", type=int, default=255, help="tokens after each BOS (default: %(default)s)")
+    common.add_window(parser, 255)
     parser.add_argument("--no-losses", action="store_true", help="leave out the second pass: cross-entropies")
-    parser.add_argument(
-        "--loss-tokens",
-        type=int,
-        metavar="N",
-        help="end the second pass after about N tokens (default: the whole text)",
-    )
-    parser.add_argument("--state", type=Path, metavar="FILE", help="save progress there, and go on from it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures and firing frequencies there")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="firing frequencies as .png, .svg or .pdf")
+    note = "end the second pass after about N tokens (default: the whole text)"
+    parser.add_argument("--loss-tokens", type=int, metavar="N", help=note)
+    common.add_output(parser, "--state", "save progress in this file, and continue from it if it exists", "kept file")
+    common.add_json(parser)
+    common.add_plot(parser, "the firing frequencies")
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    check_outputs(args, ("json", "plot", "state"))
-    text, label = _text(args)
     from gemmascope_fast.analysis.evaluation.run import Evaluation, sites_of
     from gemmascope_fast.analysis.pair import load_model, load_sae
     from gemmascope_fast.attach.origin import move
 
-    sae = load_sae(args.sae, args.sae_id)
+    text, label = _text(args)
+    sae = load_sae(args.sae, args.sae_id, args.device)
     if args.anywhere:
         move(sae.cfg, args.layer)
     reads, writes = sites_of(sae, args.layer)  # before the model, which takes longer
-    model, tokenizer = load_model(args.model)
-
-    about = {"model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": label}
+    model, tokenizer = load_model(args.model, args.device, args.dtype)
+    if args.state is not None:
+        make_folder(args.state.parent)
     run = Evaluation(
-        model,
-        tokenizer,
-        sae,
-        args.layer,
-        text,
-        window=args.window,
-        state=args.state,
-        about=about,
-        loss_tokens=args.loss_tokens,
-    )
+        model, tokenizer, sae, args.layer, text, window=args.window, state=args.state, loss_tokens=args.loss_tokens,
+        about={"model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": label},
+    )  # fmt: skip
     figures = _with_bars(run, not args.no_losses)
     place = writes.hook_name if reads == writes else f"{reads.hook_name} → {writes.hook_name}"
-    table = Table("figure", "value", title=f"{args.sae} at {place} of {args.model}, {label}")
-    for key, value in figures.items():
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    rows = [(key, common.figure(value)) for key, value in figures.items()]
+    common.print_table(("figure", "value"), rows, f"{args.sae} at {place} of {args.model}, {label}")
     frequencies = run.frequencies()
-    if args.json is not None:
-        everything = {"model": args.model, "sae": args.sae, "layer": reads.layer, "text": label}
-        everything |= {"site": reads.hook_name, "site_out": writes.hook_name}
-        write_json(args.json, everything | figures | {"firing_frequencies": frequencies.tolist()})
+    everything = {"model": args.model, "sae": args.sae, "layer": reads.layer, "text": label}
+    everything |= {"site": reads.hook_name, "site_out": writes.hook_name}
+    common.write_figures(args, everything | figures | {"firing_frequencies": frequencies.tolist()})
     if args.plot is not None:
         plot_frequencies(frequencies, args.plot, f"{label}: {figures['tokens']} tokens, L0 {figures['l0']:.1f}")
     return 0
 
 
 def _text(args: argparse.Namespace) -> tuple[Callable[[], Iterable[str]], str]:
-    """(the text's lines, anew at each call; what it is called, with a hash of what it says)."""
-    from gemmascope_fast.training.text import Text, pydoc_topics, stdlib_docstrings
+    """(the texts' parts, from the start at each call; their names, each with a hash of its content)."""
+    from gemmascope_fast.files import identity
+    from gemmascope_fast.training.text import NAMED, Text, read_text
 
-    builtin = {"pydoc": pydoc_topics, "stdlib": stdlib_docstrings}
-    name = args.text + (", last tenth" if args.held_out else "")
-    if args.text in builtin or args.held_out:
-        whole = builtin[args.text]() if args.text in builtin else Path(args.text).read_text("utf-8")
-        shown = Text(args.text, whole).split()[1] if args.held_out else whole
-        return (lambda: [shown]), f"{name} ({identity.of_text(shown)[:8]})"
+    parts: list[Callable[[], Iterable[str]]] = []
+    labels = []
+    for name in args.text:
+        if name in NAMED or args.held_out:
+            whole = read_text(name)
+            shown = Text(name, whole).split()[1] if args.held_out else whole
+            parts.append(partial(list, [shown]))
+            digest = identity.of_text(shown)
+        else:
+            parts.append(partial(_parts, name))
+            digest = identity.of_file(name)
+        labels.append(f"{name}{', last tenth' if args.held_out else ''} ({digest[:8]})")
+    return lambda: chain.from_iterable(part() for part in parts), "; ".join(labels)
 
-    def lines() -> Iterator[str]:
-        with open(args.text, encoding="utf-8") as file:
-            # a file without line breaks is a text too: bounded reads, not lines
-            while part := file.read(1 << 20):
-                yield part
 
-    return lines, f"{name} ({identity.of_file(args.text)[:8]})"
+def _parts(name: str) -> Iterator[str]:
+    with open(name, encoding="utf-8") as file:
+        # a file without line breaks is a text too: bounded reads, not lines
+        while part := file.read(1 << 20):
+            yield part
 
 
 def _with_bars(run: Any, losses: bool) -> dict[str, Any]:
-    from tqdm import tqdm
-
     bars: dict[str, Any] = {}
 
     def progress(which: str, tokens: int) -> None:
         if which not in bars:
-            bars[which] = tqdm(desc=which, unit="token", unit_scale=True)
+            bars[which] = bar(desc=which, unit="token", unit_scale=True)
         bars[which].update(tokens)
 
     try:
         return run.run(losses, progress)
     finally:
-        for bar in bars.values():
-            bar.close()
+        for each in bars.values():
+            each.close()
 
 
 def plot_frequencies(frequencies: Any, path: Path, title: str) -> None:
@@ -124,5 +110,5 @@ def plot_frequencies(frequencies: Any, path: Path, title: str) -> None:
     axes.hist(alive.log10().tolist(), bins=60, color="#3b6ea5")
     axes.set_xlabel("log10 of the share of tokens on which a feature fires")
     axes.set_ylabel("features")
-    axes.set_title(f"{title}; {len(frequencies) - len(alive)} of {len(frequencies)} features silent")
+    axes.set_title(f"{title}; {len(frequencies) - len(alive)} of {len(frequencies)} features never fire")
     save_figure(figure, path)

@@ -1,61 +1,41 @@
-"""`gemmascope-fast extract`: latents of any amount of text as Parquet shards; stopped, it goes on where it was."""
+"""`gemmascope-fast extract`: latents of any amount of text as Parquet shards; a stopped run continues."""
 
 from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.attach.entries import entries
-from gemmascope_fast.attach.origin import move
-from gemmascope_fast.cli.arguments import add_output_arguments, add_pair_arguments, check_outputs
+from gemmascope_fast.cli import arguments as common
 from gemmascope_fast.errors import require
-from gemmascope_fast.files.results import shown, write_json
+from gemmascope_fast.files.progress import bar
+from gemmascope_fast.files.results import shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Reads texts through the model and writes every latent as Parquet: document, position, token_id, feature,"
-        " value.  The same command again goes on where it was stopped."
+        " value.  To continue an extraction that was stopped, run the same command again."
     )
-    add_pair_arguments(parser)
-    parser.add_argument(
-        "--text",
-        nargs="+",
-        default=["pydoc"],
-        metavar="TEXT",
-        help="files (.txt, .jsonl, each also .gz; .parquet), folders of them, hf:DATASET[:CONFIG][@SPLIT], 'pydoc' or"
-        " 'stdlib' (default: pydoc)",
-    )
-    parser.add_argument("--column", default="text", help="the text's key in JSON lines and Parquet (default: text)")
-    parser.add_argument(
-        "--split", default="file", help="documents of a .txt: 'file', 'paragraph' or 'line' (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the shards are written there")
-    parser.add_argument(
-        "--window", type=int, default=1023, help="tokens after each BOS; longer texts are split (default: %(default)s)"
-    )
-    parser.add_argument("--batch", type=int, default=2048, help="tokens a forward, padded (default: %(default)s)")
-    parser.add_argument("--shard", type=int, default=32768, help="tokens a shard (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where the model runs (default: cpu)")
+    common.add_pair(parser)
+    common.add_documents(parser, "file")
+    common.add_out(parser, "a folder of shards; continues what is there", "kept folder", required=True)
+    common.add_window(parser)
+    parser.add_argument("--batch", type=int, default=2048, metavar="N", help="tokens of a forward, padding included")
+    parser.add_argument("--shard", type=int, default=32768, metavar="N", help="tokens of a shard")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: workers on Ray Data")
-    parser.add_argument("--workers", type=int, default=2, help="of --engine ray (default: %(default)s)")
-    parser.add_argument("--repair", action="store_true", help="make damaged shards anew, and those alone")
-    parser.add_argument("--check", action="store_true", help="only hold what is in --out against its manifest")
-    add_output_arguments(parser)
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="of --engine ray")
+    parser.add_argument("--repair", action="store_true", help="only write damaged shards again")
+    parser.add_argument("--check", action="store_true", help="only compare the files in --out with their manifest")
+    common.add_json(parser)
+    common.add_plot(parser, "the firing frequencies")
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from gemmascope_fast.analysis.extraction.store import Store
     from gemmascope_fast.analysis.pair import full_names
 
     require("pyarrow", "analysis", "extract")
-    check_outputs(args, folders=() if args.check else ("out",))
-    console = Console()
     if args.check:
         store = Store(args.out)
         store.check()
@@ -63,12 +43,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         store, figures = _extract(args)
     figures = {"out": str(args.out), "complete": store.manifest["complete"], **_figures(store), **figures}
-    table = Table("figure", "value", title=f"{full_names(store.settings)[1]} at {store.settings['hook_name']}")
-    for key, value in figures.items():
-        table.add_row(key, shown(value))
-    console.print(table)
-    if args.json is not None:
-        write_json(args.json, figures | {"settings": store.settings})
+    title = f"{full_names(store.settings)[1]} at {store.settings['hook_name']}"
+    common.print_table(("figure", "value"), [(key, shown(value)) for key, value in figures.items()], title)
+    common.write_figures(args, figures | {"settings": store.settings})
     if args.plot is not None:
         from gemmascope_fast.cli.eval import plot_frequencies
 
@@ -106,6 +83,9 @@ def sites_of(sae: Any, layer: int | None, anywhere: bool = False) -> Any:
 
     ValueError where neither names a site, AttachError where they name different ones.
     """
+    from gemmascope_fast.attach.entries import entries
+    from gemmascope_fast.attach.origin import move
+
     if anywhere:
         move(sae.cfg, layer)
     if layer is None and sae.cfg.site is None:
@@ -116,24 +96,16 @@ def sites_of(sae: Any, layer: int | None, anywhere: bool = False) -> Any:
 
 
 def make_extractor(
-    model: str,
-    sae: str,
-    sae_id: str | None,
-    layer: int | None,
-    window: int,
-    batch: int,
-    device: str,
+    model: str, sae: str, sae_id: str | None, layer: int | None, window: int, batch: int, device: str, dtype: str,
     anywhere: bool = False,
-) -> Any:
+) -> Any:  # fmt: skip
     """The Extractor of a command line, here or on a worker."""
     from gemmascope_fast.analysis.extraction.run import Extractor
     from gemmascope_fast.analysis.pair import load_model, load_sae
 
-    coder = load_sae(sae, sae_id)
+    coder = load_sae(sae, sae_id, device)
     sites = sites_of(coder, layer, anywhere)
-    loaded, tokenizer = load_model(model)
-    loaded.to(device)
-    coder.to(device)
+    loaded, tokenizer = load_model(model, device, dtype)
     return Extractor(loaded, tokenizer, sites, window, batch)
 
 
@@ -142,15 +114,16 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
     from gemmascope_fast.analysis.extraction.run import extract
     from gemmascope_fast.analysis.extraction.sources import documents, resolve
+    from gemmascope_fast.analysis.pair import check_device
     from gemmascope_fast.attach.entries import entries
 
-    sources = resolve(args.text)  # what can be wrong is found before the minutes are spent
+    sources = resolve(args.text)  # bad input is found before any work
     if args.engine == "ray":
         require("ray", "ray", "--engine ray")
-    _check_device(args.device)
+    check_device(args.device)
     make = partial(
         make_extractor, args.model, args.sae, args.sae_id, args.layer, args.window, args.batch, args.device,
-        args.anywhere,
+        args.dtype, args.anywhere,
     )  # fmt: skip
     extractor = make()
     engine = None
@@ -166,29 +139,18 @@ def _extract(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "model": args.model, "sae": args.sae, "sae_id": args.sae_id, "text": args.text, "column": args.column,
         "split": args.split, "neuronpedia_id": sae.cfg.metadata.neuronpedia_id,
     }  # fmt: skip
-    bar = Bar(sum(s.size or 0 for s in sources) if all(s.size is not None for s in sources) else None)
+    reading = Bar(sum(s.size or 0 for s in sources) if all(s.size is not None for s in sources) else None)
     begin = time.perf_counter()
     try:
         store = extract(
             extractor, lambda: documents(sources, args.column, args.split), args.out, about=about, shard=args.shard,
-            progress=bar, repair=args.repair, engine=engine,
+            progress=reading, repair=args.repair, engine=engine,
         )  # fmt: skip
     finally:
-        bar.close()
+        reading.close()
     seconds = time.perf_counter() - begin
-    share = {"model_share_of_time": extractor.model_seconds / seconds} if bar.tokens and engine is None else {}
-    return store, {"seconds": seconds, "tokens_this_time": bar.tokens, **bar.rate(seconds), **share}
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {name} was asked for, and there is no CUDA device in this process")
+    share = {"model_share_of_time": extractor.model_seconds / seconds} if reading.tokens and engine is None else {}
+    return store, {"seconds": seconds, "tokens_this_time": reading.tokens, **reading.rate(seconds), **share}
 
 
 class Bar:
@@ -200,11 +162,9 @@ class Bar:
         self._begin = time.perf_counter()
 
     def __call__(self, tokens: int, done: float) -> None:
-        from tqdm import tqdm
-
         if self._bar is None:
             # what was read before a resume took none of this run's time
-            self._bar = tqdm(total=self.total, initial=done, desc="reading", unit="B", unit_scale=True)
+            self._bar = bar(total=self.total, initial=done, desc="reading", unit="B", unit_scale=True)
             self._begin = time.perf_counter()
         self.tokens += tokens
         if self.tokens:

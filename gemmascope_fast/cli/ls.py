@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import PLACE
+from gemmascope_fast.cli import arguments as common
 from gemmascope_fast.files.atomic import is_temporary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("place", help=PLACE)
-    parser.add_argument("--revision", help="of the repository")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("place", help=common.PLACE)
+    parser.add_argument("--revision", metavar="NAME", help="of the repository: a branch, tag or commit")
+    common.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """One line a checkpoint: its path (what sae_id takes), and, of local ones, what they hold."""
+    """A row for each checkpoint: its sae_id, and for local ones format, kind, site and sizes."""
     from gemmascope_fast.analysis.pair import sae_place
 
     rows = listing(sae_place(args.place), args.revision)
-    if args.json:
-        print(json.dumps(rows, indent=1))
-        return 0
+    common.write_figures(args, rows)
     from rich.console import Console
     from rich.table import Table
 
@@ -43,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def listing(place: str, revision: str | None = None) -> list[dict[str, Any]]:
-    """What is in a place, one dict a checkpoint.  Remote ones are listed by name and not downloaded.
+    """The checkpoints in a place, a dict for each.  Remote ones are listed by name and not downloaded.
 
-    Raises CheckpointError where the place is not there or holds none.
+    Raises CheckpointError if the place does not exist or has no checkpoint.
     """
     from gemmascope_fast.checkpoints import names
     from gemmascope_fast.checkpoints.repository import checkpoints_among, id_of, repository_files

@@ -1,52 +1,50 @@
-"""`gemmascope-fast quantize tables`: tables of widths and methods, for a model's layers and an SAE; resumable."""
+"""`gemmascope-fast quantize tables`: widths and training methods compared, for a model's layers and an SAE."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
-from gemmascope_fast.cli.quantize import METHODS
-from gemmascope_fast.files import identity
+from gemmascope_fast.cli import arguments as common
+from gemmascope_fast.cli.quantize import METHODS, add_skip_experts, windows
+from gemmascope_fast.files.progress import bar
 from gemmascope_fast.files.results import write_text
 
 PARTS = ("sae", "grid", "mix")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--work", type=Path, required=True, metavar="FOLDER", help="figures, codes and tables; goes on")
-    parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
-    parser.add_argument("--sae", default="demo", help="the SAE of the second table; 'demo' is the bundled one")
-    parser.add_argument("--sae-id", help="the SAE within its repository")
-    parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
-    add_anywhere_argument(parser)
-    parser.add_argument("--text-file", type=Path, metavar="FILE", help="text to train on (first) and measure on (last)")
-    parser.add_argument("--windows", type=int, default=40, help="held-out windows of 255 tokens (default: %(default)s)")
-    parser.add_argument("--train-windows", type=int, default=80, help="training windows (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=4, help="passes over them for each block (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=40, help="end-to-end steps of qat after them (default: %(default)s)"
+    parser.description = (
+        "Compares widths, slicings, group sizes and training methods for a model, and widths for an SAE.  Run the same"
+        " command again to continue.  It has no --device and --dtype, as `quantize`."
     )
-    parser.add_argument("--methods", default=",".join(METHODS), help="methods of the grid (default: %(default)s)")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, of %(default)s")
-    parser.add_argument(
-        "--skip-experts", action="store_true", help="leave a mixture's experts as they are where they are fused weights"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer windows and passes, and the smaller grid")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="Mix'n'Match's frontier as .png, .svg or .pdf")
+    add = parser.add_argument
+    note = "figures, codes and tables.md are written here; continues what exists"
+    common.add_output(parser, "--work", note, "kept folder", required=True)
+    common.add_model(parser)
+    common.add_sae(parser, note=", for the SAE's table")
+    common.add_layer(parser)
+    common.add_text(parser, ["pydoc"], "; to train on (first) and measure on (last)")
+    add("--windows", type=int, default=40, metavar="N", help="held-out windows of 255 tokens, the text's last")
+    add("--train-windows", type=int, default=80, metavar="N", help="training windows of 255 tokens")
+    add("--epochs", type=int, default=4, metavar="N", help="passes over the windows for each block")
+    add("--steps", type=int, default=40, metavar="N", help="qat: steps of end-to-end training after the blocks")
+    add("--methods", default=",".join(METHODS), metavar="M,M,…", help="methods of the grid")
+    add("--only", default=",".join(PARTS), metavar="P,P,…", help="parts to measure")
+    add_skip_experts(parser)
+    add("--quick", action="store_true", help="fewer windows and passes, and the smaller grid")
+    common.add_plot(parser, "Mix'n'Match's frontier")
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markdown import Markdown
-    from tqdm import tqdm
 
     from gemmascope_fast.analysis.pair import load_pair
     from gemmascope_fast.analysis.widths import grid, mixnmatch
+    from gemmascope_fast.files import identity
     from gemmascope_fast.quant.model import check_experts
     from gemmascope_fast.training import arithmetic
-    from gemmascope_fast.training.nested import calibration
 
     wanted = args.only.split(",")
     if set(wanted) - set(PARTS):
@@ -54,23 +52,18 @@ def run(args: argparse.Namespace) -> int:
     methods = args.methods.split(",")
     if set(methods) - set(METHODS):
         raise ValueError(f"--methods: expected some of {', '.join(METHODS)}, got {args.methods!r}")
-    check_outputs(args, ("plot",), ("work",))
     if args.quick:
         args.windows, args.train_windows = min(args.windows, 12), min(args.train_windows, 20)
         args.epochs, args.steps = min(args.epochs, 2), min(args.steps, 5)
     model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
     check_experts(model, "ffn", args.skip_experts)
-    text = args.text_file.read_text("utf-8") if args.text_file else None
-    ids = calibration.python_topics(tokenizer) if text is None else calibration.windows(tokenizer, text)
-    if ids.shape[0] < args.windows + args.train_windows:
-        raise ValueError(f"--text-file: expected {args.windows + args.train_windows} windows, got {ids.shape[0]}")
-    held_out, training = ids[-args.windows :], ids[: args.train_windows]
+    held_out, training = windows(args, tokenizer)
     comparison = grid.Comparison(
-        model, training, held_out, args.work, {"epochs": args.epochs}, args.steps, tqdm,
+        model, training, held_out, args.work, {"epochs": args.epochs}, args.steps, bar,
         {"sae": identity.of_module(sae), "layer": layer},
     )  # fmt: skip
     if "sae" in wanted:
-        sae_table(model, sae, layer, held_out, training, comparison.results, tqdm)
+        sae_table(model, sae, layer, held_out, training, comparison.results)
     model.to(arithmetic.products())  # from here on: the SAE's table is in float32
     if "grid" in wanted:
         for run in grid.runs(args.quick):
@@ -86,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sae_table(model: Any, sae: Any, layer: int, held_out: Any, training: Any, results: Any, progress: Any) -> None:
+def sae_table(model: Any, sae: Any, layer: int, held_out: Any, training: Any, results: Any) -> None:
     """The SAE's rows: reconstruction on all held-out windows, losses on a quarter of them (two to ten)."""
     import torch
 
@@ -98,14 +91,5 @@ def sae_table(model: Any, sae: Any, layer: int, held_out: Any, training: Any, re
         return
     x = torch.cat(list(activations(model, layer, held_out.split(4))))
     mean = torch.cat(list(activations(model, layer, training[:8].split(4)))).mean(0)
-    measure_sae.compare_sae(
-        model,
-        sae,
-        layer,
-        x,
-        held_out[: max(2, min(10, held_out.shape[0] // 4))],
-        results,
-        cases,
-        mean,
-        lambda rows: progress(rows, desc="SAE"),
-    )
+    losses = held_out[: max(2, min(10, held_out.shape[0] // 4))]
+    measure_sae.compare_sae(model, sae, layer, x, losses, results, cases, mean, lambda rows: bar(rows, desc="SAE"))

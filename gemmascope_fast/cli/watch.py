@@ -1,7 +1,7 @@
-"""`gemmascope-fast watch`: a model writes, token by token, and an SAE shows what goes on inside; features can be held.
+"""`gemmascope-fast watch`: a model writes, token by token, beside the SAE's features of each token; edits of features.
 
-Each line that is typed is read by the model, which goes on from there; while it does, the features of every token
-are shown.  Where features are held, the model writes twice, without and with them: the difference is theirs.
+The model continues each line that is typed, and the features of every token are shown meanwhile.  With edits the model
+writes twice, without and with them, so that the difference is visible.
 """
 
 from __future__ import annotations
@@ -11,47 +11,44 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from gemmascope_fast.cli import arguments as common
+from gemmascope_fast.files.progress import status
 
-from gemmascope_fast.analysis.pair import load_pair
-from gemmascope_fast.attach import Ablate, Add, Clamp, Edit, Tokens, attach
-from gemmascope_fast.cli.arguments import add_anywhere_argument
-from gemmascope_fast.ops.latents import SparseLatents
+if TYPE_CHECKING:
+    import torch
+
+    from gemmascope_fast.attach import Edit, Tokens
+    from gemmascope_fast.ops.latents import SparseLatents
 
 HELP = (
-    "Type a text and the model goes on from it.  /clamp FEATURE VALUE, /add FEATURE STRENGTH and /ablate FEATURE hold"
-    " features, /off lets go of them all, /new forgets the text so far, /quit leaves."
+    "Type a text and the model continues it.  /clamp FEATURE VALUE, /add FEATURE STRENGTH and /ablate FEATURE edit"
+    " features, /off removes all edits, /new forgets the text so far, /quit exits.  Ctrl-C stops the writing."
 )
-ROWS = 8  # tokens whose features stay in sight
+ROWS = 8  # tokens whose features are shown at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt", help="go on from this text and leave (default: ask for lines until /quit)")
-    for name, what in (("clamp", "VALUE"), ("add", "STRENGTH")):
-        parser.add_argument(f"--{name}", action="append", default=[], metavar=f"FEATURE={what}")
-    parser.add_argument("--ablate", action="append", default=[], type=int, metavar="FEATURE")
-    parser.add_argument("--max-tokens", type=int, default=40, help="written per line (default: %(default)s)")
-    parser.add_argument("--top", type=int, default=4, help="features shown per token (default: %(default)s)")
+    common.add_prompt(parser, "continue it and exit (default: ask for lines until /quit)")
+    edits: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--clamp", metavar="FEATURE=VALUE", help="set this feature to a value", **edits)
+    parser.add_argument("--add", metavar="FEATURE=STRENGTH", help="add a strength to this feature", **edits)
+    parser.add_argument("--ablate", type=int, metavar="FEATURE", help="set this feature to zero", **edits)
+    parser.add_argument("--max-tokens", type=int, default=40, metavar="N", help="tokens written for each line")
+    parser.add_argument("--top", type=int, default=4, metavar="N", help="features shown per token")
     parser.add_argument("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample (default: %(default)s)")
-    parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
-    parser.add_argument("--sae", default="demo", help="an SAE's repository or folder; 'demo' is the bundled one")
-    parser.add_argument("--sae-id", help="the SAE within its repository")
-    parser.add_argument("--layer", type=int, help="the layer whose output the SAE reads (default: the SAE's own)")
-    add_anywhere_argument(parser)
+    common.add_seed(parser)
+    common.add_pair(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    for name, least in (("max_tokens", 1), ("top", 1)):
-        if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
+    common.check_least(args, "max_tokens", "top")
     console = Console()
-    with console.status("loading the model and the SAE"):
-        session = Session(*load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere), args)
+    with status("loading the model and the SAE"):
+        session = Session(*common.load_pair(args), args)
     for kind, given in (("clamp", args.clamp), ("add", args.add)):
         for each in given:
             session.hold(kind, *each.partition("=")[::2])
@@ -65,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             if not session.command(line):
                 show(console, session, line)
+        except KeyboardInterrupt:  # ends what is being written, not the session
+            console.print("interrupted")
         except ValueError as error:
             console.print(f"[red]{error}[/red]")
         except StopIteration:
@@ -84,7 +83,7 @@ def _ask(console: Any) -> str | None:
 
 @dataclass
 class Step:
-    """A token that the model read, and the strongest features of it."""
+    """A token that the model read, and its strongest features."""
 
     token: str
     features: list[tuple[int, float]]
@@ -103,7 +102,7 @@ class Writing:
 
 
 class Session:
-    """A model, its SAE, the text so far, and the features that are held."""
+    """A model, its SAE, the text so far, and the edits."""
 
     def __init__(self, model: Any, tokenizer: Any, sae: Any, layer: int, args: argparse.Namespace) -> None:
         self.model, self.tokenizer, self.sae, self.layer, self.args = model, tokenizer, sae, layer, args
@@ -111,7 +110,9 @@ class Session:
         self.text = ""
 
     def hold(self, kind: str, feature: str, amount: str = "") -> None:
-        """Add an edit from its words.  ValueError for a feature the SAE lacks, or what is no number."""
+        """Add an edit from its words.  ValueError for a feature that the SAE lacks, or an amount that is no number."""
+        from gemmascope_fast.attach import Ablate, Add, Clamp
+
         try:
             number = int(feature)
             value = float(amount) if kind != "ablate" else 0.0
@@ -121,7 +122,7 @@ class Session:
             raise ValueError(f"{kind}: expected a feature in [0, {self.sae.d_sae}), got {number}")
         made = {"clamp": lambda: Clamp(number, value), "add": lambda: Add(number, value)}
         edit = made.get(kind, lambda: Ablate(number))()
-        # a feature is held once: the newest counts
+        # one edit per feature: the newest
         self.held = [e for e in self.held if number not in e.features] + [edit]  # type: ignore[attr-defined]
 
     def command(self, line: str) -> bool:
@@ -142,9 +143,13 @@ class Session:
         return True
 
     def write(self, text: str, edits: list[Edit], seen: Callable[[Writing], None]) -> Writing:
-        """Go on from `text`; `seen` is called at every token."""
+        """Continue `text`; `seen` is called at every token."""
+        import torch
+
+        from gemmascope_fast.attach import attach
+
         writing = Writing(text)
-        inputs = self.tokenizer(text, return_tensors="pt")
+        inputs = self.tokenizer(text, return_tensors="pt").to(self.model.device)
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}  # some add token types
         mode = "splice+error" if edits else "observe"
         watcher = _Watcher(self.tokenizer, writing, self.args.top)
@@ -180,7 +185,7 @@ class _Watcher:
 
 
 class _Streamer:
-    """What generate tells of: the prompt first, then each new token."""
+    """Called by generate: with the prompt first, then with each new token."""
 
     def __init__(self, tokenizer: Any, writing: Writing, told: Callable[[], None]) -> None:
         self.tokenizer, self.writing, self.told, self.prompt = tokenizer, writing, told, True
@@ -202,7 +207,7 @@ class _Streamer:
 
 
 def show(console: Any, session: Session, line: str) -> None:
-    """The model goes on from the text so far and the line, in sight; with features held, after doing so without."""
+    """The model continues the text so far and the line while its features are shown; with edits, first without them."""
     from rich.live import Live
 
     text = session.text + line

@@ -1,1 +1,1 @@
-"""For those who build this package: benchmarks, roof, profile, test inputs, GPU checks; nothing that a user needs."""
+"""For developers of this package: benchmarks, roof, profile, test inputs, GPU checks."""

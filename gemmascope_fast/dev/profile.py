@@ -1,27 +1,24 @@
-"""`gemmascope-fast dev profile`: where the time of a real loop goes, by torch.profiler with every op of ours named."""
+"""Where the time of a real loop goes, by torch.profiler, with every op of this package named."""
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import gzip
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gemmascope_fast import backends
-from gemmascope_fast.cli.arguments import add_anywhere_argument, check_outputs
+from gemmascope_fast.dev.bench.machine import process_memory
 from gemmascope_fast.dev.roof import Roof, measure
-from gemmascope_fast.files.atomic import replacing
-from gemmascope_fast.files.results import write_json
+from gemmascope_fast.files.atomic import make_folder, replacing
 from gemmascope_fast.ops._library import OPS
 
 PREFIX = "gemmascope_fast::"
@@ -69,9 +66,9 @@ class Profile:
 
 
 def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], trace: Path | None = None) -> Profile:
-    """Runs `loop` twice: once to warm up and to count what our ops declare, once profiled.
+    """Runs `loop` twice: first to warm up and to count the cost that our ops declare, then profiled.
 
-    `layers` are the modules whose time is told apart, in the order in which they run; none within another.
+    `layers` are the modules whose time is reported separately, in the order in which they run, none nested.
     With `trace` the Chrome trace is written there (chrome://tracing, ui.perfetto.dev).
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its own starts and stops
@@ -85,6 +82,7 @@ def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], tr
         loop()
         wall = (time.perf_counter() - start) * 1e3
     if trace is not None:
+        make_folder(trace.parent)
         with replacing(trace) as temporary:
             found.export_chrome_trace(str(temporary))
             if trace.suffix == ".gz":
@@ -102,7 +100,7 @@ def profile_loop(loop: Callable[[], Any], layers: dict[str, torch.nn.Module], tr
 
 
 def _layers(events: Any, names: Iterable[str]) -> tuple[dict[str, LayerShare], float]:
-    """Each part's share, and the time of our ops over all, those within another of ours not counted again.
+    """(each part's share, total time of our ops).  An op within another of ours is not counted twice.
 
     A hook that was registered before ours runs after the range of its layer has ended, so an op belongs to the part
     that began last before it.
@@ -154,7 +152,7 @@ def _share(event: Any, costs: dict[str, tuple[int, int]], roof: Roof | None) -> 
 
 
 def _modelled_gb_s(name: str) -> float | None:
-    """The vendor's bandwidth of the device whose name is in this one, None of one that is not known."""
+    """The vendor's bandwidth of the device with this name; None for an unknown device."""
     from gemmascope_fast.dev.gpu.devices import DEVICES
 
     words = set(name.replace("-", " ").split())
@@ -163,7 +161,7 @@ def _modelled_gb_s(name: str) -> float | None:
 
 @contextmanager
 def _named(layers: dict[str, torch.nn.Module]) -> Iterator[None]:
-    """Within the block each module's forward is a range of its own in the profile."""
+    """Within the block each module's forward is a named range in the profile."""
     open_: dict[str, list[Any]] = {name: [] for name in layers}
     handles = []
     for name, module in layers.items():
@@ -205,103 +203,8 @@ def _costs() -> Iterator[dict[str, tuple[int, int]]]:
 
 
 def _peak_memory() -> int | None:
-    """The process's peak resident bytes, None where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.is_file():
+    """The process's peak resident memory in bytes; None if the system does not report it."""
+    try:
+        return process_memory("VmHWM")
+    except OSError:
         return None
-    for line in status.read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) << 10
-    return None
-
-
-# ---- the command ------------------------------------------------------------------------------------
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="demo", help="a transformers model or folder; 'demo' is Gemma 3 270M")
-    parser.add_argument("--sae", default="demo", help="an SAE's file, folder or repository; 'none' for the model alone")
-    parser.add_argument("--sae-id", help="which SAE of a repository")
-    parser.add_argument("--layer", type=int, help="default: the SAE's own")
-    add_anywhere_argument(parser)
-    parser.add_argument("--mode", choices=("observe", "splice", "splice+error"), default="observe")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens generated (default: %(default)s)")
-    parser.add_argument("--prompt", default="The history of the sea is also a history of trade.")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-
-
-def run(args: argparse.Namespace) -> int:
-    from gemmascope_fast.analysis.pair import load_model, load_pair
-    from gemmascope_fast.attach import attach
-    from gemmascope_fast.attach.transformers.structure import Structure
-
-    check_outputs(args)
-    if args.tokens < 1:
-        raise ValueError(f"--tokens: expected at least 1, got {args.tokens}")
-    if args.sae == "none":
-        model, tokenizer = load_model(args.model)
-        attached: Callable[[], Any] = nullcontext
-    else:
-        model, tokenizer, sae, layer = load_pair(args.model, args.sae, args.sae_id, args.layer, args.anywhere)
-        sae.requires_grad_(False).prepare()
-        attached = lambda: attach(model, {layer: sae}, mode=args.mode, tokens="all")  # noqa: E731
-    prompt = tokenizer(args.prompt, return_tensors="pt")
-
-    def loop() -> Tensor:
-        with attached():
-            return model.generate(**prompt, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False)
-
-    layers = {str(i): block for i, block in enumerate(Structure(model).stack()[1])}
-    head = model.get_output_embeddings()
-    if head is not None:
-        layers["output head"] = head
-    found = profile_loop(loop, layers, args.trace)
-    _show(found, args)
-    if args.json:
-        write_json(args.json, asdict(found))
-    return 0
-
-
-def _inside(found: Profile) -> float:
-    return sum(part.sae_ms for part in found.layers.values())
-
-
-def _time(ms: float, whole: float, shown: bool) -> tuple[str, str]:
-    return (f"{ms:.1f}", f"{ms / whole:.1%}") if shown else ("", "")
-
-
-def _show(found: Profile, args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    console.print(
-        f"{args.tokens} tokens in {found.wall_ms:.0f} ms under the profiler, which slows small ops;"
-        f" ops of this package {found.sae_ms:.1f} ms ({found.sae_ms / found.wall_ms:.1%});"
-        f" peak memory {(found.peak_memory or 0) / 1e9:.2f} GB"
-    )
-    table = Table("part of the model", "model ms", "share", "SAE ms", "share", title="where the time went")
-    rest = found.wall_ms - found.sae_ms - sum(part.model_ms for part in found.layers.values())
-    parts = {**found.layers, "all else (embedding, sampling, Python)": LayerShare(rest, found.sae_ms - _inside(found))}
-    for name, part in parts.items():
-        cells = ((part.model_ms, True), (part.sae_ms, bool(part.sae_ms)))
-        table.add_row(name, *(c for ms, shown in cells for c in _time(ms, found.wall_ms, shown)))
-    console.print(table)
-    titles = ["op", "calls", "ms", "MB", "Mflop", "roof"]
-    on_gpu = any(op.device_ms is not None for op in found.ops)
-    gpu = ["GPU ms", "GB/s achieved", "GB/s modelled"] if on_gpu else []
-    ops = Table(*titles, *gpu, title="ops of this package")
-    for op in found.ops:
-        share = "-" if op.roof_share is None else f"{op.roof_share:.0%}"
-        cells_ = [op.name, str(op.calls), f"{op.ms:.2f}", f"{op.bytes / 1e6:.1f}", f"{op.flops / 1e6:.1f}", share]
-        figures = (op.device_ms, op.achieved_gb_s, op.modelled_gb_s) if on_gpu else ()
-        ops.add_row(*cells_, *("-" if f is None else f"{f:.2f}" for f in figures))
-    console.print(ops)
-    if found.kernels:
-        kernels = Table("kernel", "calls", "ms", title="CUDA kernels")
-        for kernel in sorted(found.kernels, key=lambda k: -k["ms"])[:30]:
-            kernels.add_row(kernel["name"], str(kernel["calls"]), f"{kernel['ms']:.2f}")
-        console.print(kernels)
-    if args.trace:
-        console.print(f"trace: {args.trace} (chrome://tracing or ui.perfetto.dev)")

@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured: read bandwidth, fp32 multiply-adds, int8 products.
+"""The highest rates of this machine, measured: read bandwidth, fp32 multiply-adds, int8 products.
 
 The loops are native (csrc/cpu/roof.h) and run on the instruction set in use.  A kernel's share of the roof says more
 than its time: on a shared machine the roof moves with the neighbours, so it is measured in the run that it judges.
@@ -6,14 +6,11 @@ than its time: on a shared machine the roof moves with the neighbours, so it is 
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,7 +44,7 @@ class Roof:
         return max(bytes_ / self.read_gb_s, flops / self.fma_gflop_s, int_ops / self.int8_gop_s) / 1e9
 
     def share(self, seconds: float, bytes_: float, flops: float = 0.0, int_ops: float = 0.0) -> float:
-        """How near `seconds` comes to the least time: 1 is the roof."""
+        """Least time over `seconds`: 1 is the roof."""
         return self.seconds(bytes_, flops, int_ops) / seconds
 
 
@@ -84,50 +81,9 @@ def measure(threads: int | None = None) -> Roof:
 
 @functools.cache
 def last_level_cache() -> int:
-    """Bytes of the largest cache that core 0 sees, as Linux tells it; 32 MiB where it does not."""
+    """Bytes of the largest cache of core 0, as Linux reports it; otherwise 32 MiB."""
     sizes = []
     for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         text = entry.read_text().strip()
         sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
     return max(sizes, default=DEFAULT_CACHE_BYTES)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threads", type=int, nargs="+", metavar="N", help="numbers of threads, one row each (default: torch's)"
-    )
-    parser.add_argument("--isa", choices=("all", *backends.ISAS), help="default: the one in use")
-    parser.add_argument("--json", action="store_true", help="print a JSON list instead of a table")
-
-
-def run(args: argparse.Namespace) -> int:
-    isas = backends.supported_isas() if args.isa == "all" else [args.isa or backends.isa()]
-    roofs = []
-    for isa in isas:
-        for threads in args.threads or [torch.get_num_threads()]:
-            roofs.append(_forced(isa, threads))
-    rows = [asdict(roof) for roof in roofs]
-    if args.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    _show(rows)
-    return 0
-
-
-def _forced(isa: str | None, threads: int) -> Roof:
-    if isa is None:
-        return measure(threads)
-    with backends.forced_isa(isa):
-        return measure(threads)
-
-
-def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    titles = ("threads", "instructions", "read GB/s", "fp32 Gflop/s", "int8 Gop/s", "spread")
-    table = Table(*titles, title="the roof, measured", caption="spread: best pass over median pass")
-    for row in rows:
-        numbers = (f"{row[k]:.1f}" for k in ("read_gb_s", "fma_gflop_s", "int8_gop_s"))
-        table.add_row(str(row["threads"]), row["isa"], *numbers, f"{row['spread']:.0%}")
-    Console().print(table)

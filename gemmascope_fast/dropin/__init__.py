@@ -1,8 +1,8 @@
-"""Coders of other libraries made fast: objects of SAELens, SAEBench and circuit-tracer that pass for what they were,
-and coders of dictionary_learning and sparsify converted to this package's modules.
+"""Makes coders of other libraries fast: objects of SAELens, SAEBench and circuit-tracer keep their interface, and
+coders of dictionary_learning and sparsify are converted to this package's modules.
 
-None of these libraries is needed to import this package; each adapter imports its own when it is given one of
-its objects, and says which version it was held against.
+None of these libraries is needed to import this package. Each adapter imports its library when it gets one of its
+objects, and states the versions that it was tested with.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import Any
 
-# top-level module of an object's class → adapter here, name on the Python package index, versions held against
+# top-level module of an object's class → adapter here, name on PyPI, tested versions
 PEERS = {
     "sae_lens": ("saelens", "sae-lens", (6, 54), (7, 0)),
     "sae_bench": ("saebench", "sae-bench", (0, 6), (0, 7)),
@@ -21,19 +21,19 @@ PEERS = {
 
 
 def accelerate(target: Any, *, inplace: bool | None = None) -> Any:
-    """An SAE, transcoder or model of another library, computed by this package's ops wherever nothing asks for
-    the dense latents.
+    """An SAE, transcoder or model of another library, computed with this package's ops unless something needs the
+    dense latents.
 
     target:
-    - an SAELens SAE or transcoder (JumpReLU, standard, top-k, with or without skip): a new object of a subclass,
-      with weights of its own; `inplace=True` changes the object itself instead and holds no second copy;
+    - an SAELens SAE or transcoder (JumpReLU, standard, top-k, with or without skip): returns a new object of a
+      subclass with its own weights; `inplace=True` changes the object itself and makes no second copy;
     - SAELens's HookedSAETransformer or SAETransformerBridge: every SAE attached to it, in place;
-    - a custom SAE of SAEBench (JumpReLU, ReLU, top-k, batch top-k), likewise new or in place;
+    - a custom SAE of SAEBench (JumpReLU, ReLU, top-k, batch top-k), also new or in place;
     - circuit-tracer's SingleLayerTranscoder, TranscoderSet or CrossLayerTranscoder, always in place;
     - a coder of dictionary_learning or sparsify: converted, `JumpReLUSAE`, `TopKSAE` or a transcoder.
 
-    Raises TypeError for anything else and for coders that do not reduce to these, ImportError where the library's
-    version is not one that the adapter knows.
+    Raises TypeError for anything else and for coders that cannot be expressed as these, ImportError for a version of
+    the library that the adapter does not know.
     """
     for cls in type(target).__mro__:
         peer = cls.__module__.partition(".")[0]
@@ -41,12 +41,12 @@ def accelerate(target: Any, *, inplace: bool | None = None) -> Any:
             return adapter(peer).accelerate(target, inplace)
     raise TypeError(
         f"target: expected an object of {', '.join(PEERS)}, got {type(target).__module__}.{type(target).__name__};"
-        " this package's own modules are fast as they are"
+        " this package's own modules need no acceleration"
     )
 
 
 def adapter(peer: str) -> Any:
-    """The adapter module of a library.  ImportError says what is missing, or which versions would serve."""
+    """The adapter module of a library.  ImportError says what is missing, or which versions work."""
     name, package, least, below = PEERS[peer]
     try:
         found = metadata.version(package)

@@ -1,9 +1,9 @@
-"""circuit-tracer's transcoders on this package's ops (held against circuit-tracer 0.5).
+"""circuit-tracer's transcoders with this package's ops (tested with circuit-tracer 0.5).
 
-circuit-tracer encodes densely, [positions, d_transcoder] a layer, and makes that sparse.  Here nothing of that size
-exists on the way of attribution: `encode_sparse` gives the COO tensor and the active rows of the encoder from
-latents that are sparse from the start, and reconstructions are sparse decodes.  Its own methods for decoder
-vectors (lazily read ones included), saving and the pre-activations of one layer are kept.
+circuit-tracer encodes densely, [positions, d_transcoder] per layer, and then makes that sparse.  Here attribution
+allocates nothing of that size: `encode_sparse` makes the COO tensor and the active encoder rows from latents that are
+sparse from the start, and reconstructions are sparse decodes.  Its own methods for decoder vectors (also those read
+lazily), saving and the pre-activations of one layer are kept.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from gemmascope_fast.sae.multi_site import CrossLayerTranscoder as OwnCrossLayer
 from gemmascope_fast.sae.topk_transcoder import TopKTranscoder
 from gemmascope_fast.sae.weights import Fingerprint, fingerprint
 
-FIRST = slice(0, 1)  # circuit-tracer zeroes the first position unless told otherwise
+FIRST = slice(0, 1)  # circuit-tracer zeroes the first position by default
 
 
 class EncoderOf:
-    """This package's encoder over rows [d_transcoder, d_model] that a transcoder holds: looked at anew in every
-    call, never copied.
+    """This package's encoder over rows [d_transcoder, d_model] of a transcoder. It reads them again in every call and
+    never copies them.
 
-    The latents of x have gradients with respect to x, rows and b_enc, none with respect to the threshold.
+    The latents of x have gradients with respect to x, rows and b_enc, but not to the threshold.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class EncoderOf:
         self.module: JumpReLUSAE | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (EncoderOf, ())  # a copy makes its own over its own weights
+        return (EncoderOf, ())  # a copy makes its own encoder from its own weights
 
     def latents(
         self, x: Tensor, rows: Tensor, b_enc: Tensor, threshold: Tensor | None, screen: bool | None
@@ -50,7 +50,7 @@ class EncoderOf:
         module, x = self._module(rows, b_enc, threshold), x.to(rows.dtype)
         if not derivative_wanted(x, rows, b_enc):
             return module.encode_sparse(x, screen=screen)
-        # the module holds detached views: the same bytes from the op itself, which knows the gradients
+        # the module has detached views; the op itself gives the same bytes and has gradients
         crow, col, values = ops.encode(x.reshape(-1, x.shape[-1]), rows.t(), b_enc, module.threshold, None)
         return SparseLatents(crow, col, values.to(rows.dtype), (*x.shape[:-1], rows.shape[0]))
 
@@ -64,13 +64,15 @@ class EncoderOf:
 
     def _module(self, rows: Tensor, b_enc: Tensor, threshold: Tensor | None, k: int | None = None) -> JumpReLUSAE:
         given = (rows, b_enc) if threshold is None else (rows, b_enc, threshold)
-        # a view is a new object each time: what counts is where the data lies and how often it was edited
+        # each view is a new object, so compare the position of its data and the number of edits
         now = (k, *(part[1:] for part in fingerprint(*given)))
         if self.module is None or now != self.seen:
             theta = torch.zeros_like(b_enc) if threshold is None else threshold.detach().expand_as(b_enc).contiguous()
             if bool((theta < 0).any()):
-                raise ValueError("activation_function.threshold: expected none below 0, where negative values pass")
-            none = rows.detach().new_zeros(rows.shape[0], 0)  # d_out 0: the decoder is the transcoder's own matter
+                raise ValueError(
+                    "activation_function.threshold: expected values of at least 0, or negative latents pass"
+                )
+            none = rows.detach().new_zeros(rows.shape[0], 0)  # d_out 0: the transcoder decodes by itself
             held = (rows.detach().t(), none, b_enc.detach(), none[0], theta.detach())
             self.module = JumpReLUTranscoder(*held) if k is None else TopKTranscoder(*held, k=k)
             self.seen = now
@@ -78,24 +80,24 @@ class EncoderOf:
 
 
 def as_coo(latents: SparseLatents, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """(sparse COO [n_pos, d_transcoder], features int64 [nnz]) of the latents of the positions in the mask `kept`."""
+    """(sparse COO [n_pos, d_transcoder], features int64 [nnz]) of the latents of positions in the mask `kept`."""
     features = latents.col_indices.long()
     at = torch.stack([kept.nonzero()[:, 0][latents.row_indices()], features])
     size = (kept.shape[0], latents.d_sae)
-    # torch warns where nobody says whether the indices are to be checked; an encode's need no check
+    # torch warns unless told whether to check indices; those of an encode need no check
     made = torch.sparse_coo_tensor(at, latents.values, size, is_coalesced=True, check_invariants=False)
     return made, features
 
 
 def positions_kept(x: Tensor, zero_positions: Any) -> Tensor:
-    """Mask [n_pos] of the positions of x [n_pos, d_model] that are not to be zero: only these are encoded."""
+    """Mask [n_pos] of the positions of x [n_pos, d_model] that are not zeroed: only these are encoded."""
     kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
     kept[zero_positions] = False
     return kept
 
 
 def _screen(lazy: bool) -> bool | None:
-    # rows that are read from disk in every call are not worth packing
+    # for rows that are read from disk in every call, building a screen is not worth it
     return False if lazy else None
 
 
@@ -122,10 +124,10 @@ def _check(transcoder: SingleLayerTranscoder) -> None:
 
 
 class AcceleratedTranscoder(SingleLayerTranscoder):
-    """A SingleLayerTranscoder whose latents are sparse from the start."""
+    """A SingleLayerTranscoder with latents that are sparse from the start."""
 
     def latents(self, input_acts: Tensor, rows: Tensor | None = None) -> SparseLatents:
-        """SparseLatents [..., d_transcoder] of input_acts [..., d_model]; rows: W_enc where it was read already."""
+        """SparseLatents [..., d_transcoder] of input_acts [..., d_model]; rows: W_enc, if it was read already."""
         held = self.__dict__.setdefault("_encoder", EncoderOf())
         rows = self.W_enc if rows is None else rows
         if isinstance(self.activation_function, TopK):
@@ -158,10 +160,10 @@ class AcceleratedTranscoder(SingleLayerTranscoder):
 
 
 class AcceleratedCrossLayerTranscoder(CrossLayerTranscoder):
-    """A CrossLayerTranscoder whose latents are sparse from the start, layer by layer."""
+    """A CrossLayerTranscoder with latents that are sparse from the start, layer by layer."""
 
     def latents(self, x: Tensor, layer: int, rows: Tensor | None = None) -> SparseLatents:
-        """SparseLatents [..., d_transcoder] of one layer's x [..., d_model]; rows: its W_enc where it was read."""
+        """SparseLatents [..., d_transcoder] of one layer's x [..., d_model]; rows: its W_enc, if it was read."""
         held = self.__dict__.setdefault("_encoders", [EncoderOf() for _ in range(self.n_layers)])
         rows = self._get_encoder_weights(layer) if rows is None else rows
         threshold = _threshold(self.activation_function)
@@ -199,7 +201,7 @@ class AcceleratedCrossLayerTranscoder(CrossLayerTranscoder):
         input_acts: Tensor | None = None,
         n_pos: int | None = None,
     ) -> Tensor:
-        """As circuit-tracer's; n_pos: positions there are, where the last ones have no active feature."""
+        """Like circuit-tracer's; n_pos: number of positions, needed if the last ones have no active feature."""
         if n_pos is None:
             n_pos = input_acts.shape[1] if input_acts is not None else int(pos_ids.max()) + 1
         sums = decoder_vectors.new_zeros(self.n_layers * n_pos, self.d_model)
@@ -217,7 +219,7 @@ class AcceleratedCrossLayerTranscoder(CrossLayerTranscoder):
         return self.compute_reconstruction(at, layers, vectors, input_acts, features.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        # decode adds the skip (circuit-tracer 0.5 adds it here once more, or fails for want of inputs)
+        # decode adds the skip (circuit-tracer 0.5 adds it here once more, or fails without inputs)
         return self.decode(self.encode_sparse(x, zero_positions=slice(0, 0))[0], x)
 
 
@@ -246,7 +248,7 @@ def accelerate(target: Any, inplace: bool | None) -> Any:
 
 
 def transcoder(source: JumpReLUTranscoder | TopKTranscoder, layer: int) -> AcceleratedTranscoder:
-    """One of this package's transcoders (with or without skip) as circuit-tracer takes it: the same weights, shared."""
+    """Convert a transcoder of this package (with or without skip) for circuit-tracer; the weights are shared."""
     if not isinstance(source, JumpReLUTranscoder | TopKTranscoder):
         raise TypeError(
             f"source: expected a JumpReLUTranscoder or TopKTranscoder of this package, got {type(source).__name__}"
@@ -275,7 +277,7 @@ def transcoder_set(
     feature_output_hook: str,
     scan: str | list[str] | None = None,
 ) -> TranscoderSet:
-    """circuit-tracer's TranscoderSet of this package's transcoders, one for each layer from 0 on."""
+    """Make circuit-tracer's TranscoderSet from this package's transcoders, one for each layer from 0 on."""
     made = {layer: transcoder(source, layer) for layer, source in sources.items()}
     return TranscoderSet(made, feature_input_hook, feature_output_hook, scan)
 
@@ -283,7 +285,7 @@ def transcoder_set(
 def cross_layer_transcoder(
     source: OwnCrossLayerTranscoder, feature_input_hook: str, feature_output_hook: str, scan: str | None = None
 ) -> AcceleratedCrossLayerTranscoder:
-    """This package's CrossLayerTranscoder as circuit-tracer takes it.  Its encoders are stacked: copied once."""
+    """Convert this package's CrossLayerTranscoder for circuit-tracer.  Its encoders are stacked, so they are copied."""
     n, d = source.n_layers, source.cfg.d_in
     made = AcceleratedCrossLayerTranscoder(
         n,

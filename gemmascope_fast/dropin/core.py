@@ -1,4 +1,4 @@
-"""What the adapters share: this package's module over another module's parameters, and who watches a hook point."""
+"""Shared by the adapters: this package's module over another module's parameters, and a check for hooks."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSAE, JumpReLUTranscoder
 from gemmascope_fast.sae.topk import AbsTopKSAE, TopKSAE
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# A sparse decode reads each row anew for every token, a dense product reuses it from cache: measured at 2304 × 16,384
-# and 16 or 256 tokens they take the same time where 6 to 12 % of the latents fire.
+# A sparse decode reads each row again for every token; a dense product reuses it from cache. Measured at 2304 × 16,384
+# with 16 or 256 tokens, they take the same time if 6 to 12 % of the latents fire.
 DENSE_SHARE = 1 / 16
 SHARED = ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")
 
 
 def watched(point: nn.Module) -> bool:
-    """Whether anything would see or change the tensor that passes `point`, forward or backward."""
+    """Whether anything reads or changes the tensor at the hook point `point`, forward or backward."""
     hooks = (point._forward_hooks, point._forward_pre_hooks, point._backward_hooks, point._backward_pre_hooks)
-    # a module of another kind in a hook point's place computes something itself
+    # a module of another kind in place of a hook point computes something
     return any(hooks) or type(point).__name__ not in ("HookPoint", "SparseHookPoint", "Identity")
 
 
 class Core:
-    """This package's module over the parameters of `owner`, the very same objects, held by owner's `__dict__` so
-    that it is no submodule: names, state dicts and hooks of the owner stay as they were.
+    """This package's module over the parameters of `owner`, without copying them. It is stored in the owner's
+    `__dict__`, so it is not a submodule: names, state dicts and hooks of the owner do not change.
 
-    Parameters that were replaced are taken up at the next call; edits within them are what `prepare` notices.
+    Parameters that were replaced are used from the next call on; edits of them are detected as for `prepare`.
     """
 
     def __init__(self) -> None:
         self.module: JumpReLUSAE | None = None
 
     def of(self, owner: nn.Module, k: int | None = None, raw: bool = True, by_magnitude: bool = False) -> JumpReLUSAE:
-        """The module, with a threshold of zeros where the owner has none; top-k where k is given.
+        """The module, with zeros as threshold if the owner has none; top-k if k is given.
 
-        raw: the encoder reads activations whose mean is about b_dec; otherwise b_dec was subtracted or is of
+        raw: the encoder reads activations whose mean is about b_dec. Otherwise b_dec was subtracted or belongs to
         another site, and the module is a transcoder, whose screen is not centred at b_dec.
         """
         given = owner._parameters
@@ -84,8 +84,8 @@ def _empty(given: dict[str, Any], k: int | None, raw: bool, by_magnitude: bool =
 
 
 def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
-    """Every z = x @ W_enc + b_enc, dense [..., d_sae] in the SAE's dtype, with the bytes that encoding gives."""
-    # laid out anew where the weights are new; the screen is not for every pair
+    """All z = x @ W_enc + b_enc, dense [..., d_sae] in the SAE's dtype, with the same bytes as in encoding."""
+    # laid out again if the weights are new; a screen is useless if every pair is computed
     weights = core.screen_cache.refresh(core)
     flat = x.reshape(-1, core.cfg.d_in)
     # an infinite bandwidth stores every pair but those of z = -inf
@@ -101,9 +101,9 @@ def pre_activations(core: JumpReLUSAE, x: Tensor) -> Tensor:
 
 
 def decode(core: JumpReLUSAE, acts: Tensor | SparseLatents) -> Tensor:
-    """Reconstruction [..., d_out] of latents in either form, b_dec included; the same bytes for both.
+    """Reconstruction [..., d_out] of dense or sparse latents, b_dec included; the same bytes for both.
 
-    Latents of which more than `DENSE_SHARE` fire are decoded by a dense product, in torch's order of summation.
+    If more than `DENSE_SHARE` of the latents fire, a dense product decodes them, in torch's order of summation.
     """
     if isinstance(acts, SparseLatents):
         size = acts.n_rows * acts.d_sae
@@ -124,7 +124,7 @@ def _dense(core: JumpReLUSAE, acts: Tensor) -> Tensor:
 
 
 class _SparseValueDenseGradient(torch.autograd.Function):
-    """The bytes of a sparse decode, the gradient of a dense one: latents that are zero have gradients too."""
+    """The result of a sparse decode with the gradient of a dense one, as zero latents have gradients too."""
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, W_dec: Tensor, b_dec: Tensor, core: JumpReLUSAE) -> Tensor:
@@ -158,12 +158,12 @@ def converted(
     transcodes: bool = False,
     W_skip: Tensor | None = None,
 ) -> Any:
-    """A module of this package with copies of another coder's weights, in Gemma Scope's shapes; ReLU without a
+    """Make a module of this package with copies of another coder's weights, in Gemma Scope's shapes; ReLU without a
     threshold, top-k with k.  subtracts_b_dec: the encoder reads x - b_dec, which is folded into b_enc.
-    W_skip [d_in, d_out]: of a transcoder."""
+    W_skip [d_in, d_out]: for a transcoder."""
     given = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     own: dict[str, Any] = {name: tensor.detach().clone() for name, tensor in given.items() if name != "W_enc"}
-    # as rows, and no second copy later
+    # as rows, so that no second copy is made later
     own["W_enc"] = torch.empty_like(W_enc.T, memory_format=torch.contiguous_format).copy_(W_enc.detach().T).T
     own["W_dec"] = own["W_dec"].contiguous()
     if subtracts_b_dec:

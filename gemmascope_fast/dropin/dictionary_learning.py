@@ -1,4 +1,4 @@
-"""Coders of dictionary_learning as this package's modules (held against dictionary-learning 0.1)."""
+"""Converts coders of dictionary_learning to this package's modules (tested with dictionary-learning 0.1)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ KINDS += (BatchTopKSAE, MatryoshkaBatchTopKSAE)  # type: ignore[assignment]
 
 
 def accelerate(target: Any, inplace: bool | None = None) -> JumpReLUSAE | TopKSAE:
-    """The coder as `JumpReLUSAE` or `TopKSAE`, with weights of its own; a bias that is subtracted before the
-    encoder is folded into b_enc.  What it computes is the coder's `encode(x)` with its default arguments.
+    """Convert to `JumpReLUSAE` or `TopKSAE` with its own weights; a bias that is subtracted before the encoder is
+    folded into b_enc.  It computes the coder's `encode(x)` with default arguments.
 
     A gated SAE is a JumpReLU (`checkpoints/gated.py`).  Raises TypeError for other kinds, ValueError for `inplace`.
     """

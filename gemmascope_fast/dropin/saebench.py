@@ -1,6 +1,6 @@
-"""SAEBench's custom SAEs on this package's ops, and this package's SAEs as custom SAEs (held against sae-bench 0.6).
+"""SAEBench's custom SAEs with this package's ops, and this package's SAEs as custom SAEs (tested with sae-bench 0.6).
 
-SAEBench asks of an SAE: W_enc, W_dec, b_enc, b_dec, `cfg`, `device`, `dtype`, `to`, and dense `encode` and `decode`.
+SAEBench needs from an SAE: W_enc, W_dec, b_enc, b_dec, `cfg`, `device`, `dtype`, `to`, dense `encode` and `decode`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 
 
 class Accelerated(BaseSAE):
-    """What the subclasses share; `encode_sparse` and `prepare` are additions to SAEBench's protocol."""
+    """Base of the subclasses; `encode_sparse` and `prepare` are additions to SAEBench's interface."""
 
     subtracts_b_dec = True
 
@@ -31,12 +31,12 @@ class Accelerated(BaseSAE):
         return held.of(self, None if by_threshold else int(self.k), not self.subtracts_b_dec)
 
     def prepare(self, force: bool = False, **options: Any) -> Accelerated:
-        """As `gsf.JumpReLUSAE.prepare`."""
+        """Like `gsf.JumpReLUSAE.prepare`."""
         self.core.prepare(force, **options)
         return self
 
     def encode_sparse(self, x: Tensor) -> SparseLatents:
-        """What `encode` gives, as SparseLatents [..., d_sae]."""
+        """The result of `encode`, as SparseLatents [..., d_sae]."""
         return self.core.encode_sparse(x - self.b_dec if self.subtracts_b_dec else x)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ class AcceleratedReluSAE(Accelerated, relu_sae.ReluSAE):
 
 
 class _Global(Accelerated):
-    """Top-k, or one threshold for all features: a buffer that the core gets as a vector."""
+    """Top-k, or one threshold for all features: a buffer, which is expanded to a vector for the core."""
 
     def encode_sparse(self, x: Tensor) -> SparseLatents:
         core = self.core
         if self.use_threshold:
             value = float(self.threshold)
             if value < 0:
-                raise ValueError(f"threshold: expected one that was set, at least 0, got {value}")
+                raise ValueError(f"threshold: expected a threshold that was set, at least 0, got {value}")
             held = self.__dict__.get("_vector")
             if held is None or core.threshold is not held or value != self.__dict__["_value"]:
                 held = nn.Parameter(torch.full_like(core.b_enc, value), requires_grad=False)
@@ -103,9 +103,9 @@ def accelerate(target: Any, inplace: bool | None) -> Any:
 
 
 def custom_sae(sae: JumpReLUSAE, model_name: str, layer: int, hook_name: str | None = None) -> Any:
-    """One of this package's SAEs as SAEBench takes it: the same weights, held once.
+    """Convert one of this package's SAEs for SAEBench; the weights are shared.
 
-    Raises TypeError for another kind than a JumpReLU SAE.
+    Raises TypeError for anything but a JumpReLU SAE.
     """
     if sae.kind != "sae":
         raise TypeError(f"sae: expected a JumpReLU SAE, got {type(sae).__name__}")

@@ -1,8 +1,8 @@
-"""SAELens's SAEs and transcoders on this package's ops (held against sae-lens 6.54).
+"""SAELens's SAEs and transcoders with this package's ops (tested with sae-lens 6.54).
 
-An accelerated object is of a subclass of its SAELens class: parameters, config, hook points, caches, saving and
-loading are SAELens's own.  Latents stay sparse from encoder to decoder unless a hook at `hook_sae_acts_pre` or
-`hook_sae_acts_post` asks for the dense tensor, and the error term is taken from the one encoding that there is.
+An accelerated object is an instance of a subclass of its SAELens class: parameters, config, hook points, caches,
+saving and loading are SAELens's own.  Latents stay sparse from encoder to decoder unless a hook at
+`hook_sae_acts_pre` or `hook_sae_acts_post` needs the dense tensor. The error term uses the same encoding.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Latents = Tensor | SparseLatents
 
 
 class Accelerated(SAE):
-    """What the subclasses share.  `encode_sparse` and `prepare` are additions to SAELens's interface."""
+    """Base of the subclasses.  `encode_sparse` and `prepare` are additions to SAELens's interface."""
 
-    _activation: ClassVar[type[nn.Module]] = nn.ReLU  # of the activation function that this package's ops compute
+    _activation: ClassVar[type[nn.Module]] = nn.ReLU  # the activation function that this package's ops compute
 
-    # ---- which way ----------------------------------------------------------------------------------
+    # ---- which code runs ----------------------------------------------------------------------------
 
     def why_plain(self) -> str | None:
-        """Why SAELens's own code computes this object at present; None where this package's ops do."""
+        """Why SAELens's own code computes this object at present; None if this package's ops do."""
         expected = self._activation
         if type(self.activation_fn) is not expected or getattr(self.activation_fn, "use_sparse_activations", False):
             return f"activation_fn is {self.activation_fn}"
@@ -59,21 +59,21 @@ class Accelerated(SAE):
     @property
     def core(self) -> JumpReLUSAE:
         """This package's module over the same parameters."""
-        # in __dict__, past nn.Module's registration: the core is no submodule, its parameters are this object's
+        # stored in __dict__ to bypass nn.Module's registration: the core is not a submodule and shares our parameters
         held = self.__dict__.setdefault("_core", shared.Core())
         raw = self.cfg.apply_b_dec_to_input is False and self.cfg.normalize_activations == "none"
         raw = raw and not isinstance(self, AcceleratedTranscoder)
         return held.of(self, getattr(self.activation_fn, "k", None), raw, self._activation is AbsTopK)
 
     def prepare(self, force: bool = False, **options: Any) -> Accelerated:
-        """As `gsf.JumpReLUSAE.prepare`: needed, with force, after an edit that nobody sees (`p.data.mul_()`)."""
+        """Like `gsf.JumpReLUSAE.prepare`; use force after an undetectable edit (`p.data.mul_()`)."""
         self.core.prepare(force, **options)
         return self
 
     # ---- encode and decode --------------------------------------------------------------------------
 
     def encode_sparse(self, x: Tensor) -> SparseLatents:
-        """What `encode` gives, as SparseLatents [..., d_sae]."""
+        """The result of `encode`, as SparseLatents [..., d_sae]."""
         acts = super().encode(x) if self._plain() else self._activate(self.process_sae_in(x), False)[0]
         return acts if isinstance(acts, SparseLatents) else SparseLatents.from_dense(acts)
 
@@ -89,13 +89,13 @@ class Accelerated(SAE):
         return self._finish(shared.decode(self.core, feature_acts))
 
     def _gate(self, z: Tensor) -> Tensor:
-        """Dense latents of dense pre-activations, as SAELens has them."""
+        """Dense latents from dense pre-activations, as SAELens computes them."""
         acts = self.activation_fn(z)
         threshold = self._parameters.get("threshold")
         return acts if threshold is None else acts * (z > threshold).to(acts.dtype)
 
     def _activate(self, sae_in: Tensor, keep: bool) -> tuple[Latents, SparseLatents | None]:
-        """(latents after their hooks, latents before any hook); the second only if `keep`."""
+        """(latents after their hooks, latents before all hooks); the second only if `keep`."""
         if shared.watched(self.hook_sae_acts_pre):
             z = shared.pre_activations(self.core, sae_in)
             clean = SparseLatents.from_dense(self._gate(z).detach()) if keep else None
@@ -106,7 +106,7 @@ class Accelerated(SAE):
         return latents, latents
 
     def _finish(self, raw: Tensor) -> Tensor:
-        """From the decoder's sum to what `decode` returns."""
+        """The steps from the decoder's sum to the result of `decode`."""
         out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(raw))
         return self.reshape_fn_out(out, self.d_head)
 
@@ -123,7 +123,7 @@ class Accelerated(SAE):
             return out, out.detach()
         with torch.no_grad(), _disable_hooks(self):
             clean_in = self.process_sae_in(x)
-            if unhooked is None or not torch.equal(clean_in, sae_in):  # the input's hook changed it
+            if unhooked is None or not torch.equal(clean_in, sae_in):  # a hook changed the input
                 unhooked = self.core.encode_sparse(clean_in)
             return out, self._finish(shared.decode(self.core, unhooked.detach()))
 
@@ -137,7 +137,7 @@ class Accelerated(SAE):
             out = out + error
         return self.hook_sae_output(out)
 
-    # ---- weights edited where nobody sees it --------------------------------------------------------
+    # ---- edits of weights that cannot be detected -----------------------------------------------------
 
     def _edited(self) -> None:
         held = self.__dict__.get("_core")
@@ -161,7 +161,7 @@ class Accelerated(SAE):
     def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
         super().process_state_dict_for_saving(state_dict)
         for name, tensor in state_dict.items():
-            state_dict[name] = tensor.contiguous()  # safetensors takes no W_enc held as rows
+            state_dict[name] = tensor.contiguous()  # safetensors needs contiguous tensors, and W_enc is stored as rows
 
     @classmethod
     def get_sae_class_for_architecture(cls, architecture: str) -> Any:
@@ -173,7 +173,7 @@ class Accelerated(SAE):
 
 
 class AcceleratedTranscoder(Accelerated):
-    """Transcoders: no error term, no output hook, and d_out of their own; the skip is added last."""
+    """Transcoders: no error term, no output hook, and their own d_out; the skip is added last."""
 
     def _finish(self, raw: Tensor) -> Tensor:
         return self.hook_sae_recons(raw)
@@ -305,11 +305,11 @@ def _class_for(sae: SAE) -> type:
 
 
 def _copy(sae: SAE, fast: type) -> Accelerated:
-    """A new object with weights of its own, W_enc as rows from the start: one copy of each, no more."""
+    """A new object with its own weights, W_enc as rows from the start, so that each is copied only once."""
     if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in sae.modules()):
-        raise ValueError("target: it has hooks, which a new object would not have: remove them, or inplace=True")
+        raise ValueError("target: it has hooks, which a new object would not have: remove them, or use inplace=True")
     cfg = copy.deepcopy(sae.cfg)
-    # as SAELens loads: dimensions on the meta device, then the weights by assignment
+    # like SAELens's loader: shapes on the meta device, then the weights are assigned
     device, cfg.device = cfg.device, "meta"
     made = fast(cfg)
     made.cfg.device = device
@@ -342,8 +342,8 @@ def _accelerate_model(model: Any, inplace: bool | None) -> Any:
     return model
 
 
-# SAELens's models wrap each attached SAE in this class, which encodes, decodes and, for the error term, does both
-# again.  It knows no other way to ask an SAE for a reconstruction, so for accelerated SAEs its forward is ours.
+# SAELens's models wrap each attached SAE in this class. It encodes and decodes, and does both again for the error
+# term.  It has no other way to get a reconstruction from an SAE, so for accelerated SAEs we replace its forward.
 _plain_forward = hooked_sae_transformer._SAEWrapper.forward
 
 

@@ -1,4 +1,4 @@
-"""EleutherAI's sparsify coders as this package's modules (held against eai-sparsify 1.3)."""
+"""Converts EleutherAI's sparsify coders to this package's modules (tested with eai-sparsify 1.3)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gemmascope_fast.sae.topk import TopKSAE
 
 
 def accelerate(target: Any, inplace: bool | None = None) -> TopKSAE:
-    """A top-k SparseCoder as `TopKSAE`, `TopKTranscoder` or `TopKSkipTranscoder`, with weights of its own: the same k
-    latents of a token, those that are zero left out; x - b_dec is folded into b_enc unless the coder transcodes.
+    """Convert a top-k SparseCoder to `TopKSAE` with its own weights. It gives the same k latents of a token, without
+    those that are zero; x - b_dec is folded into b_enc unless the coder is a transcoder.
 
     Raises TypeError for another class, ValueError for `inplace`, another activation, an SAE with a skip, or no decoder.
     """

@@ -1,1 +1,1 @@
-"""Bytes on disk: files that appear whole, arrays read in blocks, digests; nothing about SAEs."""
+"""Files on disk: atomic writes, arrays read in blocks, digests. Knows nothing about SAEs."""

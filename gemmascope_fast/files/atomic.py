@@ -1,8 +1,8 @@
-"""Everything that the package changes on the disk: files that appear whole, journals, folders.
+"""Everything that the package changes on disk: atomic writes of files, journals, folders.
 
-A file is written beside its place as `.NAME.N.tmp` and renamed once its bytes are on the disk, so that a kill at any
-moment leaves the old file or the new one.  The temporary file that a kill leaves behind is removed by the next write of
-the same name.  Whether its writer still lives is told by a lock: who writes into a folder holds a shared lock on it.
+A file is first written next to its place as `.NAME.N.tmp` and renamed when its bytes are on the disk. So a kill at any
+time leaves either the old file or the new one.  A temporary file left by a kill is removed by the next write of the
+same name.  A lock shows whether its writer is still running: a writer holds a shared lock on the folder.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _TEMPORARY = re.compile(r"\..+\.\w+\.tmp")
 
 @contextmanager
 def replacing(path: Path, wait: bool = True) -> Iterator[Path]:
-    """An empty file to write, which gets the name `path` when the block ends well and is removed otherwise.
+    """An empty file to write. It is renamed to `path` if the block succeeds, and removed otherwise.
 
-    By then its bytes are on the disk (unless `wait` is False: then a power cut may lose them, a kill may not), and its
-    permissions are those of the umask, however the block wrote it.  Raises an OSError that names `path`.
+    When renamed, its bytes are on the disk (unless `wait` is False: then a power cut may lose them, a kill may not),
+    and it has the permissions of the umask.  Raises an OSError that names `path`.
     """
     with saying_where(path), _temporary(path, path.parent, _create) as (temporary, mode):
         yield temporary
@@ -39,12 +39,12 @@ def replacing(path: Path, wait: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `folder` when the block ends well and is removed otherwise.
+    """An empty folder to fill. It becomes `folder` if the block succeeds, and is removed otherwise.
 
-    Into a folder that is there already the files are moved, in place of those of the same names; its other files stay.
-    Files belong together (weights and their configuration), so the old ones are all removed before the first new one
-    is moved, the largest first, and the largest new one is moved last: a kill in between leaves a folder without
-    weights, never one of two checkpoints.
+    If `folder` exists, the new files replace those of the same names, and its other files stay.  Files belong together
+    (weights and their configuration). So all old ones are removed before the first new one is moved, the largest first,
+    and the largest new one is moved last. A kill in between leaves a folder without weights, never a mixture of two
+    checkpoints.
     """
     there = folder.is_dir() and any(not is_temporary(p.name) for p in folder.iterdir())
     if not there:
@@ -79,7 +79,7 @@ def _exchange(made: list[Path], folder: Path) -> None:
 
 
 def append(path: Path, data: bytes) -> None:
-    """Add `data` at a file's end and wait until it is on the disk.  Raises an OSError that names `path`."""
+    """Append `data` to a file and wait until it is on the disk.  Raises an OSError that names `path`."""
     with saying_where(path):
         fresh = not path.exists()
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -95,21 +95,21 @@ def append(path: Path, data: bytes) -> None:
 
 
 def truncate(path: Path, size: int) -> None:
-    """Cut a file off after `size` bytes."""
+    """Truncate a file to `size` bytes."""
     with saying_where(path):
         os.truncate(path, size)
         sync(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file, if it exists."""
     if path.exists():
         with saying_where(path):
             os.unlink(path)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder and everything in it, if it is there."""
+    """Remove a folder and everything in it, if it exists."""
     if not folder.is_dir():
         return
     with saying_where(folder):
@@ -122,21 +122,20 @@ def remove_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those that it lies in, where they are missing.  Raises an OSError that names it."""
+    """Create a folder and its missing parents.  Raises an OSError that names it."""
     if folder.is_dir():
         return
     make_folder(folder.parent)
     with saying_where(folder):
         try:
             os.mkdir(folder)
-        except FileExistsError:  # another process was quicker
+        except FileExistsError:  # another process was faster
             if not folder.is_dir():
                 raise
 
 
 def lock(path: Path) -> IO[bytes]:
-    """A file, made where it is missing, whose lock is held until it is closed.  BlockingIOError where another process
-    holds it."""
+    """A file, created if missing, locked until it is closed.  BlockingIOError if another process has the lock."""
     with saying_where(path):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -148,12 +147,12 @@ def lock(path: Path) -> IO[bytes]:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is one that is being written, or that a kill left behind."""
+    """Whether a file or folder with this name is being written, or was left by a kill."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 def clean(folder: Path) -> None:
-    """Remove what a kill left in a folder.  Nothing is removed while anyone writes there."""
+    """Remove what a kill left in a folder.  Nothing is removed while another writer uses the folder."""
     if not folder.is_dir():
         return
     with _writing_in(folder) as handle:
@@ -164,23 +163,25 @@ def clean(folder: Path) -> None:
 
 @contextmanager
 def saying_where(path: Path, more: str = "") -> Iterator[None]:
-    """An OSError from within becomes one that says which file was being written, that the disk is full where that is
-    why, and `more`."""
+    """An OSError within the block becomes one that says which file was being written, whether the disk is full,
+    and `more`."""
     try:
         yield
     except OSError as error:
-        if getattr(error, "said", False):  # by a block within: it knows the file better
+        if getattr(error, "said", False):  # an inner block has already named the file
             if more:
                 raise _told(f"{error}{more}", error) from error
             raise
-        if error.filename is not None and not _about(str(error.filename), path):  # it could not be read
+        if error.filename is not None and not _about(
+            str(error.filename), path
+        ):  # the error is about reading another file
             raise
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise _told(f"{path}: {why}{more}", error) from error
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until the contents of a file or folder are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -189,7 +190,7 @@ def sync(path: Path) -> None:
 
 
 def _about(name: str, path: Path) -> bool:
-    """Whether a file's name is that of `path`, of its folder, or of what is written in its place."""
+    """Whether a file's name is that of `path`, of its folder, or of its temporary file."""
     return Path(name) in (path, path.parent) or any(is_temporary(part) for part in Path(name).parts)
 
 
@@ -201,7 +202,7 @@ def _told(text: str, error: OSError) -> OSError:
 
 @contextmanager
 def _temporary(path: Path, folder: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """(what `make` made under a name of its own in `folder`, what `make` gave), removed at the end if still there."""
+    """(what `make` created under a temporary name in `folder`, `make`'s result); removed at the end if still there."""
     with _writing_in(folder) as handle:
         temporary, mode = _claimed(path.name, folder, make, handle)
         try:
@@ -220,9 +221,9 @@ def _claimed(name: str, folder: Path, make: Callable[[Path], int], handle: int |
     for temporary in names:
         try:
             return temporary, make(temporary)
-        except FileExistsError:  # another process writes the same file now
+        except FileExistsError:  # another process is writing the same file now
             continue
-    raise AssertionError("count() ends nowhere")
+    raise AssertionError("count() is endless")
 
 
 def _escaped(name: str) -> str:
@@ -251,7 +252,7 @@ def _discard(path: Path) -> None:
 
 @contextmanager
 def _writing_in(folder: Path) -> Iterator[int | None]:
-    """A handle with a shared lock on a folder; None where its file system has no locks: then nothing is cleaned."""
+    """A handle with a shared lock on a folder; None if its file system has no locks: then nothing is cleaned up."""
     handle = os.open(folder, os.O_RDONLY)
     locks = True
     try:
@@ -265,10 +266,10 @@ def _writing_in(folder: Path) -> Iterator[int | None]:
 
 
 def _alone(handle: int) -> bool:
-    """Whether nobody else writes in a folder; then the lock is exclusive."""
+    """Whether there is no other writer in a folder; if so, the lock becomes exclusive."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        fcntl.flock(handle, fcntl.LOCK_SH)  # a failed conversion may have lost it
+        fcntl.flock(handle, fcntl.LOCK_SH)  # the failed conversion may have lost it
         return False
     return True

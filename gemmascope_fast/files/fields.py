@@ -1,5 +1,5 @@
-"""Fields of headers and configs, each kind checked in one place: what is wrong is a CheckpointError with the file's
-name."""
+"""Checks the fields of headers and configs, one function for each kind. An invalid field is a CheckpointError with the
+file's name."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 from gemmascope_fast.errors import CheckpointError
 
 MOST = (1 << 63) - 1
-MAX_DIMENSIONS = 8  # of an array; nothing read here has more than four
+MAX_DIMENSIONS = 8  # of an array; no array here has more than four
 
 _repr = reprlib.Repr()
 _repr.maxlevel, _repr.maxstring, _repr.maxother, _repr.maxlong = 2, 80, 80, 40
 
 
 def shown(value: object) -> str:
-    """`value` for an error message, in about one line whatever it is."""
+    """`value` as text for an error message, shortened to about one line."""
     return _repr.repr(value)
 
 
 def json_object(path: Path, what: str, text: str | bytes) -> dict[str, Any]:
-    """The JSON object in a text.  CheckpointError where it is something else."""
+    """The JSON object in a text.  CheckpointError if it is something else."""
     try:
         loaded = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
@@ -34,7 +34,7 @@ def json_object(path: Path, what: str, text: str | bytes) -> dict[str, Any]:
 
 
 def integer(path: Path, what: str, value: object, least: int = 1, most: int = MOST) -> int:
-    """`value`, checked to be an integer from `least` to `most`.  A float, a text or a bool is not one."""
+    """Check that `value` is an integer from `least` to `most` and return it.  A float, text or bool is not accepted."""
     if type(value) is int and least <= value <= most:
         return value
     limits = f"an integer from {least} to {most}" if most < MOST else f"an integer, at least {least}"
@@ -42,7 +42,7 @@ def integer(path: Path, what: str, value: object, least: int = 1, most: int = MO
 
 
 def integers(path: Path, what: str, value: object, count: int | None = None, most: int = MOST) -> list[int]:
-    """A list of integers from 0 to `most`, as many as `count` where it is given."""
+    """A list of integers from 0 to `most`, of length `count` if given."""
     if not isinstance(value, list) or len(value) != (len(value) if count is None else count):
         wanted = "integers" if count is None else f"{count} integers"
         raise CheckpointError(f"{path}: {what}: expected a list of {wanted}, got {shown(value)}")
@@ -50,21 +50,21 @@ def integers(path: Path, what: str, value: object, count: int | None = None, mos
 
 
 def sizes(path: Path, what: str, value: object) -> tuple[int, ...]:
-    """The shape of an array: a list of up to 8 integers that are not negative."""
+    """The shape of an array: a list of up to 8 non-negative integers."""
     if not isinstance(value, list) or len(value) > MAX_DIMENSIONS:
         raise CheckpointError(f"{path}: {what}: expected up to {MAX_DIMENSIONS} sizes, got {shown(value)}")
     return tuple(integers(path, what, value))
 
 
 def flag(path: Path, what: str, value: object) -> bool:
-    """`value`, checked to be true or false."""
+    """Check that `value` is true or false and return it."""
     if not isinstance(value, bool):
         raise CheckpointError(f"{path}: {what}: expected true or false, got {shown(value)}")
     return value
 
 
 def text(path: Path, what: str, value: object) -> str | None:
-    """`value`, checked to be a text that is not empty; None stays None."""
+    """Check that `value` is a non-empty text and return it; None stays None."""
     if value is None or (isinstance(value, str) and value):
         return value
     raise CheckpointError(f"{path}: {what}: expected text, got {shown(value)}")

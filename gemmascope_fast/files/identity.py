@@ -1,7 +1,7 @@
-"""What a job read, as digests: of a model's weights and configuration, an SAE, a tokenizer, a text.
+"""Digests of what a job read: a model's weights and configuration, an SAE, a tokenizer, a text.
 
-A job that keeps a folder stores them there (`claim`, `check`), so that another model, SAE or text in the same folder is
-an error that says which it is.  A digest is of everything that was read, never of a name, a shape or a sample.
+A job stores them in its folder (`claim`, `check`), so that using the folder with another model, SAE or text is an
+error that says what differs.  A digest covers everything that was read, not only a name, a shape or a sample.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast.files.atomic import make_folder, replacing
+from gemmascope_fast.files.atomic import make_folder
+from gemmascope_fast.files.results import write_json
 
 FILE = "identity.json"
-BLOCK = 1 << 26  # bytes hashed at once
+BLOCK = 1 << 26  # bytes hashed at a time
 SIZE = 32  # hexadecimal digits of a digest
-# of a configuration: what says nothing about the activations, or depends on where and by what it was loaded
+# configuration fields that do not affect activations, or depend on where and by what it was loaded
 _BESIDE = {
     "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
     "output_hidden_states", "output_attentions", "_attn_implementation", "_commit_hash",
@@ -30,17 +31,17 @@ _BESIDE = {
 
 
 def of_module(module: nn.Module) -> str:
-    """Of a model or an SAE: its class, its configuration, and the name, type, shape and bytes of every parameter and
-    stored buffer.  The same on every device.  ValueError for weights that are not in memory.
+    """Digest of a model or an SAE: class, configuration, and the name, type, shape and bytes of every parameter and
+    stored buffer.  The same on every device.  ValueError if weights are not in memory.
 
-    About a second a gigabyte and thread.  Nothing is remembered: some edits of weights leave no trace to ask for.
+    It takes about a second per gigabyte and thread.  It is not cached, because some edits of weights leave no trace.
     """
     state = {name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     once: dict[Any, Any] = {}
     with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
         found = []
         for name, tensor in sorted(state.items()):
-            # tied weights are hashed once
+            # tied weights are hashed only once
             key = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()) if _plain(tensor) else name
             if key not in once:
                 once[key] = pool.submit(of_tensor, tensor.detach(), name)
@@ -51,8 +52,8 @@ def of_module(module: nn.Module) -> str:
 
 
 def of_tensor(tensor: Tensor, name: str = "tensor") -> str:
-    """Of a tensor's type, shape and bytes, whatever device it is on."""
-    if hasattr(tensor, "__tensor_flatten__"):  # a subclass: of the tensors that it is made of
+    """Digest of a tensor's type, shape and bytes, on any device."""
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass: hash the tensors inside it
         parts, context = tensor.__tensor_flatten__()
         held = [(part, of_tensor(getattr(tensor, part), f"{name}.{part}")) for part in parts]
         return of_json([type(tensor).__name__, held, str(context)])
@@ -60,7 +61,7 @@ def of_tensor(tensor: Tensor, name: str = "tensor") -> str:
         raise ValueError(f"{name}: expected weights in memory, got a tensor on the meta device")
     tensor, order = tensor.detach(), ""
     if tensor.dim() == 2 and not tensor.is_contiguous() and tensor.t().is_contiguous():
-        tensor, order = tensor.t(), "columns of "  # read as it is held
+        tensor, order = tensor.t(), "columns of "  # read in the order in which it is stored
     digest = hashlib.sha256(f"{order}{tensor.dtype} {tuple(tensor.shape)}".encode())
     for block in _blocks(tensor):
         digest.update(block.cpu().numpy().data)
@@ -68,59 +69,64 @@ def of_tensor(tensor: Tensor, name: str = "tensor") -> str:
 
 
 def of_tokenizer(tokenizer: Any) -> str:
-    """Of what a transformers tokenizer does with a text: its vocabulary, rules and special tokens."""
+    """Digest of what determines a transformers tokenizer's results: vocabulary, rules and special tokens."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
         rules: Any = [type(tokenizer).__name__, sorted(vocabulary.items())]
     else:
         rules = json.loads(backend.to_str())
-        # of the last call, not of the tokenizer
+        # settings of the last call, not of the tokenizer
         rules = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
     special = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     return of_json([rules, special])
 
 
 def of_text(text: str) -> str:
-    """Of a text in memory."""
+    """Digest of a text in memory."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:SIZE]
 
 
 def of_file(path: str | Path) -> str:
-    """Of a file's bytes, as `of_text` of what it says; remembered until its size, times or inode change."""
+    """Digest of a file's bytes, equal to `of_text` of its text; cached until its size, times or inode change."""
     stat = Path(path).stat()
     return _of_file(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
 
 
 @lru_cache(maxsize=256)
 def _of_file(path: str, *_stamp: int) -> str:
+    return digest_of(path)[:SIZE]
+
+
+def digest_of(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return digest.hexdigest()[:SIZE]
+    return digest.hexdigest()
 
 
 def of_json(value: Any) -> str:
-    """Of a value that JSON can hold; what it cannot counts as its text."""
+    """Digest of a value as JSON; parts that JSON cannot express are converted to text."""
     return of_text(json.dumps(value, sort_keys=True, default=str))
 
 
 def check(
     where: str | Path, was: Mapping[str, Any], now: Mapping[str, Any], error: type[Exception] = ValueError
 ) -> None:
-    """Raise `error` unless what a file or folder is of is what it is wanted for; the message says what differs."""
+    """Raise `error` unless a file or folder belongs to what it is to be used for; the message says what differs."""
     was, now = (json.loads(json.dumps(dict(each))) for each in (was, now))
     differ = [key for key in {**now, **was} if was.get(key) != now.get(key)]
     if differ:
         what = ", ".join(f"{key} {was.get(key)!r:.80} (now {now.get(key)!r:.80})" for key in differ)
         names = [key.removesuffix("_fingerprint") for key in differ]
         others = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-        raise error(f"{where}: it was begun with another {others}: {what}; take another place, or delete what is there")
+        raise error(f"{where}: it was started with another {others}: {what}; use another path, or delete it")
 
 
 def claim(folder: Path, about: Mapping[str, Any], name: str = "--work") -> None:
-    """Say in a folder what it is of, where nothing says so yet.  ValueError where it is of something else."""
+    """Record in a folder what it belongs to, if nothing is recorded yet.  ValueError if it belongs to another."""
     path = folder / FILE
     if path.exists():
         try:
@@ -130,8 +136,7 @@ def claim(folder: Path, about: Mapping[str, Any], name: str = "--work") -> None:
         check(f"{name} {folder}", was, about)
         return
     make_folder(folder)
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(dict(about), indent=1) + "\n", "utf-8")
+    write_json(path, dict(about))
 
 
 def _plain(tensor: Tensor) -> bool:
@@ -139,7 +144,7 @@ def _plain(tensor: Tensor) -> bool:
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """The bytes, uint8, without a copy of the whole."""
+    """The bytes as uint8, without copying everything."""
     if not tensor.numel():
         return
     if tensor.is_contiguous():
@@ -151,7 +156,7 @@ def _blocks(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:
-    """What a module of this package holds besides tensors: k, widths, slicings."""
+    """Settings of a module of this package besides its tensors: k, widths, slicings."""
     if not type(module).__module__.startswith("gemmascope_fast."):
         return {}
     plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}

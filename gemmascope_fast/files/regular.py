@@ -1,4 +1,4 @@
-"""Opening what somebody else wrote: regular files only, and nothing read before its size is known to be small."""
+"""Opens files from untrusted sources: only regular files, and nothing is read before its size is known to be small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import IO
 
 from gemmascope_fast.errors import CheckpointError
 
-MAX_JSON = 1 << 20  # of a header or a config: parsing takes up to 25 times that
+MAX_JSON = 1 << 20  # for a header or a config: parsing takes up to 25 times as much memory
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a FIFO"),
@@ -20,8 +20,8 @@ _KINDS = (
 
 
 def check_regular(path: Path) -> int:
-    """Size in bytes of a regular file, links followed.  CheckpointError where it is anything else: opening a FIFO can
-    wait for ever, and a device has no end."""
+    """Size in bytes of a regular file, following links.  CheckpointError if it is anything else: opening a FIFO can
+    wait forever, and a device has no end."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as error:
@@ -33,10 +33,10 @@ def check_regular(path: Path) -> int:
 
 
 def open_regular(path: Path) -> IO[bytes]:
-    """The file opened for reading, unbuffered.  CheckpointError where it is not a regular file or cannot be opened."""
+    """Open a file for reading, unbuffered.  CheckpointError if it is not a regular file or cannot be opened."""
     check_regular(path)
     try:
-        # Without waiting, should a FIFO have taken its place since it was looked at.
+        # Non-blocking, in case a FIFO has replaced the file since it was checked.
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
@@ -47,7 +47,7 @@ def open_regular(path: Path) -> IO[bytes]:
 
 
 def read_small(path: Path, most: int = MAX_JSON) -> bytes:
-    """All bytes of a regular file of at most `most` bytes.  CheckpointError where it is larger or no such file."""
+    """All bytes of a regular file of at most `most` bytes.  CheckpointError if it is larger or not a regular file."""
     with open_regular(path) as file:
         try:
             data = _up_to(file, most + 1)

@@ -1,4 +1,4 @@
-"""Results of a job as files that appear whole: JSON, text, figures."""
+"""Writes results of a job atomically: JSON, text, figures."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.files.atomic import make_folder, replacing, saying_where
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON has no NaN and no infinity: null says that there is no such figure.  The file appears whole."""
-    write_text(path, json.dumps(_plain(value), indent=1, allow_nan=False) + "\n")
+    """`json_text` as a file.  The file appears whole."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON has no NaN and no infinity: null says that there is no such figure."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """The file appears whole.  OSError names it."""
+    """The file appears whole, in a folder that is made if it is missing.  OSError names it."""
+    make_folder(path.parent)
     with saying_where(path), replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """A matplotlib figure as what the path's ending says; the file appears whole.  OSError names it."""
+    """A matplotlib figure in the format of the path's ending; otherwise as `write_text`."""
+    make_folder(path.parent)
     with saying_where(path), replacing(path) as temporary:
         figure.savefig(temporary, format=path.suffix[1:])
 
@@ -38,7 +45,7 @@ def _plain(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A figure as tables show it."""
+    """Format a number for tables."""
     if isinstance(value, float):
         return "-" if math.isnan(value) else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -1,8 +1,8 @@
-"""Tensors in a file that `torch.save` wrote (`.pt`, `.pth`), read in blocks; nothing is unpickled.
+"""Reads tensors from a file written by `torch.save` (`.pt`, `.pth`), in blocks; nothing is unpickled.
 
-Such a file is a zip archive: the numbers of each tensor lie in it uncompressed, and a small pickle says what they are.
-That pickle is walked here by a reader that knows dicts, texts, numbers and tensors, and calls nothing: it takes what
-`torch.load(weights_only=True)` takes of these, and refuses everything else.
+Such a file is a zip archive. It has the numbers of each tensor, uncompressed, and a small pickle that describes them.
+That pickle is interpreted here by a reader that knows dicts, texts, numbers and tensors, and calls nothing. Of these
+it accepts what `torch.load(weights_only=True)` accepts, and it raises an error for everything else.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gemmascope_fast.files.arrays import _DAMAGE, MAX_MEMBERS, Entry, _exactly, 
 from gemmascope_fast.files.fields import MAX_DIMENSIONS, MOST, integer, integers, shown
 from gemmascope_fast.files.regular import check_regular, open_regular
 
-MAX_PICKLE = 1 << 16  # bytes that say what the tensors are; torch writes about 150 a tensor
+MAX_PICKLE = 1 << 16  # bytes of the pickle; torch writes about 150 per tensor
 _STORAGES = {
     "FloatStorage": torch.float32,
     "BFloat16Storage": torch.bfloat16,
@@ -49,7 +49,7 @@ _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass(frozen=True)
 class _Global:
-    """A name that the pickle mentions; only those of `_call` mean anything."""
+    """A name in the pickle; only those known to `_call` are used."""
 
     name: str
 
@@ -63,7 +63,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Held:
-    """A tensor: part of a storage, in elements."""
+    """A tensor: part of a storage, measured in elements."""
 
     storage: _Storage
     offset: int
@@ -72,10 +72,10 @@ class _Held:
 
 
 def open_torch(path: Path) -> dict[str, Any]:
-    """What a file of `torch.save` holds, a dict by name: each tensor as an Entry, beside texts, numbers and dicts.
+    """The contents of a file of `torch.save`, a dict by name: tensors as Entries, and texts, numbers and dicts.
 
-    CheckpointError where the file is damaged, holds anything but tensors and such values (it would need
-    `weights_only=False`), or is of torch.save before version 1.6.
+    CheckpointError if the file is damaged, contains anything but tensors and such values (it would need
+    `weights_only=False`), or was written by torch.save before version 1.6.
     """
     size = check_regular(path)
     try:
@@ -91,7 +91,7 @@ def open_torch(path: Path) -> dict[str, Any]:
                 raise CheckpointError(f"{path}: expected a few tensors, got {len(members)} members")
             by_name = {info.filename: info for info in members}
             if len(by_name) != len(members):
-                raise CheckpointError(f"{path}: a member is there twice")
+                raise CheckpointError(f"{path}: a member occurs twice")
             root = next((name.removesuffix("data.pkl") for name in by_name if name.endswith("/data.pkl")), None)
             if root is None:
                 raise CheckpointError(f"{path}: expected a file of torch.save, got a zip archive without data.pkl")
@@ -115,7 +115,7 @@ def _small(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes
         raise CheckpointError(
             f"{path}: {info.filename:.80}: expected at most {MAX_PICKLE} bytes, not compressed, got {info.file_size}"
         )
-    # not through zipfile, whose checksum torch.save need not write
+    # not through zipfile, because torch.save may omit its checksum
     return _bytes(path, _start(path, info), info.file_size)
 
 
@@ -126,7 +126,7 @@ def _bytes(path: Path, at: int, size: int) -> bytes:
 
 
 def _start(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: its own header may be longer than the directory's."""
+    """Position of a member's first byte: its own header may be longer than the directory says."""
     name, extra = struct.unpack("<HH", _bytes(path, info.header_offset + 26, 4))
     return int(info.header_offset + 30 + name + extra)
 
@@ -134,7 +134,7 @@ def _start(path: Path, info: zipfile.ZipInfo) -> int:
 def _entries(
     path: Path, held: dict[Any, Any], data: dict[str, zipfile.ZipInfo], size: int, done: dict[int, dict[str, Any]]
 ) -> dict[str, Any]:
-    """`held` with an Entry for each tensor; done: the dicts seen so far by id, since one may be there many times."""
+    """`held` with an Entry for each tensor; done: the dicts seen so far by id, since one may occur many times."""
     if id(held) in done:
         return done[id(held)]
     made: dict[str, Any] = {}
@@ -195,7 +195,7 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
 
 
 class _Reader:
-    """Walks the pickle of a file of torch.save: no object is made but dicts, tuples, texts, numbers and `_Held`."""
+    """Interprets the pickle of a file of torch.save. It creates only dicts, tuples, texts, numbers and `_Held`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -203,7 +203,7 @@ class _Reader:
         self.memo: dict[int, Any] = {}
 
     def read(self, data: bytes) -> Any:
-        """The value of the pickle."""
+        """The pickled value."""
         try:
             for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
                 if opcode.name == "STOP":

@@ -1,4 +1,4 @@
-"""Writing checkpoints: streamed in blocks, under the final name only when complete, with the umask's permissions."""
+"""Writes checkpoints in blocks; the file gets its final name only when complete, with the umask's permissions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @contextmanager
 def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that gets the name `path` when the block ends well and leaves nothing behind otherwise."""
+    """A binary file. It is renamed to `path` if the block succeeds; otherwise nothing is left."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         yield file
-
-
-def write_json(path: Path, content: Any) -> None:
-    with atomic(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
 
 
 def write_safetensors(
@@ -42,9 +37,9 @@ def write_safetensors(
     dtype: torch.dtype | None = None,
     only_matrices: bool = False,
 ) -> None:
-    """A safetensors file of tensors or of another file's entries, never holding one of them whole in a copy.
+    """Write a safetensors file from tensors or another file's entries, without a copy of a whole tensor.
 
-    dtype: cast floating arrays on the way (only_matrices: those of two dimensions); None keeps each one's own.
+    dtype: cast floating arrays (only_matrices: only those of two dimensions); None keeps each dtype.
     """
 
     def stored(source: Source) -> torch.dtype:
@@ -68,7 +63,7 @@ def write_safetensors(
 
 
 def write_npz(path: Path, arrays: Mapping[str, Source]) -> None:
-    """An uncompressed .npz of float32 arrays, as Gemma Scope's params.npz is."""
+    """Write an uncompressed .npz of float32 arrays, like Gemma Scope's params.npz."""
     with atomic(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, source in arrays.items():
             head = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What each op means: schema, reference, fake, autograd, cost; SparseLatents; arithmetic of nested codes."""
+"""Defines each op: schema, reference, fake, autograd, cost. Also SparseLatents and the arithmetic of nested codes."""
 
 import importlib
 
@@ -49,5 +49,5 @@ __all__ = [
     "screen_rows_reference",
 ]
 
-# The kernels register themselves: whoever imports the ops gets the fastest implementation, never a silent reference.
+# Kernels register themselves, so importing the ops gives the fastest implementation, never silently the reference.
 importlib.import_module("gemmascope_fast.backends")

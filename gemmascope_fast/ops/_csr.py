@@ -1,4 +1,4 @@
-"""Compressed sparse rows as torch tensors: the small pieces that several references share."""
+"""Helpers for compressed sparse rows as torch tensors, shared by the references."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gemmascope_fast.ops._transforms import refuse_samples
 
 
 def row_indices(crow_indices: Tensor) -> Tensor:
-    """Row of each stored entry: int64 [nnz] from offsets [N+1]."""
+    """Row of each stored entry: int64 [nnz], from offsets [N+1]."""
     counts = crow_indices.diff()
     return torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
 
@@ -23,7 +23,7 @@ def from_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_csr(crow_indices: Tensor, col_indices: Tensor, features: int) -> None:
-    """What the native kernels check, for the references."""
+    """The same checks as in the native kernels, for the references."""
     if crow_indices.dtype != torch.int64:
         raise TypeError(f"crow_indices: expected int64, got {crow_indices.dtype}")
     if col_indices.dtype != torch.int32:

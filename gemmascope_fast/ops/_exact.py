@@ -1,4 +1,4 @@
-"""Dense products in float32 whatever `torch.autocast` is set to."""
+"""Dense products in float32, whether or not `torch.autocast` is on."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from gemmascope_fast.ops._transforms import derivative_wanted
 
 
 def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block `torch.autocast` is off for this kind of device."""
+    """Turn `torch.autocast` off within the block for this kind of device."""
     if not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def put(t: Tensor, at: tuple[Tensor, ...], values: Tensor) -> Tensor:
-    """`t.index_put(at, values)`, which autocast on a GPU refuses for the 16-bit type that is not its own."""
+    """`t.index_put(at, values)`. On a GPU, autocast would refuse this for the other 16-bit dtype."""
     with outside_autocast(t.device):
         return t.index_put(at, values)
 
 
 def exact_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, both widened first: the same bytes inside and outside of `torch.autocast`, backward too.
+    """a @ b in float32; both are widened first. The same bytes inside and outside of `torch.autocast`, backward too.
 
-    a [..., n, k] and b [k, m]; derivatives of every order and the transforms of `torch.func` are those of `@`.
+    a [..., n, k] and b [k, m]. Derivatives of every order and the transforms of `torch.func` work as for `@`.
     """
     if torch.compiler.is_compiling() or not derivative_wanted(a, b):
         with outside_autocast(a.device):
@@ -37,7 +37,7 @@ def exact_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """a @ b whose backward is outside of autocast as well: torch's own would be rounded where it runs inside."""
+    """a @ b with a backward outside of autocast too. torch's own backward would be rounded if it ran inside."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""The dispatcher's library `gemmascope_fast` and what every op declares about itself."""
+"""The library `gemmascope_fast` of PyTorch's dispatcher, and the record that describes each op."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIBRARY = torch.library.Library("gemmascope_fast", "DEF")
 
 
 def expect_tensor(name: str, value: object, expected: str = "a torch.Tensor") -> None:
-    """Raise TypeError where an argument is no tensor: a list or a numpy array."""
+    """Raise TypeError if an argument is not a tensor, for example a list or a numpy array."""
     if not isinstance(value, torch.Tensor):
         kind = type(value)
         came = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
@@ -29,13 +29,13 @@ def expect_tensor(name: str, value: object, expected: str = "a torch.Tensor") ->
 
 
 def in_dtype(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """t.to(dtype), without the dispatcher where it is that already: it takes 10 us between a model's layers."""
+    """t.to(dtype), without calling the dispatcher if t has that dtype already: a call costs 10 us."""
     return t if t.dtype == dtype else t.to(dtype)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Work of one call: bytes that must move (each input read once, each output written once), operations."""
+    """Work of one call: operations, and bytes that must move (each input read once, each output written once)."""
 
     bytes: int
     flops: int
@@ -43,17 +43,17 @@ class Cost:
 
 @dataclass
 class Op:
-    """One op: its schema's name, the eager reference, and what else can serve it.
+    """One op: the name in its schema, the eager reference, and its other implementations.
 
-    Calling it goes through the dispatcher, which takes the compiled kernel of the tensors' device where there
-    is one and the reference where there is none; `gemmascope_fast.backend(name)` asks for one by name.
+    A call goes through the dispatcher, which runs the compiled kernel for the tensors' device if there is one, and
+    the reference otherwise. `gemmascope_fast.backend(name)` selects one by name.
     """
 
     name: str
     reference: Callable[..., Any]
     cost: Callable[..., Cost]
-    ragged: bool = False  # whether the sizes of its outputs depend on data
-    function: Any = None  # its autograd.Function, where it has gradients (`register_autograd`)
+    ragged: bool = False  # whether the sizes of the outputs depend on the data
+    function: Any = None  # its autograd.Function, if it has gradients (`register_autograd`)
     dispatched: torch._ops.OpOverload = field(init=False)
     tensors: tuple[tuple[int, str], ...] = field(init=False)  # the arguments that must be tensors
     # backend name -> the callable for a call's arguments, or BackendError; filled in by gemmascope_fast.backends
@@ -68,21 +68,21 @@ class Op:
         wanted = requested()
         if wanted is None:
             return self._run(self.dispatched, args) if transformed() else self.dispatched(*args)
-        # the dispatcher, which is passed by here, refuses these with words of its own
+        # this path skips the dispatcher, which would raise its own errors for these
         for position, name in self.tensors:
             if position < len(args):
                 expect_tensor(name, args[position])
         return self._run(self.implementations[wanted](args), args)
 
     def step(self, *args: Any) -> Any:
-        """As a call, where the op is a step of another's work: a backend asked for by name was asked for the whole.
-        "eager" is the reference throughout; with every other, this op is served as if nobody had asked.
+        """Call the op as a step inside another op. If the outer op runs on "eager", this one uses the reference too;
+        with any other backend, it runs as if no backend had been requested.
         """
         return self._run(self.reference if requested() == "eager" else self.dispatched, args)
 
     def _run(self, run: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """run(*args) with the op's derivatives where the dispatcher does not add them: it knows neither references
-        nor the transforms of torch.func."""
+        """run(*args) with the op's derivatives, in the cases where the dispatcher does not add them: references and the
+        transforms of torch.func."""
         known = run is self.dispatched and not transformed()
         if known or self.function is None or torch.compiler.is_compiling() or not derivative_wanted(*args):
             return run(*args)
@@ -102,7 +102,7 @@ def register(
 ) -> Op:
     """Define an op.  Compiled kernels override the reference per device when they are loaded.
 
-    ragged: the sizes of its outputs depend on data, so that vmap cannot run over it.
+    ragged: the sizes of the outputs depend on the data, so vmap cannot run over the op.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -119,6 +119,6 @@ def register(
 
 
 def register_autograd(op: Op, save: Callable[..., Any], backward: Callable[..., Any], jvp: Callable[..., Any]) -> None:
-    """Give an op its derivatives; ops/_transforms.py says what the three functions take and return."""
+    """Register the derivatives of an op; ops/_transforms.py says what the three functions take and return."""
     op.function = function_of(op, save, backward, jvp)
     LIBRARY.impl(op.name, kernel_of(op, op.function), "Autograd", with_keyset=True)

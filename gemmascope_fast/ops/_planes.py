@@ -1,5 +1,4 @@
-"""What the ops on bit planes share: the layout's numbers and its checks (gemmascope_fast/quant/planes.py has the
-layout itself)."""
+"""Constants and checks shared by the ops on bit planes. gemmascope_fast/quant/planes.py describes the layout."""
 
 from __future__ import annotations
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from gemmascope_fast.ops._csr import row_indices
 
 ROWS = 16  # rows of a block: the int32 lanes of a 512-bit register
-UNIT = 32  # weights of one row that lie together in a plane: the smallest group
+UNIT = 32  # weights of one row that are stored together in a plane: the smallest group
 
-# Planes that hold a flat code of so many bits.  Those of 2, 3, 4 and 6 are the first planes of 8.
+# Planes that store a code of this many bits.  Those for 2, 3, 4 and 6 bits are the first planes of those for 8.
 WIDTHS: dict[int, tuple[int, ...]] = {
     1: (1,),
     2: (2,),
@@ -25,11 +24,11 @@ WIDTHS: dict[int, tuple[int, ...]] = {
     8: (2, 1, 1, 2, 2),
 }
 
-PREFIX, MATQUANT, EXTRA = 0, 1, 2  # `rule`: how bits that are stored below the slice are dropped
+PREFIX, MATQUANT, EXTRA = 0, 1, 2  # `rule`: what happens to stored bits below the slice
 
 
 def rule_of(mode: str, extra_precision: bool = False) -> int:
-    """The `rule` of a slicing by its name."""
+    """The `rule` number for a slicing mode."""
     return PREFIX if mode == "prefix" else EXTRA if extra_precision else MATQUANT
 
 
@@ -43,7 +42,7 @@ def stored_bits(planes: Sequence[Tensor]) -> int:
 
 
 def check_planes(planes: Sequence[Tensor], out_features: int, in_features: int, bits: int, rule: int) -> None:
-    """ValueError for planes of another shape, a width or a rule that they cannot serve; TypeError for another dtype."""
+    """Raise ValueError for wrong shapes of planes, or a width or rule they lack; TypeError for a wrong dtype."""
     blocks, units = -(-out_features // ROWS), -(-in_features // UNIT)
     stored = stored_bits(planes)
     if not 1 <= bits <= stored <= 8:
@@ -59,7 +58,7 @@ def check_planes(planes: Sequence[Tensor], out_features: int, in_features: int, 
 
 
 def check_scales(scale: Tensor, zero_point: Tensor, out_features: int, in_features: int, group_size: int) -> None:
-    """ValueError for a group size that cuts units, or scales and zero points that are not [out/16, groups, 16]."""
+    """ValueError if groups are not whole units, or scales and zero points are not [out/16, groups, 16]."""
     if group_size < 0 or group_size % UNIT:
         raise ValueError(f"group_size: expected 0 or a multiple of {UNIT}, got {group_size}")
     groups = -(-in_features // group_size) if group_size else 1
@@ -79,7 +78,7 @@ def unblocked(value: Tensor, rows: int) -> Tensor:
 
 
 def add_overflow(code: Tensor, crow: Tensor, col: Tensor) -> Tensor:
-    """r-bit codes with one added at the listed weights."""
+    """r-bit codes, with one added to the weights in the list."""
     code = code.clone()
     code[row_indices(crow), col.long()] += 1
     return code

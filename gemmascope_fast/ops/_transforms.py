@@ -1,7 +1,7 @@
 """How an op behaves under autograd, forward-mode derivatives and the transforms of `torch.func`.
 
-Each op with gradients is one `torch.autograd.Function` with a backward and a jvp, so that reverse mode, forward mode
-and any nesting of them use the same formulas, whichever backend runs the op.  vmap runs an op once for each sample.
+Each op with gradients is one `torch.autograd.Function` with a backward and a jvp. So reverse mode, forward mode and
+any nesting of them use the same formulas on every backend.  vmap runs an op once for each sample.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ RAGGED = (
 
 
 def requested() -> str | None:
-    """The backend that the surrounding `with gsf.backend(...)` asks for, or None."""
+    """The backend that the surrounding `with gsf.backend(...)` requests, or None."""
     return REQUESTED.get()
 
 
-# Dynamo cannot trace a ContextVar.  This is torch.compiler.assume_constant_result without its import of dynamo.
+# Dynamo cannot trace a ContextVar.  This is torch.compiler.assume_constant_result without importing dynamo.
 requested._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager
 def asked_for(name: str | None) -> Iterator[None]:
-    """Within the block `requested()` is this name."""
+    """Make `requested()` return this name within the block."""
     token = REQUESTED.set(name)
     try:
         yield
@@ -51,7 +51,7 @@ transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_samples(t: torch.Tensor, what: str) -> None:
-    """NotImplementedError where `t`, whose nonzero entries are to be counted, holds samples of vmap."""
+    """Raise NotImplementedError if `t`, whose nonzero entries are to be counted, holds samples of vmap."""
     while transformed():
         if torch._C._functorch.is_batchedtensor(t):
             raise NotImplementedError(f"vmap cannot run over {what}: {RAGGED}")
@@ -69,10 +69,10 @@ beyond_reverse._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def derivative_wanted(*args: Any) -> bool:
-    """Whether a derivative with respect to these arguments may be asked for, in reverse or forward mode.
+    """Whether a derivative with respect to these arguments may be needed, in reverse or forward mode.
 
-    True as well wherever forward mode or a transform of `torch.func` is active: an outer transform's derivative cannot
-    be seen from within an inner one.
+    Always True while forward mode or a transform of `torch.func` is active, because the derivatives that an outer
+    transform needs are not visible from an inner one.
     """
     if beyond_reverse():
         return True
@@ -80,11 +80,11 @@ def derivative_wanted(*args: Any) -> bool:
 
 
 def function_of(op: Any, save: Callable[..., Any], backward: Callable[..., Any], jvp: Callable[..., Any]) -> Any:
-    """The autograd.Function of an op; it is applied to what runs the op, then to the op's arguments.
+    """Make the autograd.Function of an op. It is applied to the function that runs the op, and the op's arguments.
 
-    save(ctx, inputs, output): the tensors that backward and jvp read as `ctx.saved_tensors`; it may set attributes.
-    backward(ctx, needs, *grads): one gradient an argument, `needs` saying which are wanted.
-    jvp(ctx, *tangents): one tangent an output, None for integers.
+    save(ctx, inputs, output): saves the tensors that backward and jvp read as `ctx.saved_tensors`; may set attributes.
+    backward(ctx, needs, *grads): returns one gradient per argument; `needs` says which are wanted.
+    jvp(ctx, *tangents): returns one tangent per output, None for integers.
     """
 
     class Derived(torch.autograd.Function):
@@ -95,13 +95,13 @@ def function_of(op: Any, save: Callable[..., Any], backward: Callable[..., Any],
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            # autograd's worker threads have no context of their own: the backend travels with the graph
+            # autograd's worker threads do not inherit the context, so the backend is saved in the graph
             ctx.backend = requested()
             tensors = save(ctx, inputs[1:], output)
             ctx.save_for_backward(*tensors)
             ctx.save_for_forward(*tensors)
             outputs = output if isinstance(output, tuple) else (output,)
-            ctx.set_materialize_grads(False)  # zeros for what has no tangent would be multiplied
+            ctx.set_materialize_grads(False)  # otherwise missing tangents would be zeros that are multiplied
             ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
 
         @staticmethod
@@ -125,19 +125,19 @@ def function_of(op: Any, save: Callable[..., Any], backward: Callable[..., Any],
 
 
 def kernel_of(op: Any, function: Any) -> Callable[..., Any]:
-    """What the dispatcher calls under its key "Autograd"."""
+    """The function that the dispatcher calls for its key "Autograd"."""
     dispatched = op.dispatched
     defaults = [a.default_value if a.has_default_value() else None for a in dispatched._schema.arguments]
 
     def autograd(keyset: Any, *args: Any) -> Any:
         if transformed():
-            # autograd.Function is applied before the dispatcher under a transform: `Op.__call__` does
+            # under a transform, autograd.Function must be applied before the dispatcher, as `Op.__call__` does
             raise NotImplementedError(
                 f"torch.ops.gemmascope_fast.{op.name} has no derivatives under torch.func: call"
                 f" gemmascope_fast.ops.{op.name}"
             )
         if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            # the dispatcher leaves out arguments that equal their defaults
+            # the dispatcher omits arguments that equal their defaults
             return function.apply(dispatched, *args, *defaults[len(args) :])
         with torch._C._AutoDispatchBelowAutograd():
             return dispatched.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -146,9 +146,9 @@ def kernel_of(op: Any, function: Any) -> Callable[..., Any]:
 
 
 def sample_by_sample(op: Any, info: Any, in_dims: Any, *args: Any) -> Any:
-    """vmap's rule of every op: (outputs with the samples stacked in front, their batch dimensions).
+    """The vmap rule of every op: (outputs with the samples stacked in front, their batch dimensions).
 
-    Raises NotImplementedError for an op whose outputs have another size for each sample.
+    Raises NotImplementedError for an op whose outputs differ in size between samples.
     """
     if op.ragged:
         raise NotImplementedError(f"vmap cannot run over {op.name}: {RAGGED}")
@@ -161,7 +161,7 @@ def sample_by_sample(op: Any, info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def _sample(args: Any, dims: Any, i: int) -> Any:
-    """Arguments of sample i; lists of tensors have lists of dimensions."""
+    """The arguments of sample i. Lists of tensors come with lists of dimensions."""
     return [
         a if d is None else _sample(a, d, i) if isinstance(a, list | tuple) else a.select(d, i)
         for a, d in zip(args, dims, strict=True)

@@ -1,12 +1,12 @@
-"""Nested 8-bit codes: asymmetric min–max quantisation and its slices to 1 … 8 bits.
+"""Nested 8-bit codes: asymmetric min–max quantisation, and slices of the codes to 1 … 8 bits.
 
 A weight w of a group with scale α and zero point z has the code q = clamp(round(w/α) + z, 0, 255).  A slice to r bits
-keeps α and z and reads q at another place of the 8-bit grid:
+keeps α and z, and places its code on the 8-bit grid as follows:
 
-* "matquant", the slice of Matryoshka Quantization, exactly:
-  S(q, r) = clamp(floor(q / 2^(8−r) + 1/2), 0, 2^r − 1) · 2^(8−r); "extra precision" leaves out the clamp.  It rounds,
+* "matquant", exactly the slice of Matryoshka Quantization:
+  S(q, r) = clamp(floor(q / 2^(8−r) + 1/2), 0, 2^r − 1) · 2^(8−r); "extra precision" omits the clamp.  It rounds,
   so it needs bit 8−r−1 of q, and rounding twice (8 → 4 → 2) differs from rounding once.
-* "prefix", mid-rise: (q >> (8−r)) · 2^(8−r) + (2^(8−r) − 1)/2, a true prefix of q's bits.
+* "prefix", mid-rise: (q >> (8−r)) · 2^(8−r) + (2^(8−r) − 1)/2. It keeps the first r bits of q.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from gemmascope_fast.ops._planes import UNIT
 
 MODES = ("prefix", "matquant")
-# below 2^-14 float16 has steps of 2^-24: a row whose widest scale is this small would have a grid coarser by 1/64
+# below 2^-14 float16 has steps of 2^-24: if a row's largest scale is below this, its grid would be coarser by 1/64
 NARROW = 2.0**-18
 
 
 def check_bits(bits: int, name: str = "bits") -> int:
-    """`bits` itself; ValueError outside 1 … 8, TypeError where it is no integer."""
+    """Return `bits`; ValueError if not in 1 … 8, TypeError if not an integer."""
     if isinstance(bits, bool) or not isinstance(bits, int):
         raise TypeError(f"{name}: expected an integer from 1 to 8, got {bits!r}")
     if not 1 <= bits <= 8:
@@ -33,16 +33,16 @@ def check_bits(bits: int, name: str = "bits") -> int:
 
 
 def check_mode(mode: str, extra_precision: bool = False) -> str:
-    """`mode` itself; ValueError for another than "prefix" and "matquant", or extra precision with "prefix"."""
+    """Return `mode`; ValueError unless it is "prefix" or "matquant", or for extra precision with "prefix"."""
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
     if extra_precision and mode != "matquant":
-        raise ValueError('extra_precision: expected mode "matquant"; a prefix slice has no clamp to leave out')
+        raise ValueError('extra_precision: expected mode "matquant"; a prefix slice has no clamp to omit')
     return mode
 
 
 def slice_codes(q: Tensor, bits: int, mode: str = "prefix", extra_precision: bool = False) -> Tensor:
-    """8-bit codes (uint8, any shape) → r-bit codes (uint8): 0 … 2^r − 1, and 2^r too with extra precision."""
+    """8-bit codes (uint8, any shape) → r-bit codes (uint8) in 0 … 2^r − 1; with extra precision 2^r is possible too."""
     check_bits(bits)
     check_mode(mode, extra_precision)
     if q.dtype != torch.uint8:
@@ -56,21 +56,21 @@ def slice_codes(q: Tensor, bits: int, mode: str = "prefix", extra_precision: boo
 
 
 def offset(bits: int, mode: str) -> float:
-    """What the mid-rise slice adds on the 8-bit grid: the middle of the dropped bits; 0 for the paper's slice."""
+    """What the "prefix" slice adds on the 8-bit grid: the middle of the dropped bits. 0 for "matquant"."""
     return ((1 << (8 - bits)) - 1) / 2 if mode == "prefix" else 0.0
 
 
 def grid(sliced: Tensor, bits: int, mode: str = "prefix") -> Tensor:
-    """r-bit codes → their place on the 8-bit grid, fp32, exact (a multiple of 1/2)."""
+    """r-bit codes → their position on the 8-bit grid, fp32, exact (a multiple of 1/2)."""
     return sliced.float() * (1 << (8 - bits)) + offset(bits, mode)
 
 
 @dataclass(frozen=True)
 class Codes:
-    """A weight matrix as nested codes.
+    """A weight matrix stored as nested codes.
 
     q uint8 [out_features, in_features]; scale float16 or float32 and zero_point uint8, both [out_features, groups];
-    group_size: weights of a row that share a scale (the last group may be shorter), None for one group a row.
+    group_size: number of weights of a row that share a scale (the last group may be shorter); None: one group a row.
     """
 
     q: Tensor
@@ -95,7 +95,7 @@ class Codes:
                 )
 
     def per_weight(self, value: Tensor) -> Tensor:
-        """A group's value [out_features, groups] spread over its weights [out_features, in_features]."""
+        """Spread each group's value [out_features, groups] over its weights [out_features, in_features]."""
         return spread(value, self.group_size, self.q.shape[1])
 
     def dequantize(self, bits: int = 8, mode: str = "prefix", extra_precision: bool = False) -> Tensor:
@@ -105,7 +105,7 @@ class Codes:
 
 
 def check_group_size(group_size: int | None) -> None:
-    """ValueError where groups would not be whole units of a plane."""
+    """Raise ValueError unless every group is a whole number of units of a plane."""
     if group_size is not None and (group_size <= 0 or group_size % UNIT):
         raise ValueError(f"group_size: expected None (per channel) or a positive multiple of {UNIT}, got {group_size}")
 
@@ -115,14 +115,14 @@ def group_count(in_features: int, group_size: int | None) -> int:
 
 
 def spread(value: Tensor, group_size: int | None, width: int) -> Tensor:
-    """A group's value [out_features, groups] for each of its weights, [out_features, width]."""
+    """Each weight's group value, [out_features, width], from [out_features, groups]."""
     if group_size is None:
         return value.expand(-1, width)
     return value.repeat_interleave(group_size, 1)[:, :width]
 
 
 def grouped(weight: Tensor, group_size: int | None) -> Tensor:
-    """[out_features, in_features] → [out_features, groups, group_size], zeros after a last group that is shorter."""
+    """[out_features, in_features] → [out_features, groups, group_size]; a shorter last group is padded with zeros."""
     if group_size is None:
         return weight[:, None, :]
     groups = group_count(weight.shape[1], group_size)
@@ -131,7 +131,7 @@ def grouped(weight: Tensor, group_size: int | None) -> Tensor:
 
 
 def group_range(weight: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
-    """(least, greatest) of each group and of zero, [out_features, groups]; differentiable."""
+    """(min, max) of each group, with zero included, [out_features, groups]; differentiable."""
     parts = grouped(weight, group_size)
     return parts.amin(-1).clamp(max=0), parts.amax(-1).clamp(min=0)
 
@@ -145,11 +145,11 @@ def quantize(
 ) -> Codes:
     """Asymmetric min–max codes of weight [out_features, in_features]: α = (high − low)/255, z = round(−low/α).
 
-    low <= 0 <= high [out_features, groups]: a clipped range in place of each group's least and greatest weight.
-    scale_dtype: unless said float32 per channel; for groups float16 where it holds the scales of every row, float32
-    where a row's weights are all too small for it (below 0.001) or a group's too large.  α is rounded up to it, so that
-    rounding the scale clips nothing.  Zero lies on the grid.  Raises ValueError for weights that are not finite, or
-    whose scales a given float16 cannot hold.
+    low <= 0 <= high [out_features, groups]: a clipped range to use instead of each group's min and max.
+    scale_dtype: the default is float32 per channel. For groups it is float16 if that can hold the scales of every row,
+    and float32 if all weights of a row are too small for it (below 0.001) or a group's are too large.  α is rounded
+    up to this dtype, so rounding the scale clips nothing.  Zero is on the grid.  Raises ValueError for weights that are
+    not finite, or if the requested float16 cannot hold the scales.
     """
     check_group_size(group_size)
     if weight.dim() != 2 or not weight.is_floating_point():
@@ -172,9 +172,9 @@ def quantize(
 def quantize_alone(
     weight: Tensor, bits: int, group_size: int | None = None, low: Tensor | None = None, high: Tensor | None = None
 ) -> Codes:
-    """Min–max codes of `bits` bits for their own sake, as int2 or int4 are quantised without Matryoshka: their grid
-    spans the range with 2^bits − 1 steps.  They lie on an 8-bit grid 2^(8−bits) times as fine, so that the "matquant"
-    slice to `bits` is the code itself; scale and zero point are that grid's.
+    """Ordinary min–max codes of `bits` bits, as int2 or int4 are quantised without Matryoshka: the grid spans the
+    range with 2^bits − 1 steps.  They are stored on an 8-bit grid that is 2^(8−bits) times finer, so the "matquant"
+    slice to `bits` gives the code itself. Scale and zero point are those of the 8-bit grid.
     """
     step, top = 1 << (8 - check_bits(bits)), (1 << bits) - 1
     weight = weight.detach().float()
@@ -190,13 +190,13 @@ def quantize_alone(
 
 
 def dtype_for(scale: Tensor, group_size: int | None) -> torch.dtype:
-    """Of a matrix's scales [out_features, groups]: float32 per channel; float16 for groups, unless it cannot hold
+    """Dtype for a matrix's scales [out_features, groups]: float32 per channel; for groups float16 if it can hold
     them."""
     return torch.float32 if group_size is None or _misfit(scale) else torch.float16
 
 
 def _misfit(scale: Tensor) -> str | None:
-    """What float16 would do to scales; None where it holds them."""
+    """What is wrong with float16 for these scales; None if it can hold them."""
     widest = scale.amax(-1) if scale.numel() else scale
     if bool((widest > torch.finfo(torch.float16).max).any()):
         return "too wide"
@@ -204,7 +204,7 @@ def _misfit(scale: Tensor) -> str | None:
 
 
 def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Non-negative fp32 → the least value of `dtype` that is not below it, and is not zero."""
+    """Non-negative fp32 → the smallest positive value of `dtype` that is not below it."""
     if dtype == torch.float32:
         return scale.clamp(min=torch.finfo(torch.float32).tiny)
     if dtype != torch.float16:
@@ -212,6 +212,6 @@ def round_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
     if wrong := _misfit(scale):
         raise ValueError(f"weight: a row's range is {wrong} for float16 scales; pass scale_dtype=torch.float32")
     near = scale.to(torch.float16)
-    # the bits of positive halves count upwards in value
+    # for positive halves, the bit patterns are ordered like the values
     up = torch.where(near.float() < scale, near.view(torch.int16) + 1, near.view(torch.int16)).clamp(min=1)
     return up.to(torch.int16).view(torch.float16)

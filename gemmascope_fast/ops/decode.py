@@ -1,6 +1,6 @@
 """Op `decode`: sparse rows times a matrix of feature rows.
 
-out[n] = sum over the row's features, ascending, of values · W_dec[f] by fused multiply-add, plus b_dec last.
+out[n] = sum over the row's features, in ascending order, of values · W_dec[f] by fused multiply-add; then b_dec.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def decode_reference(
 ) -> Tensor:
     """crow_indices int64 [N+1], col_indices int32 [nnz], values [nnz], W_dec [d_sae, d_out] → fp32 [N, d_out].
 
-    W_dec may be float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
+    W_dec is float32, bfloat16, float16, or int8 with a row_scale [d_sae] that multiplies the values.
     """
     check_decode(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
     col = col_indices.long()
@@ -46,15 +46,18 @@ def check_decode(
     W_dec: Tensor,
     b_dec: Tensor | None,
     row_scale: Tensor | None,
+    pattern: bool = True,
 ) -> None:
-    """What the native kernel checks, for the reference."""
+    """What the native kernel checks, for the reference and the GPU.  pattern: also crow_indices and col_indices, which
+    reads them back from a GPU."""
     if W_dec.dim() != 2:
         raise ValueError(f"W_dec: expected [d_sae, d_out], got {tuple(W_dec.shape)}")
     if W_dec.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
     if W_dec.dtype == torch.int8 and row_scale is None:
         raise ValueError("row_scale: int8 rows need one")
-    check_csr(crow_indices, col_indices, W_dec.shape[0])
+    if pattern:
+        check_csr(crow_indices, col_indices, W_dec.shape[0])
     if not values.is_floating_point():
         raise TypeError(f"values: expected a floating dtype, got {values.dtype}")
     shapes = (
@@ -67,14 +70,7 @@ def check_decode(
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
-def _fake(
-    crow_indices: Tensor,
-    col_indices: Tensor,
-    values: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor | None = None,
-    row_scale: Tensor | None = None,
-) -> Tensor:
+def _fake(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tensor, *_: object) -> Tensor:
     return W_dec.new_empty(crow_indices.shape[0] - 1, W_dec.shape[1], dtype=torch.float32)
 
 
@@ -87,7 +83,7 @@ def _cost(crow_indices: Tensor, col_indices: Tensor, values: Tensor, W_dec: Tens
 decode = register(SCHEMA, decode_reference, _fake, _cost)
 
 
-# ---- gradients of decode and sampled_dot, each of which is made of the other ----------------------------------
+# ---- gradients of decode and sampled_dot: each uses the other ------------------------------------------------
 
 
 def _save(ctx, inputs, output):
@@ -95,7 +91,7 @@ def _save(ctx, inputs, output):
 
 
 def _decode_backward(ctx, needs, grad):
-    """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, ascending, of values · grad[n]."""
+    """dvalues[i] = grad[n] · W_dec[f];  dW_dec[f] = sum over n, in ascending order, of values · grad[n]."""
     crow, col, values, W_dec, b_dec, row_scale = ctx.saved_tensors
     _crow, _col, need_values, need_W, need_b, need_scale = needs
     if row_scale is not None and (need_values or need_W or need_scale):
@@ -113,7 +109,7 @@ def _decode_backward(ctx, needs, grad):
 
 
 def _decode_jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
-    """The sum is linear in each of its factors."""
+    """The output is linear in values, in W_dec and in b_dec."""
     crow, col, values, W_dec, _b_dec, row_scale = ctx.saved_tensors
     parts = [] if db is None else [db.float().expand(crow.numel() - 1, -1)]
     for v, rows, scale in (
@@ -126,9 +122,13 @@ def _decode_jvp(ctx, _crow, _col, dvalues, dW, db, dscale):
     return sum(parts[1:], parts[0])
 
 
-def _dot_backward(ctx, needs, grad):
-    """dx[n] = sum of g · rows[f];  drows[f] = sum of g · x[n];  dbias[f] = sum of g: all sparse decodes."""
-    x, rows, bias, crow, col = ctx.saved_tensors
+def backward_of_dots(inputs: tuple[Tensor, ...], needs, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of x, rows and bias (of those that `needs` asks for) where z = x[n] · rows[f] + bias[f] on the pairs of
+    a pattern.  inputs: x, rows, bias, crow_indices, col_indices; grad fp32 [nnz].
+
+    dx[n] = sum of g · rows[f];  drows[f] = sum of g · x[n];  dbias[f] = sum of g: all sparse decodes.
+    """
+    x, rows, bias, crow, col = inputs
     need_x, need_rows, need_bias = needs[:3]
     dx = drows = dbias = None
     grad = grad.contiguous()
@@ -142,7 +142,11 @@ def _dot_backward(ctx, needs, grad):
         if need_bias:
             ones = torch.ones(x.shape[0], 1, device=x.device)
             dbias = decode.step(ccol, row, by_feature, ones, None, None)[:, 0].to(bias.dtype)
-    return dx, drows, dbias, None, None
+    return dx, drows, dbias
+
+
+def _dot_backward(ctx, needs, grad):
+    return (*backward_of_dots(ctx.saved_tensors, needs, grad), None, None)
 
 
 def _dot_jvp(ctx, dx, drows, dbias, _crow, _col):

@@ -1,8 +1,8 @@
 """Op `encode`: JumpReLU encode into compressed sparse rows.
 
-z = x @ W_enc + b_enc; a pair (token, feature) is stored if and only if relu(z) * (z > threshold) is not zero,
-where NaN counts as not zero: z > max(threshold, 0), or z is NaN (docs/how/exact.md).  With a bandwidth ε the
-pairs with |z - threshold| < ε/2 are stored too, fired or not: training needs them (training/jumprelu.py).
+z = x @ W_enc + b_enc. A pair (token, feature) is stored if and only if relu(z) * (z > threshold) is not zero, where
+NaN counts as not zero: z > max(threshold, 0), or z is NaN (docs/how/exact.md).  With a bandwidth ε, pairs with
+|z - threshold| < ε/2 are stored too, whether or not they fire: training needs them (sae/straight_through.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from torch import Tensor
 from gemmascope_fast.ops._csr import from_mask, row_indices
 from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import Cost, register, register_autograd
-from gemmascope_fast.ops.decode import decode
+from gemmascope_fast.ops.decode import backward_of_dots
 from gemmascope_fast.ops.sampled_dot import tangent_of_dots
-from gemmascope_fast.ops.transpose import csr_transpose
 
 Csr = tuple[Tensor, Tensor, Tensor]
 
@@ -28,20 +27,20 @@ SCHEMA = (
 
 
 def kappa(d: int) -> float:
-    """Relative bound of the fixed order's dot of length d: ⌈d/16⌉ terms a lane, four folds, the bias, one to spare."""
+    """Relative error bound of the fixed-order dot of length d: ⌈d/16⌉ terms a lane, four folds, the bias, one spare."""
     return 1.01 * (math.ceil(d / 16) + 6) * 2.0**-24
 
 
 def fires(z: Tensor, threshold: Tensor) -> Tensor:
-    """Where a latent is stored; NaN counts as fired."""
+    """Mask of the latents that are stored; NaN counts as fired."""
     return ~(z <= threshold.clamp(min=0))
 
 
 def encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None = None) -> Csr:
-    """Dense eager fp32.  Differentiable by torch itself; its sums are in torch's order, not the fixed one.
+    """Dense eager fp32.  torch can differentiate it; it sums in torch's order, not in the fixed order.
 
     x [N, d_in], W_enc [d_in, d_sae], b_enc and threshold [d_sae]; 16-bit inputs are widened first.
-    Gives crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].
+    Returns crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].
     """
     check_encode(x, W_enc, b_enc, threshold, bandwidth)
     z = exact_product(x, W_enc) + b_enc.float()
@@ -53,7 +52,7 @@ def encode_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor,
 
 
 def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None) -> None:
-    """What the native kernel checks, for the reference."""
+    """The same checks as in the native kernel, for the reference."""
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() != 2 or x.shape[1] != W_enc.shape[0]:
@@ -86,34 +85,22 @@ encode = register(SCHEMA, encode_reference, _fake, _cost, ragged=True)
 
 
 def save_for_encode(ctx, inputs, output):
-    """What `backward_of_encode` and `tangent_of_encode` read: x, W_enc, b_enc and the pattern."""
+    """Save what `backward_of_encode` and `tangent_of_encode` read: x, W_enc, b_enc and the pattern."""
     return (*inputs[:3], *output[:2])
 
 
 def backward_of_encode(ctx, needs, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """z is linear in x, W_enc and b_enc on the stored pairs; the support has no gradient.
+    """On the stored pairs z is linear in x, W_enc and b_enc. The support has no gradient.
 
     dx[n] = sum over f of g · W_enc[:, f];  dW_enc[:, f] = sum over n of g · x[n];  db[f] = sum over n of g.
     """
-    x, W_enc, b_enc, crow, col = ctx.saved_tensors
-    need_x, need_W, need_b = needs[:3]
-    dx = dW = db = None
-    grad = grad.contiguous()
-    if need_x:
-        dx = decode.step(crow, col, grad, W_enc.t(), None, None).to(x.dtype)
-    if need_W or need_b:
-        ccol, rows, order = csr_transpose.step(crow, col, W_enc.shape[1])
-        by_feature = grad[order]
-        if need_W:
-            dW = decode.step(ccol, rows, by_feature, x, None, None).to(W_enc.dtype).t()
-        if need_b:
-            ones = torch.ones(x.shape[0], 1, device=x.device)
-            db = decode.step(ccol, rows, by_feature, ones, None, None)[:, 0].to(b_enc.dtype)
-    return dx, dW, db
+    x, W_enc, *rest = ctx.saved_tensors
+    dx, drows, db = backward_of_dots((x, W_enc.t(), *rest), needs, grad)
+    return dx, None if drows is None else drows.t(), db
 
 
 def tangent_of_encode(ctx, dx: Tensor | None, dW: Tensor | None, db: Tensor | None) -> Tensor:
-    """The same in forward mode."""
+    """The same derivative in forward mode."""
     x, W_enc, _b_enc, crow, col = ctx.saved_tensors
     return tangent_of_dots((x, dx), (W_enc.t(), None if dW is None else dW.t()), db, crow, col)
 

@@ -1,14 +1,17 @@
-"""Op `encode_screened`: op `encode`, byte for byte, for about the price of its 8-bit copy.
+"""Op `encode_screened`: gives the same bytes as op `encode`, in about the time of reading an 8-bit copy of W_enc.
 
-Pairs that the codes of `screen_rows` prove to stay below threshold are discarded; `encode`'s dot answers for the rest.
+It discards pairs that the codes of `screen_rows` prove to stay below threshold, and computes the rest as `encode` does.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops.encode import _fake as fake_of_encode
 from gemmascope_fast.ops.encode import (
     backward_of_encode,
     check_encode,
@@ -41,13 +44,13 @@ def encode_screened_reference(
     mapped: bool = False,
     scales: Tensor | None = None,
 ) -> Screened:
-    """What `encode` gives, and stats int64 [4]: pairs left by the first stage, pairs refined in full precision,
-    refined pairs outside their bound (more than none: the screen is of other weights), tokens that skipped the screen.
+    """The results of `encode`, and stats int64 [4]: pairs left after the first stage, pairs computed in full precision,
+    how many of those were outside their bound (if any, the screen is of other weights), tokens that skipped the screen.
 
-    code, code2, table, centre, directions, scales: of `screen_rows` on these weights.  digits: 1 or 2 digits of the
-    activations in the first stage and code2 wherever there is one; 0: both as they pay.  mapped: the rows lie in a
-    mapped file: code2 is read wherever there is one, and the rows that refine are announced to the system before they
-    are read; the bytes are the same.  The reference screens nothing: every pair is refined.
+    code, code2, table, centre, directions, scales: from `screen_rows` on these weights.  digits: use 1 or 2 digits of
+    the activations in the first stage, and code2 if there is one; 0: choose what is faster.  mapped: the rows are in a
+    mapped file, so code2 is always used if there is one, and the rows to compute are prefetched; the bytes are the
+    same.  The reference does not screen: it computes every pair in full precision.
     """
     check_encode(x, W_enc, b_enc, threshold, bandwidth)
     pairs = x.shape[0] * W_enc.shape[1]
@@ -55,18 +58,12 @@ def encode_screened_reference(
     return (*encode_reference(x, W_enc, b_enc, threshold, bandwidth), stats)
 
 
-def _fake(x: Tensor, W_enc: Tensor, *_: object) -> Screened:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    return (
-        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
-        x.new_empty(nnz, dtype=torch.int32),
-        x.new_empty(nnz, dtype=torch.float32),
-        x.new_empty(4, dtype=torch.int64),
-    )
+def _fake(*inputs: Any) -> Screened:
+    return (*fake_of_encode(*inputs[:4]), inputs[0].new_empty(4, dtype=torch.int64))
 
 
 def _cost(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, code: Tensor, *_: object) -> Cost:
-    """Without the rows that refine: their number depends on the data (`stats`)."""
+    """The fake leaves out the rows computed in full precision, whose number depends on the data (`stats`)."""
     return Cost(bytes=code.numel() + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
 
 

@@ -1,7 +1,7 @@
-"""Op `encode_tensor`: encode with x rounded to the weights' dtype and sums in whatever order is fast.
+"""Op `encode_tensor`: encode with x rounded to the weights' dtype, and sums in any order.
 
-What `precision="tensor"` means: bf16 or fp16 products on tensor cores for 16-bit weights, tf32 for fp32 weights.
-No promise of bytes; `tolerance` says how far a pre-activation may lie from the exact one.
+This is `precision="tensor"`: bf16 or fp16 products on tensor cores for 16-bit weights, tf32 for fp32 weights.
+Results are not byte-exact; `tolerance` bounds the distance of a pre-activation from the exact one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SCHEMA = (
     " -> (Tensor crow_indices, Tensor col_indices, Tensor values)"
 )
 
-# Relative error of rounding one factor.  tf32 keeps 10 bits, and hardware may cut instead of rounding; there both
-# factors are rounded, elsewhere the weights are what they are.
+# Relative error of rounding one factor.  tf32 keeps 10 bits, and hardware may truncate instead of rounding. For tf32
+# both factors are rounded, otherwise only x.
 INPUT_ERROR = {torch.float32: 2 * 2.0**-10 * (1 + 2.0**-10), torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """x [N, d] as tensor cores of this dtype take it, and what to multiply sums with, fp32 [N].
+    """x [N, d] in the form that tensor cores of this dtype take, and the factor to multiply the sums by, fp32 [N].
 
-    fp16 holds no more than 65,504, a residual stream does: its tokens are divided by a power of two first.
+    fp16 holds at most 65,504 and a residual stream can exceed it, so such tokens are first divided by a power of two.
     """
     if dtype != torch.float16:
         return x.to(dtype), None
@@ -48,10 +48,10 @@ def rounded(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
 
 
 def tolerance(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
-    """fp64 [N, d_sae]: how far z of this mode may lie from x @ W_enc + b_enc.
+    """fp64 [N, d_sae]: how far z in this mode may be from x @ W_enc + b_enc.
 
-    Rounding the factors costs INPUT_ERROR of Σ|x||w| (and half an fp16 subnormal a term).  Tensor cores add with
-    at least 23 bits, cutting: 2⁻²² of the sum's size a term covers any order, the bias 2⁻²⁴ of the result.
+    Rounding the factors costs INPUT_ERROR of Σ|x||w| (and half an fp16 subnormal per term).  Tensor cores add with
+    at least 23 bits and truncate: 2⁻²² of the sum's size per term covers any order, the bias 2⁻²⁴ of the result.
     """
     d = W_enc.shape[0]
     x64, w64, b64 = x.double().abs(), W_enc.double().abs(), b_enc.double().abs()
@@ -62,7 +62,7 @@ def tolerance(x: Tensor, W_enc: Tensor, b_enc: Tensor) -> Tensor:
 
 
 def encode_tensor_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) -> Csr:
-    """Dense eager: the rounded x times W_enc in fp32.  Shapes and dtypes are those of `encode`."""
+    """Dense eager: the rounded x times W_enc in fp32.  Same shapes and dtypes as `encode`."""
     check_encode(x, W_enc, b_enc, threshold, None)
     near, scale = rounded(x, W_enc.dtype)
     z = exact_product(near, W_enc)
@@ -76,7 +76,7 @@ encode_tensor = register(SCHEMA, encode_tensor_reference, _fake, _cost, ragged=T
 
 
 def _backward(ctx, needs, _grad_crow, _grad_col, grad):
-    """The gradients of `encode` on the pairs that were stored."""
+    """The gradients of `encode` for the stored pairs."""
     return (*backward_of_encode(ctx, needs, grad), None)
 
 

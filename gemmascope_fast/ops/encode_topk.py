@@ -1,9 +1,9 @@
-"""Op `encode_topk`: the k greatest positive pre-activations of each token, as compressed sparse rows.
+"""Op `encode_topk`: the k largest positive pre-activations of each token, as compressed sparse rows.
 
-z = x @ W_enc + b_enc.  Of the pairs with z > 0, or z NaN, those with the k greatest z of a token are stored: NaN comes
-before every number, and of equal values the lower feature is taken.  A ReLU before or after the choice gives the same:
-what is not positive is not stored.  With `per_batch` the k·N greatest of the whole batch are stored; of equal values
-those of the earlier token (BatchTopK as it is trained: Bussmann et al., arXiv 2412.06410).
+z = x @ W_enc + b_enc.  Of a token's pairs with z > 0 or z NaN, the k largest are stored. NaN ranks above every
+number; ties go to the lower feature index.  A ReLU before or after the selection gives the same result, since only
+positive values are stored.  With `per_batch` the k·N largest of the whole batch are stored; ties go to the earlier
+token (as BatchTopK is trained: Bussmann et al., arXiv 2412.06410).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ SCHEMA = (
 
 
 def encode_topk_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, per_batch: bool = False) -> Csr:
-    """Dense eager fp32, and a stable sort.  Its sums are in torch's order, not the fixed one.
+    """Dense eager fp32 and a stable sort.  It sums in torch's order, not in the fixed order.
 
     x [N, d_in], W_enc [d_in, d_sae], b_enc [d_sae]; 16-bit inputs are widened first.  k from 1 to d_sae.
-    Gives crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].
-    Raises ValueError for another k, and where shapes or devices do not fit.
+    Returns crow_indices int64 [N+1], col_indices int32 [nnz] ascending in a row, pre-activations fp32 [nnz].
+    Raises ValueError for k out of range, or if shapes or devices do not match.
     """
     check_encode_topk(x, W_enc, b_enc, k)
     z = exact_product(x, W_enc) + b_enc.float()
@@ -36,21 +36,21 @@ def encode_topk_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, per_b
 
 
 def greatest(z: Tensor, k: int, per_batch: bool = False) -> Tensor:
-    """Where the k greatest of each row of z [N, d_sae] are, among what is positive or NaN: bool [N, d_sae]."""
+    """Mask of the k largest entries of each row of z [N, d_sae] that are positive or NaN: bool [N, d_sae]."""
     candidate = ~(z <= 0)
     ranked = torch.where(candidate, z, 0.0)
     if per_batch:
         ranked, k = ranked.reshape(1, -1), min(k * z.shape[0], z.numel())
-    # stable: of equal values the first; NaN sorts above every number
+    # stable: ties go to the first; NaN sorts above every number
     first = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[:, :k]
     chosen = torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, first, True)
     return chosen.reshape(z.shape) & candidate
 
 
 def greatest_of(crow: Tensor, col: Tensor, values: Tensor, k: int, per_batch: bool = False) -> Csr:
-    """The k latents of each row (with per_batch: k a row of the whole batch) that are greatest in magnitude.
+    """Keep the k latents of each row that are largest in magnitude (with per_batch: k a row over the whole batch).
 
-    NaN is greatest; of equal values the first is taken.  Columns still ascend.
+    NaN ranks first; ties go to the first.  Columns stay in ascending order.
     """
     rows, n = row_indices(crow), crow.numel() - 1
     order = torch.sort(values.detach().float().abs(), descending=True, stable=True).indices
@@ -67,7 +67,7 @@ def greatest_of(crow: Tensor, col: Tensor, values: Tensor, k: int, per_batch: bo
 
 
 def check_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
-    """Raise what the native kernel raises."""
+    """Raise the same errors as the native kernel."""
     check_encode(x, W_enc, b_enc, b_enc, None)
     if not 1 <= k <= W_enc.shape[1]:
         raise ValueError(f"k: expected 1 to d_sae = {W_enc.shape[1]}, got {k}")

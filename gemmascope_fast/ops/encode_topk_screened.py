@@ -1,7 +1,7 @@
-"""Op `encode_topk_screened`: op `encode_topk`, byte for byte, for about the price of its 8-bit copy.
+"""Op `encode_topk_screened`: the same bytes as op `encode_topk`, in about the time of reading an 8-bit copy of W_enc.
 
-The 8-bit codes give every pair an interval that holds its pre-activation.  A pair whose upper end is below k lower ends
-of its token cannot be among the k greatest.  `encode`'s dot product decides among the rest (docs/how/screen.md).
+The 8-bit codes give each pair an interval that contains its pre-activation.  A pair whose upper end is below the lower
+ends of k pairs of its token cannot be among the k largest.  The rest are computed as in `encode` (docs/how/screen.md).
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def encode_topk_screened_reference(
     scales: Tensor | None = None,
     per_batch: bool = False,
 ) -> Screened:
-    """What `encode_topk` gives, and the stats int64 [4] of `encode_screened`.
+    """The results of `encode_topk`, and the stats int64 [4] of `encode_screened`.
 
-    code, code2, table, centre, directions, scales: of `screen_rows` on these weights with thresholds of at most 0.
-    digits, mapped: as in `encode_screened`.  The reference screens nothing: every pair is refined.
+    code, code2, table, centre, directions, scales: from `screen_rows` on these weights, with thresholds of at most 0.
+    digits, mapped: as in `encode_screened`.  The reference does not screen: it computes every pair in full precision.
     """
     check_encode_topk(x, W_enc, b_enc, k)
     pairs = x.shape[0] * W_enc.shape[1]
@@ -59,7 +59,7 @@ def _fake(x: Tensor, W_enc: Tensor, *_: object) -> Screened:
 
 
 def _cost(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, code: Tensor, *_: object) -> Cost:
-    """Without the rows that refine: their number depends on the data (`stats`)."""
+    """The fake leaves out the rows computed in full precision, whose number depends on the data (`stats`)."""
     return Cost(bytes=code.numel() + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
 
 

@@ -1,4 +1,4 @@
-"""SparseLatents: what an encoder gives, as compressed sparse rows."""
+"""SparseLatents: the output of an encoder, as compressed sparse rows."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from gemmascope_fast.ops.latents_reduce import TopLatents, greatest, top, total
 
 @dataclass(eq=False)
 class SparseLatents:
-    """Latents of N tokens, compressed by row (token), named as in `torch.sparse_csr_tensor`.
+    """Latents of N tokens as compressed rows (one row a token), with the names of `torch.sparse_csr_tensor`.
 
     crow_indices: int64 [N+1], offsets of the rows.
-    col_indices: int32 [nnz], features, ascending within a row.
-    values: [nnz], floating; gradients live here.
+    col_indices: int32 [nnz], feature indices, ascending within a row.
+    values: [nnz], floating; gradients flow through these.
     shape: the dense shape (..., d_sae), whose leading dimensions multiply to N.
 
-    It behaves as the dense tensor [..., d_sae] of that shape: len, indexing by the leading dimensions, iteration,
-    reshape, sum, mean, max, topk, times a number.  NaN values are stored and count as not zero.  The constructor does
-    not look at the data (`validate` does).
+    It behaves like a dense tensor of shape [..., d_sae]: len, indexing by the leading dimensions, iteration, reshape,
+    sum, mean, max, topk, multiplication by a number.  NaN values are stored and count as not zero.  The constructor
+    does not read the data; `validate` does.
     """
 
     crow_indices: Tensor
@@ -54,7 +54,7 @@ class SparseLatents:
 
     @classmethod
     def from_dense(cls, dense: Tensor) -> SparseLatents:
-        """The entries of [..., d_sae] that are not zero (NaN is not zero).  TypeError for another thing or dtype."""
+        """Take the entries of [..., d_sae] that are not zero (NaN is not zero).  TypeError unless a floating tensor."""
         expect_tensor("dense", dense)
         if not dense.is_floating_point():
             raise TypeError(f"dense: expected a floating dtype, got {dense.dtype}")
@@ -64,7 +64,7 @@ class SparseLatents:
 
     @classmethod
     def empty(cls, shape: Sequence[int], dtype: torch.dtype = torch.float32, device: Any = "cpu") -> SparseLatents:
-        """Rows in which nothing fires."""
+        """Rows without any latent."""
         rows = math.prod(shape[:-1])
         return cls(
             torch.zeros(rows + 1, dtype=torch.int64, device=device),
@@ -75,10 +75,10 @@ class SparseLatents:
 
     @classmethod
     def cat(cls, parts: Iterable[SparseLatents]) -> SparseLatents:
-        """Rows of several in order, as shape [N, d_sae].  Raises ValueError for none or unequal d_sae."""
+        """Concatenate rows in order, as shape [N, d_sae].  Raises ValueError for no parts or different d_sae."""
         parts = list(parts)
         if not parts or len({p.d_sae for p in parts}) != 1:
-            raise ValueError(f"cat: expected parts of one d_sae, got {[p.d_sae for p in parts]}")
+            raise ValueError(f"cat: expected parts with the same d_sae, got {[p.d_sae for p in parts]}")
         offsets, base = [parts[0].crow_indices[:1]], 0
         for p in parts:
             offsets.append(p.crow_indices[1:] + base)
@@ -93,7 +93,7 @@ class SparseLatents:
         )
 
     def validate(self) -> SparseLatents:
-        """Raise ValueError, TypeError or IndexError where the arrays contradict the class's description."""
+        """Raise ValueError, TypeError or IndexError if the arrays do not fit the description of the class."""
         check_csr(self.crow_indices, self.col_indices, self.d_sae)
         if self.values.shape != self.col_indices.shape:
             raise ValueError(f"values: expected [{self.nnz}], got {tuple(self.values.shape)}")
@@ -135,22 +135,22 @@ class SparseLatents:
         return len(self.shape)
 
     def size(self, dim: int | None = None) -> Any:
-        """The shape, or one of its dimensions."""
+        """The whole shape, or one of its dimensions."""
         return self.shape if dim is None else self.shape[dim]
 
     def numel(self) -> int:
-        """Entries of the dense tensor, zeros included."""
+        """Number of entries of the dense tensor, zeros included."""
         return math.prod(self.shape)
 
     def __len__(self) -> int:
-        """The first dimension, as a tensor's: `n_rows` counts tokens."""
+        """The first dimension, as for a tensor; `n_rows` counts tokens."""
         return self.shape[0]
 
     def __repr__(self) -> str:
         return f"SparseLatents(shape={self.shape}, nnz={self.nnz}, l0={self._mean_l0()}, dtype={self.dtype})"
 
     def _mean_l0(self) -> str:
-        """Mean L0 of the rows that hold something: a token that a run left out has an empty row."""
+        """Mean L0 of the rows that are not empty. Tokens that a run skipped have empty rows."""
         if self.crow_indices.is_meta:
             return "?"
         held = int((self.crow_indices.diff() > 0).sum())
@@ -162,7 +162,7 @@ class SparseLatents:
         return row_indices(self.crow_indices)
 
     def l0(self) -> Tensor:
-        """Entries that are not zero per token, int64, of shape[:-1]."""
+        """Number of nonzero entries per token, int64, with shape shape[:-1]."""
         fired = (self.values.detach() != 0).to(torch.int64)
         total = torch.zeros(self.nnz + 1, dtype=torch.int64, device=self.device)
         total[1:] = fired.cumsum(0)
@@ -178,32 +178,32 @@ class SparseLatents:
         return put(flat, (at,), self.values).reshape(self.shape)
 
     def to_sparse_csr(self) -> Tensor:
-        """A `torch.sparse_csr` tensor [N, d_sae] with int64 indices (torch's checks demand equal types)."""
-        # torch's own operations on sparse tensors trust the indices and read outside where they are wrong
+        """A `torch.sparse_csr` tensor [N, d_sae] with int64 indices (torch requires equal dtypes)."""
+        # torch's own sparse operations do not check indices, and would read out of bounds with wrong ones
         size = (self.n_rows, self.d_sae)
         return torch.sparse_csr_tensor(
             self.crow_indices, self.col_indices.long(), self.values, size, check_invariants=True
         )
 
     def topk(self, k: int) -> TopLatents:
-        """(values, indices) of shape (..., k) as `torch.topk`, padded with 0 and -1 where fewer fired.
+        """(values, indices) of shape (..., k) like `torch.topk`, padded with 0 and -1 if fewer fired.
 
-        NaN ranks above every number, as in torch; among equal values the lower feature comes first.
+        NaN ranks above every number, as in torch; ties go to the lower feature index.
         """
         return top(self, k)
 
     def features(self, ids: Sequence[int] | Tensor) -> Tensor:
-        """Values of chosen features, dense [..., len(ids)].  IndexError for an id outside [0, d_sae)."""
+        """Values of the given features, dense [..., len(ids)].  IndexError for an id outside [0, d_sae)."""
         few = self.n_rows == 1 and self.device.type == "cpu"
         if few and isinstance(ids, list) and not derivative_wanted(self.values):
             return self._of_one_row(ids)
         wanted = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
         if wanted.numel():
-            # the bounds of a list cost less than those of a tensor
+            # checking the bounds of a list is cheaper than of a tensor
             least, most = (min(ids), max(ids)) if isinstance(ids, list) else (int(wanted.min()), int(wanted.max()))
         if wanted.numel() and (least < 0 or most >= self.d_sae):
             raise IndexError(f"ids: expected features in [0, {self.d_sae}), got {wanted.tolist()}")
-        if self.n_rows == 1 and self.nnz:  # a decoded token: the few wanted are looked for among what fired
+        if self.n_rows == 1 and self.nnz:  # one decoded token: search among those that fired
             narrow = wanted.to(torch.int32)
             slot = torch.searchsorted(self.col_indices, narrow).clamp_(max=self.nnz - 1)
             found = self.values[slot].masked_fill(self.col_indices[slot] != narrow, 0)
@@ -220,7 +220,7 @@ class SparseLatents:
         return out[:, inverse].reshape(*self.shape[:-1], wanted.numel())
 
     def _of_one_row(self, ids: list[int]) -> Tensor:
-        """`features` of a decoded token: between a model's layers eight small ops take 100 us, lists a quarter."""
+        """`features` for a single token: between a model's layers eight small ops take 100 us, lists 25 us."""
         if ids and (min(ids) < 0 or max(ids) >= self.d_sae):
             raise IndexError(f"ids: expected features in [0, {self.d_sae}), got {ids}")
         fired, values = self.col_indices.tolist(), self.values.tolist()
@@ -229,25 +229,25 @@ class SparseLatents:
         return torch.tensor([found], dtype=self.dtype).reshape(*self.shape[:-1], len(ids))
 
     def __getitem__(self, key: Any) -> Any:
-        """As a dense tensor of this shape is indexed by its leading dimensions: SparseLatents [..., d_sae].
+        """Index by the leading dimensions, as for a dense tensor of this shape: returns SparseLatents [..., d_sae].
 
-        Integers, slices (steps may be negative), `...`, None, integer and bool tensors, arrays and lists.  The last
-        dimension takes `:`, a feature or a list of features; with these the result is a dense tensor, as of `features`.
-        IndexError for a position outside the shape, for more than one array, mask or list where features are chosen as
-        well, and for a slice of features; TypeError for any other kind of index.
+        Accepts integers, slices (steps may be negative), `...`, None, integer and bool tensors, arrays and lists.  For
+        the last dimension: `:`, a feature or a list of features; the last two return a dense tensor, like `features`.
+        Raises IndexError for a position outside the shape, for more than one array, mask or list together with chosen
+        features, and for a slice of features; TypeError for any other kind of index.
         """
         return index(self, key)
 
     def __iter__(self) -> Iterator[SparseLatents]:
-        """The parts `self[0]`, `self[1]`, … along the first dimension."""
+        """Yield `self[0]`, `self[1]`, … along the first dimension."""
         if len(self.shape) == 1:
-            raise TypeError(f"SparseLatents of shape {self.shape} are one token's: they have no rows to iterate over")
+            raise TypeError(f"SparseLatents of shape {self.shape} hold one token: there are no rows to iterate over")
         return (self[i] for i in range(self.shape[0]))
 
     def reshape(self, *shape: int | Sequence[int]) -> SparseLatents:
-        """The same rows under other leading dimensions: `reshape(batch, seq)`, or as a tensor's shape,
-        `reshape(batch, seq, d_sae)`.  One of them may be -1; what reads both ways is a tensor's shape.  Nothing is
-        copied.  ValueError where the number of rows is another.
+        """The same rows with other leading dimensions: `reshape(batch, seq)`, or the full shape as for a tensor,
+        `reshape(batch, seq, d_sae)`.  One of them may be -1. If both readings fit, it is the full shape.  Nothing is
+        copied.  ValueError if the number of rows does not match.
         """
         given: Any = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
         given = tuple(int(s) for s in given)
@@ -265,14 +265,14 @@ class SparseLatents:
     # ---- arithmetic ---------------------------------------------------------------------------------
 
     def sum(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
-        """Dense sum over all entries, or over one or more dimensions, leading ones and the features' alike.
+        """Dense sum over all entries, or over one or more dimensions (leading ones or the features).
 
         Added in float64 and rounded to the values' dtype once.  IndexError for a dimension outside the shape.
         """
         return total(self, dim, keepdim)
 
     def mean(self, dim: int | Sequence[int] | None = None, keepdim: bool = False) -> Tensor:
-        """As `sum`, divided by the number of entries, those that are zero included."""
+        """Like `sum`, divided by the number of entries, zeros included."""
         return total(self, dim, keepdim, mean=True)
 
     @overload
@@ -280,21 +280,21 @@ class SparseLatents:
     @overload
     def max(self, dim: int, keepdim: bool = False) -> TopLatents: ...
     def max(self, dim: int | None = None, keepdim: bool = False) -> Tensor | TopLatents:
-        """The greatest entry, or with one `dim` (values, indices) along it, dense; zeros count, NaN is the greatest.
+        """The largest entry, or with one `dim` (values, indices) along it, dense; zeros count, NaN is the largest.
 
-        Among equal values the first counts.  IndexError for a dimension outside the shape or without entries.
+        Ties go to the first.  IndexError for a dimension outside the shape or without entries.
         """
         return greatest(self, dim, keepdim)
 
     def __mul__(self, scalar: Any) -> SparseLatents:
-        """Times a finite number or tensor of one element; ValueError for NaN and infinity, which zeros would not
-        survive."""
+        """Multiply by a finite number or a tensor of one element. ValueError for NaN and infinity, because 0 times
+        those is not 0."""
         return self.with_values(self.values * scalar) if _is_scalar(scalar) else NotImplemented
 
     __rmul__ = __mul__
 
     def __truediv__(self, scalar: Any) -> SparseLatents:
-        """Divided by a finite number other than 0, or a tensor of one element."""
+        """Divide by a finite number other than 0, or a tensor of one element."""
         if not _is_scalar(scalar):
             return NotImplemented
         if scalar == 0:
@@ -304,14 +304,14 @@ class SparseLatents:
     def __neg__(self) -> SparseLatents:
         return self.with_values(-self.values)
 
-    __array_ufunc__ = None  # NumPy's numbers leave `number * latents` to __rmul__
+    __array_ufunc__ = None  # lets `number * latents` with a NumPy number call __rmul__
 
     def with_values(self, values: Tensor) -> SparseLatents:
-        """The same pattern with other values."""
+        """The same sparsity pattern with other values."""
         return SparseLatents(self.crow_indices, self.col_indices, values, self.shape)
 
     def nonzero(self) -> SparseLatents:
-        """Without the entries whose value is zero (pairs within the bandwidth, ablated features)."""
+        """Remove entries whose value is zero (pairs within the bandwidth, ablated features)."""
         keep = self.values.detach() != 0
         total = torch.zeros(self.nnz + 1, dtype=torch.int64, device=self.device)
         total[1:] = keep.cumsum(0)
@@ -320,7 +320,7 @@ class SparseLatents:
     # ---- moving, saving, comparing ------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> SparseLatents:
-        """As `Tensor.to`; a dtype changes the values only."""
+        """Like `Tensor.to`; a dtype changes the values only."""
         values = self.values.to(*args, **kwargs)
         return SparseLatents(
             self.crow_indices.to(values.device), self.col_indices.to(values.device), values, self.shape
@@ -333,7 +333,7 @@ class SparseLatents:
         return self.with_values(self.values.detach())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What pickle, copy and `torch.load` restore, checked: a file may hold anything."""
+        """Restore from pickle, copy or `torch.load`, with checks, because a file may contain anything."""
         fields = ("crow_indices", "col_indices", "values", "shape")
         if set(state) != set(fields) or not all(isinstance(state[name], Tensor) for name in fields[:3]):
             raise ValueError(f"SparseLatents: expected {', '.join(fields)} in what was saved, got {sorted(state)}")
@@ -343,7 +343,7 @@ class SparseLatents:
             self.validate()
 
     def save(self, path: str | PathLike[str]) -> None:
-        """One safetensors file, written atomically; the shape stands in its metadata."""
+        """Write one safetensors file, atomically; its metadata has the shape."""
         from gemmascope_fast.files.write import write_safetensors
 
         arrays = {"crow_indices": self.crow_indices, "col_indices": self.col_indices, "values": self.values.detach()}
@@ -351,7 +351,7 @@ class SparseLatents:
 
     @classmethod
     def load(cls, path: str | PathLike[str], device: str = "cpu") -> SparseLatents:
-        """What `save` wrote, checked.  CheckpointError where the file is damaged or something else."""
+        """Read and check a file written by `save`.  CheckpointError if it is damaged or another kind of file."""
         from gemmascope_fast.errors import CheckpointError
         from gemmascope_fast.files.arrays import latents_shape, open_safetensors
 
@@ -360,7 +360,7 @@ class SparseLatents:
             raise CheckpointError(f"{path}: expected crow_indices, col_indices and values, got {sorted(entries)}")
         try:
             shape = latents_shape(Path(path), metadata.get("shape"), entries)
-            # NaN is a legal activation
+            # NaN is a valid activation
             each = [entries[n] for n in ("crow_indices", "col_indices", "values")]
             crow, col, values = (entry.read(torch.device(device), entry.dtype, finite=False) for entry in each)
             return cls(crow, col, values, shape).validate()
@@ -368,7 +368,7 @@ class SparseLatents:
             raise CheckpointError(f"{path}: {error}") from error
 
     def __eq__(self, other: object) -> bool:
-        """Equal shape, pattern and values bit for bit (NaN equals the same NaN)."""
+        """Whether shape, pattern and values are equal bit for bit (NaN equals the same NaN)."""
         if not isinstance(other, SparseLatents):
             return NotImplemented
         if self.shape != other.shape or self.dtype != other.dtype or self.nnz != other.nnz:
@@ -384,21 +384,21 @@ class SparseLatents:
 
 
 def _is_scalar(value: Any) -> bool:
-    """Whether value is a real number or a tensor of one without dimensions; ValueError where it is not finite."""
+    """Whether value is a real number or a 0-d tensor of one; ValueError if it is not finite."""
     number = isinstance(value, Real) or (isinstance(value, Tensor) and not value.dim() and not value.is_complex())
     if number and not math.isfinite(value):
         raise ValueError(f"scalar: expected a finite number, got {value}")
     return number
 
 
-# pickled by the name users import, so that files outlive a move of this module; torch.load(weights_only=True) takes it
+# pickled under the public name, so that files still load if this module moves; torch.load(weights_only=True) works
 SparseLatents.__module__ = "gemmascope_fast"
 torch.serialization.add_safe_globals([SparseLatents])
 
 
 def check_latents(latents: Tensor | SparseLatents, d_sae: int, device: torch.device, name: str = "latents") -> None:
-    """What a decode takes: TypeError for what is neither a floating tensor nor SparseLatents, ValueError for another
-    d_sae or device."""
+    """Check the input of a decode: TypeError unless a floating tensor or SparseLatents, ValueError for a wrong d_sae or
+    device."""
     if not isinstance(latents, SparseLatents):
         expect_tensor(name, latents, "a torch.Tensor or SparseLatents")
     if not latents.dtype.is_floating_point:
@@ -418,7 +418,7 @@ pytree.register_pytree_node(
 
 
 def _unflatten(leaves: list[Any], shape: tuple[int, ...]) -> SparseLatents:
-    # pytree also unflattens leaves that are no tensors (specs, placeholders): the constructor's check is not theirs
+    # pytree also unflattens leaves that are not tensors (specs, placeholders), so skip the constructor's checks
     made = object.__new__(SparseLatents)
     made.crow_indices, made.col_indices, made.values = leaves
     made.shape = shape

@@ -1,4 +1,4 @@
-"""Indexing of SparseLatents: which rows an index names, and those rows."""
+"""Indexing of SparseLatents: finds the rows that an index selects, and extracts them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 
 def fitted(lead: Sequence[int], rows: int) -> tuple[int, ...] | None:
-    """Leading dimensions of so many rows, a -1 among them filled in; None where they do not fit."""
+    """Leading dimensions for this many rows, with a -1 filled in; None if they do not fit."""
     open_at = [i for i, s in enumerate(lead) if s == -1]
     known = math.prod(s for s in lead if s != -1)
     if len(open_at) > 1 or any(s < -1 for s in lead):
@@ -29,13 +29,13 @@ def fitted(lead: Sequence[int], rows: int) -> tuple[int, ...] | None:
 
 
 def index(latents: SparseLatents, key: Any) -> Any:
-    """`latents[key]`; see `SparseLatents.__getitem__`."""
+    """Implements `latents[key]`; see `SparseLatents.__getitem__`."""
     lead = latents.shape[:-1]
     simple = _first(lead, key)
     if simple is not None:
         return _between(latents, *simple)
     if isinstance(key, Tensor) and key.dim() == 1 == len(lead) and key.dtype in (torch.int64, torch.bool):
-        # rows of a run: without a table of all of them
+        # consecutive rows: no table of all rows is needed
         if key.dtype == torch.bool:
             if key.numel() != lead[0]:
                 raise IndexError(f"mask: expected {lead[0]} entries for shape {latents.shape}, got {key.numel()}")
@@ -50,13 +50,13 @@ def index(latents: SparseLatents, key: Any) -> Any:
     if isinstance(features, int):
         return found.features([features])[..., 0]
     if any(isinstance(k, Tensor) for k in keys):
-        raise IndexError("features: expected `:` or one feature beside an array or mask of rows; index in two steps")
+        raise IndexError("features: expected `:` or one feature with an array or mask of rows; index in two steps")
     chosen: Tensor = found.features(features)
     return chosen
 
 
 def _first(lead: tuple[int, ...], key: Any) -> tuple[int, int, tuple[int, ...]] | None:
-    """(first row, last row, leading dimensions) of an integer or a slice without steps in the first dimension."""
+    """(first row, last row, leading dimensions) for an integer or a slice with step 1 in the first dimension."""
     if not lead or isinstance(key, bool):
         return None
     each = math.prod(lead[1:])
@@ -73,7 +73,7 @@ def _first(lead: tuple[int, ...], key: Any) -> tuple[int, int, tuple[int, ...]] 
 
 
 def _between(latents: SparseLatents, first: int, last: int, lead: tuple[int, ...]) -> SparseLatents:
-    """Rows first to last, without a copy of what they hold."""
+    """Rows from first to last, without copying their contents."""
     crow = latents.crow_indices[first : last + 1]
     begin, end = int(crow[0]), int(crow[-1])
     cls = type(latents)
@@ -81,7 +81,7 @@ def _between(latents: SparseLatents, first: int, last: int, lead: tuple[int, ...
 
 
 def rows_of(latents: SparseLatents, rows: Tensor, lead: tuple[int, ...]) -> SparseLatents:
-    """Rows by number, int64 [n] in [0, n_rows), under leading dimensions of n rows."""
+    """Select rows by number, int64 [n] in [0, n_rows), with leading dimensions that multiply to n."""
     counts = latents.crow_indices.diff()[rows]
     crow = torch.zeros(rows.numel() + 1, dtype=torch.int64, device=rows.device)
     crow[1:] = counts.cumsum(0)
@@ -91,7 +91,7 @@ def rows_of(latents: SparseLatents, rows: Tensor, lead: tuple[int, ...]) -> Spar
 
 
 def _split(latents: SparseLatents, key: Any) -> tuple[list[Any], Any]:
-    """(the index of the leading dimensions, that of the features: None for all, one int, or a list or vector)."""
+    """Split an index into (leading dimensions, features); features is None for all, an int, a list or a vector."""
     keys = [_checked(k) for k in (key if isinstance(key, tuple) else (key,))]
     taken = sum(_consumed(k) for k in keys)
     if sum(k is Ellipsis for k in keys) > 1:
@@ -104,7 +104,7 @@ def _split(latents: SparseLatents, key: Any) -> tuple[list[Any], Any]:
     elif taken < latents.ndim:
         return keys, None
     while keys and keys[-1] is None:
-        raise IndexError("index: None after the features' dimension; use to_dense()")
+        raise IndexError("index: None after the feature dimension is not supported; use to_dense()")
     last = keys.pop()
     if isinstance(last, slice):
         if last != slice(None):
@@ -127,7 +127,7 @@ def _feature(latents: SparseLatents, f: int) -> int:
 
 
 def _checked(key: Any) -> Any:
-    """int, slice, None or `...` as they are; lists, arrays and tensors as a tensor.  TypeError for anything else."""
+    """Keep int, slice, None and `...`; turn lists, arrays and tensors into a tensor.  TypeError for anything else."""
     if key is None or key is Ellipsis or isinstance(key, slice):
         return key
     if isinstance(key, bool):
@@ -151,13 +151,13 @@ def _consumed(key: Any) -> int:
 
 
 def _positions(lead: tuple[int, ...], keys: list[Any]) -> Tensor:
-    """Row numbers, in the shape that a tensor of the leading dimensions has under this index."""
+    """Row numbers, in the shape that indexing a tensor of the leading dimensions would give."""
     numbers = torch.arange(math.prod(lead)).reshape(lead)
     plain: list[Any] = []
     dim = 0
     for given in keys:
         key = given
-        if isinstance(key, slice) and (key.step or 1) < 0:  # which torch does not take
+        if isinstance(key, slice) and (key.step or 1) < 0:  # torch does not accept negative steps
             numbers = numbers.index_select(dim, torch.tensor(range(lead[dim])[key], dtype=torch.int64))
             key = slice(None)
         elif isinstance(key, int) and not -lead[dim] <= key < lead[dim]:

@@ -1,4 +1,4 @@
-"""Reductions of SparseLatents: top k, sum, mean and max, as those of the dense tensor."""
+"""Reductions of SparseLatents (top k, sum, mean, max), with the results of the dense tensor."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class TopLatents(NamedTuple):
-    """What `topk` and `max(dim)` give, named as by torch."""
+    """Result of `topk` and `max(dim)`, with torch's field names."""
 
     values: Tensor
     indices: Tensor
 
 
 def top(latents: SparseLatents, k: int) -> TopLatents:
-    """`latents.topk(k)`."""
+    """Implements `latents.topk(k)`."""
     if k < 0:
-        raise ValueError(f"k: expected a count, got {k}")
+        raise ValueError(f"k: expected 0 or more, got {k}")
     rows, nnz, device = latents.row_indices(), latents.nnz, latents.device
     order = descending(latents.values, rows)
     rank = torch.arange(nnz, device=device) - latents.crow_indices[rows]
@@ -40,13 +40,13 @@ def top(latents: SparseLatents, k: int) -> TopLatents:
 
 
 def descending(values: Tensor, cells: Tensor) -> Tensor:
-    """Order of entries by cell, then by value, the greatest first; of equal ones the earlier entry first."""
+    """Order of entries by cell, then by value in descending order; ties go to the earlier entry."""
     by_value = torch.sort(values.detach(), descending=True, stable=True).indices
     return by_value[torch.sort(cells[by_value], stable=True).indices]
 
 
 def total(latents: SparseLatents, dim: int | Sequence[int] | None, keepdim: bool, mean: bool = False) -> Tensor:
-    """`latents.sum` and `latents.mean`."""
+    """Implements `latents.sum` and `latents.mean`."""
     dims = _dims(latents, range(latents.ndim) if dim is None or dim == () else dim)
     cells, kept = _cells(latents, dims)
     out = torch.zeros(math.prod(kept), dtype=torch.float64, device=latents.device)
@@ -58,7 +58,7 @@ def total(latents: SparseLatents, dim: int | Sequence[int] | None, keepdim: bool
 
 
 def greatest(latents: SparseLatents, dim: int | None, keepdim: bool) -> Tensor | TopLatents:
-    """`latents.max`."""
+    """Implements `latents.max`."""
     if dim is None:
         if not latents.numel():
             raise IndexError(f"max: expected at least one entry, got shape {latents.shape}")
@@ -78,7 +78,7 @@ def greatest(latents: SparseLatents, dim: int | None, keepdim: bool) -> Tensor |
     held = (counts > 0).nonzero()[:, 0]
     first = order[starts[held]]
     stored = latents.values.detach()[first]
-    # a zero that is not stored wins against what is below it, and against an equal one that comes later
+    # a zero that is not stored beats lower values, and an equal value that comes later
     full = counts[held] == size
     wins = full | ~(stored <= 0) | ((stored == 0) & (position[first] < best[held]))
     held, first = held[wins], first[wins]
@@ -89,21 +89,21 @@ def greatest(latents: SparseLatents, dim: int | None, keepdim: bool) -> Tensor |
 
 
 def _first_hole(cells: Tensor, position: Tensor, starts: Tensor, counts: Tensor) -> Tensor:
-    """By cell the first position at which nothing is stored, int64."""
-    order = torch.sort(cells, stable=True).indices  # entries of a cell stay in ascending position
+    """The first position of each cell at which nothing is stored, int64."""
+    order = torch.sort(cells, stable=True).indices  # entries of a cell stay in ascending order of position
     rank = torch.arange(cells.numel(), device=cells.device) - starts[cells[order]]
     gap = position[order] != rank
     return counts.clone().scatter_reduce(0, cells[order][gap], rank[gap], "amin")
 
 
 def _flat(latents: SparseLatents) -> SparseLatents:
-    """All entries as one row, whose columns are int64: not for an op."""
+    """All entries as one row with int64 columns; not valid as input of an op."""
     at = latents.row_indices() * latents.d_sae + latents.col_indices
     return type(latents)(torch.tensor([0, latents.nnz], device=at.device), at, latents.values, (1, latents.numel()))
 
 
 def _dims(latents: SparseLatents, dim: int | Sequence[int]) -> list[int]:
-    """Dimensions from 0, each once.  IndexError for one outside the shape."""
+    """Dimensions as non-negative numbers, each once.  IndexError for one outside the shape."""
     dims = [dim] if isinstance(dim, int) else list(dim)
     for d in dims:
         if not -latents.ndim <= d < latents.ndim:
@@ -115,7 +115,7 @@ def _dims(latents: SparseLatents, dim: int | Sequence[int]) -> list[int]:
 
 
 def _cells(latents: SparseLatents, dims: list[int]) -> tuple[Tensor, list[int]]:
-    """Where each stored entry goes once these dimensions are gone, int64 [nnz], and the shape that is left."""
+    """Position of each stored entry after these dimensions are removed, int64 [nnz], and the remaining shape."""
     kept = [d for d in range(latents.ndim) if d not in dims]
     cells = torch.zeros(latents.nnz, dtype=torch.int64, device=latents.device)
     for d in kept:
@@ -124,7 +124,7 @@ def _cells(latents: SparseLatents, dims: list[int]) -> tuple[Tensor, list[int]]:
 
 
 def _coordinate(latents: SparseLatents, dim: int) -> Tensor:
-    """Each stored entry's place along a dimension, int64 [nnz]."""
+    """Position of each stored entry along a dimension, int64 [nnz]."""
     if dim == latents.ndim - 1:
         return latents.col_indices.long()
     within = math.prod(latents.shape[dim + 1 : -1])

@@ -1,7 +1,7 @@
 """Op `matryoshka_dequantize`: bit planes → the weights of a slice to r bits, W_r[o, k] = α · (level − z).
 
-level is the r-bit code's place on the 8-bit grid (matryoshka/codes.py).  level − z is a multiple of 1/2 and exact, so
-that each weight is rounded once, by the product with α in fp32.
+level is the position of the r-bit code on the 8-bit grid (ops/codes.py).  level − z is a multiple of 1/2 and exact, so
+each weight is rounded only once, when it is multiplied by α in fp32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def matryoshka_dequantize_reference(
     rule: int,
 ) -> Tensor:
     """planes uint8 [out/16, in/32, 64·width], as many as the slice reads; scale fp32 or fp16 and zero_point uint8
-    [out/16, groups, 16]; group_size 0: one group a row; rule as op `matryoshka_slice` → fp32 [out, in].
+    [out/16, groups, 16]; group_size 0: one group a row; rule as in op `matryoshka_slice` → fp32 [out, in].
     """
     check_planes(planes, out_features, in_features, bits, rule)
     check_scales(scale, zero_point, out_features, in_features, group_size)
@@ -41,7 +41,7 @@ def matryoshka_dequantize_reference(
 
 
 def on_grid(code: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, bits: int, rule: int) -> Tensor:
-    """r-bit codes uint8 [n, in] with their rows' scale and zero point [n, groups] → weights fp32 [n, in]."""
+    """r-bit codes uint8 [n, in] and scales and zero points of their rows [n, groups] → weights fp32 [n, in]."""
     from gemmascope_fast.ops.codes import grid
 
     alpha, zero = scale.float(), zero_point.float()
@@ -61,7 +61,7 @@ def dequantize(
     bits: int,
     rule: int,
 ) -> Tensor:
-    """The op, as a step of others, where a flat copy may list the weights whose code is one higher (crow, col)."""
+    """Call the op as a step of another op. A flat copy may list the weights whose code is one higher (crow, col)."""
     if overflow is None:
         return matryoshka_dequantize.step(planes, scale, zero_point, out_features, in_features, group_size, bits, rule)
     code = add_overflow(matryoshka_slice.step(planes, out_features, in_features, bits, rule), *overflow)

@@ -1,12 +1,12 @@
-"""Op `matryoshka_linear`: y = A(x − mean) · W_rᵀ + bias, W_r a slice of nested codes, read from its planes.
+"""Op `matryoshka_linear`: y = A(x − mean) · W_rᵀ + bias. W_r is a slice of nested codes, read from bit planes.
 
-W_r[o, k] = α · (level − z), level the r-bit code's place on the 8-bit grid (see matryoshka.codes).  A is the identity
-(exact) or one int8 scale a token: s = max|v| / 127, A(v) = s · round(v / s).  Then with integers exact,
+W_r[o, k] = α · (level − z), with level the position of the r-bit code on the 8-bit grid (see ops/codes.py).  A is the
+identity (exact), or int8 with one scale a token: s = max|v| / 127, A(v) = s · round(v / s).  Then, with exact integers,
 
     y[t, o] = s_t · Σ_groups α_g · ( Σ_k (2^(8−r)·code − z_g)·q[t, k]  +  mid · Σ_k q[t, k] )  + bias[o]
 
-in fp32, groups ascending by fused multiply-add; the same bytes from every instruction set.  A token holding NaN or Inf
-gives NaN in every int8 output.
+in fp32, adding groups in ascending order by fused multiply-add; every instruction set gives the same bytes.  A token
+with NaN or Inf gives NaN in every int8 output.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def matryoshka_linear_reference(
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x fp32 [N, in] → (int8 [N, in], scale fp32 [N]); a token that is not finite has codes 0 and scale NaN."""
+    """x fp32 [N, in] → (int8 [N, in], scale fp32 [N]). A token that is not finite gets codes 0 and scale NaN."""
     finite = torch.isfinite(x).all(1)
     x = torch.where(finite[:, None], x, torch.zeros_like(x))
     tiny = torch.finfo(torch.float32).tiny
-    # by a tensor: on CUDA a division by a number is a product with its reciprocal, which is not rounded the same
+    # by a tensor: on CUDA, dividing by a Python number multiplies by its reciprocal, which rounds differently
     s = (x.abs().amax(1) / x.new_full((), 127.0)).clamp(min=tiny) if x.shape[1] else x.new_full((x.shape[0],), tiny)
     q = (x / s[:, None]).round().clamp(-127, 127).to(torch.int8)
     return q, torch.where(finite, s, torch.full_like(s, float("nan")))
@@ -80,7 +80,7 @@ def check(
     bits: int,
     rule: int,
 ) -> None:
-    """What the native kernel checks, for the reference."""
+    """The same checks as in the native kernel, for the reference."""
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() != 2 or x.shape[1] > MAX_IN:
@@ -117,7 +117,7 @@ def _save(ctx, inputs, output):
 
 
 def _weight(ctx) -> Tensor:
-    """W_r, fp32 [out, in]."""
+    """The weights W_r, fp32 [out, in]."""
     scale, zero_point, crow, col, *planes = ctx.saved_tensors
     out, *more = ctx.numbers
     overflow = None if crow is None else (crow, col)
@@ -125,7 +125,7 @@ def _weight(ctx) -> Tensor:
 
 
 def _backward(ctx, needs, grad):
-    """dx = grad · W_r, straight through the rounding of the activations; codes and scales have no gradient."""
+    """dx = grad · W_r, straight through the rounding of the activations. Codes and scales have no gradient."""
     if needs[2]:
         raise ValueError(f"scale: {NO_DERIVATIVE}")
     dx = dbias = dmean = None

@@ -1,4 +1,4 @@
-"""Op `matryoshka_pack`: codes of a matrix → bit planes, most significant first (layout: matryoshka/planes.py)."""
+"""Op `matryoshka_pack`: codes of a matrix → bit planes, most significant first (layout: quant/planes.py)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def check_pack(codes: Tensor, stored: int) -> None:
 
 
 def matryoshka_pack_reference(codes: Tensor, stored: int) -> list[Tensor]:
-    """codes uint8 [out, in], of which the low `stored` bits count → planes uint8 [out/16, in/32, 64·width], one a
-    width of WIDTHS[stored]; rows and columns are padded with code 0.
+    """codes uint8 [out, in], of which the low `stored` bits are used → planes uint8 [out/16, in/32, 64·width], one per
+    width in WIDTHS[stored]. Rows and columns are padded with code 0.
     """
     check_pack(codes, stored)
     rows, columns = codes.shape

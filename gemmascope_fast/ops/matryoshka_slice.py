@@ -1,7 +1,7 @@
 """Op `matryoshka_slice`: bit planes → the codes of a slice to r bits.
 
-The planes hold s ≥ r bits of a code.  "prefix" drops the low s − r; the paper's slice rounds once and clamps to
-2^r − 1, with extra precision to 2^r.  Where s = r nothing is dropped and nothing rounded.
+The planes hold s ≥ r bits of a code.  "prefix" drops the low s − r bits. "matquant" rounds once and clamps to
+2^r − 1, or to 2^r with extra precision.  If s = r, nothing is dropped or rounded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def unpack(planes: tuple[Tensor, ...], widths: tuple[int, ...]) -> Tensor:
 
 
 def resliced(codes: Tensor, held: int, bits: int, rule: int) -> Tensor:
-    """`held`-bit codes → r-bit codes: the low bits dropped, or rounded once."""
+    """`held`-bit codes → r-bit codes: the low bits are dropped, or rounded once."""
     if held == bits:
         return codes
     if rule == PREFIX:

@@ -1,4 +1,4 @@
-"""Op `sampled_dot`: dots of chosen (token, feature) pairs, x[n] · rows[f] (+ bias[f]), for a CSR pattern."""
+"""Op `sampled_dot`: dot products of selected (token, feature) pairs, x[n] · rows[f] (+ bias[f]), for a CSR pattern."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ def sampled_dot_reference(
     x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor
 ) -> Tensor:
     """x [N, d], rows [F, d], bias [F] or None, pattern [N, F] → fp32 [nnz]."""
-    _check(x, rows, bias, crow_indices, col_indices)
+    check_sampled_dot(x, rows, bias, crow_indices, col_indices)
     col = col_indices.long()
     z = (x[row_indices(crow_indices)].float() * rows[col].float()).sum(-1)
     return z if bias is None else z + bias.float()[col]
 
 
-def _check(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> None:
-    """What the native kernel checks, for the reference."""
+def check_sampled_dot(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> None:
+    """What the native kernel checks, for the reference and the GPU."""
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
     if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1]:
-        raise ValueError(f"x: expected [N, d] beside rows [F, d], got {tuple(x.shape)} and {tuple(rows.shape)}")
+        raise ValueError(f"x: expected [N, d] with rows [F, d], got {tuple(x.shape)} and {tuple(rows.shape)}")
     check_csr(crow_indices, col_indices, rows.shape[0])
     if crow_indices.numel() != x.shape[0] + 1:
         raise ValueError(f"crow_indices: expected {x.shape[0] + 1} offsets, got {crow_indices.numel()}")
@@ -56,7 +56,7 @@ def tangent_of_dots(
     crow: Tensor,
     col: Tensor,
 ) -> Tensor:
-    """Tangent of the pairs x[n] · rows[f] + bias[f], fp32 [nnz]; x and rows with their tangents."""
+    """Tangent of x[n] · rows[f] + bias[f] for each pair, fp32 [nnz]; x and rows are given with their tangents."""
     parts = [] if dbias is None else [dbias.float()[col.long()]]
     if x[1] is not None:
         parts.append(sampled_dot.step(x[1], rows[0], None, crow, col))

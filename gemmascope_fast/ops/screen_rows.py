@@ -1,8 +1,8 @@
-"""Op `screen_rows`: the two 8-bit digits of an encoder's rows and what bounds them.
+"""Op `screen_rows`: the two 8-bit digits of an encoder's rows, and their error bounds.
 
-With w a row, s its scale and z its zero point, w = s (code - z) + e and e = s2 (code2 - 128) + e2.  The first digit is
-the 8-bit min–max code of `matryoshka.codes.quantize`, per channel.  Norms are summed in fp64 and rounded up;
-`screen_terms` has every number and name; docs/how/screen.md derives them.
+For a row w with scale s and zero point z: w = s (code - z) + e and e = s2 (code2 - 128) + e2.  The first digit is
+the 8-bit min–max code of `ops.codes.quantize`, per channel.  Norms are summed in fp64 and rounded up.
+`screen_terms` defines all constants and names; docs/how/screen.md derives them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SCHEMA = (
     " Tensor? given_zero=None)"
     " -> (Tensor code, Tensor code2, Tensor table)"
 )
-BLOCK = 1024  # rows at a time in fp64
+BLOCK = 1024  # rows processed at a time in fp64
 
 
 def _padded(n: int, step: int) -> int:
@@ -48,7 +48,7 @@ def _padded(n: int, step: int) -> int:
 
 
 def up32(v: Tensor) -> Tensor:
-    """fp64 → the least fp32 that is not below it."""
+    """fp64 → the smallest fp32 that is not below it."""
     near = v.float()
     return torch.where(near.double() >= v, near, torch.nextafter(near, torch.full_like(near, math.inf)))
 
@@ -66,15 +66,14 @@ def screen_rows_reference(
     given_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W_enc [d_in, d_sae], b_enc and threshold [d_sae], centre fp32 [d_in] or None, directions fp32 [k, d_in] or None;
-    scales fp32 [d_in] or None, powers of two from 1 to 2^20: the codes are those of W_enc's columns times them, the
-    activations' entries are divided by them, and the directions are of those.
-    given uint8 [d_sae, d_in], given_scale fp32 [d_sae], given_zero uint8 [d_sae]: a first digit that was made elsewhere
-    (a trained code), in place of the rows' own; its error is measured as theirs is.
-
-    Gives code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four
-    rows (`rows_of` undoes it), zeros where there is no row; and the table fp32 [9 + k, table_stride(d_sae)], the
-    last k rows being the encoder's products with the directions.  A row whose norm or bias is out of range has
-    START = +inf: it is never discarded.  Norms may differ from the native kernel's in their last bits.
+    scales fp32 [d_in] or None, powers of two from 1 to 2^20: the columns of W_enc are multiplied by them before coding,
+    the entries of the activations are divided by them, and the directions are in that scaled space.
+    given uint8 [d_sae, d_in], given_scale fp32 [d_sae], given_zero uint8 [d_sae]: a first digit made elsewhere (a
+    trained code), used instead of the rows' own; its error is measured in the same way.
+    Returns code and code2 uint8 [⌈d_sae/4⌉, ⌈d_in/64⌉, 4, 64] (code2 [0, …] without the second digit): tiles of four
+    rows (`rows_of` undoes the tiling), zeros in rows beyond d_sae; and the table fp32 [9 + k, table_stride(d_sae)],
+    whose last k rows are the encoder's products with the directions.  A row whose norm or bias is out of range has
+    START = +inf and is never discarded.  Norms may differ from the native kernel's in their last bits.
     """
     d, F = W_enc.shape
     width, stride = _padded(d, TILE_COLUMNS), table_stride(F)
@@ -111,7 +110,7 @@ def screen_rows_reference(
 
 
 def tiles(rows: Tensor) -> Tensor:
-    """uint8 [d_sae, width], both multiples of the tile → [d_sae/4, width/64, 4, 64], four rows as one stream."""
+    """uint8 [d_sae, width], both multiples of the tile → [d_sae/4, width/64, 4, 64]; four rows form one stream."""
     return rows.reshape(-1, TILE_ROWS, rows.shape[1] // TILE_COLUMNS, TILE_COLUMNS).transpose(1, 2).contiguous()
 
 
@@ -140,7 +139,7 @@ def _block(
     good = (norm >= TINY) & (norm <= HUGE) & (across <= HUGE) & (b.abs() <= MOST_BIAS) & (centred.abs() <= MOST_BIAS)
     if given is not None:
         good &= (given[1] >= LEAST_GIVEN) & (given[1] <= MOST_GIVEN)
-    w = torch.where(good[:, None], w, 1.0)  # any rows that have a code: their table says that it is not used
+    w = torch.where(good[:, None], w, 1.0)  # any rows that can be coded: the table says that they are not used
     w64 = w.double()
     if given is None:
         s = (w.amax(1).clamp(min=0) - w.amin(1).clamp(max=0)) / 255

@@ -1,6 +1,6 @@
 """Op `csr_transpose`: a stable counting sort of (row, column) pairs by column.
 
-Backward passes read gradients feature by feature with it, so that no kernel needs a float atomic.
+Backward passes use it to read gradients feature by feature, so no kernel needs float atomics.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SCHEMA = (
 
 
 def csr_transpose_reference(crow_indices: Tensor, col_indices: Tensor, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Offsets int64 [columns+1], rows int32 [nnz] ascending within a column, and order int64 [nnz] such that
-    entry i of the transpose is entry order[i] of the original."""
+    """Returns offsets int64 [columns+1], rows int32 [nnz] ascending within a column, and order int64 [nnz]: entry i of
+    the transpose is entry order[i] of the original."""
     if columns < 0:
-        raise ValueError(f"columns: expected a count, got {columns}")
+        raise ValueError(f"columns: expected 0 or more, got {columns}")
     check_csr(crow_indices, col_indices, columns)
     col = col_indices.long()
     ccol = torch.zeros(columns + 1, dtype=torch.int64, device=col.device)

@@ -1,4 +1,4 @@
-"""Nested codes served: matrices, linear layers, SAEs; arithmetic is in ops/codes.py, training in training/nested/."""
+"""Running nested codes: matrices, linear layers, SAEs. Arithmetic is in ops/codes.py, training in training/nested/."""
 
 from gemmascope_fast.ops.codes import Codes, grid, quantize, slice_codes
 from gemmascope_fast.quant.linear import MatryoshkaLinear

@@ -1,4 +1,4 @@
-"""Matrices whose width can be changed at run time without touching their codes, and the linear layer made of one."""
+"""Matrices whose bit width can be changed at run time without changing their codes, and a linear layer made of one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ACTIVATIONS = ("int8", "exact")
 
 
 class MatryoshkaMatrix(nn.Module):
-    """A matrix as one nested code, whose width can be changed at run time (`set_bits` takes all of these)."""
+    """A matrix stored as one nested code. `set_bits` changes the width of all of these at run time."""
 
     scale: Tensor
     zero_point: Tensor
@@ -30,7 +30,7 @@ class MatryoshkaMatrix(nn.Module):
     overflow_col: Tensor | None
     mode: str
     extra_precision: bool
-    KEPT: tuple[str, ...] = ("scale",)  # buffers whose dtype a cast of the model leaves alone
+    KEPT: tuple[str, ...] = ("scale",)  # buffers whose dtype does not change when the model is cast
 
     def __init__(
         self, packed: Packed, bits: int | None = None, mode: str | None = None, extra_precision: bool = False
@@ -49,7 +49,7 @@ class MatryoshkaMatrix(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The codes, scales and zero points; the tensors are the layer's own."""
+        """The codes, scales and zero points, without copying the layer's tensors."""
         planes = tuple(getattr(self, f"plane{i}") for i in range(5) if hasattr(self, f"plane{i}"))
         crow, col = self.overflow_crow, self.overflow_col
         overflow = None if crow is None or col is None else (crow, col)
@@ -66,7 +66,7 @@ class MatryoshkaMatrix(nn.Module):
         )
 
     def set_bits(self, bits: int, mode: str | None = None, extra_precision: bool | None = None) -> Self:
-        """Serve the slice to `bits` from now on.  ValueError for a width the planes cannot serve."""
+        """Use the slice to `bits` from now on.  ValueError for a width that the planes do not support."""
         check_bits(bits)
         mode = self.mode if mode is None else mode
         extra = self.extra_precision if extra_precision is None and mode == "matquant" else bool(extra_precision)
@@ -78,19 +78,19 @@ class MatryoshkaMatrix(nn.Module):
         return self
 
     def _changed(self) -> None:
-        """What was derived from the codes at a width is out of date."""
+        """Called when the width changes: drop what was computed from the codes."""
 
     @property
     def weight(self) -> Tensor:
-        """The weights served now, dequantised: a new fp32 [out_features, in_features] at each access."""
+        """The current weights, dequantised: a new fp32 [out_features, in_features] at each access."""
         return self.packed.dequantize(self.bits, self.mode, self.extra_precision)
 
     def nbytes(self) -> int:
-        """Bytes of the whole matrix at this width: planes, scales, zero points, overflow."""
+        """Bytes of the matrix at the current width: planes, scales, zero points, overflow."""
         return self.packed.nbytes(self.bits, self.mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # model.to(dtype) moves a layer but must not round its scales
+        # model.to(dtype) may move a layer but must not round its scales
         kept = {name: getattr(self, name) for name in self.KEPT}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -115,8 +115,8 @@ class MatryoshkaMatrix(nn.Module):
 class MatryoshkaLinear(MatryoshkaMatrix):
     """y = x · W_rᵀ + bias for x [..., in_features] of any floating dtype; y in the same dtype.
 
-    W_r is the slice of one nested code to `bits` bits.  activations: "int8" rounds each token to int8 about `mean`
-    [in_features] (a fixed vector, e.g. the inputs' average, that is multiplied in fp32), "exact" does not round.
+    W_r is the slice of one nested code to `bits` bits.  activations: "exact" does not round x; "int8" subtracts `mean`
+    [in_features] (a fixed vector, e.g. the average input, multiplied in fp32) and rounds each token to int8.
     """
 
     bias: Tensor | None
@@ -144,7 +144,7 @@ class MatryoshkaLinear(MatryoshkaMatrix):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, group_size: int | None = None, **options: Any) -> MatryoshkaLinear:
-        """Min–max codes of a linear layer's weights, untrained; options as the constructor's."""
+        """Min–max codes of a linear layer's weights, untrained; same options as the constructor."""
         mode = check_mode(options.get("mode") or "prefix")
         bias = None if linear.bias is None else linear.bias.detach()
         return cls(Packed.of(quantize(linear.weight, group_size), mode), bias, **options)
@@ -159,13 +159,13 @@ class MatryoshkaLinear(MatryoshkaMatrix):
                 f"x: expected in_features = {self.in_features} in its last dimension, got {tuple(x.shape)}"
             )
         exact = self.activations == "exact"
-        # what the mean adds is folded into the bias at this width, in fp32
+        # the mean's product is added to the bias once for this width, in fp32
         centred = self.mean is not None and not exact
         if centred and self._offset is None:
             refuse_while_capturing(self.scale.device, "the mean's part of the bias")
             self._offset = self._fold()
         if self._operands is None:
-            # a module's own lookup of a dozen buffers takes longer than the product of a small layer
+            # looking up a dozen buffers in the module would take longer than the product of a small layer
             planes = [getattr(self, f"plane{i}") for i in range(self._reads)]
             self._operands = (planes, self.scale, self.zero_point, self.overflow_crow, self.overflow_col)
         planes, scale, zero_point, crow, col = self._operands

@@ -1,4 +1,4 @@
-"""Nested codes in place of a model's linear layers: quantise, choose widths, save and load."""
+"""Replaces a model's linear layers by nested codes: quantise, choose widths, save and load."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _FFN = {"mlp", "ffn", "feed_forward", "block_sparse_moe"}
 
 
 def targets(model: nn.Module, scope: str = "ffn", head: bool = False) -> dict[str, nn.Linear]:
-    """The linear layers a scope names, by module path: "ffn" those inside a feed-forward block, "all-linear" every one
-    but the output head, which `head` adds.  Experts that are held as one fused weight (`fused_experts`) are no linear
-    layers.  ValueError where there is none or some are quantised already.
+    """The linear layers of a scope, by module path: "ffn" are those inside a feed-forward block, "all-linear" all
+    except the output head, which `head` adds.  Experts stored as one fused weight (`fused_experts`) are not linear
+    layers. ValueError if there are none, or if some are quantised already.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: expected one of {', '.join(SCOPES)}, got {scope!r}")
@@ -41,13 +41,13 @@ def targets(model: nn.Module, scope: str = "ffn", head: bool = False) -> dict[st
         if inside or (head and module is output):
             found[name] = module
     if not found:
-        raise ValueError(f"model: scope {scope!r} names no linear layer of {type(model).__name__}")
+        raise ValueError(f"model: scope {scope!r} has no linear layer in {type(model).__name__}")
     return found
 
 
 def fused_experts(model: nn.Module, scope: str = "ffn") -> list[str]:
-    """Paths of the weights of a scope that hold the matrices of several experts at once, as [experts, rows, columns] or
-    one below the other: these are not quantised."""
+    """Paths of the weights of a scope that contain the matrices of several experts, as [experts, rows, columns] or
+    stacked vertically. These are not quantised."""
     found = []
     for name, module in model.named_modules():
         inside = "experts" in name.split(".")
@@ -62,12 +62,12 @@ def fused_experts(model: nn.Module, scope: str = "ffn") -> list[str]:
 
 
 def check_experts(model: nn.Module, scope: str, skip_experts: bool = False) -> None:
-    """ValueError for a model with fused experts, unless they are to be skipped."""
+    """Raise ValueError for a model with fused experts, unless they are to be skipped."""
     fused = fused_experts(model, scope)
     if fused and not skip_experts:
         raise ValueError(
             f"model: the experts of {type(model).__name__} are fused weights ({fused[0]} and {len(fused) - 1} more),"
-            " which are not quantised; skip_experts=True (--skip-experts) leaves them as they are and quantises the"
+            " which are not quantised; skip_experts=True (--skip-experts) leaves them unchanged and quantises the"
             " linear layers"
         )
 
@@ -87,14 +87,14 @@ def quantize_(
     codes: Mapping[str, Codes] | Trained | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> nn.Module:
-    """Replace the linear layers of `scope` by MatryoshkaLinear, in place; gives the model back.
+    """Replace the linear layers of `scope` by MatryoshkaLinear, in place, and return the model.
 
-    codes: trained codes in place of untrained min–max ones (a run's result, whose norm gains go into the model, or
-    codes by module path); means: input means by module path, about
-    which int8 activations are taken.  The embedding table is left alone; the output head is quantised when `head` asks,
-    as a code of its own where its weights are tied: `model.tie_weights()` then leaves it alone.
+    codes: trained codes instead of untrained min–max ones: the result of a training run (its norm gains are put into
+    the model) or codes by module path. means: input means by module path, subtracted before int8 activations are
+    rounded. The embedding table is not changed. head=True also quantises the output head; if its weights are tied, it
+    gets its own code, and `model.tie_weights()` no longer ties it.
 
-    ValueError for a mixture of experts whose experts are fused weights, unless skip_experts=True leaves those out.
+    Raises ValueError for a mixture whose experts are fused weights, unless skip_experts=True leaves them out.
     """
     check_bits(bits)
     check_experts(model, scope, skip_experts)
@@ -104,7 +104,7 @@ def quantize_(
         raise ValueError(f"codes: {sorted(set(trained.codes) - set(found))[0]} is no linear layer of scope {scope!r}")
     set_gains(model, trained.gains)
     for name, linear in progress(list(found.items())):
-        # a head that was asked for beside trained layers is quantised as it is
+        # a head that is not among the trained layers gets untrained codes
         code = trained.codes[name] if name in trained.codes else quantize(linear.weight, group_size)
         mean = None if means is None else means.get(name)
         bias = None if linear.bias is None else linear.bias.detach()
@@ -115,7 +115,7 @@ def quantize_(
 
 
 def untie(model: nn.Module, names: Iterable[str]) -> None:
-    """Tell a transformers model whose head is among the quantised layers that its head and embedding are two."""
+    """Tell a transformers model that its quantised head is no longer tied to its embedding."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if not any(module is head for module in (model.get_submodule(name) for name in names)):
         return
@@ -145,7 +145,7 @@ def _tied_as_before(model: nn.Module) -> Iterator[None]:
 
 
 def set_gains(model: nn.Module, gains: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give norms new weights that belong to trained codes; returns what they were."""
+    """Give norms the new weights that belong to trained codes; returns the old weights."""
     before = {}
     for name, gain in gains.items():
         norm = model.get_submodule(name)
@@ -158,7 +158,7 @@ def set_gains(model: nn.Module, gains: Mapping[str, Tensor]) -> dict[str, Tensor
 
 @contextmanager
 def gained(model: nn.Module, gains: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block the norms have the weights that go with the codes."""
+    """Within the block the norms have the weights that belong to the codes."""
     before = set_gains(model, gains)
     try:
         yield
@@ -171,7 +171,7 @@ def gained(model: nn.Module, gains: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def restored(model: nn.Module, before: Mapping[str, nn.Module]) -> Iterator[None]:
-    """After the block the model has these modules at their paths again."""
+    """After the block, put these modules back at their paths."""
     with _tied_as_before(model):
         try:
             yield
@@ -186,7 +186,7 @@ def layers(model: nn.Module) -> dict[str, MatryoshkaLinear]:
 
 
 def matrices(model: nn.Module) -> dict[str, MatryoshkaMatrix]:
-    """Everything under `model` that has a width, by module path: linear layers, and the rows of a MatryoshkaSAE."""
+    """All modules of `model` that have a width, by module path: linear layers, and the rows of a MatryoshkaSAE."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MatryoshkaMatrix)}
 
 
@@ -196,25 +196,25 @@ def set_bits(
     mode: str | None = None,
     extra_precision: bool | None = None,
 ) -> None:
-    """Serve the quantised layers of a model, or a MatryoshkaSAE, at another width; nothing is copied or rewritten.
+    """Run the quantised layers of a model, or a MatryoshkaSAE, at another width. Nothing is copied or rewritten.
 
-    bits: one width, or widths by pattern of module paths, later patterns over earlier ones.  A pattern is a path or the
-    beginning of one; "0-5" in it is any of these numbers, "*" any part of a component, a leading "…" or "..." any
-    beginning: {"model.layers.0-5": 8, "…mlp.down_proj": 2}.  ValueError for a width outside 1–8, a pattern that matches
-    no quantised layer or a model without any; nothing is changed then.
+    bits: one width, or widths by pattern of module paths; later patterns override earlier ones.  A pattern is a path or
+    the beginning of one. "0-5" matches any of these numbers, "*" any part of a component, a leading "…" or "..." any
+    beginning: {"model.layers.0-5": 8, "…mlp.down_proj": 2}.  Raises ValueError for a width outside 1–8, a pattern that
+    matches no quantised layer, or a model without any; then nothing is changed.
     """
     found = matrices(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no quantised layer; call quantize_ first")
     widths = resolve(found, {"…": bits} if isinstance(bits, int) else bits)
-    for name, width in widths.items():  # all are checked before one is changed
+    for name, width in widths.items():  # check all before changing one
         found[name].packed.read(width, mode or found[name].mode)
     for name, width in widths.items():
         found[name].set_bits(width, mode, extra_precision)
 
 
 def resolve(names: Iterable[str], patterns: Mapping[str, int]) -> dict[str, int]:
-    """Width by name, for the names that a pattern matches; ValueError for a pattern that matches none."""
+    """Width by name, for names that a pattern matches; ValueError for a pattern that matches none."""
     names = list(names)
     widths: dict[str, int] = {}
     for pattern, bits in patterns.items():
@@ -227,7 +227,7 @@ def resolve(names: Iterable[str], patterns: Mapping[str, int]) -> dict[str, int]
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a module path is the pattern's, or below it."""
+    """Whether a module path matches the pattern or is below a path that does."""
     anywhere = pattern.startswith(("…", "..."))
     wanted = [part for part in pattern.removeprefix("...").removeprefix("…").split(".") if part]
     parts = name.split(".")
@@ -246,13 +246,13 @@ def _component(wanted: str, part: str) -> bool:
 
 
 def nbytes(model: nn.Module) -> int:
-    """Bytes of the quantised matrices at the widths set now: what one token reads of linear layers."""
+    """Bytes of the quantised matrices at the current widths: what one token reads from linear layers."""
     return sum(matrix.nbytes() for matrix in matrices(model).values())
 
 
 def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, Any] | None = None) -> int:
-    """Write the quantised layers; gives the size in bytes.  `bits` below 8 keeps the first planes alone, or of codes in
-    mode "matquant" a flat copy of that slice."""
+    """Write the quantised layers; returns the size in bytes.  `bits` below 8 stores only the first planes; for codes in
+    mode "matquant" it stores a flat copy of that slice."""
     found = layers(model)
     if not found:
         raise ValueError(f"model: {type(model).__name__} has no quantised layer to save")
@@ -268,15 +268,15 @@ def save(model: nn.Module, path: str | Path, bits: int = 8, about: Mapping[str, 
 
 
 def _narrowed(packed: Packed, bits: int, mode: str) -> Packed:
-    if bits >= packed.stored:  # what was narrowed before stays as it is
+    if bits >= packed.stored:  # layers already narrowed are stored unchanged
         return packed
     return packed.prefix(bits) if mode == "prefix" else packed.materialize(bits, mode)
 
 
 def load_(model: nn.Module, path: str | Path, activations: str = "int8") -> nn.Module:
-    """Put the codes of a file in place of the linear layers it names.
+    """Replace the linear layers that a file names by its codes.
 
-    CheckpointError where the model has no such layer or another shape, ValueError where it is quantised already.
+    Raises CheckpointError if the model lacks such a layer or its shape differs, ValueError if it is quantised already.
     """
     if layers(model):
         raise ValueError(f"model: already quantised ({next(iter(layers(model)))})")

@@ -1,4 +1,4 @@
-"""Codes as they are stored and served: bit planes, so that a prefix read of r bits touches r/8 of the bytes.
+"""Storage of codes as bit planes: reading a prefix of r bits reads r/8 of the bytes.
 
 A weight matrix is cut into blocks of 16 rows and units of 32 columns.  The most significant bits come first, in planes
 of 2, 1, 1, 2 and 2 bits; plane p is uint8 [out/16][in/32][64·width]:
@@ -7,7 +7,7 @@ of 2, 1, 1, 2 and 2 bits; plane p is uint8 [out/16][in/32][64·width]:
              column 32·unit + 4·(4v + j) + c;   v 0…1, j 0…3 (field j is bits 2j and 2j+1)
     width 1: byte [block][unit][lane][c], bit j of it = the bit of that row, column 32·unit + 4j + c;   j 0…7
 
-so that 64 bytes, shifted and masked, are 16 rows × 4 columns: the operand of an 8-bit dot product whose 16 lanes are 16
+so that 64 bytes, shifted and masked, are 16 rows × 4 columns: an operand of an 8-bit dot product whose 16 lanes are 16
 outputs.  Rows and columns are padded with code 0; scales and zero points are [out/16][groups][16].
 """
 
@@ -27,9 +27,9 @@ from gemmascope_fast.ops.matryoshka_slice import matryoshka_slice, resliced, unp
 
 
 def bits_read(bits: int, mode: str = "prefix", stored: int = 8) -> int:
-    """Bits a weight that a slice to `bits` reads from `stored` bits: whole planes; the paper's needs one more.
+    """Bits per weight that a slice to `bits` reads out of `stored` bits: whole planes; "matquant" needs one more bit.
 
-    Raises ValueError where the planes hold fewer.
+    Raises ValueError if fewer are stored.
     """
     check_bits(bits)
     check_mode(mode)
@@ -39,27 +39,27 @@ def bits_read(bits: int, mode: str = "prefix", stored: int = 8) -> int:
     held = [sum(WIDTHS[stored][:n]) for n in range(1, len(WIDTHS[stored]) + 1)]
     enough = [b for b in held if b >= need]
     if not enough:
-        raise ValueError(f"bits: a {mode} slice to {bits} needs {need} bits a weight, {stored} are stored")
+        raise ValueError(f"bits: a {mode} slice to {bits} needs {need} bits per weight, but {stored} are stored")
     return enough[0]
 
 
-HUGE = 1 << 21  # bytes of a huge page on x86-64; a plane smaller than two has little of one
+HUGE = 1 << 21  # bytes of a huge page on x86-64; a plane smaller than two gains little
 
 
 def in_huge_pages(plane: Tensor) -> Tensor:
-    """A copy of a large CPU plane in huge pages, where the system gives them; others as they are.
+    """Copy a large CPU plane into huge pages, if the OS provides them; return other planes unchanged.
 
-    A product for one token reads each page once: in pages of 4 KiB the address translation of a matrix that is not in
-    cache costs up to a third of the time.
+    A product for one token reads each page once. With pages of 4 KiB, address translation takes up to a third of the
+    time of a matrix that is not in cache.
     """
     size = plane.numel()
     if plane.device.type != "cpu" or size < 2 * HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return plane
-    # private: shared memory has huge pages only where the administrator says so
+    # private memory: shared memory gets huge pages only if the administrator enabled it
     space = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         space.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
+    except OSError:  # an OS without them
         return plane
     whole = torch.frombuffer(space, dtype=torch.uint8)  # keeps `space` alive
     start = -whole.data_ptr() % HUGE
@@ -67,7 +67,7 @@ def in_huge_pages(plane: Tensor) -> Tensor:
 
 
 def pack(codes: Tensor, stored: int = 8) -> tuple[Tensor, ...]:
-    """Codes uint8 [out, in] below 2^stored → planes, most significant first: op `matryoshka_pack`."""
+    """Codes uint8 [out, in] below 2^stored → planes, most significant first, with op `matryoshka_pack`."""
     return tuple(matryoshka_pack.step(codes, check_bits(stored, "stored")))
 
 
@@ -80,12 +80,12 @@ def blocked(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix in planes.  `stored` 8 is the nested code, from which every width is read; less is a prefix of it, or a
-    flat copy written by `materialize` (its code is then served at that width as it is).
+    """A matrix in planes.  `stored` = 8 is the nested code, which gives every width. Less is a prefix of it, or a flat
+    copy written by `materialize` (its code is then used unchanged at that width).
 
-    planes: see the module; scale float16 or float32 and zero_point uint8 [out/16, groups, 16];
-    overflow: extra precision of a flat copy, (crow int64 [out+1], col int32 [n]): the weights whose code is one above
-    the top code, row by row.  mode: the slicing that a flat copy was made for, and the default for the nested code.
+    planes: see the module docstring; scale float16 or float32 and zero_point uint8 [out/16, groups, 16].
+    overflow: for a flat copy with extra precision, (crow int64 [out+1], col int32 [n]), the weights whose code is one
+    above the top code, row by row.  mode: the slicing of a flat copy, and the default for the nested code.
     """
 
     planes: tuple[Tensor, ...]
@@ -135,7 +135,7 @@ class Packed:
 
     @classmethod
     def of(cls, codes: Codes, mode: str = "prefix") -> Packed:
-        """The nested planes of codes: lossless."""
+        """Pack codes into the nested planes, without loss."""
         rows, columns = codes.q.shape
         return cls(
             pack(codes.q),
@@ -154,11 +154,11 @@ class Packed:
 
     @property
     def flat(self) -> bool:
-        """True where only one width can be served."""
+        """Whether only one width is available."""
         return self.stored < 8 and self.mode == "matquant"
 
     def codes(self) -> Codes:
-        """The codes back, lossless; ValueError where fewer than 8 bits are stored."""
+        """Unpack the codes, without loss; ValueError if fewer than 8 bits are stored."""
         if self.stored != 8:
             raise ValueError(f"stored: expected the 8-bit code, got a copy of {self.stored} bits")
         q = matryoshka_slice.step(list(self.planes), self.out_features, self.in_features, 8, PREFIX)
@@ -166,7 +166,7 @@ class Packed:
         return Codes(q, scale, zero, self.group_size)
 
     def read(self, bits: int, mode: str | None = None) -> tuple[Tensor, ...]:
-        """The planes, and no more, that a slice to `bits` touches."""
+        """Only the planes that a slice to `bits` reads."""
         wanted = self._check_read(bits, mode)
         total, count = 0, 0
         while total < wanted:
@@ -177,7 +177,7 @@ class Packed:
     def _check_read(self, bits: int, mode: str | None) -> int:
         mode = self.mode if mode is None else check_mode(mode)
         if self.flat and (bits != self.stored or mode != self.mode):
-            raise ValueError(f"bits: a flat {self.mode} copy of {self.stored} bits serves no {mode} slice to {bits}")
+            raise ValueError(f"bits: a flat {self.mode} copy of {self.stored} bits has no {mode} slice to {bits}")
         return bits_read(bits, mode, self.stored)
 
     def sliced(self, bits: int, mode: str | None = None, extra_precision: bool = False) -> Tensor:
@@ -191,7 +191,7 @@ class Packed:
         return code
 
     def dequantize(self, bits: int | None = None, mode: str | None = None, extra_precision: bool = False) -> Tensor:
-        """The weights at a width, fp32 [out, in]; without `bits` at the stored one."""
+        """The weights at a width, fp32 [out, in]; by default at the stored width."""
         bits = self.stored if bits is None else bits
         mode = self.mode if mode is None else mode
         check_mode(mode, extra_precision)
@@ -208,7 +208,7 @@ class Packed:
         )
 
     def rows(self, index: Tensor, bits: int, mode: str | None = None) -> Tensor:
-        """Some rows' weights, fp32 [n, in]: only those rows' bytes are read."""
+        """Weights of some rows, fp32 [n, in]; reads only the bytes of those rows."""
         mode = self.mode if mode is None else mode
         held = self._check_read(bits, mode)
         planes = self.read(bits, mode)
@@ -229,7 +229,7 @@ class Packed:
         return on_grid(flat, scale, zero, self.group_size or 0, bits, rule_of(mode))
 
     def materialize(self, bits: int, mode: str | None = None, extra_precision: bool = False) -> Packed:
-        """A flat copy of exactly `bits` bits a weight, for serving; extra precision as a sparse list beside it."""
+        """A flat copy with exactly `bits` bits per weight; extra precision is a sparse list in addition."""
         mode = self.mode if mode is None else mode
         check_mode(mode, extra_precision)
         if bits == 8:
@@ -243,13 +243,13 @@ class Packed:
         return replace(self, planes=pack(code, bits), stored=bits, mode=mode, overflow=overflow)
 
     def prefix(self, bits: int) -> Packed:
-        """The first planes alone (2, 3, 4, 6 bits): what a file of that width holds, and serves its prefixes."""
+        """Keep only the first planes (2, 3, 4 or 6 bits), as a file of that width; lower widths still work."""
         if bits not in (2, 3, 4, 6, 8) or self.mode != "prefix":
-            raise ValueError(f"bits: expected 2, 3, 4, 6 or 8 of a prefix code, got {bits} of a {self.mode} code")
+            raise ValueError(f"bits: must be 2, 3, 4, 6 or 8, of a prefix code (got {bits} of a {self.mode} code)")
         return replace(self, planes=self.read(bits), stored=bits)
 
     def nbytes(self, bits: int | None = None, mode: str | None = None) -> int:
-        """Bytes that serving `bits` reads: planes, scales, zero points, overflow; without `bits` all that is held."""
+        """Bytes read at `bits`: planes, scales, zero points, overflow; without `bits`, all bytes stored."""
         planes = self.planes if bits is None else self.read(bits, mode)
         tensors = [*planes, self.scale, self.zero_point]
         total = sum(t.numel() * t.element_size() for t in tensors)

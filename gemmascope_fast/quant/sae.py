@@ -26,13 +26,13 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.sae.sites import Site
 
-PRE_BYTES = 1 << 26  # dense pre-activations held at once
-GATHERED = 1 << 14  # decoder rows dequantised at once
+PRE_BYTES = 1 << 26  # size of dense pre-activations held at a time
+GATHERED = 1 << 14  # decoder rows dequantised at a time
 
 
 def screen_codes(screen: Screen, W_enc: Tensor) -> Codes:
-    """The first digit of a screen as nested codes of the rows of W_enc [d_in, d_sae], its columns times
-    `screen.scales`.  Rows that the screen leaves to refinement have no code in it, and get their own here."""
+    """The screen's first digit as nested codes of W_enc [d_in, d_sae] by rows, with columns times `screen.scales`.
+    Rows that the screen always computes exactly have no usable code in it, and are coded here."""
     d, F = W_enc.shape
     q = rows_of(screen.code)[:F, :d].contiguous()
     scale, zero = screen.table[Row.SCALE, :F, None].clone(), screen.table[Row.ZERO, :F, None].to(torch.uint8)
@@ -45,10 +45,10 @@ def screen_codes(screen: Screen, W_enc: Tensor) -> Codes:
 
 
 class MatryoshkaRows(MatryoshkaMatrix):
-    """Rows that are read one by one: the decoder's, one a feature."""
+    """Rows that are read individually: those of the decoder, one per feature."""
 
     def forward(self, index: Tensor) -> Tensor:
-        """Rows int64 [n] → fp32 [n, in_features]; the bytes of other rows are not used."""
+        """Rows int64 [n] → fp32 [n, in_features]; bytes of other rows are not used."""
         if self.extra_precision:
             return self.weight[index]
         return self.packed.rows(index, self.bits, self.mode)
@@ -57,14 +57,14 @@ class MatryoshkaRows(MatryoshkaMatrix):
 class MatryoshkaSAE(Coder):
     """The SAE f = relu(z) · (z > threshold), x̂ = f · W_dec + b_dec with W_enc and W_dec sliced to any width.
 
-    encoder: codes of W_encᵀ [d_sae, d_in] and b_enc; decoder: codes of W_dec [d_sae, d_out]; one scale and zero point a
-    feature unless grouped.  `gsf.set_bits(sae, 4)` or `gsf.set_bits(sae, {"encoder": 8, "decoder": 4})` changes the
-    widths.  Biases and thresholds stay fp32.  activations: "exact", or "int8": tokens rounded about `encoder.mean`.
-    It encodes, decodes and attaches as a JumpReLUSAE; its own answer is that of the sliced weights, not of the SAE that
-    it was made from.
+    encoder: codes of W_encᵀ [d_sae, d_in] and b_enc. decoder: codes of W_dec [d_sae, d_out]. They have one scale and
+    zero point per feature unless grouped.  `gsf.set_bits(sae, 4)` or `gsf.set_bits(sae, {"encoder": 8, "decoder": 4})`
+    changes the widths.  Biases and thresholds stay fp32.  activations: "exact", or "int8" (tokens minus `encoder.mean`,
+    rounded). It encodes, decodes and attaches like a JumpReLUSAE. Its results are those of the sliced weights, not
+    those of the SAE it was made from.
 
-    scales: fp32 [d_in] or None, powers of two: the encoder's codes are of W_enc's rows times them, activations are
-    divided by them first, both exactly.
+    scales: fp32 [d_in] or None, powers of two. The encoder's codes are of W_enc's rows times the scales, and
+    activations are first divided by them; both are exact.
     """
 
     encoder: MatryoshkaLinear
@@ -108,11 +108,11 @@ class MatryoshkaSAE(Coder):
         mean: Tensor | None = None,
         screen: bool = False,
     ) -> MatryoshkaSAE:
-        """Min–max codes of an SAE's rows.  mean [d_in]: about which int8 activations are rounded (default b_dec).
+        """Min–max codes of an SAE's rows.  mean [d_in]: subtracted before int8 rounding of activations (default b_dec).
 
-        screen: the encoder's code is the one that the SAE's certified screen reads (one scale a row, dimensions
-        balanced by `scales`), prepared now or stored with the SAE: a file that holds the screen holds this code.
-        ValueError for a coder that is not a plain JumpReLU SAE, and for groups of the screen's code.
+        screen: use the code of the SAE's certified screen for the encoder (one scale a row, dimensions balanced by
+        `scales`). It is prepared now, or was stored with the SAE: a file that has the screen has this code.
+        ValueError for a coder that is not a plain JumpReLU SAE, or if groups are requested with the screen's code.
         """
         if type(sae) is not JumpReLUSAE:
             raise ValueError(f"sae: expected a JumpReLU SAE, got a {type(sae).__name__} of kind {sae.kind!r}")
@@ -133,17 +133,17 @@ class MatryoshkaSAE(Coder):
         decoder = MatryoshkaRows(Packed.of(quantize(sae.W_dec, group_size), mode), bits, mode)
         return cls(encoder, decoder, sae.b_dec, sae.threshold, copy.deepcopy(sae.cfg), scales).to(sae.device)
 
-    # ---- the weights that serve now -------------------------------------------------------------------
+    # ---- the weights at the current width -------------------------------------------------------------
 
     @property
     def W_enc(self) -> Tensor:  # type: ignore[override]
-        """[d_in, d_sae] at the encoder's width: a new fp32 tensor at each access."""
+        """[d_in, d_sae] at the encoder's current width: a new fp32 tensor at each access."""
         rows = self.encoder.weight
         return (rows if self.scales is None else rows / self.scales).t()
 
     @property
     def W_dec(self) -> Tensor:  # type: ignore[override]
-        """[d_sae, d_out] at the decoder's width: a new fp32 tensor at each access."""
+        """[d_sae, d_out] at the decoder's current width: a new fp32 tensor at each access."""
         return self.decoder.weight
 
     @property
@@ -162,14 +162,14 @@ class MatryoshkaSAE(Coder):
     ) -> SparseLatents:
         """x [..., d_in], any floating dtype → SparseLatents of the sliced SAE, values fp32.
 
-        screen: None or False; its code is another use of the same rows.  ValueError for True, for a bandwidth (an SAE
-        of codes is not trained), a precision other than "exact", a wrong d_in or device; TypeError for integer or
+        screen: None or False, because the rows are codes already.  Raises ValueError for True, for a bandwidth (an SAE
+        of codes cannot be trained), a precision other than "exact", a wrong d_in or device; TypeError for integer or
         complex x.
         """
         if precision != "exact":
             raise ValueError(f"precision: expected 'exact' for a MatryoshkaSAE (rows of codes), got {precision!r}")
         if screen or bandwidth is not None:
-            raise ValueError("screen, bandwidth: expected neither for a MatryoshkaSAE, whose rows are codes already")
+            raise ValueError("screen, bandwidth: a MatryoshkaSAE supports neither: its rows are codes already")
         flat = self._tokens(x).float()
         flat = flat if self.scales is None else flat / self.scales
         at_once = max(1, PRE_BYTES // (4 * self.d_sae))
@@ -182,16 +182,16 @@ class MatryoshkaSAE(Coder):
         return SparseLatents(crow, col, z[row_indices(crow), col.long()], tuple(z.shape))
 
     def decode(self, latents: Tensor | SparseLatents) -> Tensor:
-        """Reconstruction fp32 [..., d_out]; reads the rows that fired and no others.
+        """Reconstruction fp32 [..., d_out]; reads only the rows that fired.
 
-        Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
+        Dense latents that need a gradient are decoded by a dense product, because zeros have gradients too.
         """
         check_latents(latents, self.d_sae, self.device)
         if isinstance(latents, Tensor) and derivative_wanted(latents):
             return self._decode_dense(latents)
         if isinstance(latents, Tensor):
             latents = SparseLatents.from_dense(latents)
-        # a token may hold more than GATHERED latents, and is then a part of its own
+        # a token may have more than GATHERED latents; it is then a part by itself
         part_of = latents.crow_indices[:-1].div(GATHERED, rounding_mode="floor")
         sizes = torch.unique_consecutive(part_of, return_counts=True)[1].tolist()
         parts, first = [], 0
@@ -205,7 +205,7 @@ class MatryoshkaSAE(Coder):
         start, end = int(latents.crow_indices[first]), int(latents.crow_indices[last])
         crow = latents.crow_indices[first : last + 1] - start
         check_columns(latents.col_indices[start:end], self.d_sae)
-        # ascending, so that a token's features are summed in their order
+        # ascending, so that a token's features are added in order
         rows, col = torch.unique(latents.col_indices[start:end].long(), return_inverse=True)
         values = latents.values[start:end].float()
         return ops.decode(crow, col.to(torch.int32), values, self.decoder(rows), self.b_dec, None)
@@ -213,7 +213,7 @@ class MatryoshkaSAE(Coder):
     # ---- files ----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> int:
-        """Write codes, biases, thresholds and the configuration; gives the size in bytes."""
+        """Write codes, biases, thresholds and the configuration; returns the size in bytes."""
         beside = {"encoder.bias": self.b_enc, "b_dec": self.b_dec, "threshold": self.threshold}
         if self.encoder.mean is not None:
             beside["encoder.mean"] = self.encoder.mean
@@ -230,7 +230,7 @@ class MatryoshkaSAE(Coder):
 
     @classmethod
     def load(cls, path: str | Path) -> MatryoshkaSAE:
-        """The inverse of `save`.  CheckpointError where the file holds something else or its arrays disagree."""
+        """The inverse of `save`.  CheckpointError if the file is of another kind or its arrays disagree."""
         held, beside, about = storage.load(path)
         if about.get("kind") != "matryoshka_sae":
             raise CheckpointError(f"{path}: expected a MatryoshkaSAE, got {about.get('kind')!r}")
@@ -250,7 +250,7 @@ class MatryoshkaSAE(Coder):
             raise CheckpointError(f"{path}: arrays of a MatryoshkaSAE disagree: {error}") from error
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MatryoshkaSAE:
-        # a cast moves the SAE; near a threshold rounded biases would decide otherwise
+        # a cast moves the SAE but keeps fp32: near a threshold, rounded biases would change which features fire
         kept = {name: getattr(self, name) for name in ("b_dec", "threshold", "scales")}
         super()._apply(fn, recurse)
         for name, before in kept.items():

@@ -1,5 +1,5 @@
 """Packed matrices in safetensors: tensors `<name>.plane0` …, `.scale`, `.zero_point`, `.overflow_crow`, `.overflow_col`
-and whatever stands beside them (bias, mean), with one JSON object of shapes under the metadata key "matryoshka"."""
+and other tensors (bias, mean), with a JSON object of shapes under the metadata key "matryoshka"."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VERSION = 1
 
 
 def save(path: str | Path, matrices: Mapping[str, Packed], beside: Mapping[str, Tensor], about: dict[str, Any]) -> int:
-    """Write atomically; gives the file's size in bytes.  `about` must be JSON."""
+    """Write atomically; returns the size of the file in bytes.  `about` must be JSON."""
     path = Path(path)
     tensors = dict(beside)
     layers = {}
@@ -41,14 +41,14 @@ def save(path: str | Path, matrices: Mapping[str, Packed], beside: Mapping[str, 
             "mode": packed.mode,
         }
     header = json.dumps({"version": VERSION, "layers": layers, "about": about})
-    # wide types first keep each array aligned
+    # wide types first, so that each array stays aligned
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
     write_safetensors(path, ordered, {KEY: header})
     return path.stat().st_size
 
 
 def load(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor], dict[str, Any]]:
-    """(matrices, what stood beside them, about).  CheckpointError where codes, scales and shapes disagree."""
+    """(matrices, other tensors, about).  CheckpointError if codes, scales and shapes disagree."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -72,14 +72,14 @@ def load(path: str | Path) -> tuple[dict[str, Packed], dict[str, Tensor], dict[s
 
 
 def _matrix(path: Path, tensors: dict[str, Tensor], name: str, layer: dict[str, Any]) -> Packed:
-    """Take one matrix's tensors out of `tensors`."""
+    """Remove one matrix's tensors from `tensors` and return the matrix."""
     rows, columns = (integer(path, f"{name}: shape", n) for n in integers(path, f"{name}: shape", layer["shape"], 2))
     stored, group = integer(path, f"{name}: stored", layer["stored"], 2, 8), layer["group_size"]
     group = None if group is None else integer(path, f"{name}: group_size", group)
     planes = tuple(tensors.pop(f"{name}.plane{i}") for i in range(len(WIDTHS[stored])))
     crow, col = tensors.pop(f"{name}.overflow_crow", None), tensors.pop(f"{name}.overflow_col", None)
     if (crow is None) != (col is None):
-        raise ValueError(f"{name}: half an overflow list")
+        raise ValueError(f"{name}: overflow_crow without overflow_col, or the reverse")
     scale = tensors.pop(f"{name}.scale")
     if not bool(torch.isfinite(scale).all()):
         raise ValueError(f"{name}.scale: expected finite values")

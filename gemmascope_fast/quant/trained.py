@@ -1,4 +1,4 @@
-"""What training of nested codes gives, as `quantize_` takes it."""
+"""The result of training nested codes, in the form that `quantize_` accepts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemmascope_fast.ops.codes import Codes
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's result: codes by path of the linear layer, and the norms' new weights (by path) that go with them."""
+    """Result of a training run: codes by path of the linear layer, and the new norm weights (by path) for them."""
 
     codes: dict[str, Codes]
     gains: dict[str, Tensor] = field(default_factory=dict)
@@ -26,6 +26,6 @@ class Trained:
 
 
 def put(parent: nn.Module, name: str, module: nn.Module) -> None:
-    """Set the submodule at a path."""
+    """Put a submodule at a path."""
     path, _, child = name.rpartition(".")
     setattr(parent.get_submodule(path), child, module)

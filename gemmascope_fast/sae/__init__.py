@@ -1,1 +1,1 @@
-"""Coders (JumpReLU, top-k, transcoders, cross-layer), where their rows live, and the screen; no files, no models."""
+"""SAE modules (JumpReLU, top-k, transcoders, cross-layer), row storage and the screen. No file formats, no models."""

@@ -1,4 +1,4 @@
-"""What every coder of one site offers, however its weights are held."""
+"""The interface that every coder of one site has, however it stores its weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Field:
 
 
 class Coder(nn.Module):
-    """An encoder of activations [..., d_in] to sparse latents [..., d_sae], and a decoder of those to [..., d_out].
+    """Base class: encodes activations [..., d_in] to sparse latents [..., d_sae] and decodes them to [..., d_out].
 
     Subclasses give `encode_sparse` and `decode`, and have W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc and
     threshold [d_sae], and b_dec [d_out].  What a kind has beside these it declares in `extra_arrays` and
@@ -49,7 +49,7 @@ class Coder(nn.Module):
     b_enc: Any
     b_dec: Any
     threshold: Any
-    _load: ClassVar[Callable[..., Any]]  # `from_pretrained` of any kind, set by gemmascope_fast.checkpoints.loading
+    _load: ClassVar[Callable[..., Any]]  # loads any kind; set by gemmascope_fast.checkpoints.loading
 
     @classmethod
     def from_pretrained(
@@ -60,13 +60,13 @@ class Coder(nn.Module):
         dtype: str | torch.dtype = torch.float32,
         **options: Any,
     ) -> T:
-        """As `gsf.SAE.from_pretrained`, and a TypeError naming the kind where the checkpoint is another."""
+        """Like `gsf.SAE.from_pretrained`, but a checkpoint of another kind is a TypeError that names it."""
         loaded = cls._load(repo_or_folder, sae_id, device=device, dtype=dtype, **options)
         if loaded.kind != cls.kind:
             place = repo_or_folder or options["release"]
             raise TypeError(
                 f"{place}: expected a checkpoint of kind {cls.kind!r}, got {loaded.kind!r}"
-                f" ({type(loaded).__name__}); gsf.SAE.from_pretrained takes any"
+                f" ({type(loaded).__name__}); gsf.SAE.from_pretrained loads every kind"
             )
         return loaded  # type: ignore[no-any-return]
 
@@ -89,7 +89,7 @@ class Coder(nn.Module):
         return self.reconstruct(self.encode_sparse(x), x)
 
     def reconstruct(self, latents: Tensor | SparseLatents, x: Tensor) -> Tensor:
-        """`forward` of x [..., d_in] whose latents are there already: [..., d_out]."""
+        """Like `forward` for x [..., d_in], with latents that were already computed: [..., d_out]."""
         return self.decode(latents)
 
     def neuronpedia_url(self, feature: int) -> str:
@@ -110,11 +110,11 @@ class Coder(nn.Module):
         return f"https://www.neuronpedia.org/{about}/{index}"
 
     def prepare(self: T, force: bool = False, **options: Any) -> T:
-        """Build now what encoding would build at its first use; nothing where there is nothing to build."""
+        """Build now what the first encode would otherwise build. Does nothing if there is nothing to build."""
         return self
 
     def packed_bytes(self) -> int:
-        """Bytes held beside the parameters."""
+        """Bytes of memory used in addition to the parameters."""
         return 0
 
     @property
@@ -127,13 +127,13 @@ class Coder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where activations are wanted."""
+        """The device on which activations are expected."""
         device: torch.device = self.b_dec.device
         return device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and of what `encode` and `decode` return."""
+        """The dtype of the weights, and of the results of `encode` and `decode`."""
         dtype: torch.dtype = self.W_enc.dtype
         return dtype
 
@@ -141,7 +141,7 @@ class Coder(nn.Module):
         return f"d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}, site={self.cfg.hook_name}, dtype={self.dtype}"
 
     def _tokens(self, x: Tensor) -> Tensor:
-        """x as [N, d_in], checked."""
+        """Check x and reshape it to [N, d_in]."""
         expect_tensor("x", x)
         if not x.is_floating_point():
             raise TypeError(f"x: expected a floating dtype, got {x.dtype}")
@@ -152,6 +152,6 @@ class Coder(nn.Module):
         return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
     def _decode_dense(self, latents: Tensor) -> Tensor:
-        """A dense product, for latents that need a gradient: zeros have gradients too."""
+        """Decode with a dense product, because latents that are zero have gradients too."""
         dense = exact_product(latents, self.W_dec) + self.b_dec.float()
         return dense.to(self.W_dec.dtype)

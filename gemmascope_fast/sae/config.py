@@ -10,7 +10,7 @@ from gemmascope_fast.sae.sites import Site
 
 @dataclass
 class SAEMetadata:
-    """Where an SAE comes from; all of it optional."""
+    """Where an SAE comes from. All fields are optional."""
 
     model_name: str | None = None
     neuronpedia_id: str | None = None
@@ -19,7 +19,7 @@ class SAEMetadata:
 
 @dataclass
 class SAEConfig:
-    """Dimensions and site.  `d_out` is d_in for an SAE; `site_out` is where a transcoder writes."""
+    """Dimensions and site.  For an SAE, `d_out` equals d_in.  `site_out` is where a transcoder writes."""
 
     d_in: int
     d_sae: int

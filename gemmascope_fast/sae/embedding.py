@@ -1,4 +1,4 @@
-"""SAEs of embeddings, which Gemma scales after its table and Gemma Scope reads unscaled."""
+"""SAEs of embeddings. Gemma scales embeddings after the table lookup; Gemma Scope's SAEs read unscaled ones."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 def scaled_embedding_sae(sae: JumpReLUSAE, scale: float | None = None) -> JumpReLUSAE:
     """An embedding SAE for embeddings that were multiplied by `scale` (Gemma: √d, the default).
 
-    W_enc / scale reads them, W_dec · scale and b_dec · scale write them: all three (SAELens leaves b_dec).
-    `attach` needs none of this: it gives an `embed` site the unscaled embeddings.
+    W_enc is divided by `scale`, W_dec and b_dec are multiplied by it (SAELens does not scale b_dec).
+    `attach` does not need this function: it gives the SAE of an `embed` site the unscaled embeddings.
     """
     scale = sae.cfg.d_in**0.5 if scale is None else scale
     if not scale > 0:

@@ -28,11 +28,11 @@ S = TypeVar("S", bound="JumpReLUSAE")
 
 
 class JumpReLUSAE(Coder):
-    """x̂ = f @ W_dec + b_dec with f = relu(z) · (z > threshold), z = x @ W_enc + b_enc (Gemma Scope, section 1 of
-    the paper): exact, sparse from the moment the latents exist.
+    """x̂ = f @ W_dec + b_dec with f = relu(z) · (z > threshold), z = x @ W_enc + b_enc (Gemma Scope paper, section 1).
+    Results are exact, and latents are sparse from the start (no dense tensor is made).
 
-    Parameters, Gemma Scope's names and shapes: W_enc [d_in, d_sae] (held as the transposed view of
-    [d_sae, d_in] storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
+    Parameters have Gemma Scope's names and shapes: W_enc [d_in, d_sae] (a transposed view of [d_sae, d_in]
+    storage), W_dec [d_sae, d_out], b_enc and threshold [d_sae], b_dec [d_out].
     """
 
     rows: Rows  # where the rows of W_enc and W_dec live
@@ -73,9 +73,9 @@ class JumpReLUSAE(Coder):
         cfg: SAEConfig | None = None,
         **more: Any,
     ) -> JumpReLUSAE:
-        """From tensors of Gemma Scope's names and shapes, all of one floating dtype and device.
+        """Build from tensors with Gemma Scope's names and shapes. All need the same floating dtype and the same device.
 
-        Raises ValueError where shapes disagree or a threshold is not finite, TypeError for other dtypes.
+        Raises ValueError if shapes disagree or a threshold is not finite, TypeError for other dtypes.
         """
         return cls(W_enc, W_dec, b_enc, b_dec, threshold, cfg, **more)
 
@@ -86,13 +86,13 @@ class JumpReLUSAE(Coder):
     ) -> SparseLatents:
         """x [..., d_in], any floating dtype (widened exactly; float64 is rounded to float32) → SparseLatents.
 
-        screen: True and False force the certified screen on or off, None takes what is fastest for the number
-        of tokens; the bytes are the same.  bandwidth ε: pairs with |z - threshold| < ε/2 are stored too, with
-        value 0 where they did not fire, and the threshold gets its straight-through gradient.
-        precision: "exact", or "tensor" for op `encode_tensor`: tensor cores on a GPU, with no promise of bytes,
-        within the tolerance that ops/encode_tensor.py derives; it takes neither screen nor bandwidth.
-        Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x and for lists and
-        arrays.
+        screen: True or False turns the certified screen on or off; None chooses the faster way for this number of
+        tokens. The result is the same, byte for byte.
+        bandwidth ε: pairs with |z - threshold| < ε/2 are stored too, with value 0 if they did not fire, and the
+        threshold gets its straight-through gradient.
+        precision: "exact", or "tensor" to use op `encode_tensor` (tensor cores on a GPU). Its results are within the
+        tolerance derived in ops/encode_tensor.py, not byte-exact. It cannot be combined with screen or bandwidth.
+        Raises ValueError for a wrong d_in, device or precision, TypeError for integer or complex x, lists and arrays.
         """
         flat = self._tokens(x)
         self.rows.check()
@@ -108,29 +108,30 @@ class JumpReLUSAE(Coder):
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
 
     def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
-        """(crow_indices, col_indices, values fp32) of x [N, d_in], every pair in full precision."""
+        """(crow_indices, col_indices, values fp32) of x [N, d_in], with every pair computed in full precision."""
         return ops.encode(x, *weights, bandwidth)
 
     def encode_screened(
         self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
     ) -> Sequence[Tensor]:
-        """The same bytes; `screen` is of these weights."""
+        """The same result as `encode_unscreened`, with a screen that was built from these weights."""
         return screen.encode(x, *weights, bandwidth=bandwidth, mapped=self.rows.holds(weights.W_enc))
 
     def check_encoder(self, weights: EncoderWeights) -> None:
-        """Raise ValueError where edited weights are not an encoder of this SAE any more."""
+        """Raise ValueError if the edited weights no longer fit this SAE."""
         check_encoder(weights, self.d_in, self.d_sae)
 
     def _unpacked(self, screen: bool | None) -> bool:
-        """Whether op `encode` serves, whose bytes are the same: torch.compile cannot trace what is packed, and what is
-        packed is not of weights that `torch.func` put in place of the parameters."""
+        """Whether to use plain op `encode`, which gives the same bytes. torch.compile cannot trace the screen, and
+        weights
+        that `torch.func` puts in place of the parameters have no screen."""
         if torch.compiler.is_compiling():
             return not screen
         replaced = type(self.W_enc) is not nn.Parameter
         if not replaced and not transformed():
             return False
         if screen and replaced:
-            raise ValueError("screen: expected None or False where torch.func replaces the weights, got True")
+            raise ValueError("screen: expected None or False when torch.func replaces the weights, got True")
         return not screen and not self.rows.only_through_screen
 
     def _encode_tensor(
@@ -141,7 +142,7 @@ class JumpReLUSAE(Coder):
         if screen or bandwidth is not None:
             raise ValueError("precision: 'tensor' takes neither screen nor bandwidth")
         if self.rows.only_through_screen:
-            raise ValueError("precision: 'tensor' reads every row, which those in host memory are not for")
+            raise ValueError("precision: 'tensor' reads every row, which is too slow for rows in host memory")
         crow, col, values = ops.encode_tensor(flat, self.W_enc, self.b_enc, self.threshold)
         return SparseLatents(crow, col, values.to(self.W_enc.dtype), (*rows, self.cfg.d_sae))
 
@@ -150,9 +151,9 @@ class JumpReLUSAE(Coder):
     def decode(self, latents: Tensor | SparseLatents) -> Tensor:
         """Reconstruction [..., d_out] in the SAE's dtype from dense [..., d_sae] or sparse latents.
 
-        Dense latents that need a gradient are decoded by a dense product: zeros have gradients too.
-        Raises ValueError for another d_sae or device, TypeError for what is neither a floating tensor nor
-        SparseLatents, IndexError where col_indices leave [0, d_sae).
+        Dense latents that need a gradient are decoded by a dense product, because zeros have gradients too.
+        Raises ValueError for a wrong d_sae or device, TypeError if latents are neither a floating tensor nor
+        SparseLatents, IndexError if col_indices are outside [0, d_sae).
         """
         check_latents(latents, self.cfg.d_sae, self.device)
         self.rows.check()
@@ -166,17 +167,20 @@ class JumpReLUSAE(Coder):
         return in_dtype(out, self.W_dec.dtype).reshape(*latents.shape[:-1], self.cfg.d_out)
 
     def prepare(self, force: bool = False, **options: Any) -> JumpReLUSAE:
-        """Pack now instead of at first use: lay out the rows and build the certified screen.
+        """Lay out the rows and build the certified screen now instead of at first use.
 
-        force: build anew even where nothing was seen to change; needed after edits that nobody can see
-        (`p.data.mul_()`, a numpy alias, inference tensors).
-        Options, kept for later rebuilds; answers depend on none of them: centre [d_in], a point near the mean of the
-        activations (default: b_dec where the SAE reconstructs its own input); sample [..., d_in], activations whose
-        mean is taken for it, and whose spread balances dimensions in place of what the decoder says; directions,
-        [k, d_in] or how many to find in the sample, along which activations vary most (default: the massive dimensions
-        that b_dec shows, 0: none): with several tokens they leave fewer features to a second look; second_digit
-        (default True), another byte a weight that spares nearly all rows that do not fire; codes, `matryoshka.Codes` of
-        W_encᵀ with a scale a row, e.g. trained ones, whose 8 bits decide in place of the screen's own.
+        force: rebuild even if no change was detected. Needed after edits that cannot be detected (`p.data.mul_()`, a
+        numpy
+        alias, inference tensors).
+        The options are kept for later rebuilds. They affect speed only, never results:
+        centre [d_in]: a point near the mean of the activations (default: b_dec if the SAE reconstructs its own input).
+        sample [..., d_in]: activations. Their mean is used as the centre, and their spread balances the dimensions.
+        directions: [k, d_in], or how many to find in the sample, along which activations vary most (default: the
+        massive
+        dimensions seen in b_dec; 0: none). With several tokens they leave fewer features to check again.
+        second_digit (default True): a second byte per weight, which rules out nearly all rows that do not fire.
+        codes: `matryoshka.Codes` of W_encᵀ with one scale a row (e.g. trained), used instead of the screen's own 8
+        bits.
         """
         self.screen_cache.refresh(self, force=force)
         if options or self.screen_cache.stale():
@@ -184,12 +188,12 @@ class JumpReLUSAE(Coder):
         return self
 
     def pin_rows(self, device: str | torch.device = "cuda") -> JumpReLUSAE:
-        """Put the encoder's rows into pinned host memory and everything else on a CUDA device, in place.
+        """Move the encoder's rows into pinned host memory and everything else to a CUDA device, in place.
 
-        Every encode takes the screen, whose codes are on the device, and reads over the bus only the rows of what they
-        could not rule out: the bytes are the same.  Parameters ask for no gradient from here on.  `.to` another device
-        makes the rows resident again.
-        Raises ValueError for another kind of device or mapped rows, BackendError where there is no CUDA device.
+        Every encode then uses the screen, whose codes are on the device, and reads over the bus only the rows that the
+        screen could not rule out. The result is the same, byte for byte. Parameters no longer require gradients.
+        Moving to another device with `.to` makes the rows resident again.
+        Raises ValueError for another kind of device or mapped rows, BackendError if there is no CUDA device.
         """
         pin_rows(self, torch.device(device))
         return self
@@ -221,7 +225,7 @@ class JumpReLUSAE(Coder):
         return {}
 
     def encoder_weights(self) -> EncoderWeights:
-        """The parameters that an encode reads, as they are now."""
+        """The parameters that an encode reads, with their current values."""
         return EncoderWeights(self.W_enc, self.b_enc, self.threshold)
 
     def screen_centre(self) -> Tensor | None:
@@ -239,19 +243,19 @@ class JumpReLUSAE(Coder):
         return balancing_scales(self.W_enc.detach(), decoder_spread(self.W_dec.detach()), self.screen_directions())
 
     def packed_bytes(self) -> int:
-        """Bytes held beside the parameters: the screen's codes and bounds."""
+        """Bytes used in addition to the parameters: the screen's codes and bounds."""
         return self.screen_cache.nbytes
 
     # ---- module plumbing ----------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> JumpReLUSAE:
-        """A copy of its own; mapped rows stay in their file (`Rows.before_copy`), and their screen is shared."""
+        """A copy. Mapped rows stay in their file (`Rows.before_copy`); a screen of mapped rows is shared."""
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         self.rows.before_copy(self, memo)
         made.__setstate__(copy.deepcopy(self.__dict__, memo))
         if not made.rows.in_memory:
-            # building a screen would read every row
+            # without this, building a screen would read every row
             self.screen_cache.share(self, made)
         return made
 
@@ -266,14 +270,14 @@ class JumpReLUSAE(Coder):
 
 
 class JumpReLUTranscoder(JumpReLUSAE):
-    """Reads one site, reconstructs another: x̂ is the output at `cfg.site_out`."""
+    """Reads one site and reconstructs another: x̂ is the output at `cfg.site_out`."""
 
     kind = "transcoder"
     reconstructs_input = False
 
 
 class JumpReLUSkipTranscoder(JumpReLUTranscoder):
-    """A transcoder with an affine skip: x̂ = f @ W_dec + b_dec + x @ W_skip, W_skip [d_in, d_out]."""
+    """A transcoder with an affine skip: x̂ = f @ W_dec + b_dec + x @ W_skip, with W_skip [d_in, d_out]."""
 
     kind = "skip_transcoder"
     extra_arrays: ClassVar[Mapping[str, tuple[str, ...]]] = {"W_skip": ("d_in", "d_out")}

@@ -20,7 +20,7 @@ from gemmascope_fast.sae.sites import Site
 
 @dataclass
 class MultiSiteConfig:
-    """d_in and d_sae of one layer, the sites read and written in layer order (None where they are not known)."""
+    """d_in and d_sae of one layer, and the sites read and written, in layer order (None if unknown)."""
 
     d_in: int
     d_sae: int
@@ -31,13 +31,13 @@ class MultiSiteConfig:
 
 
 class CrossLayerTranscoder(nn.Module):
-    """Latents of layer i read site i and write to the outputs of the layers i, i+1, …, n-1:
+    """Cross-layer transcoder: latents of layer i read site i and write to the outputs of layers i, i+1, …, n-1.
 
     `f_i = jumprelu(x_i @ W_enc[i] + b_enc[i])`,
     `x̂_l = Σ_{i ≤ l} f_i @ W_dec[i][:, l - i] + b_dec[l]  (+ x_l @ W_skip[l])`
 
-    `layers[i]` is a JumpReLUTranscoder whose W_dec is [d_sae, (n - i) · d], the outputs side by side, and whose
-    b_dec is layer i's bias followed by zeros; so one sparse decode serves all outputs.
+    `layers[i]` is a JumpReLUTranscoder. Its W_dec is [d_sae, (n - i) · d], with the outputs side by side, and its
+    b_dec is layer i's bias followed by zeros. So one sparse decode computes all outputs.
     """
 
     kind = "cross_layer_transcoder"
@@ -77,9 +77,9 @@ class CrossLayerTranscoder(nn.Module):
         threshold: Sequence[Tensor],
         W_skip: Sequence[Tensor] | None = None,
     ) -> CrossLayerTranscoder:
-        """One of each a layer: `W_enc[i]` is [d, d_sae], `W_dec[i]` [d_sae, n, d] or [d_sae, n - i, d] (of the first,
-        the outputs from i on count), `b_enc[i]` and `threshold[i]` [d_sae], `b_dec[i]` [d], `W_skip[i]` [d, d]
-        (x @ A)."""
+        """Build from one tensor per layer: `W_enc[i]` is [d, d_sae], `W_dec[i]` [d_sae, n, d] (only outputs i and later
+        are used) or [d_sae, n - i, d], `b_enc[i]` and `threshold[i]` [d_sae], `b_dec[i]` [d], `W_skip[i]` [d, d].
+        """
         n, layers = len(W_enc), []
         for i in range(n):
             decoder, d = W_dec[i], W_enc[i].shape[0]
@@ -102,7 +102,7 @@ class CrossLayerTranscoder(nn.Module):
         return self.layers[i]  # type: ignore[return-value]
 
     def encode_sparse(self, x: Tensor | Sequence[Tensor], screen: bool | None = None) -> list[SparseLatents]:
-        """x [n_layers, ..., d] (or one tensor a layer) → one SparseLatents [..., d_sae] a layer."""
+        """x [n_layers, ..., d] (or a list with one tensor per layer) → a list of SparseLatents [..., d_sae]."""
         self._check(x)
         return [self._layer(i).encode_sparse(x[i], screen) for i in range(self.n_layers)]
 
@@ -113,7 +113,7 @@ class CrossLayerTranscoder(nn.Module):
             return torch.stack(found)
 
     def decode(self, latents: Sequence[SparseLatents] | Tensor) -> Tensor:
-        """[n_layers, ..., d] in the coder's dtype: sums over source layers in fp32, in order, without the skip."""
+        """[n_layers, ..., d] in the coder's dtype. Adds source layers in order, in fp32, without the skip."""
         if len(latents) != self.n_layers:
             raise ValueError(f"latents: expected {self.n_layers} layers, got {len(latents)}")
         total: Tensor | None = None
@@ -130,7 +130,7 @@ class CrossLayerTranscoder(nn.Module):
         return total.to(self.dtype)
 
     def skip(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """x_l @ W_skip[l] for each layer, zeros without a skip."""
+        """x_l @ W_skip[l] for each layer; zeros if there is no skip."""
         self._check(x)
         if self.W_skip is None:
             return torch.stack([torch.zeros_like(x[i], dtype=torch.float32) for i in range(self.n_layers)]).to(
@@ -139,7 +139,7 @@ class CrossLayerTranscoder(nn.Module):
         return torch.stack([exact_product(x[i], skip) for i, skip in enumerate(self.W_skip)]).to(self.dtype)
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
-        """Reconstructed outputs [n_layers, ..., d] of the inputs x [n_layers, ..., d]."""
+        """Reconstruct outputs [n_layers, ..., d] from the inputs x [n_layers, ..., d]."""
         out = self.decode(self.encode_sparse(x))
         return out if self.W_skip is None else out + self.skip(x)
 
@@ -153,8 +153,8 @@ class CrossLayerTranscoder(nn.Module):
 class Crosscoder(JumpReLUSAE):
     """One set of latents for n sites: z = Σ_l x_l @ W_enc[l] + b_enc, x̂_l = f @ W_dec[l] + b_dec[l].
 
-    Held as an SAE of the sites side by side: W_enc [n · d, d_sae], W_dec [d_sae, n · d], b_dec [n · d].
-    x and x̂ are [..., n, d], or [..., n · d].
+    Stored as one SAE of all sites side by side: W_enc [n · d, d_sae], W_dec [d_sae, n · d], b_dec [n · d].
+    x and x̂ have shape [..., n, d] or [..., n · d].
     """
 
     kind = "crosscoder"
@@ -183,5 +183,5 @@ class Crosscoder(JumpReLUSAE):
         return super().encode_sparse(self._flat(x), screen, bandwidth, precision)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x̂ in the shape of x."""
+        """x̂ in the same shape as x."""
         return super().forward(x).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Where the rows of an SAE live: in memory (here), in pinned host memory (sae/pinned.py), in a file
+"""Where the rows of an SAE are stored: in memory (this file), in pinned host memory (sae/pinned.py) or in a file
 (checkpoints/mapped.py)."""
 
 from __future__ import annotations
@@ -9,40 +9,40 @@ from torch import Tensor
 
 
 def as_rows(W_enc: Tensor) -> Tensor:
-    """The same [d_in, d_sae] values as the transposed view of contiguous [d_sae, d_in] storage."""
+    """W_enc [d_in, d_sae] as the transposed view of contiguous [d_sae, d_in] storage."""
     rows = W_enc.t()
     return W_enc if rows.is_contiguous() else rows.contiguous().t()
 
 
 class Rows:
-    """Rows in memory.  An SAE has one of these; subclasses say what differs where rows live elsewhere."""
+    """Rows in memory.  Every SAE has one of these; subclasses handle rows stored elsewhere."""
 
-    only_through_screen = False  # True: a full read is too slow to offer, so every encode takes the screen
-    in_memory = True  # large pages help rows in memory; a mapped file would be read in full
+    only_through_screen = False  # True: reading all rows is too slow, so every encode uses the screen
+    in_memory = True  # large pages help rows in memory; for a mapped file they would read all of it
 
     def check(self) -> None:
-        """Raise CheckpointError where what the rows are read from has changed since it was opened."""
+        """Raise CheckpointError if the file behind the rows has changed since it was opened."""
 
     def lay_out(self, W_enc: Tensor) -> Tensor:
-        """W_enc [d_in, d_sae] in the layout that kernels read; the same tensor where it has it already.
+        """W_enc [d_in, d_sae] in the layout that kernels read; the same tensor if it already has it.
 
-        Called after the weights were seen to change: assignment, `.data =` and casts can bring another layout.
+        Called after a change of the weights: assignment, `.data =` and casts can bring another layout.
         """
         return as_rows(W_enc)
 
     def holds(self, weight: Tensor) -> bool:
-        """Whether this weight lies in a mapped file."""
+        """Whether this weight is stored in a mapped file."""
         return False
 
     def prefetch(self, weight: Tensor, ids: Tensor) -> None:
-        """Announce which rows of a weight are read next, where that helps."""
+        """Prefetch the rows of a weight that are read next, if that helps."""
 
     def after_change(self, sae: Any) -> Rows:
-        """The rows of an SAE whose parameters were cast, moved or replaced."""
+        """The `Rows` to use after the parameters were cast, moved or replaced."""
         return self
 
     def before_copy(self, sae: Any, memo: dict[int, Any]) -> None:
-        """Put into the memo of a deepcopy what must not be copied as it is."""
+        """Add to the memo of a deepcopy what must not be copied."""
 
     def before_pickle(self) -> None:
-        """Raise TypeError where the rows cannot be pickled."""
+        """Raise TypeError if the rows cannot be pickled."""

@@ -1,4 +1,4 @@
-"""The screen of one SAE: built at first use, and again after its weights change."""
+"""The screen of one SAE: built at first use, and rebuilt after its weights change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gemmascope_fast.sae.weights import EncoderWeights, WeightWatch
 
 
 class Screened(Protocol):
-    """What the cache needs of an SAE."""
+    """What the cache needs from an SAE."""
 
     rows: Rows
 
@@ -46,7 +46,7 @@ class Screened(Protocol):
 
 @dataclass(frozen=True)
 class ScreenOptions:
-    """What `JumpReLUSAE.prepare` was given; kept for later rebuilds.  None: the SAE's own choice."""
+    """The arguments of `JumpReLUSAE.prepare`, kept for later rebuilds.  None: the SAE's default."""
 
     centre: Tensor | None = None
     directions: Tensor | int | None = None  # 0: none
@@ -65,16 +65,16 @@ class ScreenOptions:
         second_digit: bool = True,
         codes: Codes | None = None,
     ) -> ScreenOptions:
-        """Check the arguments of `prepare` and read what the sample says."""
+        """Check the arguments of `prepare` and compute what is needed from the sample."""
         if sample is not None and centre is not None:
-            raise ValueError("sample, centre: expected at most one of them")
+            raise ValueError("sample, centre: give at most one of them")
         for name, given in (("sample", sample), ("centre", centre)):
             if given is not None:
                 expect_tensor(name, given)
         if not isinstance(directions, int | None):
             expect_tensor("directions", directions, "a number or a torch.Tensor")
         if isinstance(directions, int) and directions and sample is None:
-            raise ValueError(f"directions: {directions} of them can only be found in a sample; got none")
+            raise ValueError(f"directions: {directions} of them can only be found in a sample; pass one")
         spread = None
         if sample is not None:
             if sample.shape[-1:] != (d_in,) or not sample.is_floating_point():
@@ -90,40 +90,40 @@ class ScreenOptions:
 
 
 class ScreenCache:
-    """The screen of one SAE and the weights that it is of, behind a lock."""
+    """The screen of one SAE and the weights it was built from, behind a lock."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._watch = WeightWatch()
         self._options = ScreenOptions()
         self._screen: Screen | None = None
-        self._built_at = -1  # `watch.changes` when the screen was built
-        self._met_at = -1  # `watch.changes` when an encode last met weights that the screen is not of
+        self._built_at = -1  # value of `watch.changes` when the screen was built
+        self._met_at = -1  # value of `watch.changes` at the last encode whose weights did not fit the screen
         _CACHES.add(self)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a copy builds its own screen; locks do not travel
+        # a copy builds its own screen; a lock cannot be pickled
         return (type(self), ())
 
     @property
     def screen(self) -> Screen | None:
-        """The screen that is held now."""
+        """The current screen, or None."""
         return self._screen
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the screen, on whatever device it is."""
+        """Bytes of the screen, on any device."""
         screen = self._screen
         return 0 if screen is None else screen.nbytes
 
     def stale(self) -> bool:
-        """Whether there is no screen of the weights last seen."""
+        """Whether there is no screen for the weights last seen."""
         return self._screen is None or self._built_at != self._watch.changes
 
     def refresh(self, sae: Screened, force: bool = False) -> EncoderWeights:
-        """The encoder's weights as they are now, checked and laid out again where they were seen to change.
+        """The encoder's current weights, checked and laid out again if they changed.
 
-        force: take them as changed, and drop the screen.
+        force: treat them as changed, and drop the screen.
         """
         weights = sae.encoder_weights()
         if not force and not self._watch.changed(weights):
@@ -134,7 +134,7 @@ class ScreenCache:
             held = weights.W_enc.data
             laid_out = sae.rows.lay_out(held)
             if laid_out is not held:
-                weights.W_enc.data = laid_out  # once after a change, not at each call
+                weights.W_enc.data = laid_out  # once after a change, not in each call
             self._watch.note(weights)
             if force:
                 self._screen, self._built_at = None, -1
@@ -148,7 +148,7 @@ class ScreenCache:
             self._current(sae, self.refresh(sae))
 
     def adopt(self, sae: Screened, screen: Screen) -> None:
-        """Take a screen that was stored with these very weights."""
+        """Use a screen that was stored with these same weights."""
         weights = self.refresh(sae)
         with self._lock:
             directions = 0 if screen.directions is None else screen.directions
@@ -156,24 +156,24 @@ class ScreenCache:
             self._hold(screen, weights)
 
     def share(self, sae: Screened, twin: Any) -> None:
-        """Give an SAE of the same weights the screen that `sae` has, if it has one of them."""
+        """Share the screen of `sae`, if it has one, with an SAE of the same weights."""
         self.refresh(sae)
         if self._screen is not None and not self.stale():
             twin.screen_cache.adopt(twin, self._screen)
 
     def encode(self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None) -> Sequence[Tensor]:
-        """(crow_indices, col_indices, values fp32) of x [N, d_in] with the weights of now.
+        """(crow_indices, col_indices, values fp32) of x [N, d_in] with the current weights.
 
         screen: as in `JumpReLUSAE.encode_sparse`.
         """
         weights = self.refresh(sae)
         if sae.rows.only_through_screen:
             if screen is False:
-                raise ValueError("screen: expected None or True, for rows in host memory are read through the screen")
+                raise ValueError("screen: expected None or True: rows in host memory are read only through the screen")
             if derivative_wanted(x):
-                raise ValueError("x: expected no gradient through rows in host memory; torch.no_grad(), or .to(device)")
+                raise ValueError("x: no gradients through rows in host memory: use torch.no_grad() or sae.to(device)")
             screen = True
-        # with a bandwidth weights are being trained: a screen would be built for one use
+        # with a bandwidth the weights are being trained: each screen would be used once
         if screen is False or (screen is None and (bandwidth is not None or not pays(x, weights.W_enc))):
             return sae.encode_unscreened(x, weights, bandwidth)
         if self._watch.vectors_changed(weights):
@@ -183,7 +183,7 @@ class ScreenCache:
         return sae.encode_screened(self._current(sae, weights), x, weights, bandwidth)
 
     def _vectors_edited(self, sae: Screened) -> EncoderWeights:
-        """b_enc or threshold were edited in a way that bumps no version: weights to check again."""
+        """Handle an edit of b_enc or threshold that changed no version counter: check the weights again."""
         weights = sae.encoder_weights()
         with self._lock:
             sae.check_encoder(weights)
@@ -191,10 +191,10 @@ class ScreenCache:
         return weights
 
     def _worth_building(self) -> bool:
-        """Whether the screen is there, or to be built now.
+        """Whether to use the screen: it exists, or is to be built now.
 
-        Weights that were edited after a screen was built may be edited again, as in training: build at the second
-        encode that meets the same weights.
+        Weights that were edited after a screen was built may be edited again, as in training. So it is rebuilt only at
+        the second encode that sees the same weights.
         """
         if self._screen is None or not self.stale():
             return True
@@ -202,7 +202,7 @@ class ScreenCache:
         return again
 
     def _current(self, sae: Screened, weights: EncoderWeights) -> Screen:
-        """The screen of these weights, built where it is not there."""
+        """The screen of these weights; builds it if there is none."""
         screen = self._screen
         if screen is not None and not self.stale():
             return screen
@@ -224,7 +224,7 @@ class ScreenCache:
         centre = sae.screen_centre() if options.centre is None else options.centre
         directions = sae.screen_directions() if options.directions is None else options.directions
         if options.codes is not None:
-            scales = None  # the codes are of the rows as they are
+            scales = None  # the codes were made from unscaled rows
         elif options.spread is None:
             scales = sae.screen_scales()
         else:
@@ -243,7 +243,7 @@ _CACHES: weakref.WeakSet[ScreenCache] = weakref.WeakSet()
 
 
 def _new_locks() -> None:
-    """A forked child has none of its parent's threads: a lock that one of them held would never be released."""
+    """Make new locks in a forked child: a lock held by a parent's thread would never be released there."""
     for cache in list(_CACHES):
         cache._lock = threading.RLock()
 

@@ -1,11 +1,11 @@
-"""Where an SAE reads and writes: a site of a model, named independently of any model class."""
+"""Where an SAE reads and writes: a site of a model, with a name that does not depend on the model class."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-# What each kind is, and where transformers' Gemma 2 and 3 have it:
+# The kinds, and where they are in transformers' Gemma 2 and 3:
 #   resid           the residual stream after a block: output of model.layers[L]
 #   mlp             what the MLP adds to the residual stream: output of post_feedforward_layernorm
 #   attn            the attention heads, concatenated: input of self_attn.o_proj
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 #   embed           the token embeddings, unscaled
 # docs/reference/sites.md has a table of the architectures.
 KINDS = ("resid", "mlp", "attn", "mlp_in", "mlp_in_no_gain", "attn_out", "embed")
-PREFIX = "path:"  # before a module's path in `hook_name`, where the path alone would name a kind
+PREFIX = "path:"  # put before a module path in `hook_name` if the path alone would be read as another kind
 
 _LAYER = re.compile(r"((?:^|\.)(?:layers?|h|blocks?)\.)([0-9]{1,6})(\.|$)")  # in a module's path
 
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """One place in a model: a kind and a layer (None for `embed`), or a module path with `.output` / `.input`."""
+    """One place in a model: a kind and a layer (None for `embed`), or a module path ending in `.output` or `.input`."""
 
     kind: str
     layer: int | None = None
@@ -39,10 +39,10 @@ class Site:
 
     @property
     def hook_name(self) -> str:
-        """Its name in transformers' terms, as Gemma Scope 2's config.json writes them."""
+        """Its name as in Gemma Scope 2's config.json, in terms of transformers' modules."""
         if self.kind == "path":
             path = str(self.path)
-            # a path that Gemma's name of a site is as well stays a path when it is read back
+            # a path that is also Gemma's name of a site must still be read back as a path
             return path if self._named(path).kind in ("path", "resid") else PREFIX + path
         if self.kind == "embed":
             return "model.embed_tokens.output"
@@ -58,14 +58,14 @@ class Site:
 
     @property
     def at_layer(self) -> int | None:
-        """The layer, for a module path the number in it; None where there is none."""
+        """The layer; for a module path, the layer number in it. None if there is none."""
         if self.kind != "path":
             return self.layer
         found = _LAYER.search(str(self.path))
         return None if found is None else int(found[2])
 
     def at(self, layer: int) -> Site:
-        """The site of the same kind in another layer; of a site without a layer the residual stream there."""
+        """The site of the same kind in another layer; for a site without a layer, that layer's residual stream."""
         if self.at_layer is None:
             return Site("resid", layer)
         if self.kind != "path":
@@ -74,7 +74,7 @@ class Site:
 
     @classmethod
     def from_hook_name(cls, name: str) -> Site:
-        """The inverse of `hook_name`; a name of no known kind becomes a site of kind "path"."""
+        """The inverse of `hook_name`; an unknown name becomes a site of kind "path"."""
         return cls("path", path=name[len(PREFIX) :]) if name.startswith(PREFIX) else cls._named(name)
 
     @classmethod

@@ -1,7 +1,7 @@
-"""Straight-through gradients of JumpReLU and of the L0 step, on the pairs that matter.
+"""Straight-through gradients of JumpReLU and of the L0 step, computed on the stored pairs only.
 
-`ops.encode(..., bandwidth)` gives z at every pair that fired or lies within ε/2 of its threshold; everywhere
-else both pseudo-derivatives are zero, so that sums over the stored pairs equal dense autograd.
+`ops.encode(..., bandwidth)` gives z for every pair that fired or is within ε/2 of its threshold. For all other
+pairs both pseudo-derivatives are zero, so sums over the stored pairs equal dense autograd.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _save(ctx, inputs) -> None:
 class JumpReLU(torch.autograd.Function):
     """value = z where z > max(θ, 0), else 0.  ∂/∂z = 1[fired]·g; ∂/∂θ = −(θ/ε)·rect((z−θ)/ε)·g.
 
-    With `theta_to_input` the negated θ-term is added to ∂/∂z (Anthropic's option).
+    With `theta_to_input`, the negative of the θ-term is added to ∂/∂z (Anthropic's option).
     """
 
     generate_vmap_rule = True
@@ -60,7 +60,7 @@ class JumpReLU(torch.autograd.Function):
 
 
 class L0Step(torch.autograd.Function):
-    """1[z > max(θ, 0)] per pair.  ∂/∂θ = −(1/ε)·rect((z−θ)/ε)·g; ∂/∂z = 0, or its negative with the option."""
+    """1[z > max(θ, 0)] per pair.  ∂/∂θ = −(1/ε)·rect((z−θ)/ε)·g; ∂/∂z = 0, or −∂/∂θ with `theta_to_input`."""
 
     generate_vmap_rule = True
 
@@ -97,14 +97,14 @@ def encode_with_bandwidth(
     bandwidth: float,
     theta_to_input: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(crow_indices, col_indices, values): pairs that fired or lie within the bandwidth, 0 where not fired."""
+    """(crow_indices, col_indices, values) of pairs that fired (value z) or are within the bandwidth (value 0)."""
     return with_gradients(ops.encode(x, W_enc, b_enc, threshold, bandwidth), threshold, bandwidth, theta_to_input)
 
 
 def with_gradients(
     pairs: tuple[Tensor, Tensor, Tensor], threshold: Tensor, bandwidth: float, theta_to_input: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `ops.encode` gave with this bandwidth, its pre-activations z through JumpReLU."""
+    """Apply JumpReLU to the pre-activations z that `ops.encode` returned with this bandwidth."""
     crow, col, z = pairs
     theta = threshold.float()[col.long()]
     return crow, col, JumpReLU.apply(z, theta, bandwidth, theta_to_input)

@@ -1,9 +1,9 @@
-"""SAEs that keep the k greatest pre-activations of a token."""
+"""SAEs that keep the k largest pre-activations of a token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,19 +11,21 @@ from torch import Tensor
 from gemmascope_fast import ops
 from gemmascope_fast.ops.encode_topk import greatest_of
 from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.base import Field
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.sae.weights import EncoderWeights
 
 
 class TopKSAE(JumpReLUSAE):
-    """The k greatest pre-activations of a token, where they are positive (Gao et al., arXiv 2406.04093).
+    """Keeps the k largest pre-activations of a token, if they are positive (Gao et al., arXiv 2406.04093).
 
-    Of equal values the lower feature is taken, and NaN comes first.  The screen serves it as it serves JumpReLU: the
-    bytes are those of computing every pair.  Thresholds must be at most 0.
+    Ties go to the lower feature index, and NaN ranks first.  The screen works as for JumpReLU: the result is the same,
+    byte for byte, as if every pair were computed.  Thresholds must be at most 0.
     """
 
     kind = "topk_sae"
+    extra_fields: ClassVar = {"k": Field(int, 1, "d_sae")}
 
     def __init__(self, *args: Any, k: int, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -40,12 +42,12 @@ class TopKSAE(JumpReLUSAE):
         precision: str = "exact",
         per_batch: bool = False,
     ) -> SparseLatents:
-        """As `JumpReLUSAE.encode_sparse`, at most k latents a token; it has no bandwidth.
+        """Like `JumpReLUSAE.encode_sparse`, with at most k latents a token and without bandwidth.
 
-        per_batch: the k · N greatest of the whole batch instead, as BatchTopK trains.
+        per_batch: keep the k · N largest of the whole batch instead, as in BatchTopK training.
         """
         if bandwidth is not None:
-            raise ValueError("bandwidth: a top-k SAE has no threshold to train")
+            raise ValueError("bandwidth: a top-k SAE has no thresholds to train")
         if precision != "exact":
             wide = super().encode_sparse(x, screen, None, precision)
             csr = greatest_of(wide.crow_indices, wide.col_indices, wide.values, self.k, per_batch)
@@ -79,18 +81,18 @@ class TopKSAE(JumpReLUSAE):
 
 
 class AbsTopKSAE(TopKSAE):
-    """The k pre-activations of a token that are greatest in magnitude, with their sign (Zhu et al., arXiv 2510.00404).
+    """Keeps the k pre-activations largest in magnitude, with their sign (Zhu et al., arXiv 2510.00404).
 
-    The k greatest of z and the k greatest of -z hold them; each is an encode of its own, so that it takes twice the
-    time of `TopKSAE`.  Of equal magnitudes the lower feature is taken, and NaN comes first.
+    They are among the k largest of z and the k largest of -z. Each needs its own encode, so this takes twice the
+    time of `TopKSAE`.  Ties in magnitude go to the lower feature index, and NaN ranks first.
     """
 
     kind = "abs_topk_sae"
-    _mirror: tuple[Screen, Screen] | None = None  # a screen, and that of the opposite sign
+    _mirror: tuple[Screen, Screen] | None = None  # a screen, and the screen of opposite sign made from it
 
     def encode_sparse(self, x: Tensor, *args: Any, **options: Any) -> SparseLatents:
         if options.get("precision", "exact") != "exact" or options.get("per_batch"):
-            raise ValueError("precision, per_batch: a top-k SAE by magnitude is exact, and ranks each token alone")
+            raise ValueError("precision, per_batch: a top-k SAE by magnitude is exact and ranks each token separately")
         return super().encode_sparse(x, *args, **options)
 
     def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
@@ -109,11 +111,11 @@ class AbsTopKSAE(TopKSAE):
 
 
 def _by_magnitude(up: Sequence[Tensor], down: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k greatest magnitudes of each row from the k greatest of z and those of -z."""
+    """The k largest magnitudes of each row, from the k largest of z and the k largest of -z."""
     rows, cols, values = [], [], []
     for sign, (crow, col, value) in ((1.0, up), (-1.0, down)):
         row = torch.repeat_interleave(torch.arange(crow.numel() - 1, device=crow.device), crow.diff())
-        # a NaN is among both
+        # a NaN is in both; keep it once
         kept = torch.ones_like(col, dtype=torch.bool) if sign > 0 else ~value.isnan()
         rows.append(row[kept])
         cols.append(col[kept])
@@ -128,4 +130,4 @@ def _by_magnitude(up: Sequence[Tensor], down: Sequence[Tensor], k: int) -> tuple
 
 def _check_no_threshold(threshold: Tensor) -> None:
     if not threshold.is_meta and bool((threshold.detach() > 0).any()):
-        raise ValueError("threshold: a top-k SAE has none; expected values of at most 0")
+        raise ValueError("threshold: a top-k SAE has no thresholds; expected values of at most 0")

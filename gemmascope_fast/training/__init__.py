@@ -1,1 +1,1 @@
-"""Trainers of SAEs and of nested codes; what they produce is served by sae/ and quant/."""
+"""Trainers of SAEs and of nested codes. sae/ and quant/ run the results."""

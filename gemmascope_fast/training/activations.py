@@ -1,4 +1,4 @@
-"""Activations of a model at one layer: collected in windows through `attach`, kept on disk, served in batches."""
+"""Activations of a model at one layer: collected in windows through `attach`, stored on disk, read in batches."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach.tokens import ends
+from gemmascope_fast.attach.tokens import device_of, ends
 from gemmascope_fast.attach.transformers.structure import Structure
-from gemmascope_fast.files import identity
+from gemmascope_fast.files import identity, progress
 from gemmascope_fast.files.atomic import make_folder, replacing
 from gemmascope_fast.sae.sites import Site
 
 WINDOW = 255  # content tokens after the BOS
 WINDOWS_AT_ONCE = 8
-PART = 4 * WINDOWS_AT_ONCE * WINDOW  # tokens in one file: a kill costs the seconds that one of them takes
+PART = 4 * WINDOWS_AT_ONCE * WINDOW  # tokens per file: after a kill, at most the seconds for one file are lost
 
 
 def windows(ids: list[int], bos: int | None, length: int = WINDOW, sep: int | None = None) -> Iterator[Tensor]:
@@ -41,8 +41,8 @@ def windows(ids: list[int], bos: int | None, length: int = WINDOW, sep: int | No
 
 @contextmanager
 def first_layers(model: Any, count: int) -> Iterator[Any]:
-    """The text stack, decoder or encoder, with its first `count` layers alone: later ones and the head cost time and
-    tell nothing."""
+    """The text part of a model (decoder or encoder) with only its first `count` layers, because the later layers and
+    the head are not needed."""
     structure = Structure(model)
     stack, layers = structure.stack()
     if not 0 < count <= len(layers):
@@ -59,7 +59,7 @@ def first_layers(model: Any, count: int) -> Iterator[Any]:
 def activations(
     model: Any, layer: int, batches: Iterable[Tensor], special: Sequence[int] | None = None
 ) -> Iterator[Tensor]:
-    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer`; the rest as in `activations_at`."""
+    """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer`; otherwise like `activations_at`."""
     for seen in activations_at(model, [Site("resid", layer)], batches, special):
         yield seen[0]
 
@@ -67,9 +67,9 @@ def activations(
 def activations_at(
     model: Any, sites: Sequence[Site], batches: Iterable[Tensor], special: Sequence[int] | None = None
 ) -> Iterator[list[Tensor]]:
-    """Per batch of token ids [B, S] one fp32 [n, d] a site, all of the same n content tokens (no BOS, EOS, PAD).
+    """Per batch of token ids [B, S], one fp32 [n, d] per site, all of the same n content tokens (no BOS, EOS, PAD).
 
-    special: ids to leave out in place of those; an encoder's configuration does not name its CLS and SEP.
+    special: ids to leave out instead of those, since an encoder's configuration does not name its CLS and SEP.
     """
     from gemmascope_fast.attach import Activations, attach
 
@@ -78,13 +78,14 @@ def activations_at(
     tokens: Any = "content"
     if special is not None:
         left_out = torch.tensor(special)
-        tokens = lambda ids: ~torch.isin(ids, left_out)  # noqa: E731
+        tokens = lambda ids: ~torch.isin(ids, left_out.to(ids.device))  # noqa: E731
     with _what_reaches(model, sites) as stack, torch.inference_mode():
         options = {"use_cache": False} if "use_cache" in inspect.signature(stack.forward).parameters else {}
+        device = device_of(stack)
         for ids in batches:
-            # one run a batch: a run remembers every row that it saw
+            # one run per batch, because a run stores every row
             with attach(stack, keep, tokens=tokens):
-                stack(ids, **options)
+                stack(ids.to(device), **options)
             yield [torch.cat(seen[site]) for site in sites]
             for parts in seen.values():
                 parts.clear()
@@ -96,7 +97,7 @@ def _append(parts: list[Tensor], x: Tensor, _tokens: Any) -> None:
 
 @contextmanager
 def _what_reaches(model: Any, sites: Sequence[Site]) -> Iterator[Any]:
-    """The part of the model whose forward passes every site: `first_layers`, or all of it for a module's path."""
+    """The part of the model whose forward reaches every site: `first_layers`, or the whole model for a module path."""
     if any(site.kind == "path" for site in sites):
         yield model
         return
@@ -110,15 +111,13 @@ def collect(
 ) -> list[Tensor]:  # fmt: skip
     """Activations of a text as parts fp32 [N_i, d_in], each memory-mapped from a file in `folder`.
 
-    limit: no part begins after that many tokens (a part has `PART` of them).  model_id: `identity.of_module` of the
-    model (default: taken here, of the weights as they are).
+    limit: no part begins after that many tokens (a part has `PART` tokens).  model_id: `identity.of_module` of the
+    model (default: computed here from the current weights).
 
-    The folder is one model's, of any texts, layers and dtypes: ValueError where it is another's.  Each text has a
-    folder in it, whose name has a hash of tokens, model, dtype and layer.  Each part appears whole or not at all, and
-    one that is there is not computed again: what was cut off goes on with the first part that is missing.
+    A folder belongs to one model, with any texts, layers and dtypes; ValueError if it belongs to another model.  Each
+    text has a subfolder, whose name contains a hash of tokens, model, dtype and layer.  Each part appears complete or
+    not at all, and existing parts are not computed again: an interrupted job continues with the first missing part.
     """
-    from tqdm import tqdm
-
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     first, last = ends(tokenizer)
     length = _length(model, sum(token is not None for token in (first, last)))
@@ -130,19 +129,19 @@ def collect(
     own = folder / f"{name}-{key[:16]}"
     make_folder(own)
     parts = []
-    with tqdm(total=end, desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
+    with progress.bar(total=end, desc=f"activations of {name}", unit="token", unit_scale=True) as bar:
         for start in range(0, end, PART):
             path, some = own / f"{start // PART:05}.npy", ids[start : start + PART]
             if not path.exists():
                 blocks = list(activations(model, layer, windows(some, first, length, last), special))
                 _write(path, torch.cat(blocks))
-            parts.append(torch.from_numpy(np.load(path, mmap_mode="c")))  # copy on write: the file stays as it is
+            parts.append(torch.from_numpy(np.load(path, mmap_mode="c")))  # copy on write: the file does not change
             bar.update(len(some))
     return parts
 
 
 def _length(model: Any, special: int) -> int:
-    """Content tokens of a window: `WINDOW`, or what the model's positions hold beside the special tokens."""
+    """Number of content tokens in a window: `WINDOW`, or what the model's positions leave after special tokens."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return min(WINDOW, getattr(config, "max_position_embeddings", WINDOW + special) - special)
 
@@ -150,13 +149,13 @@ def _length(model: Any, special: int) -> int:
 def _write(path: Path, rows: Tensor) -> None:
     with replacing(path) as temporary, open(temporary, "wb") as file:
         # into a file itself numpy writes by C's stdio, whose errors do not say that the disk is full
-        np.save(SimpleNamespace(write=file.write), rows.numpy())
+        np.save(SimpleNamespace(write=file.write), rows.cpu().numpy())
 
 
 class Batches:
-    """Rows of several activation tensors [N_i, d_in] in an order that only the seed and the step decide.
+    """Rows of several activation tensors [N_i, d_in], in an order that depends only on the seed and the step.
 
-    Each epoch is a fresh permutation; what is left over at its end, less than a batch, waits for another epoch.
+    Each epoch is a new permutation; a remainder smaller than a batch is skipped in that epoch.
     """
 
     def __init__(self, parts: list[Tensor], batch: int, seed: int) -> None:

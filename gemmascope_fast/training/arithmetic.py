@@ -1,4 +1,4 @@
-"""The floating-point type in which a model is trained and measured: bf16 where the machine multiplies it, else fp32."""
+"""The floating-point type for training and measuring a model: bf16 if the machine multiplies it natively, else fp32."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 
 def products(device: torch.device | str = "cpu") -> torch.dtype:
-    """bfloat16, or float32 on a CPU where oneDNN has no products of it, or where torch comes without oneDNN.
+    """bfloat16, or float32 on a CPU for which oneDNN has no bf16 products, or if torch was built without oneDNN.
 
-    There torch widens every operand and leaves oneDNN: 1,024 tokens through 2048 × 640 took 146 ms against 29 in fp32
-    (two cores of Zen 3), and a step of QAT, 33 s in fp32, did not end in eight minutes.
+    There torch widens every operand and does not use oneDNN: 1,024 tokens through 2048 × 640 took 146 ms, against 29 in
+    fp32 (two cores of Zen 3), and a step of QAT, 33 s in fp32, did not finish in eight minutes.
     """
     if torch.device(device).type != "cpu":
         return torch.bfloat16
@@ -22,13 +22,13 @@ def products(device: torch.device | str = "cpu") -> torch.dtype:
 
 
 def autocast(device: torch.device | str = "cpu") -> torch.autocast:
-    """Matrix products within the block are in `products(device)`; weights must be fp32, or of that type."""
+    """Matrix products within the block use `products(device)`; weights must be fp32, or of that type."""
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=products(device) is torch.bfloat16)
 
 
 @contextmanager
 def widened(model: nn.Module, device: torch.device | str = "cpu") -> Iterator[None]:
-    """Within the block the model is fp32 where its products are; after it each tensor has its type again."""
+    """Within the block the model is fp32 if its products are; after it, each tensor has its original type."""
     if products(device) is torch.bfloat16:
         yield
         return

@@ -1,4 +1,4 @@
-"""A training run on disk: one safetensors file that is replaced whole, so that a kill at any moment loses nothing."""
+"""A training run on disk: one safetensors file, replaced atomically, so that a kill at any time loses nothing."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ KEY = "gemmascope_fast.training"
 
 
 def save_run(trainer: Trainer, path: Path, about: dict[str, Any]) -> None:
-    """Write the run's state and `about` (what it is a run of); on disk, then renamed onto `path`."""
+    """Write the run's state and `about` (what it is a run of) to disk, then rename the file to `path`."""
     tensors, numbers = trainer.state()
     make_folder(path.parent)
     write_safetensors(path, tensors, {KEY: json.dumps({"version": 1, "numbers": numbers, "about": about})})
 
 
 def load_run(path: Path) -> tuple[Trainer, dict[str, Any]]:
-    """(trainer, about).  CheckpointError where the file is not such a run."""
+    """(trainer, about).  CheckpointError if the file is not such a run."""
     try:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[KEY])

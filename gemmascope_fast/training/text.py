@@ -1,16 +1,20 @@
-"""English text that needs no network: in every Python, or written by the model itself."""
+"""English text that needs no network: included in every Python, or written by the model itself."""
 
 from __future__ import annotations
 
 import ast
+import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from gemmascope_fast.files.progress import bar
+
 HELD_OUT = 0.1  # the last tenth of each text is for evaluation, never for training
-# Openings from which the model writes on: the standard library speaks of Python alone.
+# Beginnings that the model continues, because the standard library's texts are only about Python.
 OPENINGS = (
     "The history of", "In this article we", "Once upon a time", "The city of", "She looked at",
     "According to a new study,", "The first time I", "When he was born in", "During the war,",
@@ -35,7 +39,7 @@ class Text(NamedTuple):
     text: str
 
     def split(self) -> tuple[str, str]:
-        """(what may be trained on, the held-out last tenth), cut at a character."""
+        """(text for training, the held-out last tenth), cut at a character."""
         cut = len(self.text) - int(len(self.text) * HELD_OUT)
         return self.text[:cut], self.text[cut:]
 
@@ -48,7 +52,7 @@ def pydoc_topics() -> str:
 
 
 def stdlib_docstrings(least: int = 200) -> str:
-    """Every docstring of at least `least` characters in the standard library, once, in the order of its files."""
+    """All docstrings of at least `least` characters in the standard library, once each, in the order of the files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "pydoc_data", "ensurepip"}
     found: dict[str, None] = {}
@@ -57,7 +61,7 @@ def stdlib_docstrings(least: int = 200) -> str:
             continue
         try:
             tree = ast.parse(path.read_text("utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # files kept broken on purpose
+        except (SyntaxError, UnicodeDecodeError):  # some files contain errors on purpose
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -68,32 +72,38 @@ def stdlib_docstrings(least: int = 200) -> str:
 
 
 def sampled(model: Any, tokenizer: Any, rounds: int = 4, tokens: int = 250, seed: int = 0) -> str:
-    """What the model writes from `OPENINGS`: rounds × 64 × `tokens` tokens, temperature 1 among the 64 likeliest.
+    """Text that the model writes from `OPENINGS`: rounds × 64 × `tokens` tokens, temperature 1, top 64.
 
-    The same seed gives the same text on the same machine; elsewhere rounding may lead it astray.
+    The same seed gives the same text on the same machine; on another one, rounding may change it.
     """
-    from tqdm import tqdm
-
-    inputs = tokenizer(list(OPENINGS), return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(list(OPENINGS), return_tensors="pt", padding=True, padding_side="left").to(model.device)
     written: list[str] = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        for _ in tqdm(range(rounds), desc="the model writes", unit="round"):
+        for _ in bar(range(rounds), desc="the model writes", unit="round"):
             ids = model.generate(**inputs, do_sample=True, top_k=64, top_p=1.0, temperature=1.0, max_new_tokens=tokens)
             written += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return "\n\n".join(piece.strip() for piece in written)
 
 
+# What a name stands for in --text, besides a file.
+NAMED: dict[str, Callable[[], str]] = {
+    "pydoc": pydoc_topics,
+    "stdlib": stdlib_docstrings,
+    "-": lambda: sys.stdin.read(),
+}
+
+
+def read_text(name: str) -> str:
+    """The text of a name: "pydoc", "stdlib", "-" for standard input, or a UTF-8 file."""
+    return NAMED[name]() if name in NAMED else Path(name).read_text("utf-8")
+
+
 def read_texts(names: list[str], model: Any, tokenizer: Any) -> list[Text]:
-    """Each of `names`: "pydoc", "stdlib", "sampled", or a UTF-8 file.  ValueError for a text that is empty."""
-    builtin = {
-        "pydoc": pydoc_topics,
-        "stdlib": stdlib_docstrings,
-        "sampled": lambda: sampled(model, tokenizer),
-    }
+    """Each of `names`: "sampled", or as `read_text` takes it.  ValueError for a text that is empty."""
     texts = []
     for name in names:
-        text = builtin[name]() if name in builtin else Path(name).read_text("utf-8")
+        text = sampled(model, tokenizer) if name == "sampled" else read_text(name)
         if not text.strip():
             raise ValueError(f"--text {name}: expected English text, got none")
         texts.append(Text(name, text))

@@ -3,8 +3,8 @@
 Three activations: JumpReLU with trained thresholds (Rajamanoharan et al., arXiv 2407.14435), top-k (Gao et al., arXiv
 2406.04093) and BatchTopK (Bussmann et al., arXiv 2412.06410).
 
-It works on centred activations scaled to mean square norm 1; `to_sae` folds both into the weights, so that the
-trained SAE takes raw activations.
+It trains on centred activations scaled to mean square norm 1; `to_sae` folds both into the weights, so the trained
+SAE takes raw activations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SLOW = 0.99  # a batch's least value counts for a hundredth in BatchTopK's thres
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of one training run; `steps` and the rest fix the result for given activations."""
+    """Settings of one training run; together with the activations they determine the result."""
 
     d_sae: int = 4096
     activation: str = "jumprelu"
@@ -39,17 +39,17 @@ class TrainConfig:
     batch: int = 1024  # tokens
     lr: float = 2e-3
     lr_warmup: int = 100  # steps
-    lr_decay: float = 1 / 3  # share of the steps over which lr falls to zero, linearly
-    bandwidth: float = 0.03  # ε, in units of the scaled activations, as is the threshold
-    threshold: float = 0.03  # θ at the start
-    sparsity: float = 1.2e-3  # λ at the start; the control takes it from there
+    lr_decay: float = 1 / 3  # share of the steps at the end over which lr falls to zero, linearly
+    bandwidth: float = 0.03  # ε, in units of the scaled activations, like the threshold
+    threshold: float = 0.03  # initial θ
+    sparsity: float = 1.2e-3  # initial λ, which the control then changes
     sparsity_warmup: int = 100  # steps
     control: float = 0.01  # change of log λ per step and per unit of L0 / target - 1
     betas: tuple[float, float] = (0.9, 0.999)
-    theta_to_input: bool = False  # send the negated θ-term into the pre-activation too (facts: Anthropic's option)
-    rare_after: int = 12_000  # tokens without firing after which a feature's bias is raised, step by step
-    nudge: float = 0.1  # by how much, in learning rates
-    dead_after: int = 100_000  # tokens without firing after which a feature is dead
+    theta_to_input: bool = False  # add the negative θ-term to the pre-activation's gradient (Anthropic's option)
+    rare_after: int = 12_000  # raise a feature's bias, step by step, after this many tokens without firing
+    nudge: float = 0.1  # how much to raise it per step, in learning rates
+    dead_after: int = 100_000  # a feature is dead after this many tokens without firing
     revive_every: int = 250  # steps
     seed: int = 0
 
@@ -84,14 +84,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Scaling:
-    """The affine map x → (x - mean) / scale under which the mean square norm is 1.  mean fp32 [d_in]."""
+    """The affine map x → (x - mean) / scale that makes the mean square norm 1.  mean fp32 [d_in]."""
 
     mean: Tensor
     scale: float
 
     @classmethod
     def of(cls, activations: Sequence[Tensor]) -> Scaling:
-        """Of activations [N_i, d_in], in fp64 and in blocks.  ValueError where they do not vary or are not finite."""
+        """Compute from activations [N_i, d_in], in fp64 and in blocks.  ValueError if constant or not finite."""
         blocks = [part for x in activations for part in x.split(8192)]
         rows = sum(part.shape[0] for part in blocks)
         mean = torch.stack([part.double().sum(0) for part in blocks]).sum(0) / rows
@@ -106,7 +106,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step saw: mean square error per token (its FVU, as the scaled variance is 1), L0, λ, dead features."""
+    """Results of one step: mean square error per token (its FVU, as the scaled variance is 1), L0, λ, dead features."""
 
     fvu: float
     l0: float
@@ -137,7 +137,7 @@ def loss_terms(
 
 
 class Trainer:
-    """Parameters, Adam and the control of one run.  `step(x)` takes a scaled batch; everything is fp32.
+    """Parameters, Adam and L0 control of one run.  `step(x)` takes a scaled batch; everything is fp32.
 
     W_enc_rows and W_dec [d_sae, d_in]; decoder rows have unit norm; W_enc starts as W_decᵀ.
     """
@@ -158,7 +158,7 @@ class Trainer:
         for p in self.params.values():
             p.requires_grad_()
         self.adam = torch.optim.Adam(self.params.values(), lr=config.lr, betas=config.betas, fused=True)
-        for p in self.params.values():  # made now, so that a checkpoint of any step has the same tensors
+        for p in self.params.values():  # created now, so that checkpoints of all steps have the same tensors
             self.adam.state[p] = {
                 "step": torch.zeros(()),
                 "exp_avg": torch.zeros_like(p),
@@ -184,7 +184,7 @@ class Trainer:
             self.adam.param_groups[0]["lr"] = self._lr()
             self.adam.step()
             p["W_dec"] /= p["W_dec"].norm(dim=1, keepdim=True)
-            # At θ = 0 a JumpReLU is a ReLU and θ's gradient vanishes for good.
+            # At θ = 0 a JumpReLU is a ReLU, and θ would never get a gradient again.
             p["threshold"].clamp_(min=config.threshold * 1e-3)
             self._count_silent(x.shape[0], col, fired)
             self._nudge()
@@ -194,7 +194,7 @@ class Trainer:
                 least = float(fired.min())
                 self.least = least if not self.steps_done else SLOW * self.least + (1 - SLOW) * least
             self.steps_done += 1
-            # Features revived late would not be trained any more: none after the learning rate's fall began.
+            # No revival after the learning rate began to fall, because those features would not be trained.
             if self.steps_done % config.revive_every == 0 and self.steps_done < config.steps * (1 - config.lr_decay):
                 self._revive(x, x - x_hat)
         dead = int((self.silent > config.dead_after).sum())
@@ -207,13 +207,13 @@ class Trainer:
         return config.lr * min(rise, max(0.0, fall), 1.0)
 
     def _project_decoder_gradient(self) -> None:
-        """Take out of dW_dec what is parallel to each (unit) row: Adam must not spend itself on the norm."""
+        """Remove from dW_dec the part parallel to each (unit) row, so that Adam does not train the norm."""
         W, grad = self.params["W_dec"], self.params["W_dec"].grad
         assert grad is not None
         grad -= (grad * W).sum(1, keepdim=True) * W
 
     def _steer(self, l0: float) -> None:
-        """λ rises while L0 is above its target and falls while below: an integral control in log λ."""
+        """λ rises while L0 is above its target and falls while below: integral control of log λ."""
         if self.steps_done >= self.config.sparsity_warmup:
             error = max(-1.0, min(1.0, l0 / self.config.l0 - 1.0))
             self.log_sparsity += self.config.control * error
@@ -223,20 +223,20 @@ class Trainer:
         self.silent[col[fired > 0].long()] = 0
 
     def _nudge(self) -> None:
-        """Raise the bias of each feature that has been silent for a while, until it fires.
+        """Raise the bias of each feature that has not fired for a while, until it fires.
 
-        A feature that never fires has no gradient of its own, and one that fires on a handful of training tokens is
-        silent on most other texts.  Firing once in `rare_after` tokens costs all of them together
-        d_sae / rare_after of L0, which is little.  The step shrinks with the learning rate.
+        A feature that never fires gets no gradient, and one that fires on only a few training tokens does not fire on
+        most other texts.  If all features fire once in `rare_after` tokens, they add d_sae / rare_after to L0, which
+        is little.  The step shrinks with the learning rate.
         """
         rare = (self.silent > self.config.rare_after).nonzero()[:, 0]
         self.params["b_enc"][rare] += self.config.nudge * self._lr()
 
     def _revive(self, x: Tensor, error: Tensor) -> None:
-        """Point each dead feature at the reconstruction error of a token, drawn by its squared norm.
+        """Point each dead feature at the reconstruction error of a token, sampled by its squared norm.
 
-        The new feature reads and writes along the error's direction u, and its bias makes it fire on that token
-        with the length of the error: z = u·x + b = ‖error‖.
+        The new feature reads and writes along the error's direction u. Its bias makes its value on that token the
+        length of the error: z = u·x + b = ‖error‖.
         """
         dead = (self.silent > self.config.dead_after).nonzero()[:, 0]
         if not dead.numel():
@@ -259,14 +259,14 @@ class Trainer:
         self.revived += dead.numel()
 
     def to_sae(self, cfg: SAEConfig | None = None, dtype: torch.dtype = torch.float32) -> JumpReLUSAE:
-        """The SAE for raw activations: latents in units of the activations, decoder rows of unit norm.
+        """The SAE for raw activations: latents in units of the activations, decoder rows with unit norm.
 
         With z = scale · (W_encᵀ (x - mean) / scale + b): W_enc stays, b_enc' = scale·b - mean @ W_enc,
-        θ' = scale·θ, b_dec' = scale·b_dec + mean.  b_enc' is taken from W_enc as rounded to `dtype`, in fp64, so
-        that rounding the weights does not move the mean's contribution.
+        θ' = scale·θ, b_dec' = scale·b_dec + mean.  b_enc' is computed in fp64 from W_enc rounded to `dtype`, so that
+        rounding the weights does not change the mean's contribution.
         """
         p, scale = {name: value.detach() for name, value in self.params.items()}, self.scaling.scale
-        # copies: the trainer goes on with its own parameters
+        # copies, because the trainer continues to change its parameters
         W_enc = p["W_enc_rows"].to(dtype, copy=True).t()
         mean = self.scaling.mean.double()
         b_enc = scale * p["b_enc"].double() - mean @ W_enc.double()
@@ -287,7 +287,7 @@ class Trainer:
     # ---- checkpoints -----------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors, numbers) from which `restore` goes on bit for bit."""
+        """(tensors, numbers) with which `restore` continues bit for bit."""
         tensors = {"mean": self.scaling.mean, "silent": self.silent}
         for name, p in self.params.items():
             tensors[name] = p.detach()

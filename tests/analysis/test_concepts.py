@@ -220,5 +220,5 @@ def test_concepts_by_command(folder, tmp_path, capsys):
     assert len(found["written"]) == 8
     assert "<svg" in (tmp_path / "p.svg").read_text()
     assert "DiffMean" in capsys.readouterr().out
-    assert cli.main([*words, "--methods", "lasso"]) == 1
+    assert cli.main([*words, "--methods", "lasso", "--overwrite"]) == 1
     assert "lasso" in capsys.readouterr().err

@@ -73,10 +73,10 @@ def test_conversation_by_command(folder, tmp_path, capsys):
     data = json.loads(text.split("const turns = ")[1].split(", $ =")[0])
     assert ["".join(s["t"] for s in t["spans"] if s["read"]) for t in data][:4] == [t.content for t in TURNS]
     lines(path, [{"role": "user", "content": "a"}, {"role": "tool"}])
-    assert cli.main(words) == 1
+    assert cli.main([*words, "--overwrite"]) == 1
     assert "line 2: expected strings under 'role' and 'content'" in capsys.readouterr().err
     path.write_text("[1]")
-    assert cli.main(words) == 1
+    assert cli.main([*words, "--overwrite"]) == 1
     assert "turn 1: expected strings" in capsys.readouterr().err
 
 

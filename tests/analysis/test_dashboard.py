@@ -333,7 +333,7 @@ def test_a_port_in_use_is_told_before_anything_is_read(dashboard, tmp_path, caps
     with server(dashboard) as running:
         port = str(running.server_address[1])
         assert cli.main(["dashboard", "--latents", str(tmp_path / "nothing"), "--serve", "--port", port]) == 1
-        assert f"--port: expected one that is free (0: any), got {port}: " in capsys.readouterr().err
+        assert f"--port: expected a free port (0: any), got {port}: " in capsys.readouterr().err
 
 
 def test_pages_in_chromium(dashboard, made, tmp_path):

@@ -304,22 +304,22 @@ def test_a_run_of_other_settings_is_not_resumed(folder, tmp_path, capsys):
     run = Trainer(TrainConfig(d_sae=64, l0=6, steps=5), Scaling.of([torch.randn(9, D)]))
     save_run(run, out.with_name(out.name + ".run"), {})
     assert cli.main(arguments) == 1
-    assert "--resume goes on with it" in capsys.readouterr().err
+    assert "continue it with --resume" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 1
-    assert "it was begun with another model" in capsys.readouterr().err
+    assert "it was started with another model" in capsys.readouterr().err
     assert not out.exists()
 
 
 def test_a_file_is_read_anew_in_bounded_parts(tmp_path):
     file = tmp_path / "text"
     file.write_text("é" * (3 << 20), encoding="utf-8")
-    lines, label = eval_command._text(argparse.Namespace(text=str(file), held_out=False))
+    lines, label = eval_command._text(argparse.Namespace(text=[str(file)], held_out=False))
     for _ in range(2):
         parts = list(lines())
         assert sum(map(len, parts)) == 3 << 20
         assert max(map(len, parts)) <= 1 << 20
     file.write_text("x", encoding="utf-8")
-    assert eval_command._text(argparse.Namespace(text=str(file), held_out=False))[1] != label
+    assert eval_command._text(argparse.Namespace(text=[str(file)], held_out=False))[1] != label
 
 
 def test_held_out_is_the_last_tenth_and_texts_are_english():

@@ -1,4 +1,4 @@
-"""Evaluation where an SAE reads or writes something else than the residual stream, against hooks written by hand."""
+"""Evaluation of SAEs that read or write other sites than the residual stream, compared with hand-written hooks."""
 
 import json
 from contextlib import contextmanager

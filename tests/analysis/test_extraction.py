@@ -185,7 +185,7 @@ def test_a_damaged_shard_is_named_and_made_anew(loaded, sae, tmp_path):
     data[len(data) // 2] ^= 1
     broken.write_bytes(bytes(data))
     (out / "tokens" / "000003.parquet").unlink()
-    with pytest.raises(StoreError, match=r"000002.parquet is not what was written.*2 shards"):
+    with pytest.raises(StoreError, match=r"000002.parquet was changed.*2 shards"):
         run(loaded, sae, out)
     with pytest.raises(StoreError, match="000002"):
         Store(out).check()
@@ -236,7 +236,7 @@ def test_another_extraction_is_not_mixed_in(loaded, sae, tmp_path):
     changed = [TEXTS[0], "z" + TEXTS[1][1:], *TEXTS[2:]]
     with pytest.raises(ValueError, match="not the one that this extraction read"):
         run(loaded, sae, out, texts=changed)
-    with pytest.raises(ValueError, match="only 1 are there now"):
+    with pytest.raises(ValueError, match="now there are only 1"):
         run(loaded, sae, out, texts=TEXTS[:1])
     # what comes later may be mended
     run(loaded, sae, out, texts=[*TEXTS[:-1], "mended"])

@@ -1,4 +1,4 @@
-"""Extraction on a local Ray of two workers: the same bytes as without it, with a worker killed in the middle too."""
+"""Extraction on a local Ray with two workers: the same bytes as without it, even if a worker is killed."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""What can be wrong with the input of extract, dashboard, concepts, the comparisons and conversation, by command: one
-line says what, status 1, and what was there before stays."""
+"""Wrong input of extract, dashboard, concepts, the comparisons and conversation, by command: one line says what is
+wrong, the status is 1, and existing files stay."""
 
 import errno
 import gzip
@@ -184,7 +184,7 @@ def test_a_text_longer_than_the_models_window(root, tmp_path, capsys, command):
             "'x': expected at least 4 texts of label 1, got 0",
         ),
         ("concepts", [], "expected at least one"),
-        ("sets", [], "--a: expected at least two texts, got 0: an empty class"),
+        ("sets", [], "--a: expected at least two texts, got 0"),
         ("pairs", [], "expected at least three pairs, got 0"),
         ("models", [{"text": " \n"}], "--text: expected at least one text"),
         ("variants", [], "expected at least one text"),
@@ -203,7 +203,7 @@ def test_nothing_to_extract_is_an_empty_store_with_an_empty_dashboard(root, tmp_
     assert (store.tokens, store.shards, store.manifest["complete"]) == (0, [], True)
     made = ["dashboard", "--latents", str(tmp_path / "out"), "--no-weights", "--out", str(tmp_path / "site")]
     assert cli.main(made) == 0
-    assert "silent on this text" in (tmp_path / "site" / "feature" / "0.html").read_text()
+    assert "never fires on this text" in (tmp_path / "site" / "feature" / "0.html").read_text()
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def test_a_full_disk_keeps_the_earlier_file(root, tmp_path, capsys, command, kin
     path = tmp_path / f"figures.{'svg' if kind == 'plot' else kind}"
     path.write_text("the earlier one")
     with files_end_at(64):
-        message = said([*words(root, command), f"--{kind}", str(path)], capsys)
+        message = said([*words(root, command), f"--{kind}", str(path), "--overwrite"], capsys)
     assert message.endswith(f"{path}: File too large")
     assert path.read_text() == "the earlier one"
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -242,7 +242,7 @@ def test_a_full_disk_leaves_no_index_of_half_a_site(root, tmp_path, capsys):
     with files_end_at(3000):
         assert "feature/0.html: File too large" in said(made, capsys)
     assert not (site / "index.html").exists()
-    assert cli.main(made) == 0
+    assert cli.main([*made, "--overwrite"]) == 0
     assert (site / "index.html").exists()
     Store(tmp_path / "out").check()
 
@@ -267,8 +267,9 @@ def test_places_that_cannot_be_written_are_told_first(root, tmp_path, capsys, mo
     monkeypatch.setattr("gemmascope_fast.analysis.pair.load_model", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setattr("gemmascope_fast.analysis.pair.load_pair", lambda *_: pytest.fail("a model was loaded"))
     own = words(root, command, None, tmp_path)
-    missing = tmp_path / "none" / "f.json"
-    assert f"--json: expected a file in a folder that exists, got {missing}" in said(
-        [*own, "--json", str(missing)], capsys
+    (tmp_path / "file").write_text("")
+    wrong = tmp_path / "file" / "f.json"
+    assert f"--json: expected a place in a folder, got {wrong}: {tmp_path / 'file'} is a file" in said(
+        [*own, "--json", str(wrong)], capsys
     )
     assert "--plot: expected a name ending in .png" in said([*own, "--plot", str(tmp_path / "p.jpeg")], capsys)

@@ -1,5 +1,5 @@
-"""Errors that come early and say one thing: coders that no command takes, places that cannot be written, latents that
-are not finite, a shard that comes out otherwise, a journal that is not on the disk."""
+"""Errors that come early and with one message: coders that no command accepts, paths that cannot be written, latents
+that are not finite, a shard that differs when made again, a journal that is not on the disk."""
 
 import errno
 import os
@@ -57,7 +57,7 @@ def words(root, tmp_path, command, sae):
     pair = ["--model", root / "model", "--sae", sae]
     text = root / "t.txt"
     more = {
-        "demo": ["--text", "abc"], "eval": ["--text", text], "extract": ["--text", text, "--out", tmp_path / "out"],
+        "demo": ["--prompt", "abc"], "eval": ["--text", text], "extract": ["--text", text, "--out", tmp_path / "out"],
         "compare-texts": ["--a", text, "--b", text], "compare-models": ["--model-b", root / "model", "--text", text],
         "compare": ["--work", tmp_path / "work"], "watch": ["--prompt", "abc"],
     }  # fmt: skip
@@ -90,7 +90,7 @@ def test_a_coder_of_several_sites_is_one_sentence(root, tmp_path, capsys, monkey
     assert message == (
         f"gemmascope-fast {' '.join(named(command))}: --sae some/clt: expected an SAE or transcoder that reads one site"
         " and writes one,"
-        f" got a {kind}; in Python `attach` takes it"
+        f" got a {kind}; use `attach` in Python"
     )
     assert not list(tmp_path.iterdir())
 
@@ -123,13 +123,13 @@ PLACES = [
 def test_a_place_that_cannot_be_written_is_told_before_any_work(
     root, tmp_path, capsys, monkeypatch, command, flag, kind
 ):
-    loaders = ("analysis.pair.load_model", "analysis.pair.load_pair", "analysis.pair.load_sae", "cli.demo.load_pair")
+    loaders = ("analysis.pair.load_model", "analysis.pair.load_pair", "analysis.pair.load_sae")
     for name in loaders:
         monkeypatch.setattr(f"gemmascope_fast.{name}", lambda *_: pytest.fail("something was loaded"))
     for name in (
         "dev.gpu.check.collect",
-        "dev.bench.command.run_suites",
-        "dev.report.results_page.Results.load",
+        "dev.bench.run.run_suites",
+        "dev.bench.rows.Results.load",
         "cli.dashboard.build",
     ):
         monkeypatch.setattr(f"gemmascope_fast.{name}", lambda *_, **__: pytest.fail("it worked"))
@@ -143,7 +143,7 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(
         "report": [],
     }.get(command, [])
     if kind == "file":
-        wrong = [tmp_path / "none" / "f.svg", tmp_path]
+        wrong = [tmp_path / "file" / "f.svg", tmp_path]
     else:
         wrong = [tmp_path / "file", tmp_path / "file" / "in.safetensors"]
         wrong = wrong[1:] if kind == "folder of file" else wrong
@@ -163,7 +163,7 @@ def test_a_place_without_permission_is_told_before_any_work(tmp_path, capsys, mo
         return False
 
     monkeypatch.setattr("gemmascope_fast.cli.arguments.os.access", access)
-    monkeypatch.setattr("gemmascope_fast.cli.demo.load_pair", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("gemmascope_fast.analysis.pair.load_pair", lambda *_: pytest.fail("a model was loaded"))
     message = said(["demo", "--json", tmp_path / "f.json"], capsys)
     assert message.endswith(f"got {tmp_path / 'f.json'}: no permission to write in {tmp_path}")
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
@@ -246,7 +246,7 @@ def test_a_repaired_shard_that_comes_out_otherwise_is_refused(root, latents, cap
         message = said([*command, "--repair"], capsys)
     finally:
         text.write_text(was)
-    assert "shard 1: made anew, its" in message
+    assert "shard 1: made again, its" in message
     assert "differ from what was written before" in message
     assert tree(folder) == before
     assert cli.main([str(word) for word in [*command, "--repair"]]) == 0

@@ -140,7 +140,7 @@ def test_a_run_gives_its_figures_and_is_not_done_twice(tmp_path, monkeypatch, ru
     again = grid.Comparison(model, IDS[:8], IDS[8:], tmp_path, {"epochs": 1}, steps=1)
     again.do(run)
     assert again.results.figures == comparison.results.figures
-    with pytest.raises(ValueError, match="begun with another recipe"):
+    with pytest.raises(ValueError, match="started with another recipe"):
         grid.Comparison(model, IDS[:8], IDS[8:], tmp_path, {"epochs": 2}, steps=1)
     assert f"{run.scope} " in grid.markdown(again.results.figures)
 

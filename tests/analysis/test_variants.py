@@ -10,7 +10,6 @@ from two_models import base, lines, save_two
 
 from gemmascope_fast.analysis.compare.variants import (
     Votes,
-    brier,
     calibrate,
     classify,
     fit_weights,
@@ -51,15 +50,15 @@ def test_shares_are_weighted_votes():
     # group g: votes 0 (2·1), 1 (2·0.5), 1 (3·1), 1 (3·0.5); group h: 1 (2·1), 0 (3·1)
     assert np.allclose(got, [[2 / 7.5, 5.5 / 7.5], [3 / 5, 2 / 5]])
     assert np.allclose(made.shares(np.zeros(4)), 0.5)
-    assert brier(got, made.gold) == pytest.approx(((5.5 / 7.5) ** 2 * 2 + (3 / 5) ** 2 * 2) / 2)
+    assert reliability(got, made.gold)["brier"] == pytest.approx(((5.5 / 7.5) ** 2 * 2 + (3 / 5) ** 2 * 2) / 2)
 
 
 def test_fitted_weights_are_no_worse_and_leave_noise_out():
     made = votes()
     train = np.arange(20)
     weights = fit_weights(made, train)
-    equal = brier(made.shares(np.ones(made.size))[train], made.gold[train])
-    assert brier(made.shares(weights)[train], made.gold[train]) < equal
+    equal, fitted = (reliability(made.shares(w)[train], made.gold[train]) for w in (np.ones(made.size), weights))
+    assert fitted["brier"] < equal["brier"]
     assert weights[1] < 0.5 * max(weights[0], weights[2])
     found = calibrate(made)
     assert found["train_groups"] + found["test_groups"] == 40
@@ -115,7 +114,7 @@ def test_labels_are_the_likeliest_continuations(loaded):
             scores.append(sum(float(logits[len(prompt) - 1 + i, t]) for i, t in enumerate(answer)))
         assert best == int(np.argmax(scores))
         assert own == pytest.approx(scores, abs=1e-4)
-    with pytest.raises(ValueError, match="--prompt"):
+    with pytest.raises(ValueError, match="--template"):
         classify(model, tokenizer, texts, labels, "no place")
 
 

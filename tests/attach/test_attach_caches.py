@@ -1,4 +1,4 @@
-"""attach and KV caches handled by hand: `sequences` are the rows of one full pass over what the cache holds."""
+"""attach with manual KV caches: `sequences` equal the rows of one full pass over what the cache contains."""
 
 import copy
 import gc

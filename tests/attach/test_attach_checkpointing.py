@@ -313,7 +313,7 @@ def test_other_ways_to_compute_again_are_an_error_in_backward():
     layer.forward = lambda x, **more: Again.apply(x, functools.partial(real, **more))
     with gsf.attach(model, {(1, "attn"): sae(d_in=HEADS)}, mode="splice"):
         loss = loss_of(model)
-        with pytest.raises(gsf.AttachError, match="backward computes a part of the model again"):
+        with pytest.raises(gsf.AttachError, match="backward recomputes a part of the model"):
             loss.backward()
 
 
@@ -339,5 +339,5 @@ def test_read_and_written_in_different_regions_is_refused():
     coder.cfg = gsf.SAEConfig(
         tiny.D, tiny.F, tiny.D, gsf.Site("path", path="model.layers.1.mlp.output"), gsf.Site("mlp", 2)
     )
-    with gsf.attach(model, coder, mode="splice"), pytest.raises(gsf.AttachError, match="checkpointed apart"):
+    with gsf.attach(model, coder, mode="splice"), pytest.raises(gsf.AttachError, match="checkpointed separately"):
         loss_of(model)

@@ -1,4 +1,4 @@
-"""attach on compiled models: a hook added after compilation would never run, so the compiled code must go."""
+"""attach on compiled models: compiled code would skip a hook added later, so it must be discarded."""
 
 import attach_models as tiny
 import pytest

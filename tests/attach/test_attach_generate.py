@@ -1,4 +1,4 @@
-"""attach under `generate`: every mode of decoding gives, per sequence, the latents of one plain forward over it."""
+"""attach under `generate`: every decoding mode gives, per sequence, the latents of one plain forward over it."""
 
 import attach_models as tiny
 import pytest
@@ -105,6 +105,20 @@ def test_sequences_are_those_of_a_plain_forward(model, saes, name, batch):
         agree(run.sequences(key, output), want[key])
     if "num_beams" not in MODES[name]:
         agree(run.sequences(0), want[0])
+
+
+def test_an_eos_in_the_prompt_ends_nothing(model, saes):
+    """Chat templates end each turn with one."""
+    ids, mask = padded(2)
+    ids[:, 5] = 1
+    ids[1, 7] = 1
+    with gsf.attach(model, saes, tokens="all") as run:
+        output = generate(model, ids, mask)
+    want = expected(model, saes, output, mask)
+    for key in saes:
+        got = run.sequences(key, output)
+        assert all(latents.n_rows > int(kept.sum()) for latents, kept in zip(got, mask, strict=True))
+        agree(got, want[key])
 
 
 @pytest.mark.parametrize("how", ["prompt lookup", "assisted"])

@@ -259,8 +259,8 @@ BAD = {
     "crosscoder of latents a layer": (
         lambda: clt(kind="crosscoder", sites=("resid", "resid")), {"mode": "splice"}, "cannot be spliced",
     ),
-    "under a key": (lambda: {1: clt()}, {}, "cross layer transcoder has 4 sites of its own"),
-    "crosscoder under a key": (lambda: {1: crosscoder()}, {}, "crosscoder has 3 sites of its own"),
+    "under a key": (lambda: {1: clt()}, {}, "cross layer transcoder has 4 sites"),
+    "crosscoder under a key": (lambda: {1: crosscoder()}, {}, "crosscoder has 3 sites"),
     "without sites": (lambda: CrossLayerTranscoder(clt().layers), {}, "names 0 of its 4 sites"),
     "too many layers": (lambda: crosscoder((0, 2, 4)), {}, "4 layers"),
     "another width": (lambda: Crosscoder(**{

@@ -1,4 +1,4 @@
-"""attach: padding, packed documents and chat prefixes, however masks and position ids describe them."""
+"""attach: padding, packed documents and chat prefixes, for all forms of masks and position ids."""
 
 import attach_models as tiny
 import pytest

@@ -187,7 +187,7 @@ def test_content_without_ids_is_an_error(gemma):
     with torch.no_grad():
         with (
             gsf.attach(gemma, {1: tiny.sae()}) as run,
-            pytest.raises(gsf.AttachError, match="inputs_embeds alone; give tokens='all'"),
+            pytest.raises(gsf.AttachError, match="inputs_embeds only; pass tokens='all'"),
         ):
             gemma(inputs_embeds=embeds)
         assert len(run.tokens) == 0

@@ -345,3 +345,17 @@ def test_a_selection_of_the_wrong_size_is_an_error(model, sae):
     ):
         with pytest.raises(gsf.AttachError, match=next(iter(options))):
             ours(model, sae, gsf.Clamp(1, 1.0, **options))
+
+
+def test_edits_without_a_mode_keep_the_error(model, sae, fired):
+    """The default is "splice+error": only what the edited features write changes."""
+    edits = gsf.Clamp(fired[0], 5.0)
+    outputs = []
+    for given in ({}, {"mode": "splice+error"}, {"mode": "splice"}):
+        with torch.no_grad(), gsf.attach(model, {LAYER: sae}, edits=edits, tokens="all", **given) as run:
+            outputs.append(model(tiny.ids()).logits)
+        assert run.mode == given.get("mode", "splice+error")
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    with gsf.attach(model, {LAYER: sae}) as run:
+        assert run.mode == "observe"

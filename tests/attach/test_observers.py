@@ -212,5 +212,25 @@ def test_what_cannot_be_watched_is_named(model, sae):
         run.on_fire(tiny.F, 0.0, print, key=1)
     with torch.no_grad(), gsf.attach(model, {1: sae}, tokens="all") as run:
         run.on_fire(3, -1.0, lambda event: True)
-        with pytest.raises(gsf.AttachError, match="only a sequence of generate"):
+        with pytest.raises(gsf.AttachError, match="only a sequence of generate can be stopped"):
             model(tiny.ids())
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_figures_under_another_default_dtype(model, sae, default):
+    """What an observer counts does not depend on torch.set_default_dtype, which users set to load a model."""
+    results = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            top, statistics, contexts = TopK(3), Statistics(sae.d_sae), TopContexts(sae.d_sae, k=2)
+            read(model, sae, top, statistics, contexts)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        results.append((top, statistics, contexts))
+    for ours, theirs in zip(*results, strict=True):
+        for name, value in vars(theirs).items():
+            if isinstance(value, torch.Tensor):
+                got = getattr(ours, name)
+                assert got.dtype == value.dtype, name
+                assert torch.equal(got, value), name

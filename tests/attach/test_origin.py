@@ -1,4 +1,4 @@
-"""Where an SAE's checkpoint says that it belongs: another site is an error, another model a warning."""
+"""The site and model in an SAE's checkpoint: attaching to another site is an error, to another model a warning."""
 
 import warnings
 
@@ -157,7 +157,7 @@ def commands(root, out):
     pair = ["--model", str(root / "model"), "--sae", str(root / "sae.safetensors"), "--layer", "2"]
     text = str(root / "text.txt")
     return {
-        "demo": ["demo", *pair, "--text", TEXT],
+        "demo": ["demo", *pair, "--prompt", TEXT],
         "eval": ["eval", *pair, "--text", text, "--window", "40", "--no-losses"],
         "extract": ["extract", *pair, "--text", text, "--out", str(out / "latents"), "--window", "40"],
         "watch": ["watch", *pair, "--prompt", "abc", "--max-tokens", "2"],

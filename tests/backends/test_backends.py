@@ -1,4 +1,4 @@
-"""Which implementation serves, what happens where one is missing, and what `info` says about it."""
+"""Which implementation runs, what happens if one is missing, and what `info` says about it."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_a_backend_by_name_serves_or_says_why_not():
         assert same_bytes(ops.encode(*args, None)[2], z[z > args[3].clamp(min=0)])
     if torch.cuda.is_available():
         return
-    with gsf.backend("cuda"), pytest.raises(gsf.BackendError, match="backend 'cuda' cannot serve encode on cpu: "):
+    with gsf.backend("cuda"), pytest.raises(gsf.BackendError, match="backend 'cuda' cannot run encode on cpu: "):
         ops.encode(*args, None)
 
 
@@ -122,7 +122,7 @@ for refused in (lambda: backends.forced_isa("plain").__enter__(), lambda: native
     try:
         refused()
     except gsf.BackendError as error:
-        assert "the compiled extension is not there" in str(error)
+        assert "the compiled extension is missing" in str(error)
     else:
         raise AssertionError("served without the extension")
 torch.library.opcheck(torch.ops.gemmascope_fast.decode.default, (latents.crow_indices, latents.col_indices,
@@ -135,14 +135,14 @@ def test_without_the_extension_the_reference_serves_and_info_says_so():
     done = python(WITHOUT_EXTENSION)
     assert done.returncode == 0, done.stderr
     assert "the compiled extension is not there" in " ".join(done.stdout.split())
-    done = python(WITHOUT_EXTENSION.replace("*sys.argv[1:]", "'--json'"))
+    done = python(WITHOUT_EXTENSION.replace("*sys.argv[1:]", "'--json', '-'"))
     found = json.loads(done.stdout)
     rows = {r["op"]: r for r in found["ops"] if r["device"] == "cpu"}
     for op in CORE:
         assert rows[op]["backend"] == "eager"
-        assert "the compiled extension is not there" in rows[op]["reason"]
+        assert "the compiled extension is missing" in rows[op]["reason"]
     assert found["cpu"]["isa"] is None
-    assert "not there" in found["extension_missing"]
+    assert "missing" in found["extension_missing"]
 
 
 def test_every_op_declares_its_parts():

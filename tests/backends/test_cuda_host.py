@@ -1,5 +1,5 @@
-"""The CUDA sources, compiled for the CPU: byte-equal to the native kernels in every order of threads, silent under
-ThreadSanitizer and AddressSanitizer, and loud where a barrier, a bound or a lane is taken away."""
+"""The CUDA sources, compiled for the CPU: byte-equal to the native kernels in every order of threads, without findings
+of ThreadSanitizer and AddressSanitizer, and with findings if a barrier, a bound or a lane is removed."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The nested-bit product in CUDA C++, compiled for the CPU: byte-equal to the native kernel, and when it is taken."""
+"""The nested-bit product in CUDA C++, compiled for the CPU: byte-equal to the native kernel, and when it is used."""
 
 import ctypes
 
@@ -157,7 +157,7 @@ def test_which_kernel_serves_which_call(monkeypatch):
         (call(bits=5, planes=five), "planes of 5 bits"),
     ):
         assert register.pick(op, None, args) == "triton"
-        with pytest.raises(gsf.BackendError, match=f"backend 'cuda' cannot serve matryoshka_linear with {words}"):
+        with pytest.raises(gsf.BackendError, match=f"backend 'cuda' cannot run matryoshka_linear with {words}"):
             register.pick(op, "cuda", args)
     assert matryoshka.cuda_refuses(*call(bits=7)) is None  # reads the planes of 8
     # a step of an op that was asked for in CUDA C++, of which there is no such kernel

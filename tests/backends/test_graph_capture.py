@@ -1,4 +1,4 @@
-"""What a first call makes and keeps cannot be made inside a CUDA graph: before a replay it would hold nothing."""
+"""What a first call computes and caches must not be made inside a CUDA graph, where it is empty before a replay."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def capture(monkeypatch):
 def test_the_mean_of_a_nested_layer(capture):
     layer, x = MatryoshkaLinear.from_linear(nn.Linear(96, 40), 32, mean=torch.randn(96)), torch.randn(2, 96)
     capture["on"] = True
-    with pytest.raises(BackendError, match="the mean's part of the bias: made and kept by the first call"):
+    with pytest.raises(BackendError, match="the mean's part of the bias: cached by the first call"):
         layer(x)
     capture["on"] = False
     want = layer(x)
@@ -40,7 +40,7 @@ def test_the_codes_of_a_screen(capture, monkeypatch):
     code, code2, table = ops.screen_rows(W, b, theta, None, True)
     args = (W.device, W, code, code2, table, None, None)
     capture["on"] = True
-    with pytest.raises(BackendError, match="the screen's codes by rows: made and kept by the first call"):
+    with pytest.raises(BackendError, match="the screen's codes by rows: cached by the first call"):
         screen._arrays(*args)
     capture["on"] = False
     made = screen._arrays(*args)

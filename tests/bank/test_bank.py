@@ -1,4 +1,4 @@
-"""A bank never gives a wrong answer and never exceeds its budgets; what is there is what was used last."""
+"""A bank always gives the right results and never exceeds its budgets; it keeps what was used most recently."""
 
 import random
 from collections import OrderedDict
@@ -104,7 +104,7 @@ def test_memory_that_somebody_still_holds_counts(tmp_path):
     with bank.use(a) as kept:
         pass
     with bank.use(b):
-        with pytest.raises(gsf.BankError, match=r"[1-9]\d* bytes of SAEs that have left"):
+        with pytest.raises(gsf.BankError, match=r"[1-9]\d* bytes of SAEs that left"):
             bank[c].lease()  # `a` has left, but its memory is not free
         del kept
         with bank.use(a):

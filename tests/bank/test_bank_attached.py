@@ -1,4 +1,4 @@
-"""A bank attached to models equals its SAEs themselves, in every mode, within every budget."""
+"""A bank attached to models gives the same as its SAEs, in every mode and with every budget."""
 
 import json
 import random

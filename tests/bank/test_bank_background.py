@@ -1,4 +1,4 @@
-"""What a bank reads in the background, and threads that share one: nothing hangs, nothing is lost."""
+"""Loading in the background, and threads that share a bank: nothing hangs, nothing is lost."""
 
 import gc
 import random

@@ -1,4 +1,4 @@
-"""What a bank has in it: names, patterns, repositories, coders of several sites, and errors."""
+"""The contents of a bank: names, patterns, repositories, coders of several sites, and errors."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Checkpoints of every format, written here independently, give the weights and the site they say."""
+"""Checkpoints of every format, written here independently, load with the right weights and site."""
 
 import json
 from dataclasses import replace

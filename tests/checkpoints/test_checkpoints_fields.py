@@ -1,4 +1,4 @@
-"""Every field of every header and config: one that says something else is a CheckpointError that names it."""
+"""Every field of every header and config: an invalid value is a CheckpointError that names it."""
 
 import copy
 import json

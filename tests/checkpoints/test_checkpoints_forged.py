@@ -1,4 +1,4 @@
-"""Screens and packed files that are forged: digests and checksums are right, and what they hold is not."""
+"""Forged screens and packed files: digests and checksums are right, but the contents are invalid."""
 
 import math
 

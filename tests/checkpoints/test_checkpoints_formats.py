@@ -199,7 +199,7 @@ def test_convert_and_ls_on_the_command_line(tmp_path, capsys):
     np.savez(source / "params.npz", **weights())
     (tmp_path / "all" / "bad").mkdir()
     (tmp_path / "all" / "bad" / "params.npz").write_bytes(b"PK")
-    options = ["--to", "native", "--dtype", "bfloat16", "--sae-id", "layer_1"]
+    options = ["--to", "native", "--save-dtype", "bfloat16", "--sae-id", "layer_1"]
     assert cli.main(["convert", str(tmp_path / "all"), str(tmp_path / "out"), *options]) == 0
     assert from_pretrained(tmp_path / "out", dtype="bfloat16").W_enc.dtype == torch.bfloat16
     rows = {row["sae_id"]: row for row in listing(str(tmp_path / "all"))}

@@ -1,4 +1,4 @@
-"""Files made to hurt: devices and FIFOs, absurd sizes, bombs; and what loading takes at most."""
+"""Malicious files: devices and FIFOs, absurd sizes, zip bombs; and limits of what loading reads."""
 
 import io
 import json

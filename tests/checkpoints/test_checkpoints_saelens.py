@@ -140,7 +140,7 @@ def test_the_table_knows_every_gemma_scope(capsys):
     assert {"gemma-scope-9b-it-res-canonical", "gemma-scope-2-27b-it-res-all"} <= set(releases)
     assert names.lookup("gemma-scope-2b-pt-transcoders", "layer_0/width_16k/average_l0_76").model == "gemma-2-2b"
     assert names.lookup("nothing of the kind", "a") is None
-    assert cli.main(["ls", "gemma-scope-2b-pt-res-canonical", "--json"]) == 0
+    assert cli.main(["ls", "gemma-scope-2b-pt-res-canonical", "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 58
 
 

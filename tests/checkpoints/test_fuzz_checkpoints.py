@@ -219,11 +219,11 @@ def test_a_truncated_file_says_so(tmp_path, name, share):
 def test_a_pickle_is_never_loaded(tmp_path, name, old):
     path = tmp_path / name
     torch.save({"W_enc": Trap()}, path, _use_new_zipfile_serialization=not old)
-    said = (
-        r"data\.pkl: |not a readable npz"
-        if name.endswith("npz")
-        else "expected a safetensors file, got an archive or a pickle"
-    )
+    said = {
+        "sae.pt": "which is never loaded" if old else "it is not loaded, since that could run code",
+        "sae.safetensors": "expected a safetensors file, got an archive or a pickle",
+        "params.npz": r"data\.pkl: |not a readable npz",
+    }[name]
     with pytest.raises(gsf.CheckpointError, match=said):
         from_pretrained(path)
 

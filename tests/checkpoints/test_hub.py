@@ -1,4 +1,4 @@
-"""Hugging Face without a network: asked once and briefly, then the cache, then one sentence."""
+"""Hugging Face without a network: one short request, then the cache, then an error of one sentence."""
 
 import threading
 import time
@@ -167,7 +167,7 @@ def test_demo_is_the_bundled_sae(tmp_path, monkeypatch):
     for sae in (gsf.SAE.from_pretrained("demo"), gsf.SAE.from_pretrained(release="demo")):
         assert torch.equal(sae.W_enc, bundled.W_enc)
         assert sae.cfg.hook_name == "model.layers.12.output"
-    with pytest.raises(gsf.CheckpointError, match="'demo' is one SAE"):
+    with pytest.raises(gsf.CheckpointError, match="'demo' is a single SAE"):
         gsf.SAE.from_pretrained("demo", "layer_1")
     # as on the command line, whatever folder is there; a path is a path
     (tmp_path / "demo").mkdir()

@@ -1,4 +1,4 @@
-"""Loading takes little more memory than what is then held, measured on another process from outside."""
+"""Loading needs little more memory than the result, measured on another process from outside."""
 
 import json
 import os

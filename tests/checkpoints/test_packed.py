@@ -1,4 +1,4 @@
-"""The packed file of mapped rows: the same answers, written once, and what is read of the checkpoint."""
+"""The packed file of mapped rows: the same results, written once, and which parts of the checkpoint are read."""
 
 import copy
 import os
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_is_written_to_while_it_is_mapped(folder):
     os.truncate(path, 2000)
     with pytest.raises(gsf.CheckpointError, match=r"sae\.safetensors: truncated to"):
         mapped.decode(latents)
-    with pytest.raises(gsf.CheckpointError, match=r"W_dec lies in .*sae\.safetensors, which is not there or another"):
+    with pytest.raises(gsf.CheckpointError, match=r"W_dec is in .*sae\.safetensors, which is missing or was changed"):
         verify(path.with_name(path.name + ".packed"))
 
 

@@ -1,4 +1,4 @@
-"""Mapped rows and the machine: what is resident, what comes from the disk, too little room."""
+"""Memory and disk with mapped rows: what is resident, what is read from the disk, too little space."""
 
 import ctypes
 import json

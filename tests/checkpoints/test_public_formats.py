@@ -231,7 +231,7 @@ def test_openai_top_k_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("to", ["goodfire", "openai", "qwen-scope"])
 def test_thresholds_are_not_written_where_there_is_no_place_for_them(tmp_path, to):
-    with pytest.raises(gsf.CheckpointError, match=r"has no thresholds|holds top-k SAEs"):
+    with pytest.raises(gsf.CheckpointError, match=r"has no thresholds|is for top-k SAEs"):
         convert(llama_scope(tmp_path, weights()), tmp_path / "out", to)
 
 

@@ -139,7 +139,7 @@ def test_gpt_oss_top_k(tmp_path):
         ({"k": None}, {}, "config.json: trainer: k: expected an integer, at least 1, got None"),
         ({"k": 0}, {}, "trainer: k: expected an integer"),
         ({"k": F + 1}, {}, f"k: expected an integer from 1 to {F}, got {F + 1}"),
-        ({"k": K}, {"k": torch.tensor(K + 1)}, f"trainer: k: {K} contradicts ae.pt, which holds {K + 1}"),
+        ({"k": K}, {"k": torch.tensor(K + 1)}, f"trainer: k: {K} contradicts ae.pt, which has {K + 1}"),
         ({"dict_class": "CrossCoder"}, {}, "trainer: dict_class: expected one of AutoEncoder, "),
         ({"dict_class": None}, {}, "trainer: dict_class: expected one of"),
         ({"dict_size": F + 1}, {}, f"trainer: dict_size: {F + 1} contradicts"),

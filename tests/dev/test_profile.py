@@ -109,8 +109,8 @@ def test_unknown_model_is_one_line(capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--trace", "no/such/trace.json"], "--trace: expected a file in a folder that exists"),
-        (["--json", "no/such/profile.json"], "--json: expected a file in a folder that exists"),
+        (["--trace", "/dev/null/trace.json"], "--trace: expected a place in a folder"),
+        (["--json", "/dev/null/profile.json"], "--json: expected a place in a folder"),
         (["--tokens", "0"], "--tokens: expected at least 1, got 0"),
     ],
 )

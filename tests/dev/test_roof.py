@@ -55,7 +55,7 @@ def test_without_the_extension_it_says_what_is_missing(monkeypatch):
 
 
 def test_command_prints_one_row_per_thread_count(capsys):
-    assert cli.main(["dev", "roof", "--threads", "1", "2", "--json"]) == 0
+    assert cli.main(["dev", "roof", "--threads", "1", "2", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["threads"] for row in rows] == [1, 2]
     assert {row["isa"] for row in rows} == {backends.isa()}

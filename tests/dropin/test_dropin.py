@@ -1,4 +1,4 @@
-"""`gsf.accelerate` where the libraries it adapts to are absent; with them it is tested by `make test-saelens`."""
+"""`gsf.accelerate` without the other libraries; `make test-saelens` tests it with them."""
 
 import types
 from importlib import metadata

@@ -1,5 +1,5 @@
-"""Every job, stopped at every operation that touches the disk: run again, it ends with the bytes of an uninterrupted
-run and leaves nothing beside them.  A full disk and missing permissions are one sentence."""
+"""Every job, stopped at every operation on the disk: when run again, it ends with the bytes of an uninterrupted run
+and leaves no other files.  A full disk or a missing permission is an error of one sentence."""
 
 import errno
 import json
@@ -74,7 +74,7 @@ def run(words):
 
 
 def extraction(root, out):
-    run([*extract(root, out / "latents"), "--json", out / "figures.json"])
+    run([*extract(root, out / "latents"), "--json", out / "figures.json", "--overwrite"])
     (out / "figures.json").unlink()  # it holds the time that it took
 
 
@@ -92,12 +92,24 @@ def repair(root, out):
 
 
 def dashboard(root, out):
-    run(["dashboard", "--latents", out / "latents", "--no-weights", "--out", out / "site", "--json", out / "f.json"])
+    run(
+        [
+            "dashboard",
+            "--latents",
+            out / "latents",
+            "--no-weights",
+            "--out",
+            out / "site",
+            "--json",
+            out / "f.json",
+            "--overwrite",
+        ]
+    )
 
 
 def evaluation(root, out):
     state, text = ["--state", out / "state"], ["--text", root / "few.txt", "--window", "8", "--loss-tokens", "8"]
-    run(["eval", *pair(root), *text, *state, "--json", out / "figures.json"])
+    run(["eval", *pair(root), *text, *state, "--json", out / "figures.json", "--overwrite"])
 
 
 def train(root, out):
@@ -111,6 +123,7 @@ def train(root, out):
         root / "letters.txt",
         "--out",
         out / "new" / "s.safetensors",
+        "--overwrite",
     ]
     # a run that was cut off is resumed, and one that had not begun begins
     run([*words, *(["--resume"] if (out / "new" / "s.safetensors.run").exists() else [])])
@@ -291,7 +304,7 @@ def test_a_conversion_into_a_folder_never_mixes_two_checkpoints(root, tmp_path, 
 
 def test_a_site_written_over_another_has_no_index_of_both(root, tmp_path, monkeypatch):
     def write(out, top):
-        run(["dashboard", "--latents", root / "latents", "--no-weights", "--out", out, "--top", top])
+        run(["dashboard", "--latents", root / "latents", "--no-weights", "--out", out, "--top", top, "--overwrite"])
 
     old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "out"
     write(old, 1)

@@ -1,4 +1,4 @@
-"""Files appear whole, on the disk, with the umask's permissions, or not at all; what a text opens with."""
+"""Files are written atomically, synced, with the umask's permissions; special tokens at the beginning of a text."""
 
 import os
 from types import SimpleNamespace

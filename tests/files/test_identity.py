@@ -1,5 +1,5 @@
-"""What a job read, as digests: any weight counts; another model, SAE, tokenizer or text in a job's folder is an error
-that says which it is."""
+"""Digests of what a job read: every weight counts; another model, SAE, tokenizer or text in a job's folder is an error
+that says which differs."""
 
 import copy
 import json
@@ -63,6 +63,7 @@ def test_the_configuration_counts(setting):
 
 def test_what_a_coder_holds_besides_weights_counts():
     sae = make_sae()
+    sae.threshold.data.clamp_(max=0)  # a top-k SAE takes no others
     weights = {name: getattr(sae, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")}
     of = [sae, *(TopKSAE(**weights, cfg=SAEConfig(32, 96, 32), k=k) for k in (3, 4))]
     coded = matryoshka.MatryoshkaSAE.from_sae(sae)
@@ -147,22 +148,22 @@ class Names:
         at = self.folder
         pair = ["--model", at / "model", "--sae", at / "sae.safetensors"]
         text = at / "text.txt"
-        small = ["--train-windows", "6", "--windows", "2", "--batch", "2", "--text-file", text]
+        small = ["--train-windows", "6", "--windows", "2", "--batch", "2", "--text", text]
         return {
             "extract": ["extract", *pair, "--text", text, "--window", "100", "--out", at / "out"],
             "eval": ["eval", *pair, "--text", text, "--window", "50", "--no-losses", "--state", at / "state"],
             "quantize --work": [
                 "quantize", "--model", at / "model", "--method", "omniquant", "--train-bits", "4", "--mode", "alone",
-                "--epochs", "1", *small, "--work", at / "work", "--out", at / "codes.safetensors",
+                "--epochs", "1", *small, "--work", at / "work", "--overwrite", "--out", at / "codes.safetensors",
             ],
             "quantize --table": ["quantize", "--model", at / "model", *small, "--table", at / "table.json"],
             "train --activations": [
                 "train", "--model", at / "model", "--layer", "1", "--d-sae", "8", "--l0", "2", "--steps", "2",
                 "--batch", "64", "--text", text, "--activations", at / "activations",
-                "--out", at / "trained.safetensors",
+                "--overwrite", "--out", at / "trained.safetensors",
             ],
             "compare --work": [
-                "quantize", "tables", *pair, "--work", at / "tables", "--text-file", text, "--windows", "2",
+                "quantize", "tables", *pair, "--work", at / "tables", "--text", text, "--windows", "2",
                 "--train-windows", "6", "--epochs", "1", "--only", "grid", "--methods", "minmax", "--quick",
             ],
         }[job]  # fmt: skip
@@ -218,11 +219,11 @@ def test_a_run_is_resumed_with_its_own_text_and_model_alone(root, tmp_path, caps
     assert "stopped" in refused(capsys, words)
     monkeypatch.undo()
     names.put("text", "b")
-    assert "begun with another text" in refused(capsys, [*words, "--resume"])
+    assert "started with another text" in refused(capsys, [*words, "--resume"])
     names.put("text", "a")
     names.put("model", "b")
     shutil.rmtree(tmp_path / "trained.safetensors.activations")
-    assert "begun with another model" in refused(capsys, [*words, "--resume"])
+    assert "started with another model" in refused(capsys, [*words, "--resume"])
     names.put("model", "a")
     shutil.rmtree(tmp_path / "trained.safetensors.activations")
     run([*words, "--resume"])
@@ -238,14 +239,14 @@ def test_in_python_too(tmp_path):
         lambda m, x: training.train(m, x, recipe, work=tmp_path),
         lambda m, x: endtoend.finetune(m, x, recipe, steps=1, start=codes, work=tmp_path),
     ):
-        with pytest.raises(ValueError, match="begun with another model:"):
+        with pytest.raises(ValueError, match="started with another model:"):
             call(other, ids)
-        with pytest.raises(ValueError, match="begun with another text:"):
+        with pytest.raises(ValueError, match="started with another text:"):
             call(model, ids.flip(0))
         with torch.no_grad():
             weight = model.model.layers[1].mlp.down_proj.weight
             weight.data[3, 4] += 1e-3
-            with pytest.raises(ValueError, match="begun with another model:"):
+            with pytest.raises(ValueError, match="started with another model:"):
                 call(model, ids)
             weight.data.copy_(two_blocks().model.layers[1].mlp.down_proj.weight)
     # from other codes it begins anew

@@ -1,4 +1,4 @@
-"""What takes too long for every test run: `make gpu-check` sets GSF_GPU_CHECK=1 and runs this folder."""
+"""Tests that take too long for every run: `make gpu-check` sets GSF_GPU_CHECK=1 and runs this folder."""
 
 import os
 

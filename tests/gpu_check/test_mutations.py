@@ -1,4 +1,4 @@
-"""Every barrier of the CUDA sources taken away in turn, and bounds and lanes moved by one: all must be noticed."""
+"""Removes every barrier of the CUDA sources in turn, and shifts bounds and lanes by one: a test must fail each time."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Tests in Triton's interpreter, in a process of their own: the variable must be set before triton is imported.
+"""Tests in Triton's interpreter, in a separate process: the variable must be set before triton is imported.
 
 tests/backends/test_triton_interpreter.py starts it; by hand: `TRITON_INTERPRET=1 pytest tests/interpreter`.
 """

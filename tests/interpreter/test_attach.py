@@ -1,4 +1,4 @@
-"""The fused loop inside attach against the steps that it replaces, byte for byte, and that it steps aside elsewhere."""
+"""The fused loop in attach gives the same bytes as the steps that it replaces, and does not run in other cases."""
 
 import sys
 from pathlib import Path

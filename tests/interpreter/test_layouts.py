@@ -1,4 +1,4 @@
-"""Tensors in every layout: a launcher copies what a kernel cannot read as it lies."""
+"""Tensors in every layout: a launcher copies what a kernel cannot read directly."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""Offsets beyond 2^31: T * d_sae of 2^34, where slots alone are 2^31 numbers.  Pages that nobody touches are never
-there; only the last program of each launch runs, whose offsets are the largest."""
+"""Offsets beyond 2^31: T * d_sae of 2^34, where slots alone are 2^31 numbers.  Pages that are not touched use no
+memory; only the last program of each launch runs, which has the largest offsets."""
 
 import pytest
 import torch

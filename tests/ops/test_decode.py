@@ -291,7 +291,7 @@ def test_bad_input_names_argument_expected_and_got():
         ((crow, col, values.int(), W, b, None), TypeError, r"values: expected a floating dtype"),
         ((crow, col, values, W, b[:-1], None), ValueError, r"b_dec: expected"),
         ((crow, col, values, W[0], b, None), ValueError, r"W_dec: expected"),
-        ((crow, col, values, W.to(torch.int8), b, None), ValueError, r"row_scale: int8 rows need one"),
+        ((crow, col, values, W.to(torch.int8), b, None), ValueError, r"row_scale: required for int8 W_dec"),
         ((crow, col, values, W.to(torch.int8), b, torch.ones(9)), ValueError, r"row_scale: expected"),
         ((crow, col, values, W.int(), b, None), TypeError, r"W_dec: expected"),
     ]

@@ -1,4 +1,4 @@
-"""Ops and modules under every way of asking torch for a derivative, against dense functions of torch's own."""
+"""Ops and modules with every kind of derivative in torch, compared with dense functions of torch."""
 
 import contextlib
 import threading
@@ -302,7 +302,7 @@ def test_functional_call(kind):
     # a threshold has no derivative without a bandwidth
     assert_near(ours, jvp(lambda p: theirs(p, X), (other,), (held,)))
     assert_near(module(X), theirs(held, X))
-    with pytest.raises(ValueError, match=r"screen: expected None or False where torch\.func replaces the weights"):
+    with pytest.raises(ValueError, match=r"screen: expected None or False when torch\.func replaces the weights"):
         grad(lambda p: functional_call(Encodes(module), {f"0.{n}": t for n, t in p.items()}, (X,)))(other)
 
 

@@ -59,7 +59,7 @@ def test_topk_of_ties_nan_and_negative_values():
     assert indices.tolist() == [[3, 0, 2], [1, 0, -1]]
     assert values[0, 0].isnan()
     assert values[1].tolist() == [-1, -2, 0]
-    with pytest.raises(ValueError, match="k: expected a count, got -1"):
+    with pytest.raises(ValueError, match="k: expected 0 or more, got -1"):
         gsf.SparseLatents.from_dense(dense).topk(-1)
 
 
@@ -114,9 +114,9 @@ def test_cat_is_that_of_rows(parts):
 
 
 def test_cat_of_none_or_of_unequal_widths():
-    with pytest.raises(ValueError, match="cat: expected parts of one d_sae"):
+    with pytest.raises(ValueError, match="cat: expected parts with the same d_sae"):
         gsf.SparseLatents.cat([])
-    with pytest.raises(ValueError, match="cat: expected parts of one d_sae"):
+    with pytest.raises(ValueError, match="cat: expected parts with the same d_sae"):
         gsf.SparseLatents.cat([gsf.SparseLatents.empty((1, 3)), gsf.SparseLatents.empty((1, 4))])
 
 

@@ -1,4 +1,4 @@
-"""SparseLatents beside the dense tensor that they stand for, operation by operation."""
+"""SparseLatents compared with the dense tensor, operation by operation."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""The native matryoshka kernels: one answer from every instruction set, whatever a token's company."""
+"""The native matryoshka kernels: the same results on every instruction set and for any other tokens in the batch."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which weights of a model `quantize_` takes, which it says it leaves, and a head that was tied."""
+"""Which weights of a model `quantize_` replaces, which it reports as left out, and a tied output head."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Numbers that Python and the CUDA sources both hold: each is read from the source and compared."""
+"""Constants that are in both Python and the CUDA sources: each is read from the source and compared."""
 
 import re
 from pathlib import Path

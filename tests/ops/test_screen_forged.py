@@ -1,4 +1,4 @@
-"""Tables and codes that no build would make: whatever they say, no kernel gives a feature that is not there."""
+"""Tables and codes that no build would make: no kernel may return a feature that does not exist."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""What the certified screen is built of: rows against their reference, the op's contract, bad arguments."""
+"""Building the certified screen: rows compared with their reference, the op's contract, bad arguments."""
 
 import math
 

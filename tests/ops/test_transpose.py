@@ -69,7 +69,7 @@ def test_bad_input_names_argument_expected_and_got():
     crow, col = problem(7, 19, share=0.9)
     bad = [
         ((crow, col, 18), IndexError, r"col_indices: expected values in \[0, 18\)"),
-        ((crow, col, -1), ValueError, r"columns: expected a count, got -1"),
+        ((crow, col, -1), ValueError, r"columns: expected 0 or more, got -1"),
         ((crow[1:], col, 19), ValueError, r"crow_indices: expected offsets from 0"),
         ((crow[:0], col, 19), ValueError, r"crow_indices: expected"),
         ((crow, col.long(), 19), TypeError, r"col_indices: expected int32"),

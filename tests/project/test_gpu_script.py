@@ -1,4 +1,4 @@
-"""`make gpu`: what it refuses to start without, and how it runs its steps, with scripts for a device's tools."""
+"""`make gpu`: what it requires to start, and how it runs its steps, with scripts in place of a device's tools."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What setup.py builds: one extension that fails leaves the others, and nvcc is asked for what it knows."""
+"""What setup.py builds: if one extension fails the others are kept, and nvcc is asked which architectures it knows."""
 
 import os
 import runpy

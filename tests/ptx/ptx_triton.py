@@ -1,5 +1,5 @@
-"""Puts the interpreter behind Triton's launcher: kernels are compiled as the JIT specialises them for the arguments of
-each call, and their PTX runs on CPU tensors.
+"""Replaces Triton's launcher by the PTX interpreter: kernels are compiled as the JIT specialises them for the
+arguments of each call, and their PTX runs on CPU tensors.
 
 `install` must run before triton is imported by anything else.
 """

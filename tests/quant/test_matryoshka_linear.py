@@ -288,7 +288,7 @@ def test_bad_input_changes_nothing():
         matryoshka.set_bits(model, 4)
     with pytest.raises(ValueError, match="scope"):
         matryoshka.quantize_(model, "everything")
-    with pytest.raises(ValueError, match="names no linear layer"):
+    with pytest.raises(ValueError, match="has no linear layer"):
         matryoshka.quantize_(nn.Sequential(nn.ReLU()), "all-linear")
     with pytest.raises(ValueError, match="from 1 to 8"):
         matryoshka.quantize_(model, bits=9)

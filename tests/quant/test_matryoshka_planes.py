@@ -1,5 +1,5 @@
-"""Ops `matryoshka_pack`, `matryoshka_slice` and `matryoshka_dequantize` as torch knows them: schema, fake, compile,
-cost, and what serves them.  What they mean for every code and width is in test_matryoshka_codes.py."""
+"""Ops `matryoshka_pack`, `matryoshka_slice` and `matryoshka_dequantize` in torch: schema, fake, compile, cost, and
+which backend runs them.  test_matryoshka_codes.py tests their results for every code and width."""
 
 import pytest
 import torch
@@ -70,7 +70,7 @@ def test_costs_are_the_bytes_of_the_tensors():
 def test_a_backend_asked_for_by_name_serves_the_op_or_refuses_and_steps_of_others_go_on():
     codes, packed = case()
     for op, args in calls():
-        with gsf.backend("native"), pytest.raises(gsf.BackendError, match=f"cannot serve {op.name} on cpu"):
+        with gsf.backend("native"), pytest.raises(gsf.BackendError, match=f"cannot run {op.name} on cpu"):
             op(*args)
     layer = MatryoshkaLinear(packed)
     want = layer.weight
@@ -88,7 +88,7 @@ def test_a_backend_asked_for_by_name_serves_the_op_or_refuses_and_steps_of_other
 def test_info_says_what_serves():
     rows = {c.op: c for c in backends.choices() if c.device == "cpu"}
     for op in ("matryoshka_pack", "matryoshka_slice", "matryoshka_dequantize"):
-        assert (rows[op].backend, rows[op].reason) == ("eager", "no native kernel is written for it")
+        assert (rows[op].backend, rows[op].reason) == ("eager", "it has no native kernel")
 
 
 def test_bad_input_is_named():

@@ -1,4 +1,4 @@
-"""Coders of several sites, and the formulas that are easily got wrong: each is told from its known wrong way."""
+"""Coders of several sites, and formulas with common mistakes: each is distinguished from the wrong version."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Rows in pinned host memory, as far as it goes without a device: "meta" stands for it, and memory is pinned by name.
+"""Rows in pinned host memory, tested without a device: device "meta" and memory that only claims to be pinned.
 tests/interpreter/test_screen.py has the kernels' side, tests/device/test_pinned.py the bytes."""
 
 import copy
@@ -89,7 +89,7 @@ def test_what_host_rows_cannot_do(lent, encoded):
     sae, x = make_sae(0, 40, 67, 5).prepare().pin_rows("meta"), torch.empty(3, 40, device="meta")
     with pytest.raises(ValueError, match="screen: expected None or True"):
         sae.encode_sparse(x, screen=False)
-    with pytest.raises(ValueError, match="no gradient through rows in host memory"):
+    with pytest.raises(ValueError, match="no gradients through rows in host memory"):
         sae.encode_sparse(x.clone().requires_grad_())
     with torch.no_grad():
         sae.encode_sparse(x.clone().requires_grad_())
@@ -110,7 +110,7 @@ def test_a_checkpoint_loads_pinned(lent, tmp_path):
 
 def test_no_device_says_so(tmp_path):
     sae = make_sae(0, 40, 67, 5)
-    with pytest.raises(ValueError, match='"pinned" serves a CUDA device, got cpu'):
+    with pytest.raises(ValueError, match='"pinned" needs a CUDA device, got cpu'):
         sae.pin_rows("cpu")
     if not torch.cuda.is_available():
         with pytest.raises(gsf.BackendError, match="there is no CUDA device in this process"):
@@ -118,7 +118,7 @@ def test_no_device_says_so(tmp_path):
     assert sae.encode_sparse(make_activations(1, 3, 40)).nnz > 0  # it is as it was
     path = tmp_path / "sae.safetensors"
     save(sae, path)
-    with pytest.raises(ValueError, match='"pinned" serves a CUDA device, got cpu'):
+    with pytest.raises(ValueError, match='"pinned" needs a CUDA device, got cpu'):
         gsf.SAE.from_pretrained(path, rows="pinned")
     with pytest.raises(ValueError, match="got 'disk'"):
         gsf.SAE.from_pretrained(path, rows="disk")
@@ -127,7 +127,7 @@ def test_no_device_says_so(tmp_path):
 def test_mapped_rows_are_not_pinned(lent, tmp_path):
     path = tmp_path / "sae.safetensors"
     save(make_sae(0, 40, 67, 5), path)
-    with pytest.raises(ValueError, match="mapped rows are not pinned"):
+    with pytest.raises(ValueError, match="mapped rows cannot be pinned"):
         gsf.SAE.from_pretrained(path, rows="mmap").pin_rows("meta")
 
 

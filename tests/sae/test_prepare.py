@@ -1,4 +1,4 @@
-"""What is packed follows the weights: every edit that can be seen is seen."""
+"""Screens and layouts follow the weights: every edit that can be detected is detected."""
 
 import pytest
 import torch

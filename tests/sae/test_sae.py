@@ -1,4 +1,4 @@
-"""The modules: formula, dtypes, gradients, bad input, and everything an nn.Module goes through."""
+"""The modules: formula, dtypes, gradients, bad input, and all operations of an nn.Module."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What an SAE is given and cannot take is named: the argument, what was expected, what came."""
+"""Errors for bad input of an SAE name the argument, what was expected and what was given."""
 
 import pytest
 import torch

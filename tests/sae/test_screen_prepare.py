@@ -1,4 +1,4 @@
-"""When an SAE uses its screen, stores it, and notices that it is of other weights."""
+"""When an SAE uses its screen, stores it, and detects that it was built from other weights."""
 
 import json
 
@@ -118,7 +118,7 @@ def test_prepare_keeps_its_options():
     assert sae.screen_cache.screen.code2 is None
     assert sae.encode_sparse(x, screen=True) == sae.encode_sparse(x, screen=False)
     for wrong, match in (
-        ({"sample": x, "centre": x[0]}, "sample, centre: expected at most one"),
+        ({"sample": x, "centre": x[0]}, "sample, centre: give at most one"),
         ({"sample": x[:, 1:]}, "sample: expected"),
         ({"centre": x[0, 1:]}, "centre: expected"),
         ({"directions": 3}, "directions: 3 of them"),

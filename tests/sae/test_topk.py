@@ -78,17 +78,17 @@ def test_equal_magnitudes_of_either_sign_take_the_lower_feature(isa):
 
 def test_a_threshold_is_refused():
     w = weights()
-    with pytest.raises(ValueError, match="threshold: a top-k SAE has none"):
+    with pytest.raises(ValueError, match="threshold: a top-k SAE has no thresholds"):
         TopKSAE.from_weights(**w | {"threshold": torch.full((F,), 0.1)}, k=K)
     sae = TopKSAE.from_weights(**w, k=K)
     x = make_activations(6, 3, D)
     sae.encode_sparse(x, screen=True)
     sae.threshold.data[4] = 1.0  # bumps no version
-    with pytest.raises(ValueError, match="threshold: a top-k SAE has none"):
+    with pytest.raises(ValueError, match="threshold: a top-k SAE has no thresholds"):
         sae.encode_sparse(x, screen=True)
     with torch.no_grad():
         sae.threshold[4] = 2.0
-    with pytest.raises(ValueError, match="threshold: a top-k SAE has none"):
+    with pytest.raises(ValueError, match="threshold: a top-k SAE has no thresholds"):
         sae.encode_sparse(x)
 
 

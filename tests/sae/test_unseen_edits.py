@@ -1,4 +1,4 @@
-"""Edits of weights that bump no version counter, weights of another shape, forks: what an SAE notices."""
+"""Edits of weights that change no version counter, weights of another shape, forks: what an SAE detects."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What the other libraries must be told before they are imported."""
+"""Settings for the other libraries that must be made before they are imported."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Small SAELens objects with seeded weights, and what the tests compare them by."""
+"""Small SAELens objects with seeded weights, and comparison helpers for the tests."""
 
 import copy
 

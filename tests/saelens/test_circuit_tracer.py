@@ -1,4 +1,4 @@
-"""circuit-tracer's transcoders against their own accelerated selves."""
+"""Accelerated circuit-tracer transcoders compared with the original ones."""
 
 import copy
 

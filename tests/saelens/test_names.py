@@ -1,4 +1,4 @@
-"""The table of names against the SAELens that is installed: every Gemma Scope entry, by name down to site and kind."""
+"""The table of names compared with the installed SAELens: every Gemma Scope entry, including site and kind."""
 
 from importlib.resources import files
 

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: whole windows, the same for a seed, of the model's own distribution."""
+"""Text written by a model: whole windows, the same for the same seed, from the model's own distribution."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""QAT end to end: every width's loss falls, runs go on, the head's losses, and CPUs without products of bf16."""
+"""QAT end to end: every width's loss decreases, runs resume, the head's losses, and CPUs without bf16 products."""
 
 import pytest
 import torch
@@ -165,7 +165,7 @@ def test_the_type_is_what_onednn_says():
 def test_a_table_begun_in_another_type_is_refused(tmp_path):
     results = measure.Results(tmp_path / "t.json")
     measure.compare(two_blocks(), IDS, [measure.Case(bits=4)], results)
-    with pytest.raises(ValueError, match="begun in bfloat16, got one in float32"):
+    with pytest.raises(ValueError, match="started in bfloat16, got one in float32"):
         measure.compare(two_blocks().bfloat16(), IDS, [measure.Case(bits=2)], results)
     assert len(results.figures) == 2
 

@@ -39,7 +39,7 @@ def test_train_reads_the_layer_and_writes_an_sae_that_attaches(name, tmp_path, c
     code = cli.main([
         "train", "--model", str(tmp_path / "model"), "--layer", str(LAYER), "--d-sae", "48", "--l0", "6",
         "--steps", "3", "--batch", "64", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "own.safetensors"),
-        "--activations", str(tmp_path / "kept"), "--dtype", "float32",
+        "--activations", str(tmp_path / "kept"), "--save-dtype", "float32",
     ])  # fmt: skip
     assert code == 0
     figures = json.loads(capsys.readouterr().out)

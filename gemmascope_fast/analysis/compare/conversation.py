@@ -1,4 +1,4 @@
-"""A conversation read turn by turn with one KV cache: which features fire in which turn, for which role."""
+"""Reads a conversation turn by turn with one KV cache: shows which features fire in which turn, for which role."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.calls import CACHES
-from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.attach.tokens import device_of, opening
 from gemmascope_fast.ops.latents import SparseLatents
 
-ROLES = {"assistant": "model"}  # Gemma's own name for it
+ROLES = {"assistant": "model"}  # Gemma's name for this role
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One entry of a transcript; role "tool" (or any other) for what a tool gave back."""
+    """One entry of a transcript; the role is "tool" (or any other name) for the output of a tool."""
 
     role: str
     content: str
@@ -38,7 +38,7 @@ class Trace:
     latents: SparseLatents
 
     def top(self, k: int = 5) -> list[tuple[int, float, int]]:
-        """(feature, mean activation over the content's tokens, tokens on which it fires), strongest first."""
+        """(feature, mean activation over the content's tokens, number of tokens it fires on), strongest first."""
         own = self.latents[self.content]
         features = own.col_indices.long()
         total = torch.zeros(own.d_sae, dtype=torch.float64).index_add_(0, features, own.values.double())
@@ -49,7 +49,7 @@ class Trace:
 
 
 def load_transcript(path: str | Path) -> list[Turn]:
-    """A JSON array, or JSON lines, of {role, content}.  ValueError naming the turn (or line) that is not one."""
+    """Read a JSON array, or JSON lines, of {role, content}.  ValueError naming the turn (or line) that is invalid."""
     from gemmascope_fast.analysis.extraction.sources import json_lines, string
 
     data = Path(path).read_bytes()
@@ -72,8 +72,8 @@ def load_transcript(path: str | Path) -> list[Turn]:
 
 
 def turn_ids(tokenizer: Any, turn: Turn, first: bool) -> tuple[list[int], int, int]:
-    """(token ids of a turn, where its content begins, where it ends), in Gemma's format where the tokenizer knows its
-    marks, else `role: content`.  Each part is tokenised by itself, so that a turn's tokens are nobody else's."""
+    """(token ids of a turn, where its content begins, where it ends), in Gemma's format if the tokenizer has its
+    special tokens, else `role: content`.  Each part is tokenised separately, so no token spans two turns."""
     role = ROLES.get(turn.role, turn.role)
     marks = {"<start_of_turn>", "<end_of_turn>"} <= set(tokenizer.get_added_vocab())
     head, tail = (f"<start_of_turn>{role}\n", "<end_of_turn>\n") if marks else (f"{role}: ", "\n")
@@ -87,10 +87,10 @@ def turn_ids(tokenizer: Any, turn: Turn, first: bool) -> tuple[list[int], int, i
 def read_conversation(
     model: Any, tokenizer: Any, sites: Any, turns: Sequence[Turn], progress: Callable[[], None] = lambda: None
 ) -> list[Trace]:
-    """One forward a turn, each reading its own tokens alone: the cache holds the turns before.
+    """Run one forward per turn, with only the turn's own tokens: the cache has the earlier turns.
 
-    sites: `saes` of attach as a dict with one SAE.  ValueError where the conversation outgrows the model's window,
-    before anything is read.
+    sites: `saes` of attach as a dict with one SAE.  ValueError, before anything is read, if the conversation is longer
+    than the model's window.
     """
     from transformers import DynamicCache
 
@@ -104,7 +104,7 @@ def read_conversation(
     name = next(n for n in (*CACHES, "past_key_values") if n in accepted)
     with torch.inference_mode(), attach(model, sites, tokens="all") as run:
         for ids, _, _ in each:
-            model(torch.tensor([ids]), use_cache=True, **{name: cache})
+            model(torch.tensor([ids], device=device_of(model)), use_cache=True, **{name: cache})
             progress()
     ((key, _),) = sites.items()
     latents = run.latents[key]
@@ -112,14 +112,14 @@ def read_conversation(
     for turn, (ids, begin, end) in zip(turns, each, strict=True):
         content = torch.zeros(len(ids), dtype=torch.bool)
         content[begin:end] = True
-        # AxBench and Gemma Scope leave BOS and the chat's marks out: they are shown, and nothing is counted on them
+        # as in AxBench and Gemma Scope, BOS and the chat's special tokens are shown but not counted
         traces.append(Trace(turn, torch.tensor(ids), content, latents[at : at + len(ids)].detach().cpu()))
         at += len(ids)
     return traces
 
 
 def by_role(traces: Sequence[Trace], k: int = 8) -> dict[str, dict[str, Any]]:
-    """For each role: tokens, L0, and the features whose firing rate exceeds that in the other roles most."""
+    """For each role: tokens, L0, and the features whose firing rate most exceeds that in the other roles."""
     d_sae = traces[0].latents.d_sae
     fired: dict[str, Tensor] = {}
     tokens: dict[str, int] = {}

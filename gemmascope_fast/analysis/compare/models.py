@@ -1,4 +1,4 @@
-"""Two models on the same text: tokens aligned by the characters they cover, features matched by firing together."""
+"""Compares two models on the same text: aligns tokens by their characters, and matches features that fire together."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from typing import Any
 
 import numpy as np
 
+from gemmascope_fast.analysis.compare.sets import times_fired
 from gemmascope_fast.analysis.extraction.texts import read_texts
 from gemmascope_fast.ops.latents import SparseLatents
 
-BLOCK = 1024  # features of one side at once: 1024 × 16,384 counts take 134 MB
+BLOCK = 1024  # features of one side at a time: 1024 × 16,384 counts take 134 MB
 
 
 def token_ends(tokenizer: Any, text: str) -> np.ndarray:
-    """int64 [tokens]: the character after each token (no special tokens).  ValueError for a slow tokenizer."""
+    """int64 [tokens]: the character after each token (without special tokens).  ValueError for a slow tokenizer."""
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__}: expected a fast tokenizer, which knows where its tokens stand")
+        raise ValueError(f"{type(tokenizer).__name__}: expected a fast tokenizer, which gives token positions")
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     return np.array([end for _, end in found], np.int64)
 
 
 def common_spans(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """(span of each token of a, span of each of b, count): the smallest spans that end where a token of both ends.
+    """(span of each token of a, span of each of b, count): the smallest spans whose ends are token ends on both sides.
 
-    a, b: ends of tokens in characters.  Tokens after the last common end (left-over white space, bytes of one
+    a, b: ends of tokens in characters.  Tokens after the last common end (remaining white space, bytes of one
     character) belong to the last span.
     """
     ends = np.intersect1d(a, b)
@@ -38,8 +39,8 @@ def common_spans(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
 
 
 def by_span(latents: SparseLatents, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(span, feature, value): the largest value of each feature within each span; latents of the tokens that `spans` is
-    of."""
+    """(span, feature, value): the largest value of each feature in each span, from latents of the tokens that `spans`
+    refers to."""
     rows = spans[latents.row_indices().numpy()]
     features = latents.col_indices.numpy().astype(np.int64)
     key = rows * latents.d_sae + features
@@ -50,7 +51,7 @@ def by_span(latents: SparseLatents, spans: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 class Side:
-    """One model's features on the common spans, gathered text by text."""
+    """One model's features on the common spans, collected text by text."""
 
     def __init__(self, d_sae: int) -> None:
         self.d_sae = d_sae
@@ -60,16 +61,16 @@ class Side:
         """scipy.sparse.csc_array fp64 [spans, d_sae]."""
         from scipy.sparse import coo_array
 
-        # a side without a token has no part
+        # a text without tokens on this side adds nothing
         empty = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))
         rows, columns, values = (np.concatenate(p) for p in zip(empty, *self.parts, strict=True))
         return coo_array((values, (rows, columns)), shape=(spans, self.d_sae)).tocsc()
 
 
 def gather(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any], texts: Sequence[str], **options: Any) -> tuple[Any, Any]:
-    """Both sides' csc_array [spans, d_sae] over all texts.  a, b: (model, tokenizer, sites with one SAE).
+    """csc_array [spans, d_sae] of both sides, over all texts.  a, b: (model, tokenizer, sites with one SAE).
 
-    ValueError for a text that spells out a special token: its rows could not be told.
+    ValueError for a text that contains a special token, because its rows could not be identified.
     """
     sides = [Side(next(iter(sites.values())).cfg.d_sae) for _, _, sites in (a, b)]
     read = [read_texts(model, tokenizer, sites, texts, **options) for model, tokenizer, sites in (a, b)]
@@ -93,7 +94,7 @@ def gather(a: tuple[Any, Any, Any], b: tuple[Any, Any, Any], texts: Sequence[str
 
 def phi(a: Any, b: Any) -> Iterable[tuple[int, np.ndarray]]:
     """(first feature, correlations [block, F_b]) of whether features fire, from csc_array [spans, F]:
-    (n·ab - a·b) / sqrt(a(n - a)·b(n - b)); 0 where one of them never or always fires."""
+    (n·ab - a·b) / sqrt(a(n - a)·b(n - b)); 0 if one of them never or always fires."""
     n = a.shape[0]
     on_a, on_b = (a != 0).astype(np.float64), (b != 0).astype(np.float64)
     count_a, count_b = on_a.sum(0), on_b.sum(0)
@@ -105,10 +106,10 @@ def phi(a: Any, b: Any) -> Iterable[tuple[int, np.ndarray]]:
 
 
 def matched_features(a: Any, b: Any) -> dict[str, np.ndarray]:
-    """For each feature of a: the feature of b that fires most like it, their correlation, and the same the other way.
+    """For each feature of a: the feature of b with the most similar firing, their correlation, and the reverse.
 
-    match, correlation [F_a]; back, back_correlation [F_b] (-1 and 0 where nothing correlates); own [min(F_a, F_b)], the
-    correlation with the feature of the same number.
+    match, correlation [F_a]; back, back_correlation [F_b] (-1 and 0 if nothing correlates); own [min(F_a, F_b)], the
+    correlation with the feature of the same index.
     """
     fa, fb = a.shape[1], b.shape[1]
     match, best = np.full(fa, -1), np.zeros(fa)
@@ -126,18 +127,14 @@ def matched_features(a: Any, b: Any) -> dict[str, np.ndarray]:
     return found | {"own": np.concatenate(same)}
 
 
-LEAST = 3  # spans a feature has to fire on: by one or two alone, many fire alike by chance
-
-
-def _fired(x: Any) -> np.ndarray:
-    return np.asarray((x != 0).sum(0)).ravel()
+LEAST = 3  # minimum number of spans: on one or two spans, many features agree by chance
 
 
 def matches(a: Any, b: Any, *, least: int = LEAST) -> list[dict[str, Any]]:
-    """For each feature of a that fires on at least `least` spans, the feature of b that fires most like it, where one
-    does at all; the likest first."""
+    """For each feature of a that fires on at least `least` spans, the feature of b with the most similar firing, if
+    there is any; most similar first."""
     found = matched_features(a, b)
-    fired_a, fired_b = _fired(a), _fired(b)
+    fired_a, fired_b = times_fired(a), times_fired(b)
     records = [
         {"feature": f, "match": m, "fired_a": int(fired_a[f]), "fired_b": int(fired_b[m]),
          "match_correlation": float(found["correlation"][f])}
@@ -148,16 +145,16 @@ def matches(a: Any, b: Any, *, least: int = LEAST) -> list[dict[str, Any]]:
 
 
 def changes(a: Any, b: Any, *, same: float = 0.5, least: int = LEAST) -> list[dict[str, Any]]:
-    """What became of each feature that fires on at least `least` spans on either side, where both sides have one SAE.
+    """How each feature changed that fires on at least `least` spans on either side, if both sides use one SAE.
 
-    kept: correlates with itself by `same` or more; moved: another feature of b does so instead; lost, gained:
-    neither, and it fires at least twice as often in a or in b; changed: neither, as often.  Most changed first.
+    kept: correlates with itself by `same` or more; moved: another feature of b does so instead; lost, gained: neither,
+    and it fires at least twice as often in a or in b; changed: neither, and about as often.  Most changed first.
     """
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"expected one SAE on both sides, got {a.shape[1]} and {b.shape[1]} features")
     found = matched_features(a, b)
     own = found["own"]
-    fired = [_fired(x) for x in (a, b)]
+    fired = [times_fired(x) for x in (a, b)]
     records = []
     for f in np.nonzero(np.maximum(*fired) >= least)[0].tolist():
         na, nb = int(fired[0][f]), int(fired[1][f])

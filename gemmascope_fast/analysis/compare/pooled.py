@@ -1,8 +1,8 @@
-"""One sparse row of features a text, from texts of any number."""
+"""One sparse row of features per text, for any number of texts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ POOLS = ("mean", "max", "rate")
 
 
 def pool(latents: SparseLatents, how: str) -> tuple[np.ndarray, np.ndarray]:
-    """(features int64 ascending, values fp64) over a text's tokens: the mean of the activations (0 where silent), their
+    """(features int64 ascending, values fp64) over a text's tokens: the mean activation (0 where it does not fire), the
     maximum, or the share of tokens on which the feature fires."""
     if how not in POOLS:
         raise ValueError(f"--pool: expected one of {', '.join(POOLS)}, got {how!r}")
@@ -32,22 +32,24 @@ def pool(latents: SparseLatents, how: str) -> tuple[np.ndarray, np.ndarray]:
 def pooled(
     model: Any, tokenizer: Any, sites: Mapping[Any, Any], texts: Iterable[str], how: str = "mean", **options: Any
 ) -> tuple[Any, np.ndarray]:
-    """(scipy.sparse.csr_array [texts, d_sae], tokens of each text).  Memory: the features that fired, once a text.
+    """(scipy.sparse.csr_array [texts, d_sae], tokens of each text).  Memory: one entry per text and feature that fired.
 
     sites: one key and its SAE.  options: those of `read_texts`.  ValueError for a text without content tokens.
     """
-    from scipy.sparse import csr_array
-
     ((key, sae),) = sites.items()
-    indices, values, counts, tokens = [], [], [0], []
+    found, tokens = [], []
     for number, (ids, rows) in enumerate(read_texts(model, tokenizer, sites, texts, **options), 1):
         if not rows or not rows[key].n_rows:
             raise ValueError(f"text {number}: expected at least one token besides the special ones")
-        features, each = pool(rows[key], how)
-        indices.append(features)
-        values.append(each)
-        counts.append(counts[-1] + len(features))
+        found.append(pool(rows[key], how))
         tokens.append(len(ids))
-    empty = np.empty(0)
-    data = (np.concatenate([empty, *values]), np.concatenate([empty, *indices]).astype(np.int64), np.array(counts))
-    return csr_array(data, shape=(len(tokens), sae.cfg.d_sae)), np.array(tokens)
+    return of_rows(found, sae.cfg.d_sae), np.array(tokens)
+
+
+def of_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], d_sae: int) -> Any:
+    """scipy.sparse.csr_array [rows, d_sae] of the features and values of each row."""
+    from scipy.sparse import csr_array
+
+    features, values = (np.concatenate([np.empty(0), *(row[i] for row in rows)]) for i in (0, 1))
+    offsets = np.cumsum([0, *(len(row[0]) for row in rows)])
+    return csr_array((values, features.astype(np.int64), offsets), shape=(len(rows), d_sae))

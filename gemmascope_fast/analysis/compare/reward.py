@@ -1,4 +1,4 @@
-"""What moves a reward model: attribution of each answer's reward to the features that fire in it."""
+"""Which features a reward model's score depends on: attributes each answer's reward to the features that fire in it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemmascope_fast.analysis.compare.pooled import of_rows
 from gemmascope_fast.attach import attach
-from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.attach.tokens import device_of, opening
 from gemmascope_fast.checkpoints.hub import from_hub_or_cache
 
 
-def load_reward_model(name: str) -> tuple[Any, Any]:
-    """(model, tokenizer) for --reward: a sequence classifier of one output, fp32 and eval."""
+def load_reward_model(name: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer) for --reward: a sequence classifier with one output, in eval mode."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     if name == "demo":
-        raise ValueError("--reward: expected --model, a sequence classifier; the demo's model is none")
+        raise ValueError("--reward: expected --model, a sequence classifier; the demo model is not one")
     with from_hub_or_cache(name) as local:
-        model = AutoModelForSequenceClassification.from_pretrained(name, dtype="float32", **local).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype, **local).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, **local)
     if model.config.num_labels != 1:
-        raise ValueError(f"--reward {name}: expected a model of one output, got {model.config.num_labels}")
+        raise ValueError(f"--reward {name}: expected a model with one output, got {model.config.num_labels}")
     return model.requires_grad_(False), tokenizer
 
 
@@ -33,38 +34,32 @@ def attributed(
 ) -> tuple[Any, np.ndarray]:  # fmt: skip
     """(csr_array [texts, d_sae] of gradient · activation for the reward, summed over the tokens; rewards [texts]).
 
-    The SAE's error is held constant, as `run.attribution` does.  ValueError for a text longer than the window: its
-    reward would be another's.
+    The SAE's error is constant, as in `run.attribution`.  ValueError for a text longer than the window, because the
+    reward would be that of a different text.
     """
-    from scipy.sparse import csr_array
-
     ((key, sae),) = sites.items()
     head = opening(tokenizer)
-    indices, values, counts, rewards = [], [], [0], []
+    rows, rewards = [], []
     for number, text in enumerate(texts, 1):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if not 0 < len(ids) <= window:
             raise ValueError(f"text {number}: expected 1 to {window} tokens (--window), got {len(ids)}")
         with torch.enable_grad(), attach(model, sites, mode="splice+error", tokens="content") as run:
-            reward = model(torch.tensor([[*head, *ids]])).logits[0, 0]
-            found = run.attribution(reward)[key]
+            reward = model(torch.tensor([[*head, *ids]], device=device_of(model))).logits[0, 0]
+            found = run.attribution(reward)[key].cpu()
         features, at = np.unique(found.col_indices.numpy().astype(np.int64), return_inverse=True)
         total = np.zeros(len(features))
         np.add.at(total, at, found.values.double().numpy())
-        indices.append(features)
-        values.append(total)
-        counts.append(counts[-1] + len(features))
+        rows.append((features, total))
         rewards.append(float(reward.detach()))
         progress(1)
-    empty = np.empty(0)
-    data = (np.concatenate([empty, *values]), np.concatenate([empty, *indices]).astype(np.int64), np.array(counts))
-    return csr_array(data, shape=(len(rewards), sae.cfg.d_sae)), np.array(rewards)
+    return of_rows(rows, sae.cfg.d_sae), np.array(rewards)
 
 
 def ranked(chosen: Any, rejected: Any, rewards: tuple[np.ndarray, np.ndarray], k: int = 10) -> list[dict[str, Any]]:
-    """Per pair both rewards, and the k features whose shares of them differ most, the most first.
+    """For each pair: both rewards, and the k features whose contributions differ most, largest difference first.
 
-    chosen, rejected: csr_array [pairs, d_sae] of `attributed`; rewards of each.
+    chosen, rejected: csr_array [pairs, d_sae] from `attributed`, and the rewards of each.
     """
     found = []
     for pair, (own, other) in enumerate(zip(*rewards, strict=True)):

@@ -1,5 +1,5 @@
-"""One text and its variants: how stable features and labels are, and how far the share of agreeing variants can be
-trusted."""
+"""One text and its variants: how stable features and labels are, and how well the share of agreeing variants predicts
+a correct label."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 
 from gemmascope_fast.analysis.extraction.sources import json_lines, string
 from gemmascope_fast.analysis.extraction.windows import padded
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import device_of, opening, room
+from gemmascope_fast.errors import require
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A text of a group of equal meaning.  kind: what was done to it; label: the group's true one, where known."""
+    """A text of a group with equal meaning.  kind: how it was changed; label: the group's true label, if known."""
 
     group: str
     text: str
@@ -28,8 +29,8 @@ class Variant:
 
 
 def load_variants(path: str | Path) -> list[Variant]:
-    """JSON lines of group, text and, if any, kind and label.  ValueError naming the line where a record is wrong or
-    contradicts its group's label."""
+    """Read JSON lines of group, text and optionally kind and label.  ValueError naming the line of a record that is
+    invalid or contradicts its group's label."""
     found, labels = [], dict[str, str]()
     for number, value in json_lines(Path(path)):
         where = f"{path}, line {number}"
@@ -46,7 +47,7 @@ def load_variants(path: str | Path) -> list[Variant]:
 
 
 def groups_of(variants: Sequence[Variant]) -> dict[str, list[int]]:
-    """Numbers of the variants of each group, in order of appearance."""
+    """Indices of the variants of each group, in order of appearance."""
     found: dict[str, list[int]] = {}
     for i, variant in enumerate(variants):
         found.setdefault(variant.group, []).append(i)
@@ -54,8 +55,8 @@ def groups_of(variants: Sequence[Variant]) -> dict[str, list[int]]:
 
 
 def stability(fired: Sequence[set[int]], groups: dict[str, list[int]]) -> dict[str, Any]:
-    """jaccard: mean over pairs of variants within a group of |both| / |either| (features that fired; 1 for two empty
-    ones), by group and over groups; across: the same over pairs of first variants of different groups."""
+    """jaccard: mean over pairs of variants within a group of |both| / |either| (features that fired; 1 if neither has
+    any), by group and over groups; across: the same over pairs of first variants of different groups."""
 
     def likeness(a: set[int], b: set[int]) -> float:
         return len(a & b) / len(a | b) if a | b else 1.0
@@ -80,11 +81,11 @@ def label_scores(
 ) -> np.ndarray:  # fmt: skip
     """fp64 [texts, labels]: log p(label's tokens | prompt).
 
-    template: the prompt, with {text}; a label follows it after a space.  ValueError where {text} is missing, or a
-    prompt with its label is longer than the model's window.
+    template: the prompt, with {text}; a label follows it after a space.  ValueError if {text} is missing, or a prompt
+    with its label is longer than the model's window.
     """
     if "{text}" not in template:
-        raise ValueError(f"--prompt: expected a prompt with {{text}}, got {template!r}")
+        raise ValueError(f"--template: expected a question with {{text}}, got {template!r}")
     head = opening(tokenizer)
     answers = [tokenizer(" " + label, add_special_tokens=False)["input_ids"] for label in labels]
     prompts = [
@@ -101,30 +102,30 @@ def label_scores(
     order = sorted(range(len(texts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(texts), at_once):
         part = order[start : start + at_once]
-        # logits where a label is read alone: the output head is most of a small model's weights
+        # logits only where a label is read: the output head is most of a small model's weights
         first = len(prompts[part[0]]) - 1 if keeps else 0
         for j, answer in enumerate(answers):
-            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0)
-            more = {"logits_to_keep": torch.arange(first, ids.shape[1])} if keeps else {}
+            ids, mask = padded([[*prompts[i], *answer] for i in part], tokenizer.pad_token_id or 0, device_of(model))
+            more = {"logits_to_keep": torch.arange(first, ids.shape[1], device=ids.device)} if keeps else {}
             with torch.inference_mode():
                 logits = model(ids, attention_mask=mask, use_cache=False, **more).logits
             for row, i in zip(logits, part, strict=True):
                 begin = len(prompts[i]) - 1 - first
-                own_rows = row[begin : begin + len(answer)].float().log_softmax(-1)
+                own_rows = row[begin : begin + len(answer)].float().cpu().log_softmax(-1)
                 scores[i, j] = float(own_rows[torch.arange(len(answer)), torch.tensor(answer)].sum())
         progress(len(part))
     return scores
 
 
 def classify(model: Any, tokenizer: Any, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
-    """int64 [texts]: which label the model finds likeliest; arguments of `label_scores`."""
+    """int64 [texts]: the label with the highest probability; same arguments as `label_scores`."""
     return label_scores(model, tokenizer, texts, *args, **options).argmax(1)
 
 
 @dataclass
 class Votes:
-    """predicted int64 [models, variants]; kind int64 [variants], of `kinds`; group int64 [variants], of `names`; gold
-    int64 [groups], -1 where unknown."""
+    """predicted int64 [models, variants]; kind int64 [variants], index into `kinds`; group int64 [variants], index into
+    `names`; gold int64 [groups], -1 if unknown."""
 
     predicted: np.ndarray
     kind: np.ndarray
@@ -136,12 +137,12 @@ class Votes:
 
     @property
     def size(self) -> int:
-        """Weights: one a kind, one a model."""
+        """Number of weights: one per kind and one per model."""
         return len(self.kinds) + len(self.predicted)
 
     def shares(self, weights: np.ndarray) -> np.ndarray:
-        """[groups, labels]: the weighted share of votes that each label gets.  weights [kinds + models], each at least
-        0; a vote weighs (its kind's) · (its model's)."""
+        """[groups, labels]: the weighted share of votes for each label.  weights [kinds + models], each at least 0; the
+        weight of a vote is (its kind's) · (its model's)."""
         each = weights[len(self.kinds) :, None] * weights[self.kind][None]
         out = np.zeros((len(self.names), self.labels))
         np.add.at(out, (np.broadcast_to(self.group, each.shape), self.predicted), each)
@@ -149,32 +150,36 @@ class Votes:
         return np.divide(out, total, out=np.full_like(out, 1 / self.labels), where=total > 0)
 
 
-def brier(shares: np.ndarray, gold: np.ndarray) -> float:
-    """Mean over groups of Σ over labels (share - 1[label is true])²."""
-    return float(((shares - np.eye(shares.shape[1])[gold]) ** 2).sum(1).mean())
-
-
 def reliability(shares: np.ndarray, gold: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """accuracy; brier; ece = Σ over bins of confidence (bin's share · |accuracy - mean confidence|); the bins that hold
-    anything: confidence, accuracy, count."""
+    """accuracy; brier: mean over groups of Σ over labels (share - 1[label is true])²; ece = Σ over bins of confidence
+    (bin's share · |accuracy - mean confidence|); the bins that hold anything: confidence, accuracy, count."""
+    require("sklearn", "analysis", "variants")
+    from sklearn.calibration import calibration_curve
+    from sklearn.metrics import brier_score_loss
+
     confidence, right = shares.max(1), shares.argmax(1) == gold
-    at = np.minimum((confidence * bins).astype(int), bins - 1)
+    curve = calibration_curve(right.astype(int), confidence, n_bins=bins, pos_label=1)
+    # scikit-learn's bins, whose upper ends are theirs
+    counts = np.bincount(np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], confidence))
     found = [
-        {"confidence": float(confidence[at == b].mean()), "accuracy": float(right[at == b].mean()), "count": int(n)}
-        for b in range(bins)
-        if (n := (at == b).sum())
+        {"confidence": float(mean), "accuracy": float(share), "count": int(count)}
+        for share, mean, count in zip(*curve, counts[counts > 0], strict=True)
     ]
     ece = sum(b["count"] * abs(b["accuracy"] - b["confidence"]) for b in found) / len(gold)
-    return {"accuracy": float(right.mean()), "brier": brier(shares, gold), "ece": float(ece), "bins": found}
+    brier = brier_score_loss(gold, shares, labels=np.arange(shares.shape[1]), scale_by_half=False)
+    return {"accuracy": float(right.mean()), "brier": float(brier), "ece": float(ece), "bins": found}
 
 
 def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Weights in [0, 1] that give the least Brier score on the groups `train`, by differential evolution; equal weights
-    are among the first candidates, so that it is never worse than they are there."""
+    """Weights in [0, 1] with the lowest Brier score on the groups `train`, by differential evolution; equal weights are
+    among the first candidates, so the result is never worse than equal weights there."""
     from scipy.optimize import differential_evolution
 
+    truth = np.eye(votes.labels)[votes.gold[train]]
+
     def loss(weights: np.ndarray) -> float:
-        return brier(votes.shares(weights)[train], votes.gold[train])
+        # scikit-learn's Brier score takes milliseconds a call, and thousands are made
+        return float(((votes.shares(weights)[train] - truth) ** 2).sum(1).mean())
 
     start = np.full(votes.size, 1.0)
     result = differential_evolution(
@@ -184,7 +189,7 @@ def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def calibrate(votes: Votes, seed: int = 0) -> dict[str, Any]:
-    """Weights from half of the labelled groups; both weightings measured on the other half.
+    """Fit weights on half of the labelled groups; measure these and equal weights on the other half.
 
     ValueError for fewer than four labelled groups.
     """

@@ -1,4 +1,4 @@
-"""AxBench's methods offline: which direction finds a concept in texts, and which one steers towards it."""
+"""AxBench's methods offline: which direction detects a concept in texts, and which one steers towards it."""
 
 from gemmascope_fast.analysis.concepts.data import Example, load_examples
 from gemmascope_fast.analysis.concepts.methods import Detector

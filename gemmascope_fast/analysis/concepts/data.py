@@ -16,7 +16,7 @@ BUNDLED = DATA / "concepts.jsonl"
 
 @dataclass(frozen=True)
 class Example:
-    """label 1: a text of the concept.  Label 0: a hard negative, close to it in its words and yet none."""
+    """label 1: a text of the concept.  Label 0: a hard negative, with similar words but without the concept."""
 
     text: str
     concept: str
@@ -25,8 +25,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Split:
-    """Numbers of examples for one concept: `positive` are its texts, `negative` other concepts' texts, `hard` its hard
-    negatives, which are only for the test."""
+    """Indices of examples for one concept: `positive` are its texts, `negative` texts of other concepts, `hard` its
+    hard negatives, which are used only for the test."""
 
     concept: str
     train_positive: list[int]
@@ -45,7 +45,7 @@ class Split:
 
 
 def load_examples(path: str | Path) -> list[Example]:
-    """Raises ValueError naming the line of a record that is not one."""
+    """Raises ValueError naming the line of an invalid record."""
     found = []
     for number, value in json_lines(Path(path)):
         where = f"{path}, line {number}"
@@ -60,9 +60,9 @@ def load_examples(path: str | Path) -> list[Example]:
 
 
 def split(examples: Sequence[Example], seed: int = 0) -> list[Split]:
-    """One split for each concept: half of every concept's texts for training, the other half for the test.
+    """One split for each concept: half of every concept's texts are for training, the other half for the test.
 
-    Raises ValueError where a concept has fewer than four texts, or there is nothing that is not of it.
+    Raises ValueError if a concept has fewer than four texts, or there are no texts without it.
     """
     concepts = sorted({e.concept for e in examples})
     generator = torch.Generator().manual_seed(seed)
@@ -81,7 +81,7 @@ def split(examples: Sequence[Example], seed: int = 0) -> list[Split]:
             raise ValueError(f"concept {concept!r}: expected another concept, or 4 texts of label 0, got {len(hard)}")
         if others:
             train_negative, test_negative = (sorted(i for half in others for i in half[side]) for side in (0, 1))
-        else:  # one concept alone: its negatives serve for both
+        else:  # only one concept: its hard negatives are used for both
             train_negative, test_negative, hard = hard[::2], hard[1::2], []
         train, test = halves[concept]
         found.append(Split(concept, train, train_negative, test, test_negative, hard))

@@ -1,8 +1,8 @@
-"""Four ways to a direction for a concept (AxBench, Wu et al. 2025, section 3): SAE, DiffMean, linear probe, ReFT-r1.
+"""Four methods to find a direction for a concept (AxBench, Wu et al. 2025, section 3): SAE, DiffMean, probe, ReFT-r1.
 
-Each gives a score per token and a unit vector to steer by.  Scores are of activations with the training tokens' mean
-taken off: it moves every score by a constant, which neither ranking nor min-max sees, and makes the largest length
-along the vector on the concept's texts a size to steer by.
+Each gives a score per token and a unit vector for steering.  Scores use activations minus the training tokens' mean.
+This changes every score by a constant, which affects neither ranking nor min-max, and makes the largest length along
+the vector on the concept's texts a useful strength for steering.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Detector:
     max_act: float = 0.0
 
     def scores(self, h: Tensor, latents: SparseLatents | None = None) -> Tensor:
-        """fp32 [n] of tokens h [n, d]; latents of the same tokens where the detector is a feature."""
+        """fp32 [n] for tokens h [n, d]; latents of the same tokens if the detector is a feature."""
         if self.feature is not None:
             assert latents is not None
             return latents.features([self.feature])[:, 0].float()
@@ -46,16 +46,16 @@ class Detector:
 def text_scores(
     detector: Detector, rows: Sequence[Tensor], latents: Sequence[SparseLatents], chosen: Sequence[int]
 ) -> np.ndarray:
-    """Maximum over the tokens of each chosen text, fp64."""
+    """Maximum over the tokens of each selected text, fp64."""
     return np.array([float(detector.scores(rows[i], latents[i]).max()) for i in chosen])
 
 
 def largest(
     detector: Detector, rows: Sequence[Tensor], latents: Sequence[SparseLatents], chosen: Sequence[int]
 ) -> float:
-    """What steering multiplies: the largest latent or (h - mean)·write of the chosen texts' tokens.
+    """The unit of steering strength: the largest latent or (h - mean)·write over the selected texts' tokens.
 
-    Not the score: a probe's are log odds, single digits where activations are thousands long.
+    It is not the score: a probe's scores are log odds below ten, while activations have lengths of thousands.
     """
     return float(text_scores(replace(detector, read=detector.write, bias=0.0), rows, latents, chosen).max())
 
@@ -68,9 +68,9 @@ def diff_mean(positive: Tensor, negative: Tensor) -> Detector:
 
 
 def linear_probe(positive: Tensor, negative: Tensor, c: float = 1e-2) -> Detector:
-    """Logistic regression on tokens, classes weighted alike, each dimension to unit variance first.
+    """Logistic regression on tokens, with equal class weights, each dimension scaled to unit variance first.
 
-    c: scikit-learn's inverse strength of the L2 penalty; tokens are few beside dimensions.
+    c: scikit-learn's inverse strength of the L2 penalty; there are few tokens compared with dimensions.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -84,7 +84,7 @@ def linear_probe(positive: Tensor, negative: Tensor, c: float = 1e-2) -> Detecto
 
 
 def sae_feature(sae: Coder, latents: Sequence[SparseLatents], labels: Sequence[int], mean: Tensor) -> Detector:
-    """The feature whose maximum over a text's tokens ranks the training texts best (ROC AUC; of equals the lower)."""
+    """The feature whose maximum over a text's tokens ranks the training texts best (ROC AUC; ties: the lower index)."""
     if len(set(labels)) != 2:
         raise ValueError("labels: expected texts of both classes")
     dense = torch.stack([_maximum(part) for part in latents]).double()
@@ -95,7 +95,7 @@ def sae_feature(sae: Coder, latents: Sequence[SparseLatents], labels: Sequence[i
 
 
 def _maximum(latents: SparseLatents) -> Tensor:
-    """[d_sae]: the largest value of each feature over the rows, 0 where it never fired."""
+    """[d_sae]: the largest value of each feature over the rows, 0 if it never fired."""
     out = torch.zeros(latents.d_sae)
     return out.scatter_reduce(0, latents.col_indices.long(), latents.values.float(), "amax")
 
@@ -103,11 +103,9 @@ def _maximum(latents: SparseLatents) -> Tensor:
 def auc_columns(scores: Tensor, positive: Tensor) -> Tensor:
     """ROC AUC of every column of [texts, features], ties counting half; positive bool [texts].
 
-    AUC = (Σ ranks of positives - p(p+1)/2) / (p·n), ranks averaged over ties (Mann-Whitney).
+    Mann-Whitney's U over the number of pairs: scikit-learn's roc_auc_score takes one column at a time.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
-    ranks = torch.from_numpy(rankdata(scores.numpy(), axis=0))
-    p = int(positive.sum())
-    n = len(positive) - p
-    return (ranks[positive].sum(0) - p * (p + 1) / 2) / (p * n)
+    x, y = scores[positive].numpy(), scores[~positive].numpy()
+    return torch.from_numpy(mannwhitneyu(x, y, axis=0, method="asymptotic").statistic) / (len(x) * len(y))

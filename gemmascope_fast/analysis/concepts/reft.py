@@ -1,4 +1,4 @@
-"""ReFT-r1 (AxBench, section 3.2): one vector that finds and steers, trained by the language model's own loss."""
+"""ReFT-r1 (AxBench, section 3.2): one vector that detects and steers, trained with the language model's loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemmascope_fast.analysis.concepts.methods import Detector
 from gemmascope_fast.analysis.extraction.windows import padded
-from gemmascope_fast.attach.tokens import opening
+from gemmascope_fast.attach.tokens import device_of, opening
 from gemmascope_fast.attach.transformers import places
 from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.ops._exact import outside_autocast
@@ -18,14 +18,14 @@ from gemmascope_fast.sae.sites import Site
 
 
 class _Intervention:
-    """Φ(h) = h + mean(TopK(ReLU((h - mean)·v)))·v on the content tokens of each text; keeps the latents it saw."""
+    """Φ(h) = h + mean(TopK(ReLU((h - mean)·v)))·v on the content tokens of each text; stores the latents."""
 
     def __init__(self, v: Tensor, mean: Tensor, content: Tensor, k: int) -> None:
         self.v, self.mean, self.content, self.k = v, mean, content, k
         self.rest = torch.zeros(())
 
     def read(self, x: Tensor, inputs: tuple[Any, ...]) -> None:
-        """It has no need of it."""
+        """Not needed."""
 
     def write(self, x: Tensor, inputs: tuple[Any, ...]) -> Tensor:
         with outside_autocast(x.device):
@@ -52,15 +52,16 @@ def fit_reft(
 ) -> Detector:
     """v from the concept's texts: cross-entropy under Φ plus l1 times the mean latent outside the top k.
 
-    start: where v begins (DiffMean: few steps on few texts do not reach it from a random vector).  The latents of the
-    penalty are in units of their mean at the start.  v is a unit vector after every step.
+    start: initial v (DiffMean, because a few steps on few texts are too short to start from random).  The latents in
+    the penalty are divided by their mean at the start.  v is normalised to unit length after every step.
     """
     head = opening(tokenizer)
     rows = [[*head, *tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"][:window]] for t in texts]
-    ids, mask = padded(rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    device = device_of(model)
+    ids, mask = padded(rows, 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id, device)
     content = torch.ones_like(ids, dtype=torch.float32) if mask is None else mask.float()
-    content = content * ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids)))
-    v = start.write.clone().requires_grad_()
+    content = content * ~torch.isin(ids, torch.tensor(sorted(tokenizer.all_special_ids), device=device))
+    v, mean = start.write.to(device, copy=True).requires_grad_(), start.mean.to(device)
     optimiser = torch.optim.Adam([v], lr=lr)
     place = Structure(model).place(site)
     wanted = {p: p.requires_grad for p in model.parameters()}
@@ -68,7 +69,7 @@ def fit_reft(
     model.requires_grad_(False)
     try:
         for _ in range(steps):
-            acting = _Intervention(v, start.mean, content, k)
+            acting = _Intervention(v, mean, content, k)
             leave = places.visit(place, acting)
             try:
                 logits = model(ids, attention_mask=mask, use_cache=False).logits
@@ -86,5 +87,5 @@ def fit_reft(
     finally:
         for p, was in wanted.items():
             p.requires_grad_(was)
-    unit = v.detach().clone()
+    unit = v.detach().clone().cpu()
     return Detector("ReFT-r1", unit, unit, start.mean)

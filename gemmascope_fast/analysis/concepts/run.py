@@ -1,4 +1,4 @@
-"""Detection and steering of every concept by every method, as figures."""
+"""Detection and steering of every concept with every method, as numbers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gemmascope_fast.analysis.extraction.texts import read_texts
 from gemmascope_fast.analysis.extraction.windows import padded
 from gemmascope_fast.attach import Activations, Direction, attach
 from gemmascope_fast.attach.edits import Add, Edit
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import device_of, opening, room
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
 
@@ -33,14 +33,14 @@ Tick = Callable[[], None]
 
 
 class Concepts:
-    """Examples read once: activations and latents of every text, in memory (of small labelled sets)."""
+    """The examples, read once: activations and latents of every text, in memory (for small labelled sets)."""
 
     def __init__(
         self, model: Any, tokenizer: Any, sae: Coder, layer: int, examples: Sequence[Example],
         progress: Callable[[int], None] = lambda _n: None,
     ) -> None:  # fmt: skip
-        """Raises ValueError for a text without content tokens, or longer than the model's window, and for a transcoder:
-        it does not read what the other methods do."""
+        """Raises ValueError for a text without content tokens or longer than the model's window, and for a transcoder,
+        because it does not read what the other methods read."""
         if "transcoder" in sae.kind:
             raise ValueError(f"--sae: expected an SAE of the residual stream, got a {sae.kind}")
         self.model, self.tokenizer, self.sae, self.layer, self.examples = model, tokenizer, sae, layer, examples
@@ -51,19 +51,19 @@ class Concepts:
         read = read_texts(model, tokenizer, {(layer, "resid"): Activations()}, texts, window=window)
         for i, (ids, found) in enumerate(read):
             if len(ids) > window:
-                # a loss of its first tokens would be another text's
+                # the loss of only its first tokens would be that of a different text
                 raise ValueError(f"text {texts[i]!r:.40}: expected at most {window} tokens, got {len(ids)}")
             if not found or not len(found[layer, "resid"]):
-                raise ValueError(f"text {texts[i]!r:.40}: expected at least one token besides the special ones")
+                raise ValueError(f"text {texts[i]!r:.40}: expected at least one token that is not special")
             self.rows.append(found[layer, "resid"])
             progress(1)
         with torch.inference_mode():
-            self.latents: list[SparseLatents] = [sae.encode_sparse(h) for h in self.rows]
+            self.latents: list[SparseLatents] = [sae.encode_sparse(h.to(sae.device)).cpu() for h in self.rows]
 
     def fit(
         self, split: Split, methods: Sequence[str], reft: dict[str, Any], tick: Tick = lambda: None
     ) -> list[Detector]:
-        """A detector a method, with the size to steer by."""
+        """A detector for each method, with its steering strength."""
         positive = torch.cat([self.rows[i] for i in split.train_positive])
         negative = torch.cat([self.rows[i] for i in split.train_negative])
         start = diff_mean(positive, negative)
@@ -90,10 +90,10 @@ class Concepts:
         return found
 
     def detect(self, detector: Detector, split: Split) -> dict[str, Any]:
-        """Scores are maxima over tokens, brought to [0, 1] over the concept's test texts.
+        """Scores are maxima over tokens, scaled to [0, 1] over the concept's test texts.
 
-        auc: the concept's test texts against all that are not of it; auc_hard: against its hard negatives alone (NaN
-        without any); separation: difference of mean scores.
+        auc: the concept's test texts against all texts without it; auc_hard: only against its hard negatives (NaN
+        if there are none); separation: difference of mean scores.
         """
         from sklearn.metrics import roc_auc_score
 
@@ -114,10 +114,10 @@ class Concepts:
     def steer(
         self, detector: Detector, split: Split, factors: Sequence[float], tick: Tick = lambda: None
     ) -> list[dict]:
-        """For each factor: adds factor · max_act · direction to every content token and reads the test texts.
+        """For each factor: add factor · max_act · direction to every content token and read the test texts.
 
-        gain: nats a token by which the concept's texts become likelier than the others do; cost: nats a token that the
-        others lose.  A judge that needs no second model: what steers towards a concept raises its texts.
+        gain: decrease of loss in nats per token on the concept's texts minus that on the others; cost: increase of loss
+        in nats per token on the others.  No second model is needed: steering to a concept makes its texts likelier.
         """
         own, others = split.test_positive, split.test_negative[: len(split.test_positive)]
         base = [self._base(tuple(chosen)) for chosen in (own, others)]
@@ -131,18 +131,18 @@ class Concepts:
         return found
 
     def _base(self, chosen: tuple[int, ...]) -> float:
-        """The unsteered loss, once for each set of texts."""
+        """The unsteered loss, computed once for each set of texts."""
         if chosen not in self._bases:
             self._bases[chosen] = self._loss(chosen, ())
         return self._bases[chosen]
 
     def _loss(self, chosen: Sequence[int], edits: Any) -> float:
-        """Mean cross-entropy in nats over the content tokens of the chosen texts."""
+        """Mean cross-entropy in nats over the content tokens of the selected texts."""
         head = opening(self.tokenizer)
         texts = [self.examples[i].text for i in chosen]
         rows = [[*head, *self.tokenizer(t, add_special_tokens=False)["input_ids"]] for t in texts]
         pad = self.tokenizer.pad_token_id
-        ids, mask = padded(rows, 0 if pad is None else pad)
+        ids, mask = padded(rows, 0 if pad is None else pad, device_of(self.model))
         site = {(self.layer, "resid"): self.sae}
         with (
             torch.inference_mode(),
@@ -150,12 +150,14 @@ class Concepts:
         ):
             logits = self.model(ids, attention_mask=mask, use_cache=False).logits
         counts = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        counts = (counts & ~torch.isin(ids, torch.tensor(sorted(self.tokenizer.all_special_ids))))[:, 1:]
+        counts = (counts & ~torch.isin(ids, torch.tensor(sorted(self.tokenizer.all_special_ids), device=ids.device)))[
+            :, 1:
+        ]
         return float(torch.nn.functional.cross_entropy(logits[:, :-1][counts].float(), ids[:, 1:][counts]))
 
     def write_on(self, detector: Detector, prompt: str, factor: float, tokens: int = 24) -> str:
-        """What the model writes after a prompt, greedily, steered at every position."""
-        inputs = self.tokenizer(prompt, return_tensors="pt")
+        """The model's greedy continuation of a prompt, steered at every position."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(device_of(self.model))
         edit = steering_edit(detector, factor * detector.max_act)
         site = {(self.layer, "resid"): self.sae}
         with attach(self.model, site, mode="splice+error", edits=edit, tokens="all", keep=False):

@@ -1,4 +1,4 @@
-"""Pages about every feature of an SAE, made of extracted latents."""
+"""Pages about every feature of an SAE, made from extracted latents."""
 
 from gemmascope_fast.analysis.dashboard.collect import Collected, collect
 from gemmascope_fast.analysis.dashboard.pages import Dashboard

@@ -1,4 +1,4 @@
-"""What a dashboard shows of latents, from two passes over the shards in memory that does not grow with the text."""
+"""Collects what a dashboard shows, in two passes over the shards, in memory that does not grow with the text."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from gemmascope_fast.analysis.extraction.store import Store, StoreError, digest_of
+from gemmascope_fast.analysis.extraction.store import Store, StoreError
 from gemmascope_fast.files.atomic import replacing, saying_where
+from gemmascope_fast.files.identity import digest_of
 
 BINS = 24
-SEGMENT = 32  # tokens of a document that count as one place: of neighbours that fire, the strongest is shown
+SEGMENT = 32  # tokens of a document that count as one place: only the strongest of nearby tokens is shown
 
 
 @dataclass
 class Collected:
-    """Per feature (F of them): on how many tokens it fired; sum and maximum of its values; a histogram of BINS equal
+    """For each of F features: number of tokens it fired on; sum and maximum of its values; a histogram of BINS equal
     bins from 0 to the maximum; its k strongest contexts, strongest first.
 
-    fired int64 [F], total float64 [F], max float32 [F], histogram int64 [F, BINS]; value float32 [F, k] (-inf where
-    fewer fired), document int64 and position int32 [F, k]; ids int32 [F, k, left + 1 + right] (-1 beyond the
-    document), acts float32 of the same shape: the feature's value on each of these tokens; the one
-    that it is about stands at `left`.
+    fired int64 [F], total float64 [F], max float32 [F], histogram int64 [F, BINS]; value float32 [F, k] (-inf if fewer
+    fired), document int64 and position int32 [F, k]; ids int32 [F, k, left + 1 + right] (-1 outside the document),
+    acts float32 of the same shape: the feature's value on each of these tokens; the token at which it was strongest is
+    at index `left`.
     """
 
     fired: np.ndarray
@@ -55,13 +56,13 @@ class Collected:
         )
 
     def save(self, path: Path, key: str) -> None:
-        """The file appears whole; `load` wants the same key."""
+        """Write the file atomically; `load` needs the same key."""
         with saying_where(path), replacing(path) as temporary, open(temporary, "wb") as file:
             np.savez(file, key=np.array(key), **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, path: Path, key: str) -> Collected | None:
-        """What `save` wrote under this key; None where it is another, damaged or not there: it is made anew."""
+        """Read what `save` wrote with this key; None if the key differs or the file is damaged or missing."""
         try:
             with np.load(path, allow_pickle=False) as found:
                 if str(found["key"]) != key:
@@ -81,10 +82,10 @@ def collect(
     progress: Callable[[], None] = lambda: None,
     cache: Path | None = None,
 ) -> Collected:
-    """Two passes over the shards (progress is told of each shard in each); with `cache`, kept there for the next time.
+    """Make two passes over the shards (progress is called for each shard in each); `cache`: a file to keep the result.
 
-    left, right: tokens shown before and after the one that fired.  Raises ValueError for sizes that mean nothing, and
-    StoreError for latents that are NaN or infinite: they have no place in a histogram.
+    left, right: tokens shown before and after the one that fired.  Raises ValueError for invalid sizes, and StoreError
+    for latents that are NaN or infinite, because a histogram has no bin for them.
     """
     if k < 1 or left < 0 or right < 0:
         raise ValueError(f"expected k of at least 1 and no negative width, got k {k}, left {left}, right {right}")
@@ -108,7 +109,7 @@ def collect(
 
 
 def _journal(store: Store) -> str:
-    """What says which shards there are; a text of no tokens has none."""
+    """Identifies the shards; a text without tokens has none."""
     path = store.folder / "shards.jsonl"
     return digest_of(path) if path.exists() else ""
 
@@ -130,7 +131,7 @@ def _first_pass(found: Collected, rows: dict[str, np.ndarray]) -> None:
     found.fired += np.bincount(feature, minlength=features)
     found.total += np.bincount(feature, weights=value, minlength=features)
     np.maximum.at(found.max, feature, value)
-    # of equals the earlier stays; most rows are out after the first shards
+    # ties keep the earlier one; most rows are no longer candidates after the first shards
     strong = value > found.value[feature, -1]
     feature, value = feature[strong], value[strong]
     document, position = rows["document"][strong], rows["position"][strong]
@@ -181,7 +182,7 @@ def _second_pass(found: Collected, tokens: dict[str, np.ndarray], rows: dict[str
 
 
 def _rows_of(tokens: dict[str, np.ndarray], document: np.ndarray, position: np.ndarray) -> np.ndarray:
-    """int64 row of each (document, position) in a shard's tokens, whose positions rise by one; -1 where it is not."""
+    """int64 row of each (document, position) in a shard's tokens, whose positions increase by one; -1 if missing."""
     start = np.searchsorted(tokens["document"], document)
     inside = start < len(tokens["document"])
     start = start.clip(max=len(tokens["document"]) - 1)

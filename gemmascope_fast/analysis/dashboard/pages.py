@@ -1,4 +1,4 @@
-"""The pages of a dashboard, as text: one index, one page a feature."""
+"""The pages of a dashboard, as text: one index, and one page for each feature."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from gemmascope_fast.analysis.templating import render, script_data
 from gemmascope_fast.files.atomic import make_folder, remove, replacing
 
 NEURONPEDIA = "https://www.neuronpedia.org"
-ROWS = 100  # of the index at once
+ROWS = 100  # rows of the index shown at a time
 
 
 class Dashboard:
-    """Everything the pages need, in memory.  near: `weights.neighbours`; lens: `weights.logit_lens`, None without.
+    """Everything that the pages need, in memory.  near: `weights.neighbours`; lens: `weights.logit_lens` or None.
 
-    neuronpedia: the SAE's name there, such as gemma-2-2b/20-gemmascope-res-16k (default: what its checkpoint says).
+    neuronpedia: the SAE's name there, such as gemma-2-2b/20-gemmascope-res-16k (default: from its checkpoint).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Dashboard:
 
     @cached_property
     def index(self) -> str:
-        """The index: the densest features as a table, all of them as data that its script searches and sorts."""
+        """The index: a table of the densest features, and data of all features that its script searches and sorts."""
         rows = [self._row(f) for f in range(len(self))]
         first = sorted(rows, key=lambda row: (-row[1], row[0]))[:ROWS]
         about = {
@@ -89,11 +89,11 @@ class Dashboard:
             neuronpedia=self._neuronpedia(feature),
         )
 
-    # ---- what they show -----------------------------------------------------------------------------
+    # ---- contents -----------------------------------------------------------------------------------
 
     def _row(self, feature: int) -> list[Any]:
-        """[feature, tokens on which it fires, maximum, the tokens where it is strongest, tokens it raises, density and
-        maximum as they are shown]."""
+        """[feature, tokens on which it fires, maximum, the tokens where it is strongest, tokens it promotes, density
+        and maximum as displayed]."""
         c = self.collected
         at = [int(i) for i in c.ids[feature, :5, c.left] if i >= 0]
         strongest = list(dict.fromkeys(self.pieces(i).strip() or self.pieces(i) for i in at))
@@ -125,7 +125,7 @@ class Dashboard:
 
     def _bars(self, feature: int) -> list[dict[str, Any]]:
         counts = self.collected.histogram[feature]
-        # by the logarithm: a few strong activations are to be seen beside thousands of weak ones
+        # logarithmic, so that a few strong activations are visible next to thousands of weak ones
         top = np.log1p(counts.max()) if counts.max() else 1.0
         width = float(self.collected.max[feature]) / BINS
         return [
@@ -166,10 +166,10 @@ class _Sources:
 
 
 def write(dashboard: Dashboard, out: Path, progress: Callable[[], None] = lambda: None) -> None:
-    """feature/N.html, and last of all index.html; progress is told of each feature's page.  OSError names the file.
+    """Write feature/N.html, and index.html last; progress is called for each feature's page.  OSError names the file.
 
-    An index that is there already is removed first: it would be of other pages.  Pages are not waited for one by one,
-    so that a power cut, unlike a kill, may cost some that the index names.
+    An existing index is removed first, because it would list old pages.  Pages are not synced one by one, so a power
+    cut, unlike a kill, may lose some that the index lists.
     """
     make_folder(out / "feature")
     remove(out / "index.html")

@@ -1,4 +1,4 @@
-"""A dashboard over HTTP, its pages made when they are asked for."""
+"""Serves a dashboard over HTTP, and makes pages on request."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from gemmascope_fast.analysis.dashboard.pages import Dashboard
 
 
 def server(dashboard: Dashboard, host: str = "127.0.0.1", port: int = 0) -> ThreadingHTTPServer:
-    """A server that is not yet running: call its `serve_forever`.  Port 0: any that is free."""
+    """A server that is not running yet: call its `serve_forever`.  Port 0: any free port."""
     page = lru_cache(maxsize=256)(dashboard.page)
-    # seconds for 16k features, and what the first feature page reads and compiles: before anybody waits for it
+    # takes seconds for 16k features; also does now what the first feature page would load and compile
     index = dashboard.index
     page(int(dashboard.collected.fired.argmax()))
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        # head and body leave together: the second of two small packets would wait 40 ms for the first one's receipt
+        # send head and body together: a second small packet would wait 40 ms for the first one's acknowledgement
         wbufsize = -1
         disable_nagle_algorithm = True
 

@@ -1,4 +1,4 @@
-"""What an SAE's decoder says of its features: neighbours, and the tokens that each speaks for."""
+"""What an SAE's decoder shows about its features: neighbours, and the tokens that each promotes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.sae.sites import Site
 
-BLOCK = 256  # features at once: with 262,144 tokens a block of logits takes 268 MB
+BLOCK = 256  # features at a time: with 262,144 tokens a block of logits takes 268 MB
 
 
 class Lens(NamedTuple):
-    """Logit lens: int64 and float32 [F, n], the tokens that a feature raises most, and those it lowers most."""
+    """Logit lens: int64 and float32 [F, n], the tokens whose logits a feature raises most, and those it lowers most."""
 
     raised: Tensor
     raised_by: Tensor
@@ -25,7 +25,7 @@ class Lens(NamedTuple):
 
 
 def neighbours(W_dec: Tensor, n: int = 8) -> tuple[Tensor, Tensor]:
-    """(features int64 [F, n], cosines float32 [F, n]): the nearest decoder rows of each feature, itself left out."""
+    """(features int64 [F, n], cosines float32 [F, n]): the nearest decoder rows of each feature, except itself."""
     rows = torch.nn.functional.normalize(W_dec.detach().float(), dim=1)
     n = min(n, rows.shape[0] - 1)
     found, cosines = [], []
@@ -35,10 +35,10 @@ def neighbours(W_dec: Tensor, n: int = 8) -> tuple[Tensor, Tensor]:
         values, indices = near.topk(n, dim=1)
         found.append(indices)
         cosines.append(values)
-    return torch.cat(found), torch.cat(cosines)
+    return torch.cat(found).cpu(), torch.cat(cosines).cpu()
 
 
-# The norm before the unembedding, by the names that transformers' models give it.
+# Names of the norm before the unembedding in transformers' models.
 FINAL_NORMS = (
     "norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f", "norm_f", "ln_out", "out_norm", "layer_norm",
     "layernorm", "embedding_norm", "LayerNorm",
@@ -47,7 +47,7 @@ STREAM = ("resid", "mlp", "attn_out", "embed")  # kinds of sites whose values ar
 
 
 def writes_to_stream(model: Any, site: Site) -> bool:
-    """Whether what is written at a site is a direction of the residual stream; its width does not tell."""
+    """Whether a site's values are added to the residual stream; its width alone does not show that."""
     if site.kind != "path":
         return site.kind in STREAM
     try:
@@ -64,11 +64,11 @@ def logit_lens(
     *,
     site: Site | None = None,
 ) -> Lens:
-    """Each decoder row through the final norm's gain and the unembedding; logits relative to their mean over tokens.
+    """Multiply each decoder row by the final norm's gain and the unembedding; logits are relative to their mean.
 
-    Where the norm is a LayerNorm, it subtracts the mean of the row first.  site: where the rows are written, if it is
-    known; only the residual stream has logits.  progress is told of features done.  Raises ValueError for another
-    site, and where the model has no unembedding of this width or no norm before it that is known.
+    A LayerNorm also subtracts the mean of the row first.  site: where the rows are written, if known; only the residual
+    stream has logits.  progress is called with the number of features done.  Raises ValueError for another site, and if
+    the model has no unembedding of this width or no known norm before it.
     """
     if site is not None and not writes_to_stream(model, site):
         raise ValueError(f"logit lens: expected a site that adds to the residual stream, got {site.hook_name}")
@@ -92,7 +92,7 @@ def logit_lens(
 
 
 def _gain(model: Any, like: Tensor) -> tuple[Tensor, bool]:
-    """(gain fp32 [d], whether it subtracts the mean) of the norm before the unembedding, however it stores the gain."""
+    """(gain fp32 [d], whether it subtracts the mean) of the norm before the unembedding."""
     decoder = model.get_decoder()
     found = [getattr(decoder, name, None) for name in FINAL_NORMS]
     norm = next((module for module in found if isinstance(module, torch.nn.Module)), None)
@@ -104,7 +104,8 @@ def _gain(model: Any, like: Tensor) -> tuple[Tensor, bool]:
     if type(norm) is torch.nn.LayerNorm:
         weight = torch.ones(like.shape[1], device=like.device) if norm.weight is None else norm.weight
         return weight.detach().float(), True
-    # from what it does: a root-mean-square norm gives its gain for a vector of ones, a norm that subtracts the mean 0
+    # by its result for a vector of ones: a root-mean-square norm gives its gain, a norm that subtracts the mean
+    # 0
     ones = torch.ones(1, like.shape[1], dtype=like.dtype, device=like.device)
     bias = norm(torch.zeros_like(ones))[0].float()
     flat = norm(ones)[0].float() - bias

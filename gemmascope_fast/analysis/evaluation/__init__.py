@@ -1,4 +1,4 @@
-"""Evaluation of SAEs as the Gemma Scope report does it."""
+"""Evaluation of SAEs as in the Gemma Scope report."""
 
 from gemmascope_fast.analysis.evaluation.losses import Losses
 from gemmascope_fast.analysis.evaluation.reconstruction import Reconstruction

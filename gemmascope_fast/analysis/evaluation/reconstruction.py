@@ -1,4 +1,4 @@
-"""L0, FVU, explained variance, cosine and firing frequencies, from sums that grow with the text in no dimension."""
+"""L0, FVU, explained variance, cosine and firing frequencies, from sums whose size does not depend on the text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from gemmascope_fast.sae.base import Coder
 
 
 def check_kind(sae: Any) -> None:
-    """ValueError for what reads or reconstructs several sites."""
+    """Raise ValueError for a coder that reads or reconstructs several sites."""
     if sae.kind not in KINDS:
         raise ValueError(f"sae: expected an SAE or transcoder that reads one site and writes one, got a {sae.kind}")
 
 
 class Reconstruction:
-    """Sums over activations seen so far, in fp64.  `add` takes them in blocks; `figures` may be asked at any time.
+    """Sums over the activations seen so far, in fp64.  `add` takes them in blocks; call `figures` at any time.
 
-    y is what the SAE is to reconstruct: what it reads, or for a transcoder the activations where it writes.  Every sum
-    is over y - shift, shift being the first block's mean: the residual stream's mean is larger than its
-    variation, and the variance is a difference of sums.
+    y is what the SAE should reconstruct: its input, or for a transcoder the activations where it writes.  Every sum is
+    over y - shift, where shift is the first block's mean. This is needed because the residual stream's mean is larger
+    than its variation, and the variance is a difference of sums.
     """
 
     def __init__(self, sae: Coder) -> None:
@@ -37,8 +37,8 @@ class Reconstruction:
         self.sums = torch.zeros(4, sae.cfg.d_out, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Activations [n, d_in] of tokens that count, and y [n, d_out] of the same tokens (None: x itself); returns the
-        reconstruction [n, d_out]."""
+        """Add activations [n, d_in] of content tokens, and y [n, d_out] of the same tokens (None: x itself); returns
+        the reconstruction [n, d_out]."""
         if y is None and "transcoder" in self.sae.kind:
             raise ValueError(f"y: expected the activations that a {self.sae.kind} reconstructs, got None")
         y = x if y is None else y
@@ -66,8 +66,8 @@ class Reconstruction:
 
     def figures(self) -> dict[str, Any]:
         """tokens, l0, fvu = Σ‖y - ŷ‖² / Σ‖y - mean‖² with the mean of all tokens seen, explained_variance
-        = 1 - Var(y - ŷ) / Var(y) (blind to a constant error), cosine, dead_fraction (features that never fired).
-        ValueError before any token.
+        = 1 - Var(y - ŷ) / Var(y) (ignores a constant error), cosine, dead_fraction (features that never fired).
+        ValueError if there are no tokens yet.
         """
         if not self.rows:
             raise ValueError("text: expected at least one content token, got none")
@@ -84,13 +84,13 @@ class Reconstruction:
         }
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the SAE, as tensors."""
+        """The whole state except the SAE, as tensors."""
         numbers = torch.tensor([self.rows, self.pairs], dtype=torch.int64)
         cosine = torch.tensor([self.cosine], dtype=torch.float64)
         return {"numbers": numbers, "cosine": cosine, "fired": self.fired, "shift": self.shift, "sums": self.sums}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state`; ValueError where it belongs to an SAE of other dimensions."""
+        """The inverse of `state`; ValueError if it belongs to an SAE of other dimensions."""
         if state["fired"].shape != self.fired.shape or state["sums"].shape != self.sums.shape:
             raise ValueError("state: expected sums of an SAE of the same dimensions")
         self.rows, self.pairs = (int(n) for n in state["numbers"])

@@ -1,4 +1,4 @@
-"""A whole evaluation: two passes over a text of any length, in bounded memory, resumable."""
+"""A complete evaluation: two passes over a text of any length, in bounded memory, resumable."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from gemmascope_fast.sae.base import Coder
 from gemmascope_fast.sae.sites import Site
 from gemmascope_fast.training.activations import activations_at, windows
 
-PIECE = 1 << 20  # characters tokenised at once
+PIECE = 1 << 20  # characters tokenised at a time
 KEY = "gemmascope_fast.analysis.evaluation"
 PASSES = ("reconstruction", "losses")
 
 
 def pieces(lines: Iterable[str], size: int = PIECE) -> Iterator[str]:
-    """Lines joined into pieces of about `size` characters; a longer line is cut."""
+    """Join lines into pieces of about `size` characters; a longer line is cut."""
     held: list[str] = []
     length = 0
     for line in lines:
@@ -45,7 +45,7 @@ def pieces(lines: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 
 def token_batches(tokenizer: Any, text: Callable[[], Iterable[str]], window: int) -> Iterator[Tensor]:
-    """Token ids int64 [B, S]: windows of `window` content tokens after a BOS, never across two pieces."""
+    """Token ids int64 [B, S]: windows of `window` content tokens after a BOS; no window spans two pieces."""
     for piece in pieces(text()):
         yield from windows(tokenizer(piece, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id, window)
 
@@ -56,27 +56,27 @@ def content_mask(tokenizer: Any, ids: Tensor) -> Tensor:
 
 
 def sites_of(sae: Any, layer: int | Site | None = None, anywhere: bool = False) -> tuple[Site, Site]:
-    """(where the SAE reads, where it writes: for a transcoder elsewhere), by its checkpoint or at another layer.
+    """(where the SAE reads, where it writes: elsewhere for a transcoder), from its checkpoint or at another layer.
 
-    ValueError for a coder of several sites, or where neither names a site; AttachError for another site than the
-    checkpoint's own, unless `anywhere`.
+    ValueError for a coder of several sites, or if there is no site in either; AttachError for a site other than the
+    checkpoint's, unless `anywhere`.
     """
     check_kind(sae)
     if layer is None and sae.cfg.site is None:
-        raise ValueError("layer: expected a layer number, for the checkpoint names no site")
+        raise ValueError("layer: expected a layer number, because the checkpoint names no site")
     (entry,) = entries(sae if layer is None else {layer: sae}, anywhere=anywhere)
     return entry.site, entry.site_out
 
 
 class Evaluation:
-    """Reconstruction figures in a first pass, losses (which need the mean of all activations) in a second.
+    """The first pass computes reconstruction figures, the second the losses (which need the mean of all activations).
 
-    layer: None for the SAE's own site, a number for a site of the same kind there (the residual stream, where the SAE
-    names none), or a `Site`; another place than the checkpoint's own is an error unless `anywhere`.  text() gives the
-    text's lines anew each time it is called.  With a `state` file the run is saved there after every `save_every`
-    batches and goes on from it; ValueError says which differs where it is of another model, SAE or text, and `about`
-    says what else it is a run of.  loss_tokens: the second pass, four whole forwards, ends with the batch in which it
-    has counted that many (None: at the end of the text).
+    layer: None for the SAE's own site, a number for a site of the same kind in that layer (the residual stream if the
+    SAE names none), or a `Site`; a place other than the checkpoint's is an error unless `anywhere`.  text() must return
+    the text's lines from the start at each call.  With a `state` file, the run is saved there every `save_every`
+    batches and continues from it. If the file is of another model, SAE or text, ValueError says which differs; `about`
+    adds more to compare.  loss_tokens: the second pass (four full forwards) ends with the batch in which it reaches
+    this number of tokens (None: at the end of the text).
     """
 
     def __init__(
@@ -101,15 +101,15 @@ class Evaluation:
         self.sites = sites_of(sae, layer, anywhere)
         attach(
             model, {self.sites[0]: sae}, anywhere=anywhere
-        )  # a model without these sites, or of other widths, is refused here
+        )  # raises here for a model without these sites or with other widths
         self.model, self.tokenizer, self.sae, self.text = model, tokenizer, sae, text
         self.window, self.path, self.save_every, self.loss_tokens = window, state, save_every, loss_tokens
         self.about = (about or {}) | {"window": window, "sites": [site.hook_name for site in self.sites]}
         self.reconstruction = Reconstruction(sae)
         self.losses: Losses | None = None
         self.done = {"reconstruction": 0, "losses": 0, "complete": False}
-        self._read = dict.fromkeys(PASSES, "")  # a hash of the token ids that each pass has counted
-        self._next = ""  # the same with the batch that is counted now
+        self._read = dict.fromkeys(PASSES, "")  # a hash of the token ids counted in each pass
+        self._next = ""  # the same, including the current batch
         if state is not None:
             self.about |= {
                 "model_fingerprint": identity.of_module(model), "sae_fingerprint": identity.of_module(sae),
@@ -119,7 +119,7 @@ class Evaluation:
                 self._load(state)
 
     def run(self, losses: bool = True, progress: Callable[[str, int], None] | None = None) -> dict[str, Any]:
-        """Both passes, or what is left of them; returns all figures.  progress(pass, tokens) is told of each batch."""
+        """Run both passes, or the rest of them; returns all figures.  progress(pass, tokens) is called per batch."""
         with torch.inference_mode():
             if not self.done["complete"]:
                 self._first(progress)
@@ -140,7 +140,7 @@ class Evaluation:
         return Losses(self.sae, self.sites, self.reconstruction.mean())
 
     def _batches(self, which: str) -> Iterator[Tensor]:
-        """What a pass has not counted yet.  ValueError where the text that it has counted is another now."""
+        """The part of the text that a pass has not counted.  ValueError if the part it has counted has changed."""
         done, read = self.done[which], ""
         i = 0
         for i, ids in enumerate(token_batches(self.tokenizer, self.text, self.window), 1):
@@ -154,9 +154,9 @@ class Evaluation:
             raise ValueError(f"state: {self.path} is an evaluation of another text")
 
     def _check_text(self) -> None:
-        """ValueError unless a complete first pass was of this text."""
+        """Raise ValueError unless a complete first pass was of this text."""
         for _ in self._batches("reconstruction"):
-            raise ValueError(f"state: {self.path} is an evaluation of another text: more is there now")
+            raise ValueError(f"state: {self.path} is an evaluation of another text: this one is longer")
 
     def _first(self, progress: Callable[[str, int], None] | None) -> None:
         batches = self._batches("reconstruction")
@@ -220,6 +220,6 @@ def evaluate(
     window: int = 255,
     anywhere: bool = False,
 ) -> dict[str, Any]:
-    """Every figure of a text held in memory: those of `Reconstruction.figures` and, unless told not to, of
-    `Losses.figures`.  layer, anywhere: as in `Evaluation`."""
+    """All figures of a text in memory: those of `Reconstruction.figures` and, by default, of `Losses.figures`.
+    layer, anywhere: as in `Evaluation`."""
     return Evaluation(model, tokenizer, sae, layer, lambda: [text], window=window, anywhere=anywhere).run(losses)

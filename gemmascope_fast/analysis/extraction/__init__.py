@@ -1,4 +1,4 @@
-"""Latents of any amount of text, as Parquet shards that pyarrow, polars and DuckDB read."""
+"""Latents of any amount of text, as Parquet shards for pyarrow, polars and DuckDB."""
 
 from gemmascope_fast.analysis.extraction.run import Extractor, extract
 from gemmascope_fast.analysis.extraction.sources import Document, documents, resolve

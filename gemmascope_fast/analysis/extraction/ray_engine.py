@@ -1,6 +1,6 @@
-"""Extraction on Ray Data (`--engine ray`): one task reads and cuts the text, a pool of workers that each hold model
-and SAE maps blocks to tables, and the caller writes them in their order.  The blocks, and what is made of each, are
-those of an extraction without Ray: so are the bytes, where the workers are machines of one kind."""
+"""Extraction on Ray Data (`--engine ray`). One task reads and splits the text, workers with model and SAE convert
+blocks to tables, and the caller writes them in order.  Blocks and tables are those of an extraction without Ray, so
+the bytes are the same too, if the workers are machines of one kind."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from gemmascope_fast.analysis.extraction.store import Columns
 from gemmascope_fast.analysis.extraction.windows import Block, Cursor
 
 Row = dict[str, np.ndarray]
-# CPUs as Ray counts them: n workers and the reader fit on n.  They have to differ: Ray fuses stages of equal needs, and
-# one worker would read the text and do everything.
+# CPUs as Ray counts them: n workers and the reader fit on n.  They must differ, because Ray fuses stages with equal
+# resources, and then one worker would read the text and do everything.
 READER, WORKER = 0.25, 0.75
 
 
 @dataclass
 class RayEngine:
-    """`engine` of `extract`.  A worker that dies is replaced, and its block is made again.
+    """An `engine` for `extract`.  A worker that dies is replaced, and its block is computed again.
 
-    make() gives what a worker makes tables with, an Extractor; it is sent there by pickle.  threads: of each worker's
-    sums (more or fewer could round otherwise).  made_by: the process that made each block, in order.
+    make() returns what a worker makes tables with, an Extractor; it is pickled and sent there.  threads: number per
+    worker (another number could round differently).  made_by: the process that made each block, in order.
     """
 
     make: Callable[[], Callable[[Block], dict[str, Columns]]]
@@ -40,15 +40,15 @@ class RayEngine:
             raise ValueError(f"--workers: expected at least 1, got {self.workers}")
 
     def __call__(self, fresh: Callable[[Cursor], Iterable[Block]], start: Cursor) -> Iterator[Made]:
-        """Blocks and their tables, in order.  ValueError where the text cannot be read, after what comes before."""
+        """Blocks and their tables, in order.  If the text cannot be read, ValueError after the blocks before that."""
         import ray
         from ray.data import ActorPoolStrategy, DataContext
 
         if not ray.is_initialized():
-            ray.init(log_to_driver=False)  # one that runs already where RAY_ADDRESS names it
+            ray.init(log_to_driver=False)  # uses an existing Ray if RAY_ADDRESS names one
         context = DataContext.get_current().copy()
         context.execution_options.preserve_order = True
-        context.target_max_block_size = 1  # bytes: one of our blocks is one of Ray's, however small it is
+        context.target_max_block_size = 1  # bytes: one of our blocks is one of Ray's, however small
         context.enable_progress_bars = False
         with DataContext.current(context):
             source = ray.data.from_items([0], override_num_blocks=1).map_batches(
@@ -75,7 +75,7 @@ def _reader(fresh: Callable[[Cursor], Iterable[Block]], start: Cursor) -> Callab
             for block in fresh(start):
                 yield _row_of("block", (block, None))
         except ValueError as error:
-            # raised there it would take the blocks along that stand before it
+            # raising here would lose the earlier blocks
             yield _row_of("block", (None, str(error)))
 
     return read
@@ -93,7 +93,7 @@ class _Worker:
         if block is None:
             return _row_of("made", (None, None, error, os.getpid()))
         tables = self.extractor(block)
-        block.windows.clear()  # the caller needs to know where the block ends, and not what is in it
+        block.windows.clear()  # the caller needs the end of the block, not its contents
         return _row_of("made", (block, tables, None, os.getpid()))
 
 

@@ -1,4 +1,4 @@
-"""Text in, shards of latents out: the loop."""
+"""The main loop: text in, shards of latents out."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Engine = Callable[[Callable[[Cursor], Iterable[Block]], Cursor], Iterator[Made]]
 
 @dataclass
 class Extractor:
-    """Windows → the tables of one shard.  It knows no files, so that any engine can run it.
+    """Converts windows to the tables of one shard.  It uses no files, so any engine can run it.
 
-    sites: `saes` of `attach`, with one SAE.  window, batch: tokens of a window without its BOS, of a batch with its
-    padding.  model_seconds: time in the model's forward, the SAE left out.
+    sites: `saes` of `attach`, with one SAE.  window: tokens of a window without its BOS. batch: tokens of a batch with
+    padding.  model_seconds: time in the model's forward, without the SAE.
     """
 
     model: Any
@@ -57,8 +57,8 @@ class Extractor:
             raise ValueError(f"--batch: expected a number of tokens, got {self.batch}")
 
     def __call__(self, block: Block, tick: Callable[[int], None] = lambda _tokens: None) -> dict[str, Columns]:
-        """latents, tokens and documents as columns, ascending by document, position and feature.  tick is told of
-        each batch's tokens."""
+        """latents, tokens and documents as columns, ascending by document, position and feature.  tick is called with
+        each batch's number of tokens."""
         windows = block.windows
         found: list[tuple[Columns, Columns]] = [None] * len(windows)  # type: ignore[list-item]
         head = opening(self.tokenizer)
@@ -77,7 +77,7 @@ class Extractor:
         }
 
     def _shortened(self) -> Any:
-        """The decoder up to the layer that is read, where the site names one: later layers tell nothing."""
+        """The decoder up to the layer that is read, if the site names one; later layers are not needed."""
         site = entries(self.sites)[0].site
         return nullcontext(self.model) if site.layer is None else first_layers(self.model, site.layer + 1)
 
@@ -93,7 +93,7 @@ class Extractor:
         return self._seen[0]
 
     def update(self, latents: SparseLatents, tokens: Tokens) -> None:
-        """As an observer of a run."""
+        """Called as an observer of a run."""
         self._seen.append((latents.cpu(), tokens))
 
 
@@ -106,7 +106,7 @@ _TOKENS = {"document": np.int64, "position": np.int32, "token_id": np.int32, "re
 def _by_window(
     read: tuple[SparseLatents, Tokens], windows: Sequence[Window], head: int
 ) -> list[tuple[Columns, Columns]]:
-    """(latents, tokens) as columns for each window of one batch, whose rows are in order."""
+    """Yield (latents, tokens) as columns for each window of one batch, whose rows are in order."""
     latents, rows = read
     sequence, column = rows.sequence.numpy(), rows.position.numpy()
     crow = latents.crow_indices.numpy()
@@ -160,13 +160,13 @@ def extract(
     repair: bool = False,
     engine: Engine | None = None,
 ) -> Writer:
-    """Everything that is not yet in the folder `out`; gives the store, complete and checked.
+    """Extract everything that is not yet in the folder `out`; returns the store, complete and checked.
 
-    documents(): the text, anew at each call.  about: what the settings are to say besides (names of model and text).
-    progress(tokens, done) is told of each batch: its tokens, and how many bytes of the sources are read by now (first
-    of all what was read before).  repair: shards that were damaged since are made anew; without it they are a
-    StoreError.  engine(fresh, start): makes the tables of the blocks fresh(start) elsewhere, in their order
-    (`ray_engine.RayEngine`); None: here.  A second call with the same arguments goes on where the first was stopped.
+    documents(): returns the text, from the start at each call.  about: more settings to record (names of model and
+    text).  progress(tokens, done) is called for each batch: its tokens, and bytes of the sources read so far (in the
+    first call, those read in earlier runs).  repair: make shards that were damaged again; without it they are a
+    StoreError.  engine(fresh, start): makes the tables of the blocks fresh(start) elsewhere, in order
+    (`ray_engine.RayEngine`); None: in this process.  Calling it again with the same arguments continues stopped work.
     """
     if shard < 1:
         raise ValueError(f"--shard: expected a number of tokens, got {shard}")
@@ -207,18 +207,18 @@ def extract(
 
 
 def _check_text(store: Writer, fresh: Callable[[Cursor], Iterable[Block]]) -> None:
-    """ValueError unless the text of a complete extraction is still the same: it is read again, not run."""
+    """Raise ValueError unless the text of a complete extraction is unchanged: it is read again, not run."""
     for block in fresh(store.cursor(len(store.shards))):
         if block.tokens or block.documents:
             raise ValueError(
-                f"--text: {store.folder} is a complete extraction of another text: more is there now; extract into"
+                f"--text: {store.folder} is a complete extraction of another text: this one is longer; extract into"
                 " another folder"
             )
 
 
 @dataclass(frozen=True)
 class _Fresh:
-    """The blocks from a cursor on; it holds no model, so that it can be sent to where the text is read."""
+    """Yields the blocks from a cursor on. It contains no model, so it can be sent to where the text is read."""
 
     documents: Callable[[], Iterable[Document]]
     tokenizer: Any
@@ -230,7 +230,7 @@ class _Fresh:
 
 
 def _here(extractor: Extractor, progress: Callable[[int, float], None], done: float) -> Engine:
-    """The engine of this process: one block after another."""
+    """The engine of this process: makes one block after another."""
 
     def run(fresh: Callable[[Cursor], Iterable[Block]], start: Cursor) -> Iterator[Made]:
         before = done
@@ -242,7 +242,7 @@ def _here(extractor: Extractor, progress: Callable[[int, float], None], done: fl
 
 
 class _Ticks:
-    """From a block's batches to bytes of the sources: in proportion to its tokens."""
+    """Converts a block's batches to bytes of the sources, in proportion to its tokens."""
 
     def __init__(self, progress: Callable[[int, float], None], begin: float, block: Block) -> None:
         self.progress, self.begin, self.block, self.tokens = progress, begin, block, 0
@@ -255,4 +255,4 @@ class _Ticks:
 
 def raise_damaged(number: int, what: str, count: int) -> None:
     more = f" ({count} shards are damaged)" if count > 1 else ""
-    raise StoreError(f"shard {number}: {what}{more}; --repair makes it anew, the others are kept")
+    raise StoreError(f"shard {number}: {what}{more}; --repair makes it again and keeps the others")

@@ -1,9 +1,10 @@
-"""Texts from files, JSON lines, Parquet and Hugging Face datasets, one document at a time."""
+"""Reads texts from files, JSON lines, Parquet and Hugging Face datasets, one document at a time."""
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import json
 import re
 import zlib
@@ -16,8 +17,9 @@ from typing import IO, Any
 
 from gemmascope_fast.checkpoints.bundled import EXAMPLES
 from gemmascope_fast.errors import require
+from gemmascope_fast.training.text import NAMED
 
-CHUNK = 1 << 20  # bytes of a text file decoded at once
+CHUNK = 1 << 20  # bytes of a text file decoded at a time
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 SPLITS = ("file", "paragraph", "line")
 BUNDLED = {"demo:past": EXAMPLES / "past.txt", "demo:present": EXAMPLES / "present.txt"}
@@ -25,9 +27,9 @@ BUNDLED = {"demo:past": EXAMPLES / "past.txt", "demo:present": EXAMPLES / "prese
 
 @dataclass(frozen=True)
 class Document:
-    """One text, in parts that are read as they are asked for.
+    """One text, in parts that are read on demand.
 
-    source, record: where it stands: a file and its line (from 1; a Parquet file or dataset: its row).
+    source, record: its position: a file and its line (from 1); for a Parquet file or dataset, its row.
     done: bytes of all sources read so far.
     """
 
@@ -39,7 +41,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Source:
-    """A name from --text, resolved: `read(column, split)` gives its documents; size in bytes, None if unknown."""
+    """A resolved name from --text: `read(column, split)` returns its documents; size in bytes, None if unknown."""
 
     name: str
     size: int | None
@@ -48,13 +50,15 @@ class Source:
 
 def resolve(names: Sequence[str]) -> list[Source]:
     """Each of `names`: a file (.txt, .jsonl, .ndjson, each also .gz; .parquet), a folder of those, 'pydoc', 'stdlib',
-    'demo:past', 'demo:present', or hf:DATASET[:CONFIG][@SPLIT].  ValueError for what is none of them, before anything
-    is read.
+    '-' for standard input (as a .txt), 'demo:past', 'demo:present', or hf:DATASET[:CONFIG][@SPLIT].  ValueError for
+    anything else, before a file is read.
     """
     found: list[Source] = []
     for name in names:
         path = Path(name)
-        if name in ("pydoc", "stdlib"):
+        if name == "-":
+            found.append(_standard_input())
+        elif name in NAMED:
             found.append(_builtin(name))
         elif name in BUNDLED:
             found.append(_file(BUNDLED[name]))
@@ -73,10 +77,10 @@ def resolve(names: Sequence[str]) -> list[Source]:
 
 
 def documents(sources: Sequence[Source], column: str = "text", split: str = "file") -> Iterator[Document]:
-    """All documents in order.  column: the text's key in JSON lines, Parquet and datasets.  split: whether a text file
-    is one document, or one for each paragraph (separated by blank lines) or line.
+    """All documents in order.  column: the key of the text in JSON lines, Parquet and datasets.  split: whether a text
+    file is one document, or each paragraph (separated by blank lines) or line is one.
 
-    ValueError where a record cannot be read: the message has file and line.
+    ValueError if a record cannot be read; the message has file and line.
     """
     if split not in SPLITS:
         raise ValueError(f"--split: expected one of {', '.join(SPLITS)}, got {split!r}")
@@ -99,7 +103,7 @@ def _file(path: Path) -> Source:
     kind = _kind(path)
     if kind not in SUFFIXES:
         raise ValueError(f"--text {path}: expected a name ending in {', '.join(SUFFIXES)}")
-    readers = {".txt": _text, ".parquet": _parquet}
+    readers: dict[str, Any] = {".txt": _text, ".parquet": _parquet}
     if kind == ".parquet":
         require("pyarrow", "analysis", f"--text {path}")
     read = readers.get(kind, _json_lines)
@@ -107,7 +111,7 @@ def _file(path: Path) -> Source:
 
 
 class _Gzip(gzip.GzipFile):
-    """Reads as its base does; damage is a ValueError that names the file."""
+    """Reads like its base class; damage is a ValueError that names the file."""
 
     def read(self, size: int | None = -1) -> bytes:
         with _naming(self.name):
@@ -127,7 +131,7 @@ def _naming(path: object) -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[IO[bytes], Callable[[], int]]:
-    """(the file's bytes, unpacked where it is .gz; how many of its own bytes were read)."""
+    """(the file's bytes, decompressed if it is .gz; a function that returns how many bytes of the file were read)."""
     if path.suffix == ".gz":
         packed = _Gzip(path, "rb")
         return packed, packed.fileobj.tell  # type: ignore[return-value,union-attr,attr-defined]
@@ -135,8 +139,18 @@ def _open(path: Path) -> tuple[IO[bytes], Callable[[], int]]:
     return file, file.tell
 
 
-def _text(path: Path, _column: str, split: str) -> Iterator[Document]:
-    file, done = _open(path)
+def _standard_input() -> Source:
+    data = NAMED["-"]().encode()  # held: a job may read its texts more than once
+
+    def read(column: str, split: str) -> Iterator[Document]:
+        file = io.BytesIO(data)
+        return _text(Path("-"), column, split, (file, file.tell))
+
+    return Source("-", len(data), read)
+
+
+def _text(path: Path, _column: str, split: str, opened: Any = None) -> Iterator[Document]:
+    file, done = opened or _open(path)
     with file:
         if split == "file":
             yield Document(_decoded(path, file), str(path), 1, done)
@@ -158,7 +172,7 @@ def _text(path: Path, _column: str, split: str) -> Iterator[Document]:
 
 
 def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
-    """A file of any size, with or without line breaks, in bounded parts; line ends become \\n."""
+    """Yield a file of any size, with or without line breaks, in bounded parts; line ends become \\n."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     at, held = 0, ""
     while True:
@@ -168,7 +182,7 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: expected UTF-8, got {error.reason} near byte {at + error.start}") from error
         at += len(block)
-        # a \r at the end may be half of a \r\n
+        # a \r at the end may be the first half of a \r\n
         held = "\r" if block and text.endswith("\r") else ""
         text = text[: len(text) - len(held)].replace("\r\n", "\n").replace("\r", "\n")
         if text:
@@ -178,7 +192,7 @@ def _decoded(path: Path, file: IO[bytes]) -> Iterator[str]:
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """(number from 1, line with its \\n)."""
+    """Yield (number from 1, line with its \\n)."""
     for number, line in enumerate(file, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -188,7 +202,7 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str]]:
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a JSON lines file, blank lines left out.  ValueError names the line."""
+    """Yield (line number from 1, object) of a JSON lines file, without blank lines.  ValueError names the line."""
     file, _ = _open(path)
     with file:
         yield from _objects(path, file)
@@ -215,12 +229,12 @@ def _json_lines(path: Path, column: str, _split: str) -> Iterator[Document]:
 
 
 def string(value: dict[str, Any], key: str, where: str) -> str:
-    """value[key], which must be a string; ValueError saying where it stands."""
+    """value[key], which must be a string; ValueError says where it is."""
     found = value.get(key)
     if not isinstance(found, str):
         raise ValueError(f"{where}: expected a string under {key!r}, got {found!r:.60}; it has {', '.join(value)}")
     if not found.isascii() and any("\ud800" <= c <= "\udfff" for c in found):
-        # JSON can spell half of a surrogate pair, which no tokenizer takes
+        # JSON can contain half of a surrogate pair, which no tokenizer accepts
         raise ValueError(f"{where}: expected text under {key!r}, got half of a surrogate pair in it")
     return found
 
@@ -260,15 +274,13 @@ def _next_batch(path: Path, batches: Iterator[Any]) -> Any:
 
 
 def _builtin(name: str) -> Source:
-    from gemmascope_fast.training.text import pydoc_topics, stdlib_docstrings
-
-    text = {"pydoc": pydoc_topics, "stdlib": stdlib_docstrings}[name]()
+    text = NAMED[name]()
     size = len(text.encode())
 
     def read(_column: str, split: str) -> Iterator[Document]:
         pattern = {"file": None, "paragraph": r"\n\s*\n", "line": r"\n"}[split]
         texts = [text] if pattern is None else [t for t in re.split(pattern, text) if t.strip()]
-        # in proportion to the characters: what separates the texts belongs to none
+        # in proportion to the characters; separators between texts belong to none
         total, taken = sum(map(len, texts)), 0
         for number, each in enumerate(texts, 1):
             taken += len(each)

@@ -1,23 +1,22 @@
-"""The folder that an extraction writes.
+"""The folder written by an extraction.
 
-manifest.json     what was extracted and how; `complete` once everything is there
-shards.jsonl      one line a finished shard, appended last: what it holds, its hashes, where the next one begins
+manifest.json     what was extracted and how; `complete` when everything is there
+shards.jsonl      one line per finished shard, appended last: its contents, its hashes, where the next one begins
 latents/NNNNNN.parquet    document int64, position int32, token_id int32, feature int32, value float32
 tokens/NNNNNN.parquet     document int64, position int32, token_id int32, read bool (False: special, no latents)
-documents/NNNNNN.parquet  document int64, source string, record int64: where the documents that begin here stand
+documents/NNNNNN.parquet  document int64, source string, record int64: origin of the documents that begin in this shard
 tokenizer/        the tokenizer, as transformers saves one
 
-Rows ascend by document, position and feature; a position counts the tokens of the whole document from 0.  A file
-appears under its name whole or not at all.  A shard without its line in shards.jsonl does not count and is written
-anew.
+Rows are ascending by document, position and feature; a position counts the tokens of the whole document from 0.
+Files are written atomically.  A shard without a line in shards.jsonl is not finished and is written again.
+
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +27,17 @@ from gemmascope_fast.errors import GemmaScopeFastError, require
 from gemmascope_fast.files import atomic as files
 from gemmascope_fast.files import identity
 from gemmascope_fast.files.atomic import replacing, replacing_folder, saying_where
+from gemmascope_fast.files.identity import digest_of
 from gemmascope_fast.files.results import write_json
 
 VERSION = 2  # 1: fingerprints were of a sample of the weights
 TABLES = ("latents", "tokens", "documents")
-SAFE = "; finished shards are safe, and the same command goes on from them"
+SAFE = "; finished shards are safe, and the same command continues after them"
 Columns = dict[str, Any]
 
 
 class StoreError(GemmaScopeFastError):
-    """A folder of latents is damaged, of another extraction or not complete; the message names the file."""
+    """A folder of latents is damaged, incomplete or of another extraction; the message names the file."""
 
 
 def schemas() -> dict[str, Any]:
@@ -53,10 +53,10 @@ def schemas() -> dict[str, Any]:
 
 
 class Store:
-    """Latents in a folder, for reading; `Writer` makes them."""
+    """Latents in a folder, for reading; `Writer` writes them."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raises StoreError where there are none."""
+        """Raises StoreError if there are none."""
         require("pyarrow", "analysis", "latents")
         self.folder = Path(folder)
         try:
@@ -72,18 +72,18 @@ class Store:
 
     @property
     def tokens(self) -> int:
-        """Tokens read, special ones left out."""
+        """Number of tokens read, without special ones."""
         return sum(shard["read"] for shard in self.shards)
 
     def path(self, table: str, shard: int) -> Path:
         return self.folder / table / f"{shard:06d}.parquet"
 
     def paths(self, table: str) -> list[Path]:
-        """The table's files in order."""
+        """The files of the table in order."""
         return [self.path(table, i) for i in range(len(self.shards))]
 
     def read(self, table: str, shard: int, columns: list[str] | None = None) -> dict[str, np.ndarray]:
-        """One shard's columns as numpy arrays.  Raises StoreError where the file is damaged."""
+        """One shard's columns as numpy arrays.  Raises StoreError if the file is damaged."""
         import pyarrow.parquet as pq
 
         path = self.path(table, shard)
@@ -101,7 +101,7 @@ class Store:
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
 
     def damaged(self, progress: Callable[[], None] = lambda: None) -> dict[int, str]:
-        """Shards of which a file is missing or another than was written, and what is wrong; every byte is read."""
+        """Shards with a missing or changed file, and what is wrong; reads every byte."""
         found: dict[int, str] = {}
         for i, shard in enumerate(self.shards):
             for table in TABLES:
@@ -109,14 +109,14 @@ class Store:
                 if not path.is_file():
                     found.setdefault(i, f"{path} is missing")
                 elif digest_of(path) != shard["sha256"][table]:
-                    found.setdefault(i, f"{path} is not what was written: its SHA-256 differs")
+                    found.setdefault(i, f"{path} was changed: its SHA-256 differs")
             progress()
         return found
 
     def check(self) -> None:
-        """Raise StoreError unless every file is what was written, rows ascend, and the counts are those recorded."""
+        """Raise StoreError unless every file is unchanged, rows are ascending, and the counts are those recorded."""
         for i, wrong in self.damaged().items():
-            raise StoreError(f"shard {i}: {wrong}; `extract --repair` makes it anew")
+            raise StoreError(f"shard {i}: {wrong}; `extract --repair` makes it again")
         last = (-1, -1)
         for i, shard in enumerate(self.shards):
             tokens, latents = self.read("tokens", i), self.read("latents", i)
@@ -127,10 +127,10 @@ class Store:
 
 
 class Writer(Store):
-    """The one process that writes a folder.  A context manager: it holds a lock on the folder."""
+    """The single process that writes a folder.  A context manager: it locks the folder."""
 
     def __init__(self, folder: str | Path, settings: dict[str, Any], tokenizer: Any) -> None:
-        """Makes the folder, or goes on with it.  StoreError where it is another extraction's or another process's."""
+        """Create or continue the folder.  StoreError if it belongs to another extraction or another process."""
         require("pyarrow", "analysis", "extract")
         self.folder = Path(folder)
         settings = json.loads(json.dumps(settings | {"version": VERSION}))
@@ -158,7 +158,7 @@ class Writer(Store):
         else:
             for table in TABLES:
                 files.make_folder(self.folder / table)
-            files.remove_folder(self.folder / "tokenizer")  # half of one, or another model's
+            files.remove_folder(self.folder / "tokenizer")  # incomplete, or another model's
             with replacing_folder(self.folder / "tokenizer") as temporary:
                 _save_tokenizer(tokenizer, temporary)
             self.settings, self.shards = settings, []
@@ -179,16 +179,16 @@ class Writer(Store):
         return bool(self.manifest["complete"])
 
     def cursor(self, shard: int) -> Cursor:
-        """Where shard `shard` begins."""
+        """The position at which shard `shard` begins."""
         return Cursor(*self.shards[shard - 1]["end"]) if shard else Cursor()
 
     def write(self, index: int, tables: dict[str, Columns], end: Cursor, done: int) -> None:
-        """Shard `index`: the next one, or one that is there already, which must come out as it was: StoreError where
-        it does not, and no file is replaced by another.
+        """Write shard `index`: the next one, or an existing one again. That must be the same as before, otherwise
+        StoreError and no file is replaced.
 
         done: bytes of the sources read by then.
 
-        OSError where the disk is full: what was finished stays, and the same command goes on from there.
+        OSError if the disk is full: finished shards stay, and the same command continues after them.
         """
         known = self.shards[index]["sha256"] if index < len(self.shards) else {}
         written = {table: self._write_table(table, index, tables[table], known.get(table)) for table in TABLES}
@@ -211,7 +211,7 @@ class Writer(Store):
         write_json(self.folder / "manifest.json", self.manifest)
 
     def _write_table(self, table: str, index: int, columns: Columns, known: str | None) -> tuple[int, str]:
-        """(rows, SHA-256) of the file; StoreError before it is there where the hash is not the known one."""
+        """(rows, SHA-256) of the file; StoreError, before the file is replaced, if the hash is not the known one."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -222,14 +222,14 @@ class Writer(Store):
             digest = digest_of(temporary)
             if known is not None and digest != known:
                 raise StoreError(
-                    f"shard {index}: made anew, its {table} differ from what was written before; it needs the text,"
-                    " the machine and the versions of then"
+                    f"shard {index}: made again, its {table} differ from what was written before; the same text,"
+                    " machine and versions are needed"
                 )
         return rows.num_rows, digest
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The finished shards.  A last line that a kill cut short does not count; any other damage is a StoreError."""
+    """The finished shards.  A last line cut short by a kill is ignored; any other damage is a StoreError."""
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
@@ -246,7 +246,7 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_torn_line(path: Path) -> None:
-    """Take off what stands after the last line end: the next line must not be appended to half of one."""
+    """Truncate after the last line end, so that the next line is not appended to an incomplete one."""
     if path.exists():
         whole = path.read_bytes()
         kept = whole.rfind(b"\n") + 1
@@ -254,23 +254,8 @@ def truncate_torn_line(path: Path) -> None:
             files.truncate(path, kept)
 
 
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def shards_of(store: Store, columns: list[str]) -> Iterator[dict[str, np.ndarray]]:
-    """The latents' columns shard by shard."""
-    for i in range(len(store.shards)):
-        yield store.read("latents", i, columns)
-
-
 def _is_ours(name: str) -> bool:
-    """Whether a kill before the first manifest can have left a file or folder of this name."""
+    """Whether a kill before the first manifest can leave a file or folder of this name."""
     return name in (".lock", "tokenizer", *TABLES) or files.is_temporary(name)
 
 
@@ -278,7 +263,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
     except Exception as error:
-        # the tokenizers library raises plain exceptions, of a full disk too
+        # the tokenizers library raises plain exceptions, even for a full disk
         if type(error) is not Exception:
             raise
         number = re.search(r"\(os error (\d+)\)", str(error))

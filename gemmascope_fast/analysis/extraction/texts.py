@@ -1,4 +1,4 @@
-"""What passes a model's sites, text by text: for what compares whole texts and keeps no shards."""
+"""Activations and latents at a model's sites, text by text: for comparisons of whole texts, which store no shards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from gemmascope_fast.analysis.extraction.windows import batches, padded
 from gemmascope_fast.attach import Activations, attach
 from gemmascope_fast.attach.entries import site_of
 from gemmascope_fast.attach.observers import Observer
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import device_of, opening, room
 from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.training.activations import first_layers
 
-Rows = dict[Any, Any]  # by key: Tensor [n, d] of an `Activations`, SparseLatents [n, d_sae] of an SAE
+Rows = dict[Any, Any]  # by key: Tensor [n, d] for an `Activations`, SparseLatents [n, d_sae] for an SAE
 CHUNK = 64  # texts tokenised and sorted by length together
 
 
@@ -44,11 +44,11 @@ def read_texts(
     batch: int = 2048,
     progress: Callable[[int], None] = lambda _texts: None,
 ) -> Iterator[tuple[list[int], Rows]]:
-    """(token ids, rows by key) of each text, in order; rows are those of the content tokens, one after another.
+    """Yield (token ids, rows by key) of each text, in order; rows are those of the content tokens.
 
     sites: `saes` of attach as a dict; an `Activations()` in place of an SAE gives the activations in fp32.  Texts
-    longer than the window are read in parts, each after a BOS.  Layers after the last site are not run.  ValueError
-    for a part that is longer than the model's own window.
+    longer than the window are read in parts, each after a BOS.  Layers after the last site are not run.  ValueError if
+    a part is longer than the model's window.
     """
     layers = [site_of(key, getattr(getattr(coder, "cfg", None), "site", None)).layer for key, coder in sites.items()]
     known = [layer for layer in layers if layer is not None]
@@ -56,7 +56,7 @@ def read_texts(
     most = room(model, tokenizer)
     stream, number = iter(texts), 0
     while chunk := list(islice(stream, CHUNK)):
-        # the model is whole again whenever the caller has control
+        # the model is restored whenever the caller has control
         with first_layers(model, last + 1) as decoder:
             found = list(_chunk(decoder, tokenizer, sites, chunk, window, batch, most, number))
         number += len(chunk)
@@ -89,15 +89,14 @@ def _chunk(
 
 def _batch(model: Any, tokenizer: Any, sites: Mapping[Any, Any], rows: list[list[int]]) -> dict[Any, list[Any]]:
     pad = tokenizer.pad_token_id
-    ids, mask = padded(rows, 0 if pad is None else pad)
+    ids, mask = padded(rows, 0 if pad is None else pad, device_of(model))
     seen = {key: _Seen() for key in sites}
     coders = {key: Activations(seen[key].sink) if isinstance(c, Activations) else c for key, c in sites.items()}
-    device = next(model.parameters()).device
     with torch.inference_mode(), attach(model, coders, tokens="content", keep=False) as run:
         for key, coder in coders.items():
             if not isinstance(coder, Activations):
                 run.watch(seen[key], key)
-        model(ids.to(device), attention_mask=None if mask is None else mask.to(device), use_cache=False)
+        model(ids, attention_mask=mask, use_cache=False)
     out = {}
     for key, own in seen.items():
         ((values, tokens),) = own.calls

@@ -1,5 +1,5 @@
-"""Documents → windows of tokens → blocks, the unit of work: one block is one shard, and nothing but the text and the
-settings decides what is in it, so that a run that was cut off goes on with the same blocks."""
+"""Documents → windows of tokens → blocks, the unit of work: one block is one shard. Its contents depend only on the
+text and the settings, so an interrupted run continues with the same blocks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gemmascope_fast.analysis.extraction.sources import Document
 
 
 class Window(NamedTuple):
-    """Consecutive tokens of one document that the model reads at once, after a BOS; `start`: position of the first."""
+    """Consecutive tokens of one document, read by the model at once after a BOS; `start`: position of the first."""
 
     document: int
     start: int
@@ -25,8 +25,8 @@ class Window(NamedTuple):
 
 
 class Cursor(NamedTuple):
-    """How far the text was read: documents begun, windows taken of the last of them, and a hash: of the texts of the
-    documents before it, and of the tokens taken of it."""
+    """How far the text was read: documents begun, windows used of the last one, and a hash of the texts of the earlier
+    documents and of the tokens used of the last one."""
 
     documents: int = 0
     windows: int = 0
@@ -38,7 +38,7 @@ START = Cursor()
 
 @dataclass
 class Block:
-    """Windows of one shard in order, the documents that begin in it (number, source, record), where the next begins."""
+    """Windows of one shard in order, documents that begin in it (number, source, record), where the next one begins."""
 
     windows: list[Window] = field(default_factory=list)
     documents: list[tuple[int, str, int]] = field(default_factory=list)
@@ -51,10 +51,10 @@ class Block:
 def blocks(
     documents: Iterable[Document], tokenizer: Any, *, window: int, size: int, start: Cursor = START
 ) -> Iterator[Block]:
-    """Blocks of at least `size` tokens (the last: what is left), of windows of at most `window` tokens.
+    """Blocks of at least `size` tokens (the last may be smaller), made of windows of at most `window` tokens.
 
-    start: a block's `end`; what comes before it is read again, held against its hash, and left out.  Raises
-    ValueError where the text is not the one that was read before.
+    start: a block's `end`; the text before it is read again, compared with its hash, and left out.  Raises ValueError
+    if it is not the text that was read before.
     """
     block, chain, number, end = Block(), b"", -1, Cursor()
     for number, document in enumerate(documents):
@@ -88,7 +88,7 @@ def blocks(
         chain, end = text.digest(), Cursor(number + 1, count, taken.hexdigest())
         block.done = document.done()
     if number + 1 < start.documents:
-        raise ValueError(f"--text: {start.documents} documents were read before, only {number + 1} are there now")
+        raise ValueError(f"--text: {start.documents} documents were read before, now there are only {number + 1}")
     block.end, block.last = end, True
     yield block
 
@@ -102,8 +102,8 @@ def _check(same: bool, document: Document) -> None:
 
 
 def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices of windows by falling length, in batches of at most `most` tokens, padding included (one window at
-    least)."""
+    """Indices of windows by decreasing length, in batches of at most `most` tokens including padding (at least one
+    window)."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     found: list[list[int]] = []
     for i in order:
@@ -114,12 +114,12 @@ def batches(lengths: Sequence[int], most: int) -> list[list[int]]:
     return found
 
 
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor | None]:
-    """(ids int64 [B, S], padded at the right; mask int64 [B, S], None where nothing is padding)."""
+def padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+    """(ids int64 [B, S], padded on the right; mask int64 [B, S], None if there is no padding)."""
     length = max(len(row) for row in rows)
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros(len(rows), length, dtype=torch.int64)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
         mask[i, : len(row)] = 1
-    return ids, None if bool(mask.all()) else mask
+    return ids.to(device), None if bool(mask.all()) else mask.to(device)

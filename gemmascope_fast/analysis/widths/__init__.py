@@ -1,1 +1,1 @@
-"""What each bit width of nested codes costs, for a model and for an SAE."""
+"""Cost of each bit width of nested codes, for a model and for an SAE."""

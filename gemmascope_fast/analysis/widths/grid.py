@@ -1,7 +1,7 @@
-"""The comparison on a real model: which runs, which figures of each, every one stored as it is done.
+"""The comparison on a real model: which runs to make and which figures to measure; each figure is stored at once.
 
-A run is one model of one scope, grouping and base method; its cases are widths, slicings and activations of the same
-codes.  Runs that train keep their finished blocks, cases their figures, so that the whole can be stopped anywhere.
+A run is one model, scope, grouping and base method; its cases are widths, slicings and activations of the same codes.
+Training runs keep their finished blocks, and cases their figures, so the comparison can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Run:
     group_size: int | None
     method: str  # minmax, omniquant, qat
     bits: tuple[int, ...] = (8, 4, 2)
-    mode: str = "prefix"  # of the training: prefix, matquant, alone
+    mode: str = "prefix"  # for training: prefix, matquant, alone
     dithered: bool = False
     widths: tuple[int, ...] = WIDTHS
 
     @property
     def label(self) -> str:
-        """The method's name in the figures' keys."""
+        """Name of the method in the keys of the figures."""
         name = self.method
         if self.method != "minmax":
             name += f"-{','.join(map(str, self.bits))}-{self.mode}"
@@ -55,15 +55,15 @@ class Run:
         rows = []
         for activations in ("exact", "int8"):
             for slicing in slicings:
-                # no bit is dropped at 8: every slicing is the same code
+                # at 8 bits nothing is dropped, so all slicings are the same code
                 here = [b for b in widths if b < 8 or slicing == slicings[0]]
                 rows += [Case(self.scope, self.group_size, self.label, b, slicing, activations) for b in here]
         return rows
 
 
 def runs(quick: bool = False) -> list[Run]:
-    """The grid: FFN per channel in full; all linear layers, and groups of 32 (there on dithered weights too), at 4 and
-    2 bits for the method that learns clipping.  quick: FFN per channel, untrained and learned clipping alone."""
+    """The grid: FFN per channel with all cases; all linear layers, and groups of 32 (also on dithered weights), at 4
+    and 2 bits for the method that learns clipping.  quick: only FFN per channel, untrained and learned clipping."""
     found = [Run("ffn", None, "minmax")]
     for method in ("omniquant",) if quick else ("omniquant", "qat"):
         found += [Run("ffn", None, method, mode=mode) for mode in ("prefix", "matquant")]
@@ -84,12 +84,12 @@ def runs(quick: bool = False) -> list[Run]:
 
 @torch.no_grad()
 def dither(weight: Tensor, seed: int) -> Tensor:
-    """Weights moved uniformly within the cells that they were rounded to before: in each block of 32 the least distance
-    of two values is the cell.  Weights that come from a low-bit file flatter a second low-bit code otherwise."""
+    """Move weights randomly within the cells that they were rounded to before: in each block of 32, the cell is the
+    smallest distance between two values.  Otherwise weights from a low-bit file would favour another low-bit code."""
     rows, columns = weight.shape
     padded = nn.functional.pad(weight.float(), (0, -columns % 32)).reshape(rows, -1, 32)
     gaps = padded.sort(-1).values.diff(dim=-1)
-    # differences of rounding are no cells
+    # rounding differences are not cells
     least = padded.abs().amax(-1, keepdim=True) * 1e-3
     cell = torch.where(gaps > least, gaps, torch.full_like(gaps, torch.inf)).amin(-1, keepdim=True)
     cell = torch.where(cell.isfinite(), cell, torch.zeros_like(cell))
@@ -99,19 +99,19 @@ def dither(weight: Tensor, seed: int) -> Tensor:
 
 @dataclass
 class Comparison:
-    """Everything that the runs share."""
+    """What all runs share."""
 
     model: nn.Module
     training: Tensor  # windows [n, 256]
     held_out: Tensor
     work: Path
-    recipe: dict[str, Any] = field(default_factory=dict)  # of every trained run: epochs, rates, ...
-    steps: int = 0  # of "qat", which is trained end to end; 0: block by block as the others
+    recipe: dict[str, Any] = field(default_factory=dict)  # of all trained runs: epochs, rates, ...
+    steps: int = 0  # of "qat", which is trained end to end; 0: block by block like the others
     progress: Callable[..., Any] = lambda x, **_: x
-    more: dict[str, Any] = field(default_factory=dict)  # of what else the folder is: of an SAE
+    more: dict[str, Any] = field(default_factory=dict)  # more that identifies the folder, such as the SAE
 
     def __post_init__(self) -> None:
-        """Raises ValueError, which says what differs, where `work` is of another model, text, recipe or SAE."""
+        """Raises ValueError, which says what differs, if `work` belongs to another model, text, recipe or SAE."""
         make_folder(self.work)
         self.results = Results(self.work / "results.json")
         self.model_id = identity.of_module(self.model)
@@ -120,7 +120,7 @@ class Comparison:
         self.results.claim("about", about | {"recipe": self.recipe, "steps": self.steps} | self.more)
 
     def do(self, run: Run) -> None:
-        """Train and measure one run, as far as it is not done."""
+        """Train and measure one run, as far as it is not done yet."""
         cases = [case for case in run.cases() if case.key() not in self.results]
         if not cases:
             return
@@ -136,13 +136,13 @@ class Comparison:
             measure.compare(self.model, self.held_out, cases, self.results, means, trained, self._bar(run))
 
     def train(self, run: Run) -> Trained:
-        """The run's codes, from its folder where they are complete."""
+        """The run's codes, from its folder if they are complete."""
         from gemmascope_fast.training.nested.blocks import train
         from gemmascope_fast.training.nested.endtoend import finetune
 
         recipe = Recipe(run.method, run.group_size, run.bits, run.mode, **self.recipe)
         folder = self.work / ("dithered" if run.dithered else "blocks")
-        # weights are dithered by their scope, which is part of a run's key, and by nothing else
+        # dithering depends only on the scope, which is part of a run's key
         shared: dict[str, Any] = {"work": folder, "progress": self.progress, "model_id": self.model_id}
         if run.method == "qat" and self.steps:
             return finetune(self.model, self.training, recipe, run.scope, steps=self.steps, **shared)
@@ -188,7 +188,7 @@ class Comparison:
         return lambda rows: self.progress(rows, desc=f"{run.scope} {run.label}")
 
     def _weights(self, run: Run) -> Any:
-        """The model as it is, or with the weights of the run's scope dithered."""
+        """The unchanged model, or with the weights of the run's scope dithered."""
         if not run.dithered:
             return restored(self.model, {})
         return dithered(self.model, run.scope)
@@ -227,7 +227,7 @@ def rows_of(figures: dict[str, Any]) -> Iterator[tuple[str, str, dict[int, float
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """Both tables, of what is measured so far."""
+    """Both tables, with what is measured so far."""
     lines = []
     if "full" in figures:
         where = f" (computed in {figures['full']['arithmetic']})" if "arithmetic" in figures["full"] else ""
@@ -243,7 +243,7 @@ def markdown(figures: dict[str, Any]) -> str:
         lines.append(f"| {where} | {what} | " + " | ".join(cells) + " |")
     sae = {key: f for key, f in figures.items() if key.startswith("sae/") and "fvu" in f}
     if sae:
-        lines += ["", "| SAE | L0 | FVU | delta loss | Jaccard | MB |", "|---|---|---|---|---|---|"]
+        lines += ["", "| SAE | L0 | FVU | delta_loss | Jaccard | MB |", "|---|---|---|---|---|---|"]
         for key, f in sae.items():
             lines.append(
                 f"| {key.removeprefix('sae/')} | {f['l0']:.1f} | {f['fvu']:.4f} | {f['delta_loss']:.4f} |"

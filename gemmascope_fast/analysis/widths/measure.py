@@ -21,12 +21,12 @@ from gemmascope_fast.quant.model import gained, layers, nbytes, quantize_, resto
 from gemmascope_fast.quant.planes import Packed
 from gemmascope_fast.quant.trained import Trained, put
 
-LOGIT_ROWS = 16  # rows of 262,144 logits taken at once: in fp32 they stay under what the allocator maps anew each time
+LOGIT_ROWS = 16  # rows of 262,144 logits at a time: small enough in fp32 that the allocator reuses the memory
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, ids: Tensor, batch: int = 2) -> float:
-    """Mean negative log-likelihood a token in nats over ids [n, window]; its exponential is the perplexity."""
+    """Mean negative log-likelihood per token in nats over ids [n, window]; its exponential is the perplexity."""
     total = 0.0
     for part in ids.split(batch):
         logits = model(part, use_cache=False).logits[:, :-1]
@@ -38,7 +38,7 @@ def mean_loss(model: nn.Module, ids: Tensor, batch: int = 2) -> float:
 
 @torch.no_grad()
 def input_means(model: nn.Module, names: list[str], ids: Tensor, batch: int = 2) -> dict[str, Tensor]:
-    """Mean input of each named layer over ids, fp32: what int8 activations are taken about."""
+    """Mean input of each named layer over ids, fp32: subtracted before int8 activations are rounded."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -61,7 +61,7 @@ def input_means(model: nn.Module, names: list[str], ids: Tensor, batch: int = 2)
 
 
 def alone(weight: Tensor, bits: int, group_size: int | None = None) -> Packed:
-    """A flat copy of `quantize_alone`'s codes."""
+    """A flat copy of the codes of `quantize_alone`."""
     return Packed.of(quantize_alone(weight, bits, group_size), "matquant").materialize(bits)
 
 
@@ -85,7 +85,7 @@ class Case:
 
 
 class Results:
-    """Figures by key in a JSON file, written after each: an interrupted comparison goes on where it was."""
+    """Figures by key in a JSON file, written after each one: an interrupted comparison continues."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -100,8 +100,8 @@ class Results:
         return key in self.figures
 
     def claim(self, key: str, about: dict[str, Any], first: bool = False) -> None:
-        """Say under `key` what the figures are of, or ValueError where they are of something else; first: figures that
-        are there already may be of others."""
+        """Record under `key` what the figures belong to; ValueError if they belong to something else. first: existing
+        figures without this key may belong to something else."""
         if key in self.figures or (self.figures and not first):
             identity.check(self.path, self.figures.get(key, {}), about)
         else:
@@ -115,7 +115,7 @@ class Results:
 
 @contextmanager
 def quantised(model: nn.Module, scope: str, **options: Any) -> Iterator[nn.Module]:
-    """Within the block the model's layers of `scope` are quantised; after it they are the linear layers again."""
+    """Within the block the model's layers of `scope` are quantised; after it they are linear layers again."""
     before = targets(model, scope, options.get("head", False))
     codes = options.get("codes")
     with gained(model, codes.gains if isinstance(codes, Trained) else {}), restored(model, before):
@@ -125,7 +125,7 @@ def quantised(model: nn.Module, scope: str, **options: Any) -> Iterator[nn.Modul
 def measure_case(
     model: nn.Module, case: Case, ids: Tensor, means: Mapping[str, Tensor] | None = None
 ) -> dict[str, float]:
-    """The figures of one case for a model whose layers are quantised (or, "alone" and untrained, are not yet)."""
+    """The figures of one case, for a model whose layers are quantised (not yet, if "alone" and untrained)."""
     if case.slicing == "alone" and not layers(model):
         before = targets(model, case.scope)
         with restored(model, before):
@@ -143,7 +143,7 @@ def measure_case(
 
 
 def _figures(model: nn.Module, ids: Tensor, flat: bool = False) -> dict[str, float]:
-    """flat: a code that has one width is stored at that width, whatever planes hold it here."""
+    """flat: a code with only one width is stored at that width, whatever planes it has here."""
     loss = mean_loss(model, ids)
     size = nbytes(model)
     if flat:
@@ -153,7 +153,7 @@ def _figures(model: nn.Module, ids: Tensor, flat: bool = False) -> dict[str, flo
 
 
 def full(model: nn.Module, ids: Tensor) -> dict[str, Any]:
-    """The unquantised model's figures: loss, predicted tokens, and the type in which all of a run is computed."""
+    """The unquantised model's figures: loss, number of predicted tokens, and the dtype used for the whole run."""
     return {
         "loss": mean_loss(model, ids),
         "tokens": int(ids.numel() - ids.shape[0]),
@@ -174,14 +174,14 @@ def compare(
     codes: Mapping[str, Codes] | Trained | None = None,
     progress: Callable[[list[Any]], Any] = iter,
 ) -> dict[str, Any]:
-    """Measure the cases that `results` does not hold yet; all of one scope, group size and method."""
+    """Measure the cases that `results` lacks; all must have one scope, group size and method."""
     if "full" not in results:
         results.put("full", full(model, ids))
-    begun = results.figures["full"].get("arithmetic", _arithmetic(model))  # files of before have none
+    begun = results.figures["full"].get("arithmetic", _arithmetic(model))  # older files have none
     if begun != _arithmetic(model):
-        raise ValueError(f"{results.path}: expected a table begun in {_arithmetic(model)}, got one in {begun}")
+        raise ValueError(f"{results.path}: expected a table started in {_arithmetic(model)}, got one in {begun}")
     todo = [case for case in cases if case.key() not in results]
-    # a code trained for one width is served like any other
+    # a code trained for one width is used like any other
     alone_now = [c for c in todo if c.slicing == "alone"] if codes is None else []
     for case in progress(alone_now):
         results.put(case.key(), measure_case(model, case, ids, means))

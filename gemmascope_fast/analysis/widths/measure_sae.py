@@ -1,4 +1,4 @@
-"""How far an SAE can be quantised: FVU, L0, delta loss and agreement of supports at every width."""
+"""How far an SAE can be quantised: FVU, L0, delta_loss and agreement of supports at every width."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SAECase:
 
 
 def cases(widths: Iterable[int] = (8, 6, 4, 3, 2)) -> list[SAECase]:
-    """Both matrices in every slicing, each alone, and with int8 activations."""
+    """Both matrices in every slicing, each one separately, and with int8 activations."""
     found = []
     for bits in widths:
         found += [SAECase(bits), SAECase(bits, activations="int8")]
@@ -54,7 +54,7 @@ def cases(widths: Iterable[int] = (8, 6, 4, 3, 2)) -> list[SAECase]:
 
 
 class Agreement:
-    """Supports of two encoders on the same tokens: counts of what both store, and of what each does."""
+    """Supports of two encoders on the same tokens: counts of latents in both, and in each."""
 
     def __init__(self) -> None:
         self.both = self.ours = self.theirs = 0
@@ -73,7 +73,7 @@ class Agreement:
         self.equal += int((~wrong).sum())
 
     def figures(self) -> dict[str, float]:
-        """jaccard = |A∩B| / |A∪B|; precision of ours, recall of theirs; share of tokens whose supports are equal."""
+        """jaccard = |A∩B| / |A∪B|; precision of ours, recall of theirs; share of tokens with equal supports."""
         union = self.ours + self.theirs - self.both
         return {
             "jaccard": self.both / max(1, union),
@@ -99,7 +99,7 @@ def reconstruct(sae: Coder, x: Tensor, theirs: Coder) -> dict[str, Any]:
 
 @torch.no_grad()
 def spliced_loss(model: nn.Module, ids: Tensor, sae: Coder | None, layer: int, batch: int = 2) -> float:
-    """Mean cross-entropy in nats over ids [n, window] with the SAE in the place of `layer`'s output (BOS passes)."""
+    """Mean cross-entropy in nats over ids [n, window] with the SAE replacing `layer`'s output (except at BOS)."""
     from gemmascope_fast.analysis.widths.measure import mean_loss
     from gemmascope_fast.attach import attach
 
@@ -125,9 +125,9 @@ def compare_sae(
     mean: Tensor | None = None,
     progress: Callable[[list[Any]], Any] = iter,
 ) -> None:
-    """Measure what `results` does not hold yet: reconstruction on x [n, d_in], losses on the windows ids.
+    """Measure what `results` lacks: reconstruction on x [n, d_in], losses on the windows ids.
 
-    mean: about which int8 activations are rounded (their mean on other text).
+    mean: subtracted before int8 activations are rounded (the mean activation on other text).
     """
     if "sae/loss" not in results:
         results.put("sae/loss", {"loss": spliced_loss(model, ids, None, layer)})

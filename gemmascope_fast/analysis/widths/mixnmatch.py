@@ -1,12 +1,11 @@
-"""Mix'n'Match: a width for every layer of one nested model, and what accuracy costs in bytes.
+"""Mix'n'Match: a width for every layer of one nested model, to trade accuracy against bytes.
 
-Fixed patterns spread a budget over depth; `search` spends it where it is felt: greedily, from the widest model down,
-by the loss that each layer alone adds at each width (a first-order model: losses of layers are taken to add up).
+Fixed patterns distribute a budget over depth. `search` spends it where it reduces the loss most: greedily, starting at
+the widest model, by the loss that each layer alone adds at each width (it assumes that these losses add up).
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
@@ -15,16 +14,17 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.errors import require
+from gemmascope_fast.files.results import save_figure, write_json
 from gemmascope_fast.ops.codes import check_bits
 from gemmascope_fast.quant.model import layers, set_bits
 
 PATTERNS = ("pyramid", "reverse-pyramid", "increasing", "decreasing")
-WIDTHS = (8, 6, 4, 3, 2)  # bits: what is compared, tabulated and mixed
+WIDTHS = (8, 6, 4, 3, 2)  # bits: compared, tabulated and mixed
 
 
 class Unit(NamedTuple):
-    """What gets one width: a block's layers, as patterns of `set_bits`, and their bytes at each width."""
+    """A unit with one width: a block's layers, as patterns for `set_bits`, and their bytes at each width."""
 
     name: str
     layers: tuple[str, ...]
@@ -41,7 +41,7 @@ class Point(NamedTuple):
 
 
 def units(model: nn.Module, widths: Iterable[int] = WIDTHS, mode: str | None = None) -> list[Unit]:
-    """The quantised layers of a model, those of one decoder block together: the number in their path tells which."""
+    """The quantised layers of a model, grouped by decoder block, found from the number in their path."""
     found: dict[str, list[str]] = {}
     for name in layers(model):
         parts = name.split(".")
@@ -59,7 +59,7 @@ def units(model: nn.Module, widths: Iterable[int] = WIDTHS, mode: str | None = N
 
 
 def pattern(kind: str, count: int, narrow: int, wide: int, share: float) -> list[int]:
-    """Widths of `count` blocks, of which `share` are wide: "pyramid" the middle ones, "reverse-pyramid" those at both
+    """Widths of `count` blocks, where `share` are wide: "pyramid" the middle ones, "reverse-pyramid" those at both
     ends, "increasing" the last, "decreasing" the first.  ValueError for another kind or a share outside [0, 1].
     """
     check_bits(narrow, "narrow")
@@ -86,7 +86,7 @@ def total(choice: Mapping[str, int], parts: list[Unit]) -> int:
 
 
 def apply(model: nn.Module, choice: Mapping[str, int], parts: list[Unit], mode: str | None = None) -> None:
-    """Serve the chosen widths."""
+    """Set the chosen widths."""
     set_bits(model, {name: choice[unit.name] for unit in parts for name in unit.layers}, mode)
 
 
@@ -97,9 +97,9 @@ def sensitivities(
     known: Callable[[str, Callable[[], float]], float] = lambda _key, measure: measure(),
     mode: str | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Loss that each unit alone adds at each of its widths, the others at the widest.
+    """Loss that each unit alone adds at each of its widths, with the others at the widest.
 
-    known(key, measure) may remember figures: an interrupted sweep then goes on where it was.
+    known(key, measure) may store figures, so that an interrupted sweep continues.
     """
     widest = {unit.name: max(unit.nbytes) for unit in parts}
 
@@ -123,10 +123,10 @@ def sensitivities(
 
 
 def path(parts: list[Unit], added: Mapping[str, Mapping[int, float]]) -> list[dict[str, int]]:
-    """Choices from the widest to the narrowest: in each step the unit and width that add least loss for a byte saved.
+    """Choices from the widest to the narrowest: each step narrows the unit that adds least loss per byte saved.
 
-    Steps go along the lower convex hull of each unit's (bytes, loss), so that a width that is worse than a mixture of
-    its neighbours is skipped.
+    Steps follow the lower convex hull of each unit's (bytes, loss), so a width that is worse than a mixture of its
+    neighbours is skipped.
     """
     moves = []
     for unit in parts:
@@ -135,7 +135,7 @@ def path(parts: list[Unit], added: Mapping[str, Mapping[int, float]]) -> list[di
             moves.append(((more - loss) / (size - smaller), unit.name, bits))
     choice = {unit.name: max(unit.nbytes) for unit in parts}
     choices = [dict(choice)]
-    # along a hull the slopes rise, so that sorting keeps a unit's moves in their order
+    # slopes rise along a hull, so sorting keeps a unit's moves in order
     for _, name, bits in sorted(moves, key=lambda m: m[0]):
         choice[name] = bits
         choices.append(dict(choice))
@@ -147,7 +147,7 @@ def _hull(points: list[tuple[int, float, int]]) -> list[tuple[int, float, int]]:
     kept: list[tuple[int, float, int]] = []
     for point in points:
         if kept and point[0] == kept[-1][0]:
-            continue  # no byte saved
+            continue  # saves no bytes
         while len(kept) >= 2 and _slope(kept[-2], kept[-1]) >= _slope(kept[-1], point):
             kept.pop()
         kept.append(point)
@@ -159,7 +159,7 @@ def _slope(wide: tuple[int, float, int], narrow: tuple[int, float, int]) -> floa
 
 
 def search(parts: list[Unit], added: Mapping[str, Mapping[int, float]], budget: int) -> dict[str, int]:
-    """Widths by unit within `budget` bytes.  ValueError where even the narrowest model is larger."""
+    """Widths by unit within `budget` bytes.  ValueError if even the narrowest model is larger."""
     for choice in path(parts, added):
         if total(choice, parts) <= budget:
             return choice
@@ -189,7 +189,7 @@ def candidates(
 
 
 def frontier(points: Iterable[Point]) -> list[Point]:
-    """The points that no other beats in bytes and loss at once, from small to large."""
+    """The points for which no other point has both fewer bytes and less loss, from small to large."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.nbytes, p.loss)):
         if not best or point.loss < best[-1].loss:
@@ -198,19 +198,17 @@ def frontier(points: Iterable[Point]) -> list[Point]:
 
 
 def save_json(points: list[Point], file: Path, about: Mapping[str, Any]) -> None:
-    """All points, those on the frontier marked."""
+    """All points, with those on the frontier marked."""
     best = {point.label for point in frontier(points)}
     rows = [{**p._asdict(), "frontier": p.label in best} for p in sorted(points, key=lambda p: p.nbytes)]
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps({**about, "points": rows}, indent=1) + "\n", encoding="utf-8")
+    write_json(file, {**about, "points": rows})
 
 
 def plot(points: list[Point], file: Path, title: str) -> None:
-    """Loss against bytes.  ImportError with what to install where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("--plot: expected matplotlib; pip install 'gemmascope-fast[plot]'") from error
+    """Plot loss against bytes.  ValueError with what to install if matplotlib is missing."""
+    require("matplotlib", "plot", "--plot")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     marks = {"uniform": "s", "search": "o"}
@@ -221,5 +219,4 @@ def plot(points: list[Point], file: Path, title: str) -> None:
     axes.plot([p.nbytes / 1e6 for p in best], [p.loss for p in best], "-", color="grey", linewidth=0.8, zorder=0)
     axes.set(xlabel="MB of quantised weights", ylabel="loss, nats a token", title=title)
     axes.legend()
-    with replacing(file) as temporary:
-        figure.savefig(temporary, format=file.suffix[1:])
+    save_figure(figure, file)

@@ -1,1 +1,1 @@
-"""The part of attach that knows Hugging Face transformers: structure of a model, hooks, generate."""
+"""The part of attach that is specific to Hugging Face transformers: model structure, hooks, generate."""

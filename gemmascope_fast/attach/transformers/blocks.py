@@ -1,10 +1,10 @@
-"""What a block of a transformer adds to the residual stream, told by the names of its parts.
+"""What a transformer block adds to the residual stream, found from the names of its parts.
 
-A block of transformers adds two things to the residual stream: the output of its attention and the output of its MLP,
-each perhaps after a norm and times a number.  Which norm stands where differs between models, and one name stands
-for different things: `post_attention_layernorm` comes before Llama's MLP, and after OLMo 2's attention.  The set of
-all the norms of a block tells them apart.  A block whose parts are not in the table below is refused by name.
-`tests/test_sites.py` checks the table against every causal language model of the installed transformers.
+A block adds two things to the residual stream: the output of its attention and the output of its MLP, each possibly
+after a norm and times a number.  The position of the norms differs between models, and one name means different
+things: `post_attention_layernorm` comes before Llama's MLP, and after OLMo 2's attention.  The set of all norms of a
+block tells them apart.  A block whose parts are not in the table below is an error that names them.
+`tests/attach/test_sites.py` checks the table against every causal language model of the installed transformers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 ATTENTION = ("self_attn", "attn", "attention", "self_attention", "linear_attn", "multi_head_attention")
 OTHER_MIXERS = ("mamba", "conv", "mixer", "mlstm_layer", "temporal_block", "recurrent_block")
 MLP = ("mlp", "feed_forward", "ffn", "mlp_block", "block_sparse_moe", "shared_mlp")
-# The output projection within attention: its input is the heads, concatenated.
+# Names of the output projection in attention: its input is the concatenated heads.
 PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj", "Wo", "attention.out_proj", "attention.o_proj", "output.dense")
-# Modules that change nothing in evaluation mode, or that lie within the MLP.
+# Modules that change nothing in evaluation mode, or that are part of the MLP.
 _NEUTRAL = re.compile("dropout|activation_fn|act_fn")
-# Numbers of a block that multiply both of what it adds.
+# Attributes of a block that multiply both of the terms it adds.
 _MULTIPLIERS = ("residual_multiplier", "residual_scale")
 _SUSPECT = re.compile("alpha|beta|scal|multipl|factor|lambda|resid|gate")
-# Modules of blocks whose residual stream is several vectors a token, and blocks whose output is no such stream.
+# Modules of blocks whose residual stream has several vectors per token, and blocks whose output is not such a stream.
 _STREAMS = ("altup", "attn_hc", "attn_hyper_connection")
 _NO_STREAM = {
     "XLNetLayer": "orders its output by position before sequence",
@@ -34,14 +34,14 @@ _NO_STREAM = {
 
 
 class Norms(NamedTuple):
-    """The norms of a block by what they do; None where there is none."""
+    """The norms of a block by their function; None if it has no such norm."""
 
     before_mlp: str | None
     after_attention: str | None = None
     after_mlp: str | None = None
 
 
-# The names of a block's parts beside attention and MLP, and what they do.
+# Names of a block's parts other than attention and MLP, and their function.
 _NORMS = {
     frozenset(names.split()): norms
     for names, norms in {
@@ -82,7 +82,7 @@ _NORMS = {
         ),
     }.items()
 }
-# Blocks whose parts have names of the table and that do something else with them.
+# Blocks whose parts are in the table but that use them differently.
 _OTHERWISE = {
     "transformers.models.openai.modeling_openai.Block": "normalises the sum after adding",
     "transformers.models.gpt_neox_japanese.modeling_gpt_neox_japanese.GPTNeoXJapaneseLayer": (
@@ -92,8 +92,8 @@ _OTHERWISE = {
 
 
 class Unknown(Exception):
-    """A block has no such site.  The message says what the block does instead, as in "normalises the sum after
-    adding"; `path` is the module to name instead, where there is one."""
+    """The block has no such site.  The message says what it does instead, such as "normalises the sum after
+    adding"; `path` is a module to name instead, if there is one."""
 
     def __init__(self, why: str, path: str | None = None) -> None:
         super().__init__(why)
@@ -101,7 +101,7 @@ class Unknown(Exception):
 
 
 class Part(NamedTuple):
-    """One end of a module within a block, and the number by which the block multiplies what passes there."""
+    """One end of a module within a block, and the factor that the block multiplies its value by."""
 
     path: str
     end: str
@@ -110,7 +110,7 @@ class Part(NamedTuple):
 
 
 def part(block: nn.Module, kind: str) -> Part:
-    """Where a site of one kind is within a block.  Unknown where the block has none."""
+    """Where a site of one kind is within a block.  Raises Unknown if the block has none."""
     block = getattr(block, "_orig_mod", block)
     return {"attn": _heads, "attn_out": _attn_out, "mlp": _mlp_out, "mlp_in": _mlp_in, "mlp_in_no_gain": _no_gain}[
         kind
@@ -118,7 +118,7 @@ def part(block: nn.Module, kind: str) -> Part:
 
 
 def streams(block: nn.Module) -> str | None:
-    """Why the output of a block is not one vector [B, S, d] a token, or None where it is."""
+    """Why the output of a block is not one vector [B, S, d] per token; None if it is."""
     block = getattr(block, "_orig_mod", block)
     found = [name for name, _ in block.named_children() if name in _STREAMS]
     if found:
@@ -127,14 +127,14 @@ def streams(block: nn.Module) -> str | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether it is a root-mean-square norm or a LayerNorm of torch, which have known formulas without their gain."""
+    """Whether it is a root-mean-square norm or torch's LayerNorm, whose formulas without gain are known."""
     name = type(module).__name__.lower()
     plain = name.endswith("rmsnorm") and "gated" not in name
     return isinstance(module, nn.LayerNorm) or (plain and epsilon(module) is not None)
 
 
 def epsilon(norm: nn.Module) -> float | None:
-    """What a norm adds to the mean square, by the names that models give it."""
+    """What a norm adds to the mean square (epsilon), under any of its names."""
     for name in ("eps", "variance_epsilon", "norm_eps"):
         if isinstance(getattr(norm, name, None), float):
             return float(getattr(norm, name))
@@ -163,7 +163,7 @@ def _attention(names: dict[str, nn.Module]) -> str:
         return "norm_attn_norm.attn"
     others = [name for name in OTHER_MIXERS if name in names]
     if others:
-        raise Unknown(f"has {others[0]!r} in the place of attention, or beside it", others[0])
+        raise Unknown(f"has {others[0]!r} instead of attention, or in addition to it", others[0])
     return _only(names, ATTENTION, "attention")
 
 
@@ -172,7 +172,7 @@ def _rest(names: dict[str, nn.Module]) -> frozenset[str]:
 
 
 def _norms(block: nn.Module, names: dict[str, nn.Module]) -> Norms:
-    """Unknown where what the block does with its parts is not known."""
+    """Raise Unknown if it is not known how the block uses its parts."""
     cls = type(block)
     why = _OTHERWISE.get(f"{cls.__module__}.{cls.__qualname__}")
     if why is not None:
@@ -186,14 +186,14 @@ def _norms(block: nn.Module, names: dict[str, nn.Module]) -> Norms:
         if not getattr(block, "do_layer_norm_before", True):
             raise Unknown("normalises the sum after adding")
         return Norms("final_layer_norm")
-    raise Unknown(f"adds to the residual stream what is not known; its parts are {', '.join(names)}")
+    raise Unknown(f"does not show what it adds to the residual stream; its parts are {', '.join(names)}")
 
 
 _PRE_NORM_FC = ("OPTDecoderLayer", "BioGptDecoderLayer", "XGLMDecoderLayer")
 
 
 def _scale(block: nn.Module) -> float:
-    """The number by which the block multiplies what it adds.  Unknown where it has others of its own."""
+    """The number by which the block multiplies what it adds.  Unknown if it has other such numbers."""
     own: dict[str, Any] = {**dict(block.named_parameters(recurse=False)), **dict(block.named_buffers(recurse=False))}
     own |= {n: v for n, v in vars(block).items() if isinstance(v, (int, float, Tensor)) and not isinstance(v, bool)}
     scale = 1.0
@@ -210,7 +210,7 @@ def _scale(block: nn.Module) -> float:
 
 
 def _inner(names: dict[str, nn.Module], name: str, candidates: tuple[str, ...]) -> str:
-    """The module itself; where its forward adds the residual, the projection before that."""
+    """The module itself, or, if its forward adds the residual, the projection before that."""
     module = names.get(name)
     if module is None or "residual" not in inspect.signature(module.forward).parameters:
         return name
@@ -262,13 +262,13 @@ def _mlp_in(block: nn.Module) -> Part:
         return Part("pre_feedforward_layernorm", "output")
     if "fc1" in names:
         return Part("fc1", "input")
-    if "block_sparse_moe" in names and "shared_mlp" in names:  # both read the same
+    if "block_sparse_moe" in names and "shared_mlp" in names:  # both read the same activation
         return Part("shared_mlp", "input")
     return Part(_only(names, MLP, "MLP"), "input")
 
 
 def _no_gain(block: nn.Module) -> Part:
-    _mlp_in(block)  # Unknown where there is no MLP
+    _mlp_in(block)  # raises Unknown if there is no MLP
     names = _children(block)
     before: str | None = "pre_feedforward_layernorm" if "pre_feedforward_layernorm" in names else None
     if before is None and not _is_bert(names):

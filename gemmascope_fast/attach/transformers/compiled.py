@@ -1,7 +1,7 @@
-"""Compiled models: code compiled before a hook was added runs without it (torch checks hooks only when they go).
+"""Compiled models: code compiled before a hook was added ignores the hook (torch only checks for removed hooks).
 
-So where anything in the model was compiled, attaching discards the compiled code; the next call compiles anew, with
-the hooks as breaks in the graph.  Should a site not be reached all the same, the run says so (`Run._after`).
+So if anything in the model was compiled, attaching discards the compiled code. The next call compiles again, and hooks
+become graph breaks.  If a site is still not reached, the run raises an error (`Run._after`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ REASON = "an attached SAE reads the activations outside of the compiled graph; c
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model behind `torch.compile(model)`; any other model as it is."""
+    """The model inside `torch.compile(model)`; any other model unchanged."""
     return getattr(model, "_orig_mod", model) if type(model).__name__ == "OptimizedModule" else model
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile was asked for, on the model, on a part of it, or by generate for a static cache."""
+    """Whether torch.compile was used on the model, on a part of it, or by generate for a static cache."""
     return any(
         type(module).__name__ == "OptimizedModule"
         or module._compiled_call_impl is not None
@@ -32,14 +32,14 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 def forget() -> None:
-    """Discard what torch.compile has compiled in this process: it cannot be done for one model alone."""
+    """Discard all code that torch.compile compiled in this process, since that cannot be done for one model only."""
     import torch._dynamo
 
     torch._dynamo.reset()
 
 
 def opaque(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, never traced.  Where nothing has loaded the compiler there is nothing to do."""
+    """The function, never traced.  If the compiler is not loaded, there is nothing to do."""
     if "torch._dynamo" not in sys.modules:
         return function
     import torch._dynamo

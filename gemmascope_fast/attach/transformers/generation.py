@@ -1,6 +1,6 @@
-"""What a run must know of `generate`: where the prompt ends, whether beams are searched, what it returned.
+"""What a run must know about `generate`: where the prompt ends, whether it uses beam search, what it returned.
 
-A forward pre-hook sees none of that, so while a run is open the model's own `generate` is wrapped, on the instance.
+A forward pre-hook sees none of that, so while a run is open the model's `generate` is wrapped, on the instance.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _Watch:
 
     def remove(self, model: nn.Module) -> None:
         if model.__dict__.get("generate") is not self.wrapper:
-            return  # someone wrapped it again; without listeners ours only passes on
+            return  # it was wrapped again by others; without listeners our wrapper does nothing
         if self.had is None:
             del model.generate
         else:
@@ -59,7 +59,7 @@ class _Watch:
 
 
 def listen(model: nn.Module, listener: Listener) -> None:
-    """Tell the listener of every `generate` of the model, until `leave`."""
+    """Notify the listener of every `generate` of the model, until `leave`."""
     if not callable(getattr(model, "generate", None)):
         return
     with _LOCK:
@@ -71,8 +71,8 @@ def listen(model: nn.Module, listener: Listener) -> None:
 
 
 def leave(model: nn.Module, listener: Listener) -> None:
-    """The listener is told no longer; nothing where it was not.  After an interrupted `listen` it takes what is
-    there."""
+    """Stop notifying the listener; does nothing if it is not registered.  After an interrupted `listen`, removes what
+    is there."""
     with _LOCK:
         watch = _WATCHES.get(model)
         if watch is None:
@@ -103,7 +103,7 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generat
         if found.embeds:
             found.offset = found.prompt
         elif found.mask is not None and found.mask.shape[1] > found.prompt:
-            # the mask is that of the whole sequence: the first columns are in the cache that was given
+            # the mask covers the whole sequence, and its first columns are in the given cache
             found.offset = found.mask.shape[1] - found.prompt
             found.prompt += found.offset
     return found
@@ -116,7 +116,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _prompt_mask(prompt: Tensor, mask: Any, pad: Any, eos: tuple[int, ...]) -> Tensor | None:
-    """The prompt's mask; without one generate takes PAD tokens for padding, unless PAD is also an EOS."""
+    """The prompt's mask. Without one, generate treats PAD tokens as padding, unless PAD is also an EOS."""
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask.detach().to("cpu") != 0
     pads = [p for p in _ids(pad) if p not in eos]

@@ -1,7 +1,7 @@
-"""The hooks themselves: one per module and end, shared by every run that has something there.
+"""The hooks themselves: one for each module and end, shared by all runs there.
 
-Sharing is what gives the order that `attach` promises: at one place every reader sees the activation as it came,
-then the one splice replaces it; runs come and go in any order and the last one takes the hook away.
+Sharing makes the order that `attach` promises possible: at one place, every reader gets the original activation, then
+the one splice replaces it. Runs come and go in any order, and the last one removes the hook.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gemmascope_fast.errors import AttachError
 
 
 class Visitor(Protocol):
-    """What a run has at a place.  `read` sees x as it came, `write` gives what is to replace it or None; both do
-    nothing in a call that is not its run's."""
+    """What a run does at a place.  `read` gets the original x, `write` returns the replacement or None; both do
+    nothing in a call of another run."""
 
     def read(self, x: Tensor, inputs: tuple[Any, ...]) -> None: ...
 
@@ -51,7 +51,7 @@ class _Hook:
         return new
 
     def _output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        # a tensor from transformers 5.x, a tuple that starts with one from 4.57
+        # a tensor since transformers 5.x, a tuple that begins with one in 4.57
         if isinstance(output, Tensor):
             return self._pass(output, inputs)
         if isinstance(output, tuple) and output and isinstance(output[0], Tensor):
@@ -81,7 +81,7 @@ _HOOKS: WeakKeyDictionary[nn.Module, dict[str, _Hook]] = WeakKeyDictionary()
 
 
 def visit(place: Place, visitor: Visitor) -> Callable[[], None]:
-    """Put a visitor at a place; `leave`, or the returned function, takes it away again."""
+    """Register a visitor at a place; `leave`, or the returned function, removes it."""
     with _LOCK:
         ends = _HOOKS.setdefault(place.module, {})
         hook = ends.get(place.end)
@@ -93,7 +93,7 @@ def visit(place: Place, visitor: Visitor) -> Callable[[], None]:
 
 
 def leave(place: Place, visitor: Visitor) -> None:
-    """Take a visitor away; nothing where it is not there.  After an interrupted `visit` it takes what is there."""
+    """Remove a visitor; does nothing if it is not there.  After an interrupted `visit`, removes what is there."""
     with _LOCK:
         ends = _HOOKS.get(place.module, {})
         hook = ends.get(place.end)
@@ -106,6 +106,6 @@ def leave(place: Place, visitor: Visitor) -> None:
 
 
 def visitors(place: Place) -> tuple[Visitor, ...]:
-    """Who is at a place now."""
+    """The visitors at a place now."""
     hook = _HOOKS.get(place.module, {}).get(place.end)
     return () if hook is None else hook.visitors

@@ -1,4 +1,4 @@
-"""Where a site is in a given model, found by structure: no list of model classes."""
+"""Finds where a site is in a model from its structure, without a list of model classes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gemmascope_fast.attach.transformers import blocks
 from gemmascope_fast.errors import AttachError
 from gemmascope_fast.sae.sites import KINDS, Site
 
-NO_GAIN = "output_without_gain"  # what Gemma Scope 1's transcoders read, as an end of a norm
-# Paths of a text-only model: they mean the same block of a model whose decoder has another name.
+NO_GAIN = "output_without_gain"  # what Gemma Scope 1's transcoders read, as one end of a norm
+# Paths of a text-only model: in a model whose decoder has another name they mean the same block.
 _TEXT_PATH = re.compile(
     r"(model\.|language_model\.|model\.language_model\.|language_model\.model\.)?layers\.(?P<layer>[0-9]+)(\.(?P<rest>.+))?$"
 )
@@ -22,16 +22,16 @@ _TEXT_PATH = re.compile(
 
 @dataclass(frozen=True)
 class Place:
-    """One end of one module.  `form` says how what passes there becomes what the SAE reads: as it is (""), normalised
+    """One end of one module.  `form` says how the SAE's input is made from its value: unchanged (""), normalised
     without the norm's gain ("no_gain"), looked up in the table without its scale ("unscaled"), or multiplied by the
-    number that the block multiplies it by before it adds it ("scaled")."""
+    factor that the block applies before adding it ("scaled")."""
 
     module: nn.Module
     end: str  # "input" or "output"
     name: str
     width: int | None
     form: str = ""
-    scale: float = 1.0  # of form "scaled"
+    scale: float = 1.0  # for form "scaled"
 
     def is_at(self, other: Place) -> bool:
         """Whether both give the same values."""
@@ -43,10 +43,10 @@ class Place:
 
 
 class Structure:
-    """The text stack of a model: its token embedding and its list of blocks.
+    """The text part of a model: its token embedding and its list of blocks.
 
-    The stack is the smallest module that holds both the input embedding and a list of blocks: for a multimodal
-    wrapper its text decoder, for a head its backbone.  Nothing is looked for until a site needs it.
+    It is the smallest module with both the input embedding and a list of blocks: the text decoder of a multimodal
+    model, the backbone of a model with a head.  Nothing is searched until a site needs it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +78,7 @@ class Structure:
         return type(self.model).__name__
 
     def stack(self) -> tuple[nn.Module, nn.ModuleList]:
-        """(the text stack, its blocks).  AttachError where there is none or more than one at the same depth."""
+        """(the text part, its blocks).  AttachError if there is none or more than one at the same depth."""
         if self._stack is None:
             self._stack = self._find_stack()
         return self._stack
@@ -100,7 +100,7 @@ class Structure:
         raise AttachError(f"{self._title}: no list of blocks found; give the site as a module path")
 
     def place(self, site: Site) -> Place:
-        """Where `site` is.  AttachError where the model has no such site."""
+        """Where `site` is.  AttachError if the model has no such site."""
         if site.kind == "path":
             return self._by_path(str(site.path))
         if site.kind == "embed":
@@ -120,7 +120,7 @@ class Structure:
         return self._inside(block, name, site)
 
     def aliases(self, site: Site) -> frozenset[Site]:
-        """Every site that is the same place as `site` in this model, itself among them."""
+        """Every site that is the same place as `site` in this model, including `site`."""
         own = self.place(site)
         layer = site.at_layer
         kinds = ("embed",) if layer is None else KINDS
@@ -128,7 +128,7 @@ class Structure:
         paths = [own.name, *(other.hook_name for other in named)]
         paths += [path.removesuffix(".output") for path in paths if path.endswith(".output")]
         found = {site}
-        if site.kind == "embed":  # Gemma's name of it, though the module's own output may be scaled
+        if site.kind == "embed":  # Gemma's name of it, although the module's output may be scaled
             found.add(Site("path", path=site.hook_name))
         for other in (*named, *(Site("path", path=path) for path in paths)):
             try:
@@ -168,7 +168,7 @@ class Structure:
         module = _child(self.model, stem)
         text_only = _TEXT_PATH.match(stem) if module is None else None
         if text_only is not None:
-            # a path written for the text-only model, resolved against this model's own text decoder
+            # a path of the text-only model: look in this model's text decoder
             block, name = self._block(int(text_only["layer"]), path)
             rest = text_only["rest"]
             module, stem = (_child(block, rest), f"{name}.{rest}") if rest else (block, name)
@@ -192,7 +192,7 @@ class Structure:
 
 
 def _is_blocks(module: nn.Module) -> bool:
-    """A list of modules that have parts of their own: projections and norms in a list are no blocks."""
+    """A list of modules that have submodules: projections and norms in a list are not blocks."""
     return isinstance(module, nn.ModuleList) and len(module) > 0 and all(any(m.children()) for m in module)
 
 
@@ -206,7 +206,7 @@ def _child(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _width(module: nn.Module, end: str) -> int | None:
-    """The last dimension at one end of a leaf module, where its attributes tell it; else None."""
+    """The last dimension at one end of a leaf module, if its attributes give it; else None."""
     size: Any = getattr(module, "in_features" if end == "input" else "out_features", None)
     if size is None and isinstance(module, nn.Embedding) and end == "output":
         size = module.embedding_dim
@@ -217,7 +217,7 @@ def _width(module: nn.Module, end: str) -> int | None:
 
 
 def submodules(model: nn.Module) -> Iterator[nn.Module]:
-    """The model and its text stack, where it has one: the modules whose forward is a call."""
+    """The model and its text part, if it has one: the modules whose forward counts as a call."""
     yield model
     try:
         holder, _ = Structure(model).stack()

@@ -1,1 +1,1 @@
-"""Launchers of the Triton and CUDA kernels; importing touches no GPU and compiles nothing."""
+"""Launchers of the Triton and CUDA kernels. Importing them touches no GPU and compiles nothing."""

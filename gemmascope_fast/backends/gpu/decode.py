@@ -1,4 +1,4 @@
-"""Launchers of decode and of the sampled dots that its backward needs; no float atomics anywhere.
+"""Launchers of decode and of the sampled dots for its backward. They use no float atomics.
 
 The gradient of decode with respect to W_dec is decode again, on the transposed pattern (see ops/decode.py).
 """
@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemmascope_fast.backends.gpu.encode import FLOATS, FixedLatents, widenable
+from gemmascope_fast.backends.gpu.encode import FixedLatents, widenable
 from gemmascope_fast.backends.gpu.launch import cdiv, check_devices, grid, kernels, on
-from gemmascope_fast.ops._csr import check_csr
+from gemmascope_fast.ops.decode import check_decode
+from gemmascope_fast.ops.sampled_dot import check_sampled_dot
 
-AHEAD = 4  # rows in flight: 4 x 4 bytes x 32 lanes a warp, times the warps of an SM, covers DRAM's latency
-MANY = 16  # the same for a row with as many entries left: 16 columns' loads a thread of 4 warps are 64 registers
-ORDERED_ROWS = 4096  # from here rows start by length: those of a gradient of W_dec differ by a factor of hundreds
+AHEAD = 4  # rows in flight: 4 x 4 bytes x 32 lanes a warp, times the warps of an SM, hide DRAM latency
+MANY = 16  # the same if a row has this many entries left: 16 columns' loads a thread of 4 warps are 64 registers
+ORDERED_ROWS = 4096  # from here start the longest rows first: in a gradient of W_dec lengths differ by hundreds
 PAIRS = 16  # pairs of a sampled-dot program: [16, 16] lanes are 2 accumulators a thread of 4 warps
-SHARES = 4  # programs a row of sampled dots: rows hold about 80 pairs
+SHARES = 4  # programs per row of sampled dots; a row has about 80 pairs
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class DecodeConfig:
     warps: int
 
 
-# Few rows: narrow blocks, so that a token's row spreads over the device (2304 / 64 = 36 programs a token).
-# Many: wide ones, 4 columns a thread, so that a row is read in 128-bit loads.
+# Few rows: narrow blocks, so that one token's row uses the whole device (2304 / 64 = 36 programs a token).
+# Many rows: wide blocks, 4 columns a thread, so that a row is read in 128-bit loads.
 CONFIGS = (DecodeConfig(64, 1), DecodeConfig(512, 4))
 FEW_ROWS = 32
 
@@ -47,38 +48,32 @@ def decode(
 ) -> Tensor:
     """Op `decode` (see ops/decode.py) in Triton: the same bytes as the native CPU kernel.
 
-    Checking the pattern reads it back once, as the native op does; `decode_fixed` does not.
+    Checking the pattern reads it back to the host once, as in the native op; `decode_fixed` does not.
     """
     check_devices(W_dec, crow_indices, col_indices, values, b_dec, row_scale)  # before anything is read back
-    check_csr(crow_indices, col_indices, W_dec.shape[0])
+    check_decode(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
     return _launch(crow_indices, col_indices, values, W_dec, b_dec, row_scale)
 
 
 def decode_fixed(
     latents: FixedLatents, W_dec: Tensor, b_dec: Tensor | None = None, row_scale: Tensor | None = None
 ) -> Tensor:
-    """Decode without any host synchronisation; rows beyond the capacity come out as NaN."""
-    return _launch(latents.crow_indices, latents.col_indices, latents.values, W_dec, b_dec, row_scale)
+    """Decode without any host synchronisation; rows beyond the capacity become NaN."""
+    arguments = (latents.crow_indices, latents.col_indices, latents.values, W_dec, b_dec, row_scale)
+    check_decode(*arguments, pattern=False)
+    return _launch(*arguments)
 
 
 def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor | None, row_scale: Tensor | None):
-    if W_dec.dtype not in (*FLOATS, torch.int8):
-        raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
-    if W_dec.dtype == torch.int8 and row_scale is None:
-        raise ValueError("row_scale: int8 rows need one")
-    F, d = W_dec.shape
-    for name, tensor, shape in (("values", values, col.shape), ("b_dec", b_dec, (d,)), ("row_scale", row_scale, (F,))):
-        if tensor is not None and tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name}: expected {tuple(shape)}, got {tuple(tensor.shape)}")
     module = kernels("decode", W_dec, crow, col, values, b_dec, row_scale)
-    N = crow.numel() - 1
+    N, d = crow.numel() - 1, W_dec.shape[1]
     out = torch.empty(N, d, device=W_dec.device)
     if out.numel() == 0:
         return out
     rows, config, crow = W_dec.contiguous(), config_for(N), crow.contiguous()
     scale = None if row_scale is None else row_scale.float().contiguous()
     bias = None if b_dec is None else b_dec.float().contiguous()
-    # a grid whose longest rows start last waits for them alone
+    # otherwise the longest rows could start last, and the rest of the device would be idle
     order = crow.diff().argsort(descending=True) if N >= ORDERED_ROWS else crow
     with on(W_dec):
         module.decode_kernel[grid(N * cdiv(d, config.BLOCK), "decode")](
@@ -95,14 +90,7 @@ def _launch(crow: Tensor, col: Tensor, values: Tensor, W_dec: Tensor, b_dec: Ten
 def sampled_dot(x: Tensor, rows: Tensor, bias: Tensor | None, crow_indices: Tensor, col_indices: Tensor) -> Tensor:
     """Op `sampled_dot` (see ops/sampled_dot.py) in Triton: the same bytes as the native CPU kernel."""
     check_devices(x, rows, bias, crow_indices, col_indices)
-    check_csr(crow_indices, col_indices, rows.shape[0])
-    if not x.is_floating_point() or rows.dtype not in FLOATS:
-        raise TypeError(f"x, rows: expected floating tensors, rows of at most 32 bits, got {x.dtype} and {rows.dtype}")
-    if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1] or crow_indices.numel() != x.shape[0] + 1:
-        raise ValueError(
-            f"x: expected [N, d] beside rows [F, d] and {crow_indices.numel()} offsets,"
-            f" got {tuple(x.shape)} and {tuple(rows.shape)}"
-        )
+    check_sampled_dot(x, rows, bias, crow_indices, col_indices)
     module = kernels("sampled_dot", x, rows, bias, crow_indices, col_indices)
     N, F = x.shape[0], rows.shape[0]
     out = torch.empty(col_indices.numel(), device=x.device)

@@ -1,8 +1,8 @@
-"""Launchers of exact encode: a GEMM in the fixed order of summation with a compacting epilogue, a scan, a gather.
+"""Launchers of exact encode: a GEMM in the fixed order of summation whose epilogue compacts, a scan and a gather.
 
-Two forms.  `encode` is the op: it reads one number back (how many latents there are) to give tensors of exactly
-that size.  `encode_fixed` reads nothing back and can be captured in a CUDA graph: its tensors have the capacity
-that was asked for, and the true count comes along on the device.
+There are two forms.  `encode` is the op: it reads back one number (how many latents there are) to allocate tensors
+of exactly that size.  `encode_fixed` reads nothing back and can be captured in a CUDA graph: its tensors have the
+requested capacity, and the true count stays on the device.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from gemmascope_fast.errors import BackendError, StaleScreenError
 from gemmascope_fast.ops.encode import check_encode
 from gemmascope_fast.ops.latents import SparseLatents
 
-SLOTS = 4  # values kept per word of 32 features: at L0 500 of 16,384 (a BOS token) 1 word in 300 holds more
+SLOTS = 4  # values stored per word of 32 features: at L0 500 of 16,384 (a BOS token) 1 word in 300 holds more
 GATHER_WORDS = 16  # words of one gather program: [16, 32] lanes, two a thread of GATHER_WARPS warps
 GATHER_WARPS = 8
-FEW = 16  # tokens up to which the gather scans for itself and encode is bound by the weights' bandwidth
-CHUNK_BYTES = 16 << 20  # of bitmap; slots take four times as much
+FEW = 16  # tokens up to which the gather also scans and encode is limited by memory bandwidth
+CHUNK_BYTES = 16 << 20  # size of the bitmap; slots take four times as much
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Config:
-    """One configuration of a kernel: tile and warps; at most four a kernel."""
+    """One configuration of a kernel: tile and warps. A kernel has at most four."""
 
     BT: int
     warps: int
     stages: int
 
 
-# Tokens of a tile.  Up to 16 tokens every weight is read once; above, 16 x 32 pairs are 64 accumulators a thread.
+# Tokens per tile.  Up to 16 tokens every weight is read once; with more, 16 x 32 pairs are 64 accumulators a thread.
 CONFIGS = (Config(1, 4, 4), Config(4, 4, 4), Config(16, 4, 3))
 
 
@@ -45,13 +45,13 @@ def config_for(T: int) -> Config:
 
 @dataclass(frozen=True)
 class Words:
-    """What the encode kernel leaves: per token and word of 32 features."""
+    """Output of the encode kernel, per token and word of 32 features."""
 
     bitmap: Tensor  # int32 [T, words]
     count: Tensor  # int32 [T, words]
     slots: Tensor  # fp32 [T, words, SLOTS]
-    stale: Tensor | None = None  # int32 [1], not 0 where a screen's certificate failed
-    lift: bool = False  # tensor cores decided: a value that is computed again is kept above its threshold
+    stale: Tensor | None = None  # int32 [1], not 0 if the check of the screen's bound failed
+    lift: bool = False  # found with tensor cores: a value that is recomputed must stay above its threshold
 
     @classmethod
     def empty(cls, x: Tensor, F: int, stale: Tensor | None = None, lift: bool = False) -> Words:
@@ -59,7 +59,7 @@ class Words:
         return cls(bitmap, torch.empty_like(bitmap), torch.empty(*bitmap.shape, SLOTS, device=x.device), stale, lift)
 
     def read(self, number: Tensor) -> int:
-        """One int64 scalar from the device, the certificate along with it.  StaleScreenError where it failed."""
+        """Read one int64 scalar and the check of the bound from the device.  StaleScreenError if it failed."""
         if self.stale is None:
             return int(number)
         found, stale = torch.cat((number.reshape(1), self.stale.long())).tolist()
@@ -69,12 +69,12 @@ class Words:
 
 def check_certificate(stale: int) -> None:
     if stale:
-        raise StaleScreenError("W_enc: a pre-activation lies outside the screen's bound; build the screen anew")
+        raise StaleScreenError("W_enc: a pre-activation is outside the screen's bound; rebuild the screen")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The encoder as the kernels read it."""
+    """The encoder in the form that the kernels read."""
 
     rows: Tensor  # [F, d], fp32, bf16 or fp16, contiguous
     bias: Tensor  # fp32 [F]
@@ -88,12 +88,12 @@ class Weights:
 
 
 def widenable(x: Tensor) -> Tensor:
-    """x as a kernel takes it: fp32, bf16 or fp16 (float64 is rounded to fp32), contiguous."""
+    """x in the form that a kernel reads: contiguous fp32, bf16 or fp16 (float64 is rounded to fp32)."""
     return (x if x.dtype in FLOATS else x.float()).contiguous()
 
 
 def chunk_tokens(F: int) -> int:
-    """Tokens of one pass, so that the bitmap stays within CHUNK_BYTES and its index within 31 bits."""
+    """Tokens per pass, such that the bitmap stays within CHUNK_BYTES and its index fits 31 bits."""
     return max(FEW, CHUNK_BYTES // (4 * max(1, cdiv(F, 32))))
 
 
@@ -110,7 +110,7 @@ def encode(
 
 
 def compressed(x: Tensor, weights: Weights, fill: Fill) -> tuple[Tensor, Tensor, Tensor]:
-    """(crow, col, values) by chunks of tokens, of exactly the size that is needed: one read a chunk."""
+    """(crow, col, values) of exactly the needed size, computed in chunks of tokens; reads back once per chunk."""
     F = weights.rows.shape[0]
     if x.shape[0] == 0 or F == 0:
         empty = SparseLatents.empty((x.shape[0], F), device=x.device)
@@ -126,7 +126,7 @@ def compressed(x: Tensor, weights: Weights, fill: Fill) -> tuple[Tensor, Tensor,
 
 
 def fill_words(x: Tensor, w: Weights, bandwidth: float | None) -> Words:
-    """The first launch: dots, threshold, bitmap, counts and slots.  x [T, d] → Words."""
+    """First launch: computes dots, thresholds, bitmap, counts and slots.  x [T, d] → Words."""
     module = kernels("encode", x, w.rows, w.bias, w.threshold)
     (T, d), F = x.shape, w.rows.shape[0]
     config, out = config_for(T), Words.empty(x, F)
@@ -142,11 +142,11 @@ def fill_words(x: Tensor, w: Weights, bandwidth: float | None) -> Words:
 
 
 def gather(x: Tensor, w: Weights, words: Words, total: Tensor | None, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The last launch: (crow int64 [T+1], col int32 [capacity], values fp32 [capacity]).
+    """Last launch: (crow int64 [T+1], col int32 [capacity], values fp32 [capacity]).
 
-    total: inclusive sums of the counts, int64 [T * words], or None: the kernel sums them itself.
+    total: inclusive sums of the counts, int64 [T * words], or None: then the kernel sums them.
     """
-    module = kernels("compact", x, words.bitmap)  # rows may lie in pinned host memory
+    module = kernels("compact", x, words.bitmap)  # rows may be in pinned host memory
     T, count = words.count.shape
     crow = torch.empty(T + 1, dtype=torch.int64, device=x.device)
     col = torch.empty(capacity, dtype=torch.int32, device=x.device)
@@ -163,17 +163,17 @@ def gather(x: Tensor, w: Weights, words: Words, total: Tensor | None, capacity: 
 
 @dataclass(frozen=True)
 class FixedLatents:
-    """Latents in tensors of a fixed capacity, for CUDA graphs: nothing about them is read back.
+    """Latents in tensors of a fixed capacity, for CUDA graphs: nothing is read back to the host.
 
-    crow_indices int64 [N+1] holds the true offsets, also beyond the capacity; col_indices and values hold the
-    first `capacity` of them.  A decode of a row that does not fit gives NaN, `sparse()` raises: never silently short.
+    crow_indices int64 [N+1] has the true offsets, even beyond the capacity; col_indices and values have the first
+    `capacity` latents.  If a row does not fit, its decode gives NaN and `sparse()` raises an error.
     """
 
     crow_indices: Tensor
     col_indices: Tensor
     values: Tensor
     d_sae: int
-    stale: Tensor | None = None  # int32 [1] of a screened encode, not 0 where its certificate failed
+    stale: Tensor | None = None  # of a screened encode: int32 [1], not 0 if the check of its bound failed
 
     @property
     def capacity(self) -> int:
@@ -186,12 +186,12 @@ class FixedLatents:
 
     @property
     def overflow(self) -> Tensor:
-        """Whether some did not fit, bool scalar on the device."""
+        """Whether some latents did not fit, bool scalar on the device."""
         return self.count > self.capacity
 
     def sparse(self) -> SparseLatents:
-        """As SparseLatents, with one read of the count; BackendError where it exceeds the capacity,
-        StaleScreenError where the screen that it came from does not fit the weights."""
+        """Convert to SparseLatents; reads back the count. BackendError if it exceeds the capacity, StaleScreenError if
+        the screen does not fit the weights."""
         count, stale = int(self.count), 0 if self.stale is None else int(self.stale)
         check_certificate(stale)
         if count > self.capacity:
@@ -201,17 +201,17 @@ class FixedLatents:
 
 
 def encode_fixed(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, capacity: int) -> FixedLatents:
-    """Exact encode without any host synchronisation: two launches up to 16 tokens, a scan more above."""
+    """Exact encode without any host synchronisation: two launches up to 16 tokens, with more tokens also a scan."""
     check_encode(x, W_enc, b_enc, threshold, None)
     weights = Weights.of(W_enc, b_enc, threshold)
     return fixed(widenable(x), weights, lambda part, w: fill_words(part, w, None), capacity)
 
 
 def fixed(x: Tensor, weights: Weights, fill: Fill, capacity: int) -> FixedLatents:
-    """Latents of one pass in tensors of the given capacity.  With a capacity of T * F nothing can overflow."""
+    """Latents of one pass in tensors of the given capacity.  A capacity of T * F cannot overflow."""
     T, F = x.shape[0], weights.rows.shape[0]
     if capacity < 0:
-        raise ValueError(f"capacity: expected a count, got {capacity}")
+        raise ValueError(f"capacity: expected 0 or more, got {capacity}")
     if T == 0 or F == 0 or chunk_tokens(F) < T:
         raise ValueError(f"x: expected from 1 to {chunk_tokens(F)} tokens for a fixed capacity, got {T}")
     words = fill(x, weights)

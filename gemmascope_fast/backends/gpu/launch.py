@@ -1,4 +1,4 @@
-"""What every launch shares: whether it can run here, and the error that says why not."""
+"""Helpers for every launch: check whether it can run here, and raise an error that says why not."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def interpreted() -> bool:
 
 
 def kernels(name: str, *tensors: Tensor | None) -> ModuleType:
-    """The module kernels/<name>.py, after making sure that its kernels can run on these tensors.
+    """Import kernels/<name>.py after checking that its kernels can run on these tensors.
 
-    Raises BackendError where Triton is missing or the device is none of its, ValueError where devices differ.
+    Raises BackendError if Triton is missing or does not support the device, ValueError if devices differ.
     """
     check_devices(*tensors)
     if importlib.util.find_spec("triton") is None:
@@ -34,7 +34,7 @@ def kernels(name: str, *tensors: Tensor | None) -> ModuleType:
 
 
 def check_devices(*tensors: Tensor | None) -> None:
-    """One device for all, and one that kernels run on."""
+    """Check that all tensors are on one device and that kernels can run on it."""
     present = [t for t in tensors if t is not None]
     device = present[0].device
     for t in present:
@@ -42,9 +42,9 @@ def check_devices(*tensors: Tensor | None) -> None:
             raise ValueError(f"expected all tensors on {device}, like the first, got one on {t.device}")
     if device.type == "cpu":
         if not interpreted():
-            raise BackendError("triton kernels are for tensors on cuda (or, with TRITON_INTERPRET=1, on cpu)")
+            raise BackendError("triton kernels need tensors on cuda (or, with TRITON_INTERPRET=1, on cpu)")
     elif device.type != "cuda":
-        raise BackendError(f"triton kernels are for tensors on cuda, got one on {device}")
+        raise BackendError(f"triton kernels need tensors on cuda, got one on {device}")
     elif torch.version.hip is None:
         check_capability(torch.cuda.get_device_capability(device), str(device))
 
@@ -56,25 +56,25 @@ def check_capability(capability: tuple[int, int], device: str) -> None:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether the current stream of a CUDA device is being captured into a graph."""
+    """Whether a CUDA graph is being captured on the device's current stream."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_while_capturing(device: torch.device, what: str) -> None:
-    """BackendError where something that is kept would be made inside a capture: it holds nothing before a replay."""
+    """Raise BackendError during a capture: a tensor cached inside a capture has no contents before the first replay."""
     if capturing(device):
-        raise BackendError(f"{what}: made and kept by the first call, which cannot be captured; call once before it")
+        raise BackendError(f"{what}: cached by the first call, which cannot be captured; call once before capturing")
 
 
 def grid(programs: int, what: str) -> tuple[int]:
-    """A one-dimensional grid; ValueError beyond the device's limit."""
+    """A one-dimensional grid; ValueError if it exceeds the device's limit."""
     if programs > MAX_GRID:
         raise ValueError(f"{what}: expected at most {MAX_GRID} programs in a grid, got {programs}")
     return (programs,)
 
 
 def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Launches within go to this tensor's device."""
+    """Within the block, launch on this tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

@@ -1,8 +1,8 @@
-"""The fused loop: encode → edit → decode → residual add for a decode step, with nothing read back.
+"""The fused loop of a decode step: encode → edit → decode → residual add, with nothing read back to the host.
 
-Two launches in CUDA C++ (encode; then a kernel whose blocks compact the token's bitmap in shared memory, decode and
-add), three in Triton (encode, gather, decode and add), where programs have no shared memory to compact in.  Vectors
-(and x in CUDA) of 16 bits are widened by a small launch each: keep b_enc, b_dec and threshold in fp32.
+It takes two launches in CUDA C++ (encode; then a kernel whose blocks compact the token's bitmap in shared memory,
+decode and add), and three in Triton (encode, gather, decode and add), where programs cannot compact in shared memory.
+Each 16-bit vector (and x in CUDA) is widened by one more small launch, so keep b_enc, b_dec and threshold in fp32.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from gemmascope_fast.errors import BackendError
 from gemmascope_fast.ops._library import requested
 from gemmascope_fast.ops.encode import check_encode
 
-SCALE, CLAMP, ADD, MIN_CLAMP = range(4)  # kernels/splice.py, csrc/cuda/splice.cu
+SCALE, CLAMP, ADD, MIN_CLAMP = range(4)  # same values in kernels/splice.py and csrc/cuda/splice.cu
 BLOCK = CONFIGS[0].BLOCK
 
 
 @dataclass(frozen=True)
 class EditTable:
-    """Edits of single features for every token, as the kernels read them; features ascending, each once."""
+    """Edits of single features for every token, in the form that the kernels read; features ascending, each once."""
 
     features: Tensor  # int32 [edits]
     kind: Tensor  # int32 [edits]
     amount: Tensor  # fp32 [edits]
-    d_sae: int  # features lie below it: nothing on the device checks
+    d_sae: int  # features must be below it: the device does not check
 
     @classmethod
     def of(cls, entries: Iterable[tuple[int, int, float]], d_sae: int, device: torch.device | str = "cpu") -> EditTable:
-        """From (feature, kind, amount) entries, kind one of SCALE, CLAMP, ADD and MIN_CLAMP.
+        """Build from (feature, kind, amount) entries; kind is one of SCALE, CLAMP, ADD and MIN_CLAMP.
 
-        Raises ValueError where two entries name one feature, IndexError for a feature beyond d_sae.
+        Raises ValueError if two entries name the same feature, IndexError for a feature not below d_sae.
         """
         rows: dict[int, tuple[int, float]] = {}
         for feature, kind, amount in entries:
             if feature in rows:
-                raise ValueError(f"edits: expected one edit a feature, got two of feature {feature}")
+                raise ValueError(f"edits: expected one edit per feature, got two of feature {feature}")
             rows[feature] = kind, amount
         features = sorted(rows)
         if features and features[-1] >= d_sae:
@@ -67,17 +67,17 @@ def splice(
     error: bool = False,
     capacity: int | None = None,
 ) -> tuple[Tensor, FixedLatents]:
-    """x [T <= 16, d] → (fp32 [T, d_out], the latents before edits), without a host synchronisation.
+    """x [T <= 16, d] → (fp32 [T, d_out], the latents before edits), without host synchronisation.
 
-    error False: decode(latents) + Σ delta · W_dec; True: x + Σ delta · W_dec, x bit for bit where nothing changes.
-    capacity: entries that the latents may take; without it T · d_sae, which cannot overflow.  Rows beyond a
-    capacity come out as NaN and `FixedLatents.sparse` raises.
+    error False: decode(latents) + Σ delta · W_dec; True: x + Σ delta · W_dec, or just x if nothing changes.
+    capacity: how many latents fit; the default T · d_sae cannot overflow.  Rows that do not fit become NaN, and
+    `FixedLatents.sparse` raises.
     """
     edits = EditTable.of((), W_enc.shape[1], x.device) if edits is None else edits
     _check(x, W_enc, b_enc, threshold, W_dec, b_dec, edits, error)
     capacity = x.shape[0] * W_enc.shape[1] if capacity is None else capacity
     if capacity < 0:
-        raise ValueError(f"capacity: expected a count, got {capacity}")
+        raise ValueError(f"capacity: expected 0 or more, got {capacity}")
     if _backend() == "cuda":
         out, crow, col, values = torch.ops.gemmascope_fast_cuda.splice(
             x, W_enc, b_enc, threshold, W_dec, b_dec, edits.features, edits.kind, edits.amount, error, capacity
@@ -90,7 +90,7 @@ def splice(
 def _backend() -> str:
     wanted = requested()
     if wanted == "cuda" and not register.compiled("splice"):
-        raise BackendError(f"backend 'cuda' cannot serve splice: {register.missing('splice', 'cuda')}")
+        raise BackendError(f"backend 'cuda' cannot run splice: {register.missing('splice', 'cuda')}")
     return "cuda" if wanted != "triton" and register.compiled("splice") else "triton"
 
 

@@ -1,4 +1,4 @@
-"""Launcher of matryoshka_linear: nested codes at any width, int8 activations, on integer tensor cores."""
+"""Launcher of matryoshka_linear: nested codes at any width times int8 activations, on integer tensor cores."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class MatryoshkaConfig:
     warps: int
 
 
-# Up to 16 tokens the planes' bandwidth decides: 16 outputs a program are 576 programs for 9,216 outputs.  More
-# tokens share an unpacked tile.
+# Up to 16 tokens it is limited by memory bandwidth: 16 outputs a program are 576 programs for 9,216 outputs.  With
+# more tokens, tokens share an unpacked tile.
 CONFIGS = (MatryoshkaConfig(16, 1, 1), MatryoshkaConfig(64, 4, 8))
-UNITS = 2  # units of 32 columns a step: an int8 tensor-core product of 64
+UNITS = 2  # units of 32 columns per step: an int8 tensor-core product takes 64 columns
 
 
-# CUDA C++ serves up to 16 tokens, and is taken up to 4: dp4a costs a quarter of an instruction a weight and token, and
-# at 8 tokens and 4 bits the integer units, not the bandwidth, would decide (by gpu/nvcc.py's count, a model).
+# The CUDA C++ kernel can run up to 16 tokens, and is used up to 4: dp4a costs a quarter of an instruction per weight
+# and token; at 8 tokens and 4 bits the integer units would be the limit, not bandwidth (modelled by dev/gpu/nvcc.py).
 CUDA_TOKENS, CUDA_PREFERRED = 16, 4
-CUDA_BITS = (2, 3, 4, 6, 8)  # of the planes read: the first ones of a nested code
+CUDA_BITS = (2, 3, 4, 6, 8)  # bits of the planes read; they must be the first planes of a nested code
 
 
 def cuda_refuses(
@@ -49,7 +49,7 @@ def cuda_refuses(
     rule: int,
     exact: bool,
 ) -> str | None:
-    """What keeps the CUDA C++ kernel from serving this call, None where nothing does."""
+    """Why the CUDA C++ kernel cannot run this call, or None if it can."""
     if exact:
         return "fp32 activations"
     if overflow_crow is not None:
@@ -81,13 +81,13 @@ def matryoshka_linear(
 ) -> Tensor:
     """Op `matryoshka_linear` in Triton, int8 activations: the same bytes as the native kernel.
 
-    fp32 activations (`exact`) and flat copies with an overflow list have no kernel here: the reference serves them,
-    and where Triton was asked for by name they are a BackendError.
+    fp32 activations (`exact`) and flat copies with an overflow list have no GPU kernel. They run on the reference, and
+    raise BackendError if Triton was requested by name.
     """
     if exact or overflow_crow is not None:
         if requested() == "triton":
             what = "fp32 activations" if exact else "an overflow list"
-            raise BackendError(f"backend 'triton' cannot serve matryoshka_linear with {what}")
+            raise BackendError(f"backend 'triton' cannot run matryoshka_linear with {what}")
         return matryoshka_linear_reference(
             x, planes, scale, zero_point, bias, mean, overflow_crow, overflow_col, out_features, group_size, bits,
             rule, exact,
@@ -101,7 +101,7 @@ def matryoshka_linear(
     units, blocks = cdiv(width, 32), cdiv(out_features, 16)
     group_units = group_size // 32 if group_size else max(1, units)
     q, s = quantize_tokens(x.float() if mean is None else x.float() - mean.float())
-    # q keeps the strides of x, and padding by nothing copies nothing
+    # q keeps the strides of x, and padding by 0 does not copy
     q = torch.nn.functional.pad(q, (0, units * 32 - width)).contiguous()
     groups = scale.shape[1]
     padded = torch.nn.functional.pad(q, (0, groups * group_units * 32 - units * 32))
@@ -124,7 +124,7 @@ def matryoshka_linear(
 
 
 def planes_of(widths: list[int], stored: int, bits: int, rule: int) -> tuple[int, int]:
-    """(bits held by the planes that a slice reads, how many planes): whole planes, one bit more where it rounds."""
+    """(bits in the planes that a slice reads, number of planes): whole planes, and one more bit if it rounds."""
     need = bits if rule == PREFIX or bits == stored else bits + 1
     read = used = 0
     while read < need and used < len(widths):

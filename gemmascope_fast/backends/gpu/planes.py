@@ -1,4 +1,4 @@
-"""Launchers of the ops between codes, bit planes and weights: pack, slice, dequantise."""
+"""Launchers of the ops that convert between codes, bit planes and weights: pack, slice, dequantise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemmascope_fast.backends.gpu.launch import cdiv, grid, kernels, on
 from gemmascope_fast.ops._planes import EXTRA, PREFIX, ROWS, UNIT, WIDTHS, check_planes, check_scales, stored_bits
 from gemmascope_fast.ops.matryoshka_pack import check_pack
 
-# Units of a program: 256 codes of a row are eight sectors of 32 bytes, their 32-bit forms 32 registers a thread.
+# Units per program: 256 codes of a row are eight sectors of 32 bytes, and 32 registers a thread as 32-bit values.
 UNITS = 8
 WARPS = 4
 
@@ -77,7 +77,7 @@ def matryoshka_dequantize(
 
 
 def what(planes: list[Tensor], bits: int, rule: int) -> tuple[int, int, dict[str, Any]]:
-    """Blocks, units, and the constants of a slice that reads every plane it is given."""
+    """Number of blocks and units, and the constants of a slice that reads all planes it is given."""
     stored = stored_bits(planes)
     drop = stored - bits
     constants = {**widths_of(WIDTHS[stored]), "DROP": drop, "ROUNDS": rule != PREFIX and drop > 0}
@@ -85,7 +85,7 @@ def what(planes: list[Tensor], bits: int, rule: int) -> tuple[int, int, dict[str
 
 
 def five(planes: list[Tensor]) -> list[Tensor]:
-    """A pointer for each plane that a kernel may take; one of width 0 is not read."""
+    """One pointer for each plane that a kernel can read; a plane of width 0 is not read."""
     whole = [p.contiguous() for p in planes]
     return whole + whole[:1] * (5 - len(planes))
 
@@ -95,10 +95,10 @@ def widths_of(widths: tuple[int, ...]) -> dict[str, int]:
 
 
 def top_code(bits: int, rule: int) -> int:
-    """The greatest code of a slice that rounds."""
+    """The largest code of a slice that rounds."""
     return (1 << bits) - (rule != EXTRA)
 
 
 def middle(bits: int, rule: int) -> float:
-    """What the mid-rise slice adds on the 8-bit grid."""
+    """What the "prefix" slice adds on the 8-bit grid."""
     return ((1 << (8 - bits)) - 1) / 2 if rule == PREFIX else 0.0

@@ -1,6 +1,6 @@
-"""Launchers of the screened encode: the same bytes as `gpu.encode`, a quarter of the bytes read.
+"""Launchers of the screened encode: the same bytes as `gpu.encode`, reading a quarter of the data.
 
-The bound and its terms are those of docs/how/screen.md; its section "On a GPU" says which roundings differ here.
+docs/how/screen.md derives the bound; its section "On a GPU" lists the roundings that differ here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gemmascope_fast.ops.encode import check_encode
 from gemmascope_fast.ops.screen_rows import rows_of, up32
 from gemmascope_fast.ops.screen_terms import GPU_ERROR_STEPS, TILE_COLUMNS, TILE_ROWS, Row, U, dot_kappa, table_stride
 
-REFINE_WORDS = 4  # words a refine program: 128 features, of which 2 to 3 are left, so one batch of pairs
+REFINE_WORDS = 4  # words per refine program: 128 features, of which 2 to 3 remain, so one batch of pairs
 PAIRS = 8
 DIGITS_BLOCK = 1024
 
@@ -32,12 +32,12 @@ class ScreenConfig:
     stages: int
 
 
-# Up to 16 tokens: 32 features a program are 512 programs at 16,384, four stages of 4 KiB each in flight.  More
-# tokens: 64 x 64 pairs, two int32 accumulators each, are 32 registers a thread of 8 warps.
+# Up to 16 tokens: 32 features a program make 512 programs at 16,384, each with four stages of 4 KiB in flight.  More
+# tokens: 64 x 64 pairs, each with two int32 accumulators, take 32 registers a thread of 8 warps.
 CONFIGS = (ScreenConfig(16, 32, 128, 4, 4), ScreenConfig(64, 64, 64, 8, 3))
-# 64 x 32 and 32 x 64 pairs take half the registers and read 1.7 and 1.3 times as much from L2 for each product, which
-# on an A100 (5 KiB a clock) is as busy as its tensor cores already, by the model.  `maxnreg` 128 would do for sm_80; on
-# sm_86, sm_100 and sm_120 the epilogue spills then (168, 32 and 296 bytes).
+# Tiles of 64 x 32 and 32 x 64 pairs take half the registers but read 1.7 and 1.3 times as much from L2 per product. On
+# an A100 (5 KiB a clock), by the model, L2 is then as busy as the tensor cores.  `maxnreg` 128 works on sm_80 only; on
+# sm_86, sm_100 and sm_120 the epilogue then spills (168, 32 and 296 bytes).
 FEW_WARPS = (
     "bound by tensor cores and L2, whose loads run 3 stages ahead: smaller tiles read up to 1.7 times as much from L2,"
     " and at 128 registers a thread the epilogue spills, but for sm_80"
@@ -50,19 +50,19 @@ def config_for(T: int) -> ScreenConfig:
 
 @dataclass(frozen=True)
 class SecondDigit:
-    """A residual code: w is close to scale * (code - zero) + this scale * this code."""
+    """The second digit: w is close to scale * (code - zero) + this scale * this code."""
 
     code: Tensor  # int8 [F, d]
     scale: Tensor  # fp32 [F]
-    error_norm: Tensor  # fp32 [F], of what both leave, with GPU_ERROR_STEPS u of the first digit's added, rounded up
+    error_norm: Tensor  # fp32 [F], error after both digits plus GPU_ERROR_STEPS u of the first's, rounded up
 
 
 @dataclass(frozen=True)
 class ScreenArrays:
-    """The screen as the kernels read it, on the device of the activations.
+    """The screen in the form that the kernels read, on the device of the activations.
 
-    error_norm and row_norm are rounded up; slack is β, infinite where a row's norm is
-    outside [2⁻⁶⁰, 2⁶⁰] and not 0, so that such a feature is always refined.
+    error_norm and row_norm are rounded up. slack is β; it is infinite if the norm of a row is outside [2⁻⁶⁰, 2⁶⁰]
+    and not 0, so that such a feature is always computed exactly.
     """
 
     code: Tensor  # int8 [F, d]: w is close to scale * (code - zero)
@@ -74,7 +74,7 @@ class ScreenArrays:
     slack: Tensor  # fp32 [F]
     centre: Tensor | None = None  # fp32 [d]
     second: SecondDigit | None = None
-    scales: Tensor | None = None  # fp32 [d]: rows and norms are of W_enc times them, x is divided by them
+    scales: Tensor | None = None  # fp32 [d]: rows and norms are those of W_enc times scales, x is divided by them
 
     @classmethod
     def of_rows(
@@ -86,14 +86,14 @@ class ScreenArrays:
         shape: tuple[int, int],
         scales: Tensor | None = None,
     ) -> ScreenArrays:
-        """From what op `screen_rows` gives, for W_enc of this shape [d_in, d_sae]: codes by rows, signed.
+        """Build from the results of op `screen_rows` for W_enc of this shape [d_in, d_sae]: codes by rows, signed.
 
-        Raises ValueError or TypeError where the tensors do not fit the shape: nothing on the device checks.
+        Raises ValueError or TypeError if the tensors do not fit the shape, because the device does not check.
         """
         d, F = shape
         _check_rows(code, code2, table, centre, scales, d, F)
         t = table[:, :F]
-        # START is infinite where a row is out of range and its other entries mean nothing
+        # START is infinite if a row is out of range; its other entries are then meaningless
         slack = torch.where(t[Row.START] == torch.inf, torch.inf, t[Row.SLACK])
         second = None
         if code2 is not None and code2.numel():
@@ -124,11 +124,11 @@ def _check_rows(
 
 
 def _signed(tiles: Tensor, F: int, d: int) -> Tensor:
-    """uint8 tiles of `screen_rows` → int8 [F, d], 128 less."""
+    """uint8 tiles of `screen_rows` → int8 [F, d], minus 128."""
     return (rows_of(tiles)[:F, :d] ^ 128).view(torch.int8).contiguous()
 
 
-# A screen's codes by rows, for as long as its tiles live: the kernels read rows, the CPU's tiles suit its cache lines.
+# A screen's codes by rows, kept as long as its tiles: GPU kernels read rows, the tiles are made for CPU cache lines.
 _ARRAYS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -141,7 +141,7 @@ def _arrays(
     centre: Tensor | None,
     scales: Tensor | None,
 ) -> ScreenArrays:
-    """What `of_rows` makes of them on the device, made once.  They lie there, or in host memory with the rows."""
+    """The result of `of_rows` on the device, made once.  The tensors are there, or in host memory with the rows."""
     tensors, fixed_by = (code2, table, centre, scales), (device, W_enc.shape)
     known = _ARRAYS.get(code)
     if known is None or any(a is not b for a, b in zip(known[0], tensors, strict=True)) or known[1] != fixed_by:
@@ -170,13 +170,13 @@ def encode_screened(
     mapped: bool = False,
     scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Op `encode_screened` (see ops/encode_screened.py) in Triton; two digits of the activations, whatever `digits` is:
-    the second costs no bytes, and leaves the directions little to do, which are not used.  `mapped` says nothing to a
-    device.  The statistics are summed on the device.
+    """Op `encode_screened` (see ops/encode_screened.py) in Triton. It always uses two digits of the activations,
+    whatever `digits` is, because the second costs no bytes. It does not use the directions, which would then help
+    little. `mapped` has no effect on a device.  The statistics are summed on the device.
 
-    W_enc may be the transposed view of rows [d_sae, d_in] in pinned host memory, everything else on the device, but for
-    the screen's tensors, which may lie with the rows and are then copied once: only the rows of what the screen leaves
-    are read.  Raises StaleScreenError where a refined pair lies outside the bound.
+    W_enc may be the transposed view of rows [d_sae, d_in] in pinned host memory, with everything else on the device.
+    Then the screen's tensors may be in host memory too (they are copied once), and only the rows that the screen leaves
+    are read.  Raises StaleScreenError if an exact pre-activation is outside its bound.
     """
     weights = checked(x, W_enc, b_enc, threshold, bandwidth)
     arrays = _arrays(x.device, W_enc, code, code2, table, centre, scales)
@@ -197,22 +197,22 @@ def encode_screened_fixed(
     capacity: int,
     scales: Tensor | None = None,
 ) -> FixedLatents:
-    """The same without any host synchronisation, in tensors of the given capacity: four launches up to 16 tokens, a
-    scan more above.  The certificate is read by `FixedLatents.sparse`."""
+    """The same without host synchronisation, in tensors of the given capacity: four launches up to 16 tokens, with more
+    tokens also a scan.  `FixedLatents.sparse` reads the check of the bound."""
     weights = checked(x, W_enc, b_enc, threshold, None)
     arrays = _arrays(x.device, W_enc, code, code2, table, centre, scales)
     return fixed(widenable(x), weights, lambda part, w: fill_screened(part, w, arrays, None), capacity)
 
 
 def checked(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None) -> Weights:
-    """The encoder as the kernels read it.  ValueError or TypeError where the arguments do not fit each other."""
+    """The encoder in the form that the kernels read.  ValueError or TypeError if the arguments do not fit together."""
     here = W_enc
     if W_enc.device != x.device:
         if not in_host_memory(W_enc):
             raise ValueError(
                 f"W_enc: expected a tensor on {x.device} or in pinned host memory, got one on {W_enc.device}"
             )
-        if not W_enc.t().is_contiguous():  # a copy of it would not be pinned
+        if not W_enc.t().is_contiguous():  # a contiguous copy would not be pinned
             raise ValueError("W_enc: expected the transposed view of contiguous rows in pinned host memory")
         here = x.new_empty(1).expand(W_enc.shape)
     check_encode(x, here, b_enc, threshold, bandwidth)
@@ -220,16 +220,17 @@ def checked(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidt
 
 
 def in_host_memory(rows: Tensor) -> bool:
-    """Whether a device reads these rows where they lie, in pinned host memory."""
+    """Whether a device reads these rows directly from pinned host memory."""
     return rows.device.type == "cpu" and rows.is_pinned()
 
 
 def fill_screened(
     x: Tensor, w: Weights, s: ScreenArrays, bandwidth: float | None, stats: Tensor | None = None
 ) -> Words:
-    """Digits, screen, refinement: three launches.  x [T, d] → Words.
+    """Digits, screen, exact products: three launches.  x [T, d] → Words.
 
-    stats int64 [4], added to: pairs that the screen leaves, pairs refined, pairs outside the bound, tokens without.
+    Adds to stats int64 [4]: pairs left by the screen, pairs computed exactly, pairs outside the bound, unscreened
+    tokens.
     """
     pinned = w.rows.device != x.device
     second_code = None if s.second is None else s.second.code

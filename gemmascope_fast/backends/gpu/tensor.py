@@ -17,7 +17,7 @@ from gemmascope_fast.ops.encode_tensor import rounded
 class TensorConfig:
     BT: int
     BF: int
-    step: int  # bytes of a row that a step reads
+    step: int  # bytes of a row that one step reads
     warps: int
     stages: int
 
@@ -25,8 +25,8 @@ class TensorConfig:
         return self.step // dtype.itemsize
 
 
-# Up to 16 tokens (the least that a tensor-core product takes) the weights' bandwidth decides: 32 features a program
-# are 512 programs at 16,384.  Above, 64 x 64 pairs are 16 accumulators a thread of 8 warps.
+# Up to 16 tokens (the minimum of a tensor-core product) it is limited by memory bandwidth: 32 features a program are
+# 512 programs at 16,384.  With more, 64 x 64 pairs are 16 accumulators a thread of 8 warps.
 CONFIGS = (TensorConfig(16, 32, 128, 4, 4), TensorConfig(64, 64, 128, 8, 3))
 
 
@@ -43,7 +43,7 @@ def encode_tensor(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor) ->
 def encode_tensor_fixed(
     x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, capacity: int
 ) -> FixedLatents:  # fmt: skip
-    """The same without any host synchronisation, in tensors of the given capacity."""
+    """The same without host synchronisation, in tensors of the given capacity."""
     check_encode(x, W_enc, b_enc, threshold, None)
     return fixed(widenable(x), Weights.of(W_enc, b_enc, threshold), fill_tensor, capacity)
 

@@ -1,7 +1,7 @@
-"""Launchers of exact top-k on a GPU: `encode` or its screened form at threshold 0, and a choice among what is positive.
+"""Launchers of exact top-k on a GPU: `encode` or its screened form at threshold 0, then a selection among positives.
 
-About half of all pairs are positive, so the screen discards only the other half here: no floor rises while the features
-pass, as it does on CPU (csrc/cpu/ops_topk.cpp).
+About half of all pairs are positive, so the screen discards only the other half. On CPU it discards more, because a
+lower bound rises as features are processed (csrc/cpu/ops_topk.cpp).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gemmascope_fast.ops.encode import Csr
 from gemmascope_fast.ops.encode_topk import check_encode_topk, greatest_of
 from gemmascope_fast.ops.latents import SparseLatents
 
-POSITIVE = 64 << 20  # pairs that may be positive at once: 12 bytes each, beside the sort's own
+POSITIVE = 64 << 20  # possibly positive pairs at a time: 12 bytes each, plus what the sort needs
 
 
 def encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, per_batch: bool = False) -> Csr:

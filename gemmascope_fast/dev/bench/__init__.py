@@ -1,1 +1,1 @@
-"""Verified, paired timings against what people use today."""
+"""Verified, paired timings against other libraries."""

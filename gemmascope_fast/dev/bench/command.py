@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemmascope_fast.cli.arguments import check_outputs
-from gemmascope_fast.dev.bench.cases import CASES
-from gemmascope_fast.dev.bench.compare import Stored, bench_names, compare, lost, store, stored_ratios
-from gemmascope_fast.dev.bench.machine import kind
-from gemmascope_fast.dev.bench.rows import Results, Row
-from gemmascope_fast.dev.bench.run import QUICK, SUITES, Options, run_suites
+from gemmascope_fast.cli import arguments as common
+from gemmascope_fast.files.atomic import make_folder
+from gemmascope_fast.files.progress import say
+
+if TYPE_CHECKING:
+    from gemmascope_fast.dev.bench.compare import Stored
+    from gemmascope_fast.dev.bench.rows import Results, Row
+    from gemmascope_fast.dev.bench.run import Options
 
 GUARD_THREADS = 2
+SUITES = ("ops", "topk", "modules", "loop", "scaling")
+CASES = ("640x4096", "2304x16384", "3584x16384", "2304x65536", "real")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--suite", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)}")
-    parser.add_argument("--case", nargs="+", choices=sorted(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--tokens", type=int, nargs="+", metavar="T", help="numbers of tokens (default: each case's)")
-    parser.add_argument("--op", nargs="+", metavar="OP", help="only these: encode, decode, SAE, linear, …")
-    parser.add_argument("--quick", action="store_true", help="one small shape, short timings: under three minutes")
-    parser.add_argument("--seconds", type=float, help="time of each measurement (default: 3, quick 0.5)")
-    parser.add_argument("--threads", type=int, default=0, help="default: torch's number")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument("--compare", type=Path, metavar="OLD", help="say what changed beyond noise since that JSON")
-    parser.add_argument("--guard", type=Path, metavar="RATIOS", help="fail where a stored ratio fell by over a third")
-    parser.add_argument("--write-guard", type=Path, metavar="RATIOS", help="store this run's ratios for --guard")
+    parser.description = "Time every op and compare with other libraries.  Each case has its own types: no --dtype."
+    add = parser.add_argument
+    add("--suite", nargs="+", choices=SUITES, metavar="SUITE", help=f"of {', '.join(SUITES)} (default: ops modules)")
+    note = f"of {', '.join(CASES)} (default: the first two)"
+    add("--case", nargs="+", choices=CASES, metavar="CASE", help=note)
+    add("--tokens", type=int, nargs="+", metavar="T", help="numbers of tokens (default: each case's)")
+    add("--op", nargs="+", metavar="OP", help="only these: encode, decode, SAE, linear, … (default: all)")
+    add("--quick", action="store_true", help="one small shape, short timings: under three minutes")
+    add("--seconds", type=float, metavar="X", help="time of each measurement (default: 3, with --quick 0.5)")
+    add("--threads", type=int, metavar="N", help="number of threads (default: torch's)")
+    common.add_device(parser)
+    common.add_json(parser)
+    add("--compare", type=Path, metavar="FILE", help="print what changed beyond noise since that JSON of another run")
+    add("--guard", type=Path, metavar="FILE", help="fail where a ratio stored in that file fell by over a third")
+    note = "store this run's ratios for --guard, beside those that are there"
+    common.add_output(parser, "--write-guard", note, "kept file")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.device == "cuda":
-        raise ValueError("--device cuda: `make gpu` times the GPU kernels; these suites are for the CPU")
-    check_outputs(args, ("json", "write_guard"))
+    from gemmascope_fast.dev.bench import compare, run
+    from gemmascope_fast.dev.bench.machine import kind
+    from gemmascope_fast.dev.bench.rows import Results
+
+    if args.device != "cpu":
+        raise ValueError(f"--device {args.device}: `make gpu` times the GPU kernels; these suites are for the CPU")
     options = _options(args)
     old = Results.load(args.compare) if args.compare else None
-    stored = stored_ratios(args.guard) if args.guard else None
-    results = run_suites(options, save=args.json)
+    stored = compare.stored_ratios(args.guard) if args.guard else None
+    save = None if args.json == common.STDOUT else args.json
+    if save is not None:
+        make_folder(save.parent)
+    results = run.run_suites(options, say, save=save)
+    if args.json == common.STDOUT:
+        common.write_figures(args, results.plain())
     _show(results)
     if args.write_guard:
-        store(args.write_guard, kind(results.machine), results)
+        make_folder(args.write_guard.parent)
+        compare.store(args.write_guard, kind(results.machine), results)
     status = 0
     if old is not None:
         status |= _compared(old, results)
@@ -53,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> Options:
+    from gemmascope_fast.dev.bench.run import QUICK, Options
+
     options = QUICK if args.quick else Options()
     if args.guard or args.write_guard:
         options = replace(options, threads=GUARD_THREADS)
@@ -68,11 +86,14 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _compared(old: Results, new: Results) -> int:
-    """Print the changes; 1 where something of ours got slower beyond the noise."""
+    """Print the changes; 1 if an op of this package got slower beyond the noise."""
+    from gemmascope_fast.dev.bench.compare import compare
+    from gemmascope_fast.dev.bench.machine import kind
+
     changes = compare(old, new)
     before, now = kind(old.machine), kind(new.machine)
     if before != now:
-        print(f"WARNING: the runs are of different machines, {before} and {now}: what changed may be theirs")
+        print(f"WARNING: the runs are of different machines, {before} and {now}: the machines may be the reason")
     print(f"\n{len(changes)} measurements in both runs; speed-up over eager fp32, before and now:")
     for change in changes:
         if change.beyond_noise:
@@ -84,17 +105,21 @@ def _compared(old: Results, new: Results) -> int:
 
 
 def _guarded(every: Stored, results: Results, options: Options) -> int:
-    """What fell by more than a third is measured once more before it counts."""
+    """1 if a ratio fell by more than a third.  It counts only if it does so again in a second run."""
+    from gemmascope_fast.dev.bench.compare import bench_names, lost
+    from gemmascope_fast.dev.bench.machine import kind
+    from gemmascope_fast.dev.bench.run import run_suites
+
     here = kind(results.machine)
     if here not in every:
-        print(f"guard: ratios are stored for {'; '.join(every)}, none for {here}: nothing was held")
+        print(f"guard: ratios are stored for {'; '.join(every)}, none for {here}: nothing was compared")
         return 0
     stored = every[here]
     fallen = lost(stored, results)
     if fallen:
         names = bench_names(fallen, results)
-        print(f"measuring again: {', '.join(sorted(names))}")
-        again = run_suites(options, only=names)
+        say(f"measuring again: {', '.join(sorted(names))}")
+        again = run_suites(options, say, only=names)
         fallen = lost({key: stored[key] for key in fallen}, again)
     for key, (before, now) in fallen.items():
         print(f"REGRESSION: {key}: {before:.2f} times eager fp32 stored, {now:.2f} now, twice")
@@ -105,6 +130,8 @@ def _guarded(every: Stored, results: Results, options: Options) -> int:
 def _show(results: Results) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from gemmascope_fast.dev.bench.rows import shown
 
     # a table that is piped is not cut at a terminal's width
     console = Console() if Console().is_terminal else Console(width=160)
@@ -119,27 +146,12 @@ def _show(results: Results) -> None:
     for row in results.rows:
         groups.setdefault((row.suite, row.op, row.T, row.d_in, row.d_sae, row.threads), []).append(row)
     for (suite, op, T, d_in, d_sae, threads), rows in groups.items():
-        titles = ("implementation", "median ms", "20 %", "80 %", "× eager", "roof", "max error", "support", "flips")
+        titles = ("implementation", "ms", "20–80 %", "× eager", "20–80 %", "roof", "max error", "support", "flips")
         table = Table(*titles, title=f"{suite}: {op}, T = {T}, {d_in} × {d_sae}, {threads} threads")
         for row in sorted(rows, key=lambda r: r.median_ms):
-            table.add_row(*_cells(row, results))
+            table.add_row(*(cell or "-" for cell in shown(row, results).values()))
         console.print(table)
     _show_lists(results)
-
-
-def _cells(row: Row, results: Results) -> Sequence[str]:
-    ratio = results.ratios.get(row.key)
-    return (
-        row.impl,
-        f"{row.median_ms:.3f}",
-        f"{row.p20_ms:.3f}",
-        f"{row.p80_ms:.3f}",
-        "-" if ratio is None else f"{ratio.median:.2f}",
-        "-" if row.roof_share is None else f"{row.roof_share:.0%}",
-        "-" if row.max_error is None else f"{row.max_error:.1e}",
-        {None: "-", True: "fp64's", False: "differs"}[row.support_equal],
-        "-" if row.support_flips_vs_eager is None else str(row.support_flips_vs_eager),
-    )
 
 
 def _show_lists(results: Results) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from gemmascope_fast.dev.bench.engine import bench_name
 from gemmascope_fast.dev.bench.rows import Results
 from gemmascope_fast.errors import GemmaScopeFastError
-from gemmascope_fast.files.atomic import replacing
+from gemmascope_fast.files.results import write_json
 
 # A third: what a busy neighbour alone did not reach in ratios of this suite, and a lost optimisation does.
 LOST = 2 / 3
@@ -72,14 +72,13 @@ def store(path: Path, kind: str, results: Results) -> None:
 
     Of a ratio that is there already the lower is kept: a few runs leave what the machine reaches on a bad day.  Delete
     the file to begin anew.
-    Figures from the cache and ops that have no kernel of ours behind them are left out: they would guard nothing.
+    Figures from the cache are left out.
     """
     stored = stored_ratios(path) if path.exists() else {}
-    kept = {k: r for k, r in results.ratios.items() if is_ours(k) and "(warm)" not in k and "/slice " not in k}
+    kept = {k: r for k, r in results.ratios.items() if is_ours(k) and "(warm)" not in k}
     before = stored.get(kind, {})
     stored[kind] = {key: min(round(r.median, 2), before.get(key, r.median)) for key, r in sorted(kept.items())}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    write_json(path, stored)
 
 
 def lost(stored: dict[str, float], results: Results) -> dict[str, tuple[float, float]]:

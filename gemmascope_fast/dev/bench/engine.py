@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
-
-import torch
 
 from gemmascope_fast.dev.bench.rows import BASELINE, Results, Row
 from gemmascope_fast.dev.bench.timing import interleave, paired, percentiles_ms
@@ -90,9 +87,9 @@ class Bench:
         return bench_name(self.suite, self.op, self.T, self.d_in, self.d_sae)
 
     def add(self, impl: str, build: Callable[[], Candidate]) -> None:
-        """Verify and append; a peer that is not installed, or answers wrongly, goes to `missing`."""
+        """Verify and append under this name; a peer that is not installed, or answers wrongly, goes to `missing`."""
         try:
-            self.candidates.append(build())
+            self.candidates.append(replace(build(), impl=impl))
         except ModuleNotFoundError as error:
             self.missing[impl] = f"not installed: {error.name}"
         except (WrongAnswer, Unavailable, NotImplementedError) as error:
@@ -123,22 +120,10 @@ def time_bench(bench: Bench, roof: Roof | None, threads: int, seconds: float) ->
 def _row(
     bench: Bench, op: str, candidate: Candidate, roof: Roof | None, threads: int, ms: tuple[float, float, float]
 ) -> Row:
-    return Row(
-        bench.suite,
-        op,
-        candidate.impl,
-        bench.T,
-        bench.d_in,
-        bench.d_sae,
-        bench.l0,
-        candidate.dtype,
-        threads,
-        *ms,
-        candidate.work.bytes if candidate.work else None,
-        candidate.work.flops if candidate.work else None,
-        roof_share(candidate.work, ms[0], roof),
-        *candidate.verdict,
-    )
+    what = (bench.suite, op, candidate.impl, bench.T, bench.d_in, bench.d_sae, bench.l0, candidate.dtype, threads)
+    work = candidate.work
+    moved, flops = (work.bytes, work.flops) if work else (None, None)
+    return Row(*what, *ms, moved, flops, roof_share(work, ms[0], roof), *candidate.verdict)
 
 
 def roof_share(work: Work | None, median_ms: float, roof: Roof | None) -> float | None:
@@ -151,14 +136,3 @@ def roof_share(work: Work | None, median_ms: float, roof: Roof | None) -> float 
     flops = work.flops if work.arithmetic == "fp32" else 0
     int_ops = work.flops if work.arithmetic == "int8" else 0
     return roof.share(median_ms / 1e3, work.bytes, flops, int_ops)
-
-
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """Within the block torch, and so every implementation here, runs on this many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

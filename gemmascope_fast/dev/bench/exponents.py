@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from gemmascope_fast.dev.bench.rows import Row
 from gemmascope_fast.dev.roof import last_level_cache
 
@@ -57,9 +59,8 @@ def _where(op: str, row: Row) -> str:
 
 def exponent(points: Sequence[tuple[float, float]]) -> float:
     """The least-squares slope of log time over log size."""
-    xs, ys = ([math.log(p[i]) for p in points] for i in (0, 1))
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
+    sizes, times = np.log(points).T
+    return float(np.polyfit(sizes, times, 1)[0])
 
 
 def steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float]]:

@@ -53,16 +53,27 @@ def _cpuinfo(entry: str) -> str:
 
 def total_memory() -> int:
     """Bytes of memory of this machine."""
-    return _memory("MemTotal")
+    return memory("MemTotal")
 
 
 def available_memory() -> int:
     """Bytes that this process could still take, as Linux estimates it."""
-    return _memory("MemAvailable")
+    return memory("MemAvailable")
 
 
-def _memory(entry: str) -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
+def process_memory(entry: str) -> int:
+    """Bytes of an entry of /proc/self/status: VmRSS is what this process holds, VmHWM the most that it ever held."""
+    return memory(entry, "/proc/self/status")
+
+
+def forget_peak() -> None:
+    """VmHWM begins again at what the process holds now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(entry: str, file: str = "/proc/meminfo") -> int:
+    """Bytes that Linux gives for an entry of such a file.  Raises OSError where it has none."""
+    for line in Path(file).read_text().splitlines():
         if line.startswith(entry + ":"):
             return int(line.split()[1]) << 10
-    raise OSError(f"/proc/meminfo has no {entry}")
+    raise OSError(f"{file} has no {entry}")

@@ -53,6 +53,13 @@ def eager_encode(sae: Weights, x: Tensor) -> Tensor:
     return torch.relu(z) * (z > sae.threshold)
 
 
+def eager_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> Tensor:
+    """Dense top-k as SAELens and dictionary_learning write it: ReLU, torch.topk, scatter."""
+    z = torch.relu(torch.addmm(b_enc, x, W_enc))
+    values, indices = z.topk(k, dim=-1, sorted=False)
+    return torch.zeros_like(z).scatter_(-1, indices, values)
+
+
 def eager_decode(sae: Weights, latents: Tensor) -> Tensor:
     return torch.addmm(sae.b_dec, latents, sae.W_dec)
 
@@ -65,11 +72,6 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function under torch.compile (inductor), with its search over matmul templates off: that is for GPUs."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
-
-
-def compiled_sae() -> Callable[[Weights, Tensor], Tensor]:
-    """The dense SAE under torch.compile."""
-    return compiled(eager_sae)
 
 
 # ---- sparse decodes ---------------------------------------------------------------------------------
@@ -179,7 +181,7 @@ def int8_packed(weight: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def int4_packed(weight: Tensor, group: int = 32) -> Callable[[Tensor], Tensor]:
-    """torch's `_weight_int4pack_mm_for_cpu`: groups of 32, bf16 activations."""
+    """torch's `_weight_int4pack_mm_for_cpu`: groups of 32, 64 or 128, bf16 activations."""
     grouped = weight.reshape(weight.shape[0], -1, group)
     low, high = grouped.amin(2), grouped.amax(2)
     scale = ((high - low) / 15).clamp_min(1e-30)

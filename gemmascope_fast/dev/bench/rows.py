@@ -71,9 +71,12 @@ class Results:
     exponents: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
 
+    def plain(self) -> dict[str, Any]:
+        """What the file holds."""
+        return {"format": FORMAT, **asdict(self)}
+
     def save(self, path: Path) -> None:
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
-        write_text(path, text + "\n")
+        write_text(path, json.dumps(self.plain(), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -90,3 +93,19 @@ class Results:
         found["rows"] = [Row(**row) for row in found["rows"]]
         found["ratios"] = {key: Ratio(**ratio) for key, ratio in found["ratios"].items()}
         return cls(**found)
+
+
+def shown(row: Row, results: Results) -> dict[str, str]:
+    """A row as tables show it; empty where there is no such figure."""
+    ratio = results.ratios.get(row.key)
+    return {
+        "impl": row.impl,
+        "ms": f"{row.median_ms:.3f}",
+        "range": f"{row.p20_ms:.3f} – {row.p80_ms:.3f}",
+        "ratio": "" if ratio is None else f"{ratio.median:.2f}",
+        "ratio_range": "" if ratio is None else f"{ratio.p20:.2f} – {ratio.p80:.2f}",
+        "roof": "" if row.roof_share is None else f"{row.roof_share:.0%}",
+        "error": "" if row.max_error is None else f"{row.max_error:.1e}",
+        "support": {None: "", True: "equal", False: "differs"}[row.support_equal],
+        "flips": "" if row.support_flips_vs_eager is None else str(row.support_flips_vs_eager),
+    }

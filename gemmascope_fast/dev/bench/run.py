@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gemmascope_fast.dev.bench.cases import CASES, FEW_TOKENS, GEMMA_SCOPE, SMALL, Case, cache_exceeded, forget_copies
-from gemmascope_fast.dev.bench.engine import Plan, Work, roof_share, time_bench, torch_threads
+from gemmascope_fast.dev import testing
+from gemmascope_fast.dev.bench.cases import CASES, FEW_TOKENS, GEMMA_SCOPE, SMALL, cache_exceeded, forget_copies
+from gemmascope_fast.dev.bench.engine import Plan, Work, roof_share, time_bench
 from gemmascope_fast.dev.bench.machine import describe, measured_roof
 from gemmascope_fast.dev.bench.rows import BASELINE, Results
 from gemmascope_fast.dev.roof import Roof
 
-# name: function of (cases, tokens), in a module that is imported when it is asked for
-SUITES = ("ops", "modules", "loop", "scaling")
+# each is a function NAME_suite of (cases, tokens) in the module suite_NAME, imported when it is asked for
+SUITES = ("ops", "topk", "modules", "loop", "scaling")
 # Beyond these the medians of one run differ from another's by as much as an optimisation would gain.
 NOISY_SPREAD, NOISY_ROOF = 0.5, 0.25
 
@@ -51,30 +53,14 @@ def plans(options: Options) -> list[Plan]:
         if name not in CASES:
             raise ValueError(f"cases: expected one of {', '.join(CASES)}, got {name!r}")
     cases = [CASES[name] for name in options.cases]
-    every = [plan for name in options.suites for plan in _suite(name)(cases, options.tokens)]
+    package = "gemmascope_fast.dev.bench"
+    made = {s: getattr(import_module(f"{package}.suite_{s}"), f"{s}_suite") for s in options.suites}
+    every = [plan for name in options.suites for plan in made[name](cases, options.tokens)]
     known = dict.fromkeys(plan.op for plan in every)
     unknown = [op for op in options.ops if op not in known]
     if unknown:
         raise ValueError(f"op: expected among {', '.join(known)}, got {', '.join(unknown)}")
     return [plan for plan in every if not options.ops or plan.op in options.ops]
-
-
-def _suite(name: str) -> Callable[[Sequence[Case], Sequence[int] | None], Iterator[Plan]]:
-    if name == "ops":
-        from gemmascope_fast.dev.bench.suite_ops import ops_suite
-
-        return ops_suite
-    if name == "modules":
-        from gemmascope_fast.dev.bench.suite_modules import modules_suite
-
-        return modules_suite
-    if name == "loop":
-        from gemmascope_fast.dev.bench.suite_loop import loop_suite
-
-        return loop_suite
-    from gemmascope_fast.dev.bench.scaling import scaling_suite
-
-    return scaling_suite
 
 
 def run_suites(
@@ -89,7 +75,7 @@ def run_suites(
     results.machine["roof"] = before
     work: dict[str, tuple[int, Work | None]] = {}
     shape = None
-    with torch_threads(threads), torch.inference_mode():
+    with testing.threads(threads), torch.inference_mode():
         for plan in chosen:
             if only is not None and plan.name not in only:
                 continue
@@ -101,7 +87,7 @@ def run_suites(
             own = bench.threads or threads
             if own not in roofs:
                 roofs[own] = _roof(measured_roof(own))
-            with torch_threads(own):
+            with testing.threads(own):
                 part = time_bench(bench, roofs[own], own, options.seconds)
             results.rows += part.rows
             by_impl = {c.impl: c.work for c in bench.candidates}

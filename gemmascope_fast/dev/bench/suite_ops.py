@@ -1,4 +1,4 @@
-"""Suite `ops`: encode, decode, backward, nested linear layers and slices, each op by itself."""
+"""Suite `ops`: encode, decode, backward and nested linear layers, each op by itself."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemmascope_fast import ops
+from gemmascope_fast import backends, ops
 from gemmascope_fast.dev.bench import peers
 from gemmascope_fast.dev.bench.cases import FEW_TOKENS, Case, copy_count, rotated, rotated_dense, sae_copies
-from gemmascope_fast.dev.bench.checks import Truth, close
-from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Work
+from gemmascope_fast.dev.bench.checks import UNIT, Truth, close
+from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Verdict, Work, WrongAnswer
 from gemmascope_fast.dev.bench.work import full_work, screened_work, uses_screen
 from gemmascope_fast.dev.roof import last_level_cache
-from gemmascope_fast.ops.codes import quantize, slice_codes
 from gemmascope_fast.quant.linear import MatryoshkaLinear
 from gemmascope_fast.sae.jumprelu import JumpReLUSAE
-
-Pool = Callable[[], JumpReLUSAE]
 
 
 def ops_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Iterator[Plan]:
@@ -40,7 +38,6 @@ def ops_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Ite
     for rows, columns in dict.fromkeys((4 * case.d_in, case.d_in) for case in cases):
         for T in (1, 64) if tokens is None else tokens:
             yield plan("linear", T, columns, rows, linear_bench, rows, columns, T)
-        yield plan("slice 8 to 4 bits", 1, columns, rows, slicing_bench, rows, columns)
 
 
 # ---- encode -----------------------------------------------------------------------------------------
@@ -49,15 +46,18 @@ def ops_suite(cases: Sequence[Case], tokens: Sequence[int] | None = None) -> Ite
 def encode_bench(case: Case, T: int) -> Bench:
     sae, x = case.sae, case.x(T)
     truth = Truth(sae, x)
-    bench = Bench("ops", "encode", T, case.d_in, case.d_sae, _l0(sae, x))
+    bench = Bench("ops", "encode", T, case.d_in, case.d_sae, sae.encode_sparse(x).nnz / T)
     pool, wide, half = rotated(sae, T), rotated_dense(sae, T), rotated(sae, T, torch.bfloat16)
 
-    def ours(screen: bool | None) -> Candidate:
-        call = _on(pool, lambda s: s.encode_sparse(x, screen=screen))
-        verdict = truth.ours(sae.encode_sparse(x, screen=screen))
+    def ours(screen: bool | None, isa: str | None = None) -> Candidate:
+        def call(s: JumpReLUSAE) -> Any:
+            with backends.forced_isa(isa) if isa else nullcontext():
+                return s.encode_sparse(x, screen=screen)
+
+        verdict = truth.ours(call(sae))
         route = screen if screen is not None else uses_screen(sae, x)
         work = screened_work(sae, x) if route else full_work(sae, x)
-        return _candidate("fp32", call, work, verdict, sae, lambda s: s.encode_sparse(x, screen=screen), T)
+        return _candidate("fp32", lambda: call(pool()), work, verdict, sae, call, T)
 
     def dense(encode: Callable[[Any, Tensor], Tensor], of: Callable[[], Any], dtype: str) -> Candidate:
         own, xs = of(), x if dtype == "fp32" else x.bfloat16()
@@ -68,16 +68,15 @@ def encode_bench(case: Case, T: int) -> Bench:
             2 * T * case.d_in * case.d_sae,
             "fp32" if dtype == "fp32" else None,
         )
-        return _candidate(dtype, _on(of, lambda s: encode(s, xs)), work, verdict, own, lambda s: encode(s, xs), T)
+        return _candidate(dtype, lambda: encode(of(), xs), work, verdict, own, lambda s: encode(s, xs), T)
 
     for name, screen in (("ours", None), ("ours, screen", True), ("ours, no screen", False)):
-        bench.add(name, _named(name, functools.partial(ours, screen)))
-    bench.add("eager fp32", _named("eager fp32", lambda: dense(peers.eager_encode, wide, "fp32")))
-    bench.add("eager bf16", _named("eager bf16", lambda: dense(peers.eager_encode, half, "bf16")))
-    bench.add(
-        "torch.compile fp32",
-        _named("torch.compile fp32", lambda: dense(peers.compiled(peers.eager_encode), wide, "fp32")),
-    )
+        bench.add(name, functools.partial(ours, screen))
+    if backends.isa() == "amx":
+        bench.add("ours on AVX-512", lambda: ours(None, "avx512"))
+    bench.add("eager fp32", lambda: dense(peers.eager_encode, wide, "fp32"))
+    bench.add("eager bf16", lambda: dense(peers.eager_encode, half, "bf16"))
+    bench.add("torch.compile fp32", lambda: dense(peers.compiled(peers.eager_encode), wide, "fp32"))
     return bench
 
 
@@ -107,12 +106,12 @@ def decode_bench(case: Case, T: int) -> Bench:
         )
 
     most = int(latents.l0().max()) + 2
-    bench.add("ours", _named("ours", lambda: build(parts, lambda s, p: s.decode(p), most, sparse)))
+    bench.add("ours", lambda: build(parts, lambda s, p: s.decode(p), most, sparse))
     dense = [part.to_dense() for part in parts[:4]]
     whole = Work(4 * (sae.W_dec.numel() + T * (case.d_in + case.d_sae)), 2 * T * sae.W_dec.numel())
     terms = case.d_sae + 2
-    bench.add("eager fp32", _named("eager fp32", lambda: build(dense, peers.eager_decode, terms, whole)))
-    bench.add("embedding_bag", _named("embedding_bag", lambda: build(parts, peers.embedding_bag_decode, terms, sparse)))
+    bench.add("eager fp32", lambda: build(dense, peers.eager_decode, terms, whole))
+    bench.add("embedding_bag", lambda: build(parts, peers.embedding_bag_decode, terms, sparse))
 
     def sparsify() -> Candidate:
         decode = peers.sparsify_decode()
@@ -122,15 +121,15 @@ def decode_bench(case: Case, T: int) -> Bench:
         calls = [peers.scipy_decode(p) for p in parts]
         return build(calls, lambda s, call: call(s), terms, sparse)
 
-    bench.add("sparsify", _named("sparsify", sparsify))
-    bench.add("scipy.sparse", _named("scipy.sparse", scipy))
+    bench.add("sparsify", sparsify)
+    bench.add("scipy.sparse", scipy)
     return bench
 
 
 def backward_bench(case: Case, T: int) -> Bench:
     """Forward and backward of ‖x̂‖², gradients of x and every weight, against dense autograd."""
     sae, x = case.sae, case.x(T)
-    bench = Bench("ops", "forward and backward", T, case.d_in, case.d_sae, _l0(sae, x))
+    bench = Bench("ops", "forward and backward", T, case.d_in, case.d_sae, sae.encode_sparse(x).nnz / T)
     names = ("W_enc", "W_dec", "b_enc", "b_dec")
     with torch.inference_mode(False):  # inference tensors take no part in a graph
         trained = JumpReLUSAE(*(getattr(sae, n).detach().clone() for n in (*names, "threshold")))
@@ -160,30 +159,29 @@ def backward_bench(case: Case, T: int) -> Bench:
 # ---- nested linear layers ---------------------------------------------------------------------------
 
 
-# Scales are fp16 and zero points 8 bits a group of 32; a nested layer holds all its planes whatever it reads.
-SCALE_BITS = 24 / 32
-NESTED_BITS = 8 + SCALE_BITS
+GROUP_BITS = 24  # an fp16 scale and an 8-bit zero point a group
 LINEAR_POOLS = 11  # implementations, of which each has copies of its own in the memory that copies may take
 
 
-def linear_bench(rows: int, columns: int, T: int) -> Bench:
-    """A layer [rows, columns] at 8, 4 and 2 bits of one nested code, groups of 32, against torch's and torchao's.
+def linear_bench(rows: int, columns: int, T: int, group_size: int | None = 32) -> Bench:
+    """A layer [rows, columns] at 8, 4 and 2 bits of one nested code, against torch's and torchao's.
 
-    A quantised layer is verified against fp64 products of its own rounded weights where it shows them, else against
-    the layer's by the error that its number of bits allows.
+    group_size: weights that share a scale; None: a row (torch's 4 bits have groups of 128 then).  A layer is verified
+    against fp64 products of the weights before rounding, within the error that its number of bits allows.
     """
     g = torch.Generator().manual_seed(3)
     weight = torch.randn(rows, columns, generator=g) / columns**0.5
     x = torch.randn(T, columns, generator=g)
     linear = nn.Linear(columns, rows, bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    bench = Bench("ops", "linear", T, columns, rows, None)
+    bench = Bench("ops", "linear" if group_size == 32 else "linear, one scale a row", T, columns, rows, None)
+    scale_bits = GROUP_BITS / (group_size or columns)
     exact, size = x.double() @ weight.double().t(), x.double().abs() @ weight.double().abs().t()
 
     def add(name: str, dtype: str, width: float, make: Callable[[], Callable[[Tensor], Tensor]], check: Any) -> None:
         def build() -> Candidate:
             xs = x if dtype == "fp32" else x.bfloat16()
-            held = NESTED_BITS if name.startswith("ours") else width
+            held = 8 + scale_bits if name.startswith("ours") else width  # a nested layer holds all its planes
             count = copy_count(int(rows * columns * width / 8), T, int(LINEAR_POOLS * rows * columns * held / 8))
             layers = [make() for _ in range(count)]
             verdict = check(layers[0](xs))
@@ -198,15 +196,15 @@ def linear_bench(rows: int, columns: int, T: int) -> Bench:
         return lambda y: _within_quantisation(y, exact, bits, x, weight, dtype)
 
     for bits in (8, 4, 2):
-        nested = MatryoshkaLinear.from_linear(linear, group_size=32, bits=bits)
+        nested = MatryoshkaLinear.from_linear(linear, group_size=group_size, bits=bits)
         make = functools.partial(copy.deepcopy, nested)  # quantised once: there may be hundreds
-        add(f"ours, {bits} bits", "fp32", bits + SCALE_BITS, make, by_bits(bits, "bf16"))
+        add(f"ours, {bits} bits", "fp32", bits + scale_bits, make, by_bits(bits, "bf16"))
     add("eager fp32", "fp32", 32, lambda: _linear(weight), lambda y: close(y, exact, size, columns + 2))
     half = weight.bfloat16()
     add("eager bf16", "bf16", 16, lambda: _linear(half), lambda y: close(y, exact, size, columns + 2, "bf16"))
     packed = (
         ("_weight_int8pack_mm", 8, lambda: peers.int8_packed(weight), 8),
-        ("_weight_int4pack_mm_for_cpu", 5, lambda: peers.int4_packed(weight), 4),
+        ("_weight_int4pack_mm_for_cpu", 5, lambda: peers.int4_packed(weight, group_size or 128), 4),
         ("torchao int8", 8, lambda: peers.torchao_linear(weight, "int8"), 8),
         ("torchao int8 dynamic", 8, lambda: peers.torchao_linear(weight, "int8 dynamic"), 8),
         ("torchao int4", 5, lambda: peers.torchao_linear(weight, "int4"), 4),
@@ -228,9 +226,6 @@ def _within_quantisation(y: Tensor, exact: Tensor, bits: int, x: Tensor, weight:
 
     A step is at most the row's range over 2^bits - 1; activations rounded to int8 or bf16 add one part in 127.
     """
-    from gemmascope_fast.dev.bench.checks import UNIT
-    from gemmascope_fast.dev.bench.engine import Verdict, WrongAnswer
-
     step = (weight.amax(1) - weight.amin(1)).double() / (2**bits - 1)
     limit = x.double().abs().sum(1, keepdim=True) * step
     spread = x.double().abs().amax(1, keepdim=True) / 127
@@ -241,31 +236,7 @@ def _within_quantisation(y: Tensor, exact: Tensor, bits: int, x: Tensor, weight:
     return Verdict(float(error.max()))
 
 
-def slicing_bench(rows: int, columns: int) -> Bench:
-    """A flat 4-bit copy out of 8-bit codes: the paper's slice, against the formula in eager PyTorch."""
-    g = torch.Generator().manual_seed(4)
-    codes = quantize(torch.randn(rows, columns, generator=g), 32)
-    bench = Bench("ops", "slice 8 to 4 bits", 1, columns, rows, None)
-
-    def formula() -> Tensor:
-        rounded = torch.floor(codes.q.float() / 16 + 0.5)
-        return rounded.clamp(0, 15).to(torch.uint8)
-
-    def ours() -> Tensor:
-        return slice_codes(codes.q, 4, "matquant")
-
-    if not torch.equal(ours(), formula()):
-        raise AssertionError("slice_codes differs from the paper's formula")
-    work = Work(2 * codes.q.numel(), 0, None)
-    bench.candidates = [Candidate("ours", "uint8", ours, work), Candidate("eager fp32", "uint8", formula, work)]
-    return bench
-
-
 # ---- small things -----------------------------------------------------------------------------------
-
-
-def _on(pool: Callable[[], Any], call: Callable[[Any], Any]) -> Callable[[], Any]:
-    return lambda: call(pool())
 
 
 def _candidate(
@@ -273,16 +244,3 @@ def _candidate(
 ) -> Candidate:
     several = sae_copies(sae.W_enc.numel(), T) > 1
     return Candidate("", dtype, cold, work, verdict, (lambda: warm(sae)) if several else None)
-
-
-def _named(name: str, build: Callable[[], Candidate]) -> Callable[[], Candidate]:
-    def named() -> Candidate:
-        candidate = build()
-        candidate.impl = name
-        return candidate
-
-    return named
-
-
-def _l0(sae: JumpReLUSAE, x: Tensor) -> float:
-    return float(sae.encode_sparse(x).l0().float().mean())

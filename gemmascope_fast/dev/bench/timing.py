@@ -13,10 +13,15 @@ from gemmascope_fast.dev.bench.rows import Ratio
 LEAST_ROUNDS, MOST_ROUNDS = 7, 300
 
 
+class Seconds(float):
+    """What a call returns that measured a part of itself: counted in place of the time of the whole call."""
+
+
 def interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, np.ndarray]:
     """Seconds of each call in each round, fp64 [rounds]; about `seconds` in all, at least seven rounds.
 
-    The order turns by one each round: no call always follows the same one.  Each is called once before.
+    The order turns by one each round: no call always follows the same one.  Each is called once before.  A call that
+    returns `Seconds` counts with those.
     """
     for call in calls.values():
         call()
@@ -28,10 +33,11 @@ def interleave(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[s
         turn = rounds % len(names)
         for name in names[turn:] + names[:turn]:
             start = time.perf_counter()
-            calls[name]()
-            times[name].append(time.perf_counter() - start)
+            found = calls[name]()
+            taken = time.perf_counter() - start
+            times[name].append(float(found) if isinstance(found, Seconds) else taken)
         rounds += 1
-    return {name: np.array(found) for name, found in times.items()}
+    return {name: np.array(own) for name, own in times.items()}
 
 
 def percentiles_ms(times: np.ndarray) -> tuple[float, float, float]:

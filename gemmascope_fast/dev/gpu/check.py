@@ -1,36 +1,34 @@
-"""`gemmascope-fast dev gpu-check`: everything that can be said about the GPU kernels without a GPU, as one JSON report.
+"""`gemmascope-fast dev gpu-check`: checks of the GPU kernels that need no GPU, as one JSON report.
 
 Each Triton kernel is compiled for each architecture, each CUDA source by nvcc where it is installed; registers,
-spills, shared memory and occupancy are read from the binaries and gated; bytes and operations give the time that
-the roof of a named device allows.  Those times are a model: nothing here ran on a GPU.
+spills, shared memory and occupancy are read from the binaries and compared with limits; bytes and operations give the
+time that the roof of a named device allows.  Those times are a model: nothing here ran on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gemmascope_fast._version import __version__
-from gemmascope_fast.cli.arguments import check_outputs
-from gemmascope_fast.files.results import write_text
+from gemmascope_fast.cli import arguments as common
+from gemmascope_fast.files.results import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, default=Path("gpu-check.json"), help="where the report goes (default: %(default)s)"
-    )
-    parser.add_argument("--arch", action="append", help="only this architecture (repeatable): sm_90, gfx942, …")
+    parser.description = "Compile the GPU kernels without a GPU and check their resources.  Nothing runs: no --device."
+    common.add_out(parser, "the report, as JSON", default=Path("gpu-check.json"))
+    note = "only this architecture, such as sm_90 or gfx942; may be repeated (default: all)"
+    parser.add_argument("--arch", action="append", metavar="NAME", help=note)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Status 1 where a kernel fails its gate."""
-    check_outputs(args, ("out",))
+    """Status 1 where a kernel exceeds its limits."""
     report = collect(args.arch)
-    write_text(args.out, json.dumps(report, indent=1) + "\n")
+    write_json(args.out, report)
     failed = [row for row in report["kernels"] if row["faults"]]
     for row in failed:
         print(f"{row['kernel']} on {row['arch']}: {'; '.join(row['faults'])}", file=sys.stderr)
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{row['kernel']} on {row['arch']}: occupancy {row['occupancy']:.1%}: {row['few_warps']}")
     if report["nvcc"] != "found":
         print(f"CUDA C++ was not compiled: {report['nvcc']}", file=sys.stderr)
-    print(f"{len(report['kernels'])} binaries, {len(failed)} outside the gates; {args.out} written")
+    print(f"{len(report['kernels'])} binaries, {len(failed)} outside the limits; {args.out} written")
     return 1 if failed else 0
 
 

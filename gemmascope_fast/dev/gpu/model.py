@@ -35,11 +35,6 @@ class Executed(NamedTuple):
         return self.sectors / max(1, self.global_requests)
 
     @property
-    def sector_use(self) -> float:
-        """Bytes asked for over bytes of the sectors touched; above 1 where lanes ask for the same bytes."""
-        return self.global_bytes / max(1, 32 * self.sectors)
-
-    @property
     def bank_conflicts(self) -> float:
         """Passes over the banks for each that was needed; 1 is none."""
         return self.wavefronts / max(1, self.ideal_wavefronts)

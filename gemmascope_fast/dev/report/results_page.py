@@ -1,21 +1,17 @@
-"""`report`: one self-contained page, PNG plots, and the tables of README and docs, from a benchmark's JSON."""
+"""One self-contained page, and the tables of README and docs, from a benchmark's JSON."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 from collections.abc import Sequence
-from pathlib import Path
+from operator import attrgetter
 from typing import Any
 
-from gemmascope_fast.cli.arguments import check_outputs
 from gemmascope_fast.dev.bench.compare import is_ours
 from gemmascope_fast.dev.bench.machine import kind
-from gemmascope_fast.dev.bench.rows import BASELINE, Results, Row
+from gemmascope_fast.dev.bench.rows import BASELINE, Results, Row, shown
 from gemmascope_fast.dev.report import plots
 from gemmascope_fast.errors import GemmaScopeFastError
-from gemmascope_fast.files.atomic import make_folder, replacing
-from gemmascope_fast.files.results import write_text
 
 BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"  # the table of the whole SAE, for the README
 ALL_BEGIN, ALL_END = "<!-- all figures -->", "<!-- end of all figures -->"  # the table of every op, for docs/
@@ -29,51 +25,8 @@ README_PEERS = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "json",
-        type=Path,
-        nargs="*",
-        help="what bench --json wrote (default: bench.json); the table is of the first, several must be of one machine",
-    )
-    parser.add_argument("--html", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
-    parser.add_argument("--png", type=Path, metavar="FOLDER", help="write the plots there too")
-    parser.add_argument("--quality", type=Path, metavar="FILE", help="what `gemmascope-fast quantize --table` wrote")
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        metavar="FILE",
-        nargs="+",
-        default=[],
-        help="replace the tables between the marks in these files",
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    check_outputs(args, ("html",), ("png",))
-    for file in args.readme:
-        if not file.is_file():
-            raise ValueError(f"--readme: expected a file with the marks, got {file}")
-    runs = [Results.load(path) for path in args.json or [Path("bench.json")]]
-    results = together(runs)
-    quality = None if args.quality is None else plots.load_quality(args.quality)
-    pictures = plots.draw(results, quality)
-    write_text(args.html, page(results, pictures))
-    print(f"page: {args.html}")
-    if args.png:
-        make_folder(args.png)
-        for picture in pictures:
-            with replacing(args.png / f"{picture.name}.png") as temporary:
-                temporary.write_bytes(picture.png)
-            print(f"plot: {args.png / picture.name}.png")
-    for file in args.readme:
-        write_text(file, with_tables(file.read_text(encoding="utf-8"), runs[0]))
-        print(f"table: {file}")
-    return 0
-
-
 def together(runs: Sequence[Results]) -> Results:
-    """One run's rows beside another's, under the first one's machine and roof; a row of both is the first's.
+    """The rows of all runs, with the machine and roof of the first.  Of a row in several runs the first is taken.
 
     Raises GemmaScopeFastError where they are of different kinds of machine or numbers of threads.
     """
@@ -81,7 +34,7 @@ def together(runs: Sequence[Results]) -> Results:
     for run in runs:
         here, there = ((kind(r.machine), r.machine["threads"]) for r in (first, run))
         if here != there:
-            raise GemmaScopeFastError(f"runs of different machines: {here} and {there} make no one report")
+            raise GemmaScopeFastError(f"runs of different machines: {here} and {there} cannot be in one report")
         known = {row.key for row in whole.rows}
         whole.rows += [row for row in run.rows if row.key not in known]
         whole.ratios = {**run.ratios, **whole.ratios}
@@ -96,7 +49,7 @@ def together(runs: Sequence[Results]) -> Results:
 
 
 def page(results: Results, pictures: Sequence[plots.Picture]) -> str:
-    """The page as text: no network, no other file."""
+    """The page as self-contained HTML."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -106,8 +59,9 @@ def page(results: Results, pictures: Sequence[plots.Picture]) -> str:
     for row in results.rows:
         key = (row.suite, row.op, f"{row.d_in} × {row.d_sae}", row.T, row.threads)
         groups.setdefault(key, []).append(row)
-    shown = [
-        {"title": key, "rows": [_cells(r, results) for r in sorted(rows, key=lambda r: r.median_ms)]}
+    by_time = attrgetter("median_ms")
+    tables = [
+        {"title": key, "rows": [shown(r, results) | {"ours": is_ours(r.key)} for r in sorted(rows, key=by_time)]}
         for key, rows in groups.items()
     ]
     images = [
@@ -117,28 +71,12 @@ def page(results: Results, pictures: Sequence[plots.Picture]) -> str:
     return environment.get_template("results.html").render(
         machine=results.machine,
         images=images,
-        groups=shown,
+        groups=tables,
         exponents=results.exponents,
         missing=results.missing,
         warnings=results.warnings,
         baseline=BASELINE,
     )
-
-
-def _cells(row: Row, results: Results) -> dict[str, Any]:
-    ratio = results.ratios.get(row.key)
-    return {
-        "impl": row.impl,
-        "ours": is_ours(row.key),
-        "ms": f"{row.median_ms:.3f}",
-        "range": f"{row.p20_ms:.3f} – {row.p80_ms:.3f}",
-        "ratio": "" if ratio is None else f"{ratio.median:.2f}",
-        "ratio_range": "" if ratio is None else f"{ratio.p20:.2f} – {ratio.p80:.2f}",
-        "roof": "" if row.roof_share is None else f"{row.roof_share:.0%}",
-        "error": "" if row.max_error is None else f"{row.max_error:.1e}",
-        "support": {None: "", True: "equal", False: "differs"}[row.support_equal],
-        "flips": "" if row.support_flips_vs_eager is None else row.support_flips_vs_eager,
-    }
 
 
 # ---- the tables of README and docs ------------------------------------------------------------------
@@ -200,7 +138,7 @@ def _by_tokens(results: Results, op: str, shape: tuple[int, int]) -> list[tuple[
 
 
 def _against(at: dict[str, Row], impl: str, results: Results) -> str:
-    """The paired speed-up over a peer: its ratio to the baseline divided into ours, both from the rounds of one run."""
+    """The paired speed-up over a peer: our ratio to the baseline over its ratio, both from the rounds of one run."""
     if impl not in at:
         return ""
     own = results.ratios[at["ours"].key].median
@@ -208,7 +146,7 @@ def _against(at: dict[str, Row], impl: str, results: Results) -> str:
 
 
 def with_tables(text: str, results: Results | None) -> str:
-    """The text with the parts between the marks replaced; without results they say that nothing was measured.
+    """The text with new tables between the marks; without results they say that nothing was measured.
 
     Raises GemmaScopeFastError where the text has neither pair of marks, or one of them twice.
     """

@@ -1,1 +1,1 @@
-"""Training of nested codes, by blocks and end to end."""
+"""Training of nested codes, block by block and end to end."""

@@ -1,13 +1,13 @@
-"""MatQuant training, block by block: one block of the model in memory with gradients at a time.
+"""MatQuant training, block by block: only one block of the model has gradients in memory at a time.
 
-Each width r is a student with a stream of its own: the activations that its slice of the blocks before gives.  A block
-is fitted so that every student's output comes to the teacher's (the unquantised model on its own activations),
+Each width r is a student with its own stream: the activations given by its slice of the earlier blocks.  A block is
+fitted so that every student's output approaches the teacher's (the unquantised model on its own activations),
 
     Σ_r λ_r · mean over dimensions of ( E(out_r − teacher)² / Var(teacher) )  +  co-distillation 8 → 4 → 2,
 
-with the slices of one code, straight through their rounding.  "omniquant" learns how far each group's range is clipped
-and, where a block allows it, channel scales (weights frozen); "qat" learns the weights too.  Widths trained alone
-(`bits=(2,)`) are the single-width baselines.
+where all slices are of one code, with straight-through rounding.  "omniquant" learns how far each group's range is
+clipped and, where a block allows it, channel scales (weights are frozen); "qat" learns the weights too.  Widths trained
+alone (`bits=(2,)`) are the single-width baselines.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from gemmascope_fast.training.nested.recipe import ALONE, NestedWeight, Recipe, 
 
 
 class _Stop(Exception):
-    """Ends a forward pass early."""
+    """Stops a forward pass early."""
 
 
 def decoder_blocks(model: nn.Module, names: list[str]) -> tuple[str, nn.ModuleList]:
-    """The list of blocks that holds the named layers.  ValueError where none holds them all."""
+    """The list of blocks that contains the named layers.  ValueError if no list contains all of them."""
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and all(name.startswith(f"{path}.") for name in names):
             return path, module
-    raise ValueError("scope: expected layers that all lie in one list of blocks; the output head is not trained")
+    raise ValueError("scope: expected layers that are all in one list of blocks; the output head is not trained")
 
 
 @torch.no_grad()
@@ -76,7 +76,7 @@ def capture(model: nn.Module, blocks: nn.ModuleList, ids: Tensor) -> tuple[Tenso
 
 
 def call(block: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """One fp32 block by `arithmetic.products`, on an fp32 residual stream."""
+    """Run one fp32 block with `arithmetic.products`, on an fp32 residual stream."""
     with arithmetic.autocast(hidden.device):
         out = block(hidden, **arguments)
     return (out[0] if isinstance(out, tuple) else out).float()
@@ -89,7 +89,7 @@ def propagate(block: nn.Module, stream: Tensor, arguments: dict[str, Any]) -> Te
 
 @dataclass
 class Streams:
-    """Where a run stands: the next block and the activations that go into it, the teacher's and each student's."""
+    """State of a run: the next block and its input activations, the teacher's and each student's."""
 
     index: int
     teacher: Tensor
@@ -108,11 +108,11 @@ def train(
     progress: Callable[..., Any] | None = None,
     model_id: str | None = None,
 ) -> Trained:
-    """Codes and norm gains, trained on the token windows ids [n, window].  The model is left as it was.
+    """Codes and norm gains, trained on the token windows ids [n, window].  The model is not changed.
 
-    work: a folder where finished blocks and the streams behind them are kept; a run that was interrupted goes on after
-    the last of them.  It is one model's and one text's (`nested.begin_work`), of any recipes.  model_id: the model's
-    identity, where the caller knows it.
+    work: a folder for finished blocks and the streams after them; an interrupted run continues after the last
+    one.  A folder belongs to one model and one text (`nested.begin_work`), with any recipes.  model_id: the model's
+    identity, if the caller knows it.
     """
     names = list(targets(model, scope))
     path, blocks = decoder_blocks(model, names)
@@ -144,7 +144,7 @@ def train(
 
 
 def _block(block: nn.Module, names: list[str], arguments: dict[str, Any], at: Streams, recipe: Recipe) -> Trained:
-    """Fit one block and move the streams past it."""
+    """Fit one block and run the streams through it."""
     dtype = next(block.parameters()).dtype
     block.float()
     try:
@@ -177,27 +177,27 @@ def load_trained(path: Path) -> Trained:
 
 
 def save_state(value: Any, path: Path) -> None:
-    """torch.save; the file appears whole, and its bytes do not depend on its name."""
+    """torch.save, atomically; the bytes do not depend on the file's name."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(value, file)
         except RuntimeError as error:
-            # of a write that failed torch tells only that the file ends at the wrong place
+            # after a failed write, torch only reports that the file ends at the wrong place
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
             raise
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` wrote.  CheckpointError where the file is damaged."""
+    """Read the result of `save_state`.  CheckpointError if the file is damaged."""
     try:
         return torch.load(path, weights_only=True)
     except (RuntimeError, EOFError, UnpicklingError, BadZipFile) as error:
-        raise CheckpointError(f"{path}: not a state that can be resumed: {error}; delete it to begin anew") from error
+        raise CheckpointError(f"{path}: not a state that can be resumed: {error}; delete it to start again") from error
 
 
 class served:
-    """Within the block the named layers' weights are a slice of their codes, and the norms have their gains."""
+    """Within the block the named layers' weights are a slice of their codes, and the norms have the trained gains."""
 
     def __init__(self, block: nn.Module, trained: Trained, bits: int, mode: str) -> None:
         self.block, self.trained, self.bits = block, trained, bits
@@ -225,7 +225,7 @@ def fit_block(
     recipe: Recipe,
     gain_dtype: torch.dtype = torch.float32,
 ) -> Trained:
-    """Train one block's codes; its linear layers are put back afterwards.  gain_dtype: that of the model's norms."""
+    """Train one block's codes; its linear layers are restored afterwards.  gain_dtype: that of the model's norms."""
     nested = {name: NestedWeight(block.get_submodule(name), recipe) for name in names}  # type: ignore[arg-type]
     norms, gated = find(block, names, streams[recipe.bits[0]][:1], arguments) if recipe.equivalent else ({}, [])
     scales = Scales(block, nested, norms, gated)
@@ -236,7 +236,7 @@ def fit_block(
 
 
 def parameter_groups(nested: dict[str, NestedWeight], scales: nn.Module | None, recipe: Recipe) -> list[dict[str, Any]]:
-    """What Adam trains, each kind at its rate."""
+    """The parameters for Adam, each kind with its learning rate."""
     clips = [p for m in nested.values() for p in (m.clip_low, m.clip_high)]
     groups: list[dict[str, Any]] = [{"params": clips, "lr": recipe.clip_rate}]
     if scales is not None and any(True for _ in scales.parameters()):
@@ -255,7 +255,7 @@ def optimise(
     target: Tensor,
     recipe: Recipe,
 ) -> None:
-    """Adam on one block, every width in each step."""
+    """Run Adam on one block, with all widths in each step."""
     optimiser = torch.optim.Adam(parameter_groups(nested, scales, recipe))
     variance = target.flatten(0, 1).var(0).clamp(min=1e-12)
     total = recipe.epochs * len(list(batches(target.shape[0], recipe.batch, 0)))
@@ -264,7 +264,7 @@ def optimise(
         for rows in batches(target.shape[0], recipe.batch, epoch):
             optimiser.zero_grad(set_to_none=True)
             wider: Tensor | None = None
-            for bits in recipe.bits:  # one width's graph at a time
+            for bits in recipe.bits:  # only one width's graph in memory at a time
                 for module in nested.values():
                     module.bits = bits
                 out = call(block, streams[bits][rows], arguments)
@@ -278,7 +278,7 @@ def optimise(
 
 
 def error(out: Tensor, target: Tensor, variance: Tensor) -> Tensor:
-    """Squared error in units of each dimension's variance; the first token (BOS, an outlier) is left out."""
+    """Squared error in units of each dimension's variance; the first token (BOS, an outlier) is excluded."""
     return ((out - target)[:, 1:].square() / variance).mean()
 
 

@@ -1,4 +1,4 @@
-"""Windows of text to calibrate and measure on: a person's, Python's help topics, and what the model itself writes."""
+"""Windows of text for calibrating and measuring: the user's text, Python's help topics, and text the model writes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.training.text import pydoc_topics
+
 WINDOW = 256  # BOS and 255 tokens of text
 
 
 def windows(tokenizer: Any, text: str) -> Tensor:
-    """Text → int64 [n, 256]: BOS and 255 tokens each; what is left over at the end is dropped."""
+    """Text → int64 [n, 256]: BOS and 255 tokens each; a remainder at the end is dropped."""
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
     count = ids.numel() // (WINDOW - 1)
     body = ids[: count * (WINDOW - 1)].reshape(count, WINDOW - 1)
@@ -21,9 +23,7 @@ def windows(tokenizer: Any, text: str) -> Tensor:
 
 def python_topics(tokenizer: Any) -> Tensor:
     """Windows of `pydoc_data.topics`, English text in every Python: calibrate on the first, measure on the last."""
-    from pydoc_data import topics
-
-    return windows(tokenizer, "\n\n".join(topics.topics.values()))
+    return windows(tokenizer, pydoc_topics())
 
 
 @torch.no_grad()
@@ -36,10 +36,10 @@ def sampled(
     batch: int = 64,
     progress: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """int64 [count, 256]: BOS and 255 tokens drawn from the model's own distribution, at temperature 1.
+    """int64 [count, 256]: BOS and 255 tokens sampled from the model's own distribution, at temperature 1.
 
-    Text of everything that the model has learned, without a data set (LLM-QAT, Liu et al. 2023).  The end of a text is
-    never drawn, so that every window is full.
+    This gives text of all that the model has learned, without a data set (LLM-QAT, Liu et al. 2023).  The end-of-text
+    token is never sampled, so every window is full.
     """
     draw = _Draw(torch.Generator().manual_seed(seed))
     found = []
@@ -50,7 +50,7 @@ def sampled(
             model.generate(  # type: ignore[operator]
                 begin,
                 attention_mask=torch.ones_like(begin),
-                do_sample=False,  # the processor draws
+                do_sample=False,  # the processor samples
                 logits_processor=[draw],
                 min_new_tokens=WINDOW - 1,
                 max_new_tokens=WINDOW - 1,
@@ -60,9 +60,9 @@ def sampled(
 
 
 class _Draw:
-    """A logits processor that leaves one token: through the distribution's inverse, one random number a row.
+    """A logits processor that leaves one token: inverts the distribution with one random number per row.
 
-    `generate` would draw one a token of the vocabulary: 64 rows of 262,144 take 1.1 s a step of it, 0.5 s so.
+    `generate` would draw one number per token of the vocabulary: for 64 rows of 262,144, 1.1 s a step; this takes 0.5.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
@@ -71,6 +71,6 @@ class _Draw:
     def __call__(self, _ids: Tensor, scores: Tensor) -> Tensor:
         below = scores.float().softmax(-1).cumsum_(-1)
         at = torch.rand(scores.shape[0], 1, generator=self.generator) * below[:, -1:]
-        # a number is less than 1, but its product may round up to the whole
+        # the number is less than 1, but its product may round up to the total
         chosen = torch.searchsorted(below, at, right=True).clamp_(max=scores.shape[1] - 1)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)

@@ -1,13 +1,13 @@
-"""QAT end to end: the weights of every quantised layer at once, straight through the rounding, against next tokens.
+"""QAT end to end: trains the weights of all quantised layers at once on next tokens, with straight-through rounding.
 
-A step's loss, over the widths r of the recipe from wide to narrow,
+The loss of a step, over the widths r of the recipe from wide to narrow,
 
     Σ_r λ_r · CE(slice r, next token)  +  distill · KL(wider ‖ slice r),
 
-where "wider" is the unquantised model for the widest slice and the slice before otherwise (co-distillation 8 → 4 → 2).
+where "wider" is the unquantised model for the widest slice, and else the next wider slice (distillation 8 → 4 → 2).
 
-The output head of Gemma 3 270M has 262,144 rows, and with all of them it takes five sixths of a step.  Tokens of the
-training text (5,358 in 99,000) are summed exactly, the others by a sample drawn anew in every step (`Vocabulary`).
+The output head of Gemma 3 270M has 262,144 rows; using all of them takes five sixths of a step.  Tokens of the
+training text (5,358 in 99,000) are summed exactly, the others by a new sample in every step (`Vocabulary`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from gemmascope_fast.training import arithmetic
 from gemmascope_fast.training.nested.blocks import batches, load_state, parameter_groups, save_state
 from gemmascope_fast.training.nested.recipe import NestedWeight, Recipe, begin_work, trainable
 
-SAMPLED = 8192  # tokens that stand for those which the training text has not
-WARM = 0.1  # share of the steps in which the rates rise
+SAMPLED = 8192  # number of sampled tokens that represent those not in the training text
+WARM = 0.1  # share of the steps in which learning rates rise
 
 
 def finetune(
@@ -44,10 +44,10 @@ def finetune(
     progress: Callable[..., Any] | None = None,
     model_id: str | None = None,
 ) -> Trained:
-    """Codes trained for `steps` steps of recipe.batch windows of ids [n, window].  The model is left as it was.
+    """Codes trained for `steps` steps of recipe.batch windows of ids [n, window].  The model is not changed.
 
-    start: where training begins, e.g. the block-by-block result; else the model's own weights.  work: a folder where
-    the state is kept every `save_every` steps; a run that was interrupted goes on from there.  work, model_id: as in
+    start: where training begins, e.g. the block-by-block result; default: the model's own weights.  work: a folder in
+    which the state is saved every `save_every` steps; an interrupted run continues from there.  work, model_id: see
     `training.train`.
     """
     if steps < 1:
@@ -88,18 +88,18 @@ def finetune(
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rates' share of their greatest at a step: up in a line, down in a half cosine."""
+    """Learning rate at a step, as a share of the maximum: a linear rise, then a half-cosine fall."""
     warm = max(1, round(WARM * steps))
     return (step + 1) / warm if step < warm else (1 + cos(pi * (step - warm) / max(1, steps - warm))) / 2
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The rows of the output head that one step reads.
+    """The rows of the output head used in one step.
 
     columns int64 [n]: token ids, those of the text first; log_weight fp32 [n]: the logarithm of how many tokens each
-    stands for, added to its logit (sampled softmax, Jean et al. 2015: the partition function's estimate is unbiased);
-    place int64 [vocabulary]: a token's place in columns, -1 where it has none.
+    represents, added to its logit (sampled softmax, Jean et al. 2015: the estimate of the partition function is
+    unbiased); place int64 [vocabulary]: a token's index in columns, -1 if it is not there.
     """
 
     columns: Tensor
@@ -108,7 +108,7 @@ class Vocabulary:
 
     @classmethod
     def draw(cls, used: Tensor, size: int, seed: int, sampled: int = SAMPLED) -> Vocabulary:
-        """All of `used` and `sampled` of the other tokens below `size`; all of them where there are no more."""
+        """All tokens in `used` and `sampled` others below `size`; all of the others if there are fewer."""
         others = torch.ones(size, dtype=torch.bool)
         others[used] = False
         rest = others.nonzero()[:, 0]
@@ -129,7 +129,7 @@ def _step(
     recipe: Recipe,
     vocabulary: Vocabulary,
 ) -> None:
-    """Gradients of one batch; one width's graph at a time."""
+    """Gradients of one batch; only one width's graph in memory at a time."""
     wider = teacher
     for bits in recipe.bits:
         for module in nested.values():
@@ -141,7 +141,7 @@ def _step(
 
 
 def order(count: int, size: int) -> Iterator[Tensor]:
-    """Batches of window numbers without end, every pass shuffled anew."""
+    """Endless batches of window numbers, shuffled again in every pass."""
     epoch = 0
     while True:
         yield from batches(count, size, epoch)
@@ -149,7 +149,7 @@ def order(count: int, size: int) -> Iterator[Tensor]:
 
 
 def _hidden(model: nn.Module, ids: Tensor) -> Tensor:
-    """What the output head reads, fp32 [n, window, d], by `arithmetic.products`."""
+    """The input of the output head, fp32 [n, window, d], using `arithmetic.products`."""
     with arithmetic.autocast(ids.device):
         return model.get_decoder()(ids, use_cache=False).last_hidden_state.float()  # type: ignore[operator]
 
@@ -163,7 +163,7 @@ def head_loss(
     distill: float,
     vocabulary: Vocabulary,
 ) -> Tensor:
-    """Mean over predicted tokens of weight · CE + distill · KL, of hidden and wider [n, window, d]."""
+    """Mean over predicted tokens of weight · CE + distill · KL, for hidden and wider [n, window, d]."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     cap = getattr(model.config, "final_logit_softcapping", None)
     rows = head.weight[vocabulary.columns]
@@ -195,7 +195,7 @@ def _save(path: Path, step: int, nested: dict[str, NestedWeight], optimiser: Any
 
 
 def _load(path: Path | None, nested: dict[str, NestedWeight], optimiser: Any, schedule: Any) -> int:
-    """Steps done already; the state of a run that was interrupted is put back."""
+    """Number of finished steps; restores the state of an interrupted run."""
     if path is None or not path.exists():
         return 0
     state = load_state(path)

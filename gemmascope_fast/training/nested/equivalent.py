@@ -1,10 +1,10 @@
-"""Channel scales that leave an unquantised block as it is and make it easier to quantise (OmniQuant, SmoothQuant).
+"""Channel scales that keep an unquantised block's output and make it easier to quantise (OmniQuant, SmoothQuant).
 
-Two places in a block allow them without cost at run time:
+Two places in a block allow them at no cost at run time:
 
-* after a norm: norm(x)/s with the weights' columns times s; the division goes into the norm's own gain;
-* between `up_proj` and `down_proj` of a gated feed-forward block, act(gate(x)) · up(x), which is linear in up: its rows
-  divided by s, down's columns times s.
+* after a norm: norm(x)/s, with the weights' columns times s; the division goes into the norm's gain;
+* between `up_proj` and `down_proj` of a gated feed-forward block, act(gate(x)) · up(x), which is linear in up: up's
+  rows are divided by s, down's columns multiplied by s.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gemmascope_fast.training.nested.recipe import NestedWeight
 
 
 class Scales(nn.Module):
-    """The logarithms of one block's channel scales, zero to begin with.
+    """The logarithms of one block's channel scales, initially zero.
 
-    norms: path of a norm → the linear layers that alone read its output; gated: (up, down) paths.
+    norms: path of a norm → the linear layers that are the only readers of its output; gated: (up, down) paths.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class Scales(nn.Module):
 
     @torch.no_grad()
     def fold(self, block: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The norms' weights with the division in them, rounded to `dtype`; what rounding changes goes into the scales,
-        so that codes made afterwards fit the rounded weights exactly."""
+        """The norms' weights including the division, rounded to `dtype`. The scales absorb the rounding, so that codes
+        made afterwards fit the rounded weights exactly."""
         gains = {}
         for name, log in self.after.items():
             norm = block.get_submodule(name)
@@ -58,7 +58,7 @@ class Scales(nn.Module):
             whole = one + weight.float()
             new = (whole / log.exp() - one).to(dtype)
             exact = whole / (one + new.float())
-            # a channel that the norm or the rounding turns off keeps its weight
+            # a channel that is zero in the norm or after rounding keeps its weight
             usable = (exact > 0) & torch.isfinite(exact)
             log.copy_(torch.where(usable, exact, torch.ones_like(exact)).log())
             gains[name] = torch.where(usable, new, weight.to(dtype))
@@ -68,11 +68,11 @@ class Scales(nn.Module):
 def find(
     block: nn.Module, names: list[str], hidden: Tensor, arguments: dict[str, Any]
 ) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
-    """(norms, gated) of a block for `Scales`: seen in one pass over hidden [1, window, d], by which module reads which
-    tensor.  A norm whose output goes to a layer that is not quantised is left alone."""
+    """(norms, gated) of a block for `Scales`, found in one pass over hidden [1, window, d] from which module reads
+    which tensor.  A norm whose output goes to a layer that is not quantised is left out."""
     made: dict[int, str] = {}
     readers: dict[str, list[str]] = {}
-    kept: list[Tensor] = []  # else an address could be used twice
+    kept: list[Tensor] = []  # kept alive, so that no address is used twice
 
     def produced(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
@@ -115,7 +115,7 @@ def find(
 
 
 def is_norm(module: nn.Module) -> bool:
-    """An RMSNorm: a weight vector and nothing else (a bias would have to be divided too)."""
+    """An RMSNorm: only a weight vector (a bias would have to be divided too)."""
     weight = getattr(module, "weight", None)
     kinds = "RMSNorm" in type(module).__name__
     return kinds and isinstance(weight, Tensor) and weight.dim() == 1 and getattr(module, "bias", None) is None
@@ -123,7 +123,7 @@ def is_norm(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def offset_of(norm: nn.Module) -> float:
-    """1 where a norm multiplies by 1 + weight (Gemma), 0 where by the weight: tried on ones with the weight at 0."""
+    """1 if a norm multiplies by 1 + weight (Gemma), 0 if by the weight: tested on ones with the weight set to 0."""
     weight: Tensor = norm.weight  # type: ignore[assignment]
     before = weight.clone()
     weight.zero_()

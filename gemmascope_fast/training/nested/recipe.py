@@ -1,4 +1,4 @@
-"""What training differentiates: a linear layer whose weight is a slice of its nested code, and the recipe of a run."""
+"""A linear layer for training, whose weight is a slice of its nested code, and the recipe of a training run."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from gemmascope_fast.quant.trained import put
 from gemmascope_fast.training.nested import straight_through
 
 METHODS = ("omniquant", "qat")
-ALONE = "alone"  # `mode` of a single-width baseline: a grid of its own that spans the range with 2^bits − 1 steps
-LEAST = 1e-30  # scale of a group of zeros in training: small enough for any weights, and its inverse is finite
+ALONE = "alone"  # `mode` of a single-width baseline: its own grid, which spans the range with 2^bits − 1 steps
+LEAST = 1e-30  # scale of a group of zeros in training: smaller than for any weights, with a finite inverse
 PUBLISHED = {8: 0.1, 4: 0.1, 2: 1.0}  # λ of Matryoshka Quantization
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What one training run does.
+    """Settings of one training run.
 
-    bits: the widths trained together, from wide to narrow; one alone with mode "alone" is a single-width baseline.
-    weights: λ by width, 1 where none is given.  distill: weight of each width's output as a second teacher of the next
-    narrower one (8 → 4 → 2).  equivalent: learn channel scales too, which leave the unquantised model as it is.  feed:
-    share of the teacher's activations in what the next block is fitted on.  The rates are Adam's, falling to zero.
+    bits: the widths trained together, from wide to narrow; one width with mode "alone" is a single-width baseline.
+    weights: λ by width, default 1.  distill: weight of each width's output as a second teacher of the next narrower one
+    (8 → 4 → 2).  equivalent: also learn channel scales, which do not change the unquantised model's output.  feed:
+    share of the teacher's activations in the input that the next block is fitted on.  Adam's rates fall to zero.
     """
 
     method: str = "omniquant"
@@ -70,14 +70,14 @@ class Recipe:
             raise ValueError(f"feed: expected a share from 0 to 1, got {self.feed}")
 
     def key(self, ids: Tensor, scope: str, *more: object) -> str:
-        """Names the run: what is trained, how and on which text."""
+        """Name of the run: what is trained, how and on which text."""
         return identity.of_json([asdict(self), identity.of_tensor(ids, "ids"), scope, *more])[:16]
 
 
 def begin_work(work: str | Path, model: nn.Module, ids: Tensor, model_id: str | None = None) -> tuple[Path, str]:
-    """(the folder, what the model is): the folder that keeps a training's state is one model's and one text's.
+    """(the folder, the model's identity). A folder with training state belongs to one model and one text.
 
-    model_id: where the caller knows it.  Raises ValueError that says which differs where the folder is another's.
+    model_id: if the caller knows it.  Raises ValueError that says what differs if the folder belongs to another.
     """
     model_id = identity.of_module(model) if model_id is None else model_id
     about = {
@@ -90,10 +90,10 @@ def begin_work(work: str | Path, model: nn.Module, ids: Tensor, model_id: str | 
 
 
 class NestedWeight(nn.Module):
-    """A linear layer whose weight is the slice to `bits` of its own nested code, differentiable.
+    """A linear layer whose weight is the slice to `bits` of its nested code; differentiable.
 
-    columns, rows: channel scales, the logarithms of which are learned elsewhere (`equivalent.Scales`): the code is that
-    of W · columns / rows, and the input is divided by `columns` where nothing before it does so.
+    columns, rows: channel scales whose logarithms are learned elsewhere (`equivalent.Scales`). The code is that of
+    W · columns / rows, and the input is divided by `columns` unless something before the layer does so.
     """
 
     columns: nn.Parameter | None
@@ -108,7 +108,7 @@ class NestedWeight(nn.Module):
         self.register_parameter("columns", None)
         self.register_parameter("rows", None)
         low, _ = group_range(self.weight.detach(), self.group_size)
-        # as in OmniQuant: sigmoid(4) = 0.98 of the range to begin with
+        # as in OmniQuant: begin with sigmoid(4) = 0.98 of the range
         self.clip_low = nn.Parameter(torch.full_like(low, 4.0))
         self.clip_high = nn.Parameter(torch.full_like(low, 4.0))
 
@@ -121,7 +121,7 @@ class NestedWeight(nn.Module):
         return weight
 
     def limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        # the weights' own gradient is that of their codes; a scale moves the range too
+        # the weights get the gradient of their codes; a scale also moves the range
         low, high = group_range(
             weight.detach() if self.columns is None and self.rows is None else weight, self.group_size
         )
@@ -152,12 +152,12 @@ class NestedWeight(nn.Module):
 
     @torch.no_grad()
     def begin_at(self, codes: Codes) -> None:
-        """Start from codes that are there already: their weights, and a range that reaches their ends."""
+        """Start from existing codes: their weights, and a range that reaches their extremes."""
         self.weight.copy_(codes.dequantize())
         low, high = group_range(self.weight, self.group_size)
         ends = -codes.zero_point.float() * codes.scale.float(), (255 - codes.zero_point.float()) * codes.scale.float()
         for clip, least, end in ((self.clip_low, low, ends[0]), (self.clip_high, high, ends[1])):
-            # a range that the weights do not fill cannot be wider than they are: 0.9999 of it
+            # if the weights do not fill the range, use 0.9999 of their own range
             clip.copy_((end / torch.where(least == 0, torch.ones_like(least), least)).clamp(1e-4, 0.9999).logit())
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class NestedWeight(nn.Module):
 
 @contextmanager
 def trainable(parent: nn.Module, nested: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within the block `parent` holds these modules at their paths, and no parameter but theirs has a gradient."""
+    """Within the block `parent` has these modules at their paths, and only their parameters have gradients."""
     before = {name: parent.get_submodule(name) for name in nested}
     frozen = [p for p in parent.parameters() if p.requires_grad]
     for parameter in frozen:

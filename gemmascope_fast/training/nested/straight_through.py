@@ -1,12 +1,12 @@
-"""A weight's slice as a differentiable function: rounded forwards, straight through the rounding backwards.
+"""A weight's slice as a differentiable function: rounds in forward, and passes gradients straight through in backward.
 
-With α the scale, z the zero point, q = clamp(round(w/α + z), 0, top) and q' its slice, the weight served is
-v = α · (q' − z).  Taking ∂q'/∂(w/α + z) as 1 where the clamp does not act (inside) and 0 where it does,
+With α the scale, z the zero point, q = clamp(round(w/α + z), 0, top) and q' its slice, the weight is
+v = α · (q' − z).  Taking ∂q'/∂(w/α + z) as 1 if the clamp does not act (inside) and as 0 if it does,
 
     ∂v/∂w = inside,   ∂v/∂α = (v − inside · w)/α,   ∂v/∂z = −α · (1 − inside),
 
-and z's own rounding is passed too.  One function, in place where it can be: a graph of single operations takes 1.7
-times as long (2048 × 640, forward and backward), and a training step is three widths of every layer.
+and the rounding of z is also straight-through.  It is one function, in place if possible: a graph of single operations
+takes 1.7 times as long (2048 × 640, forward and backward), and a training step has three widths of every layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gemmascope_fast.ops.codes import grouped, spread
 
-Cut = Callable[[Tensor], Tensor]  # codes on the 8-bit grid, fp32 → the slice's places on it; may write to its argument
+Cut = Callable[[Tensor], Tensor]  # codes on the 8-bit grid, fp32 → the slice's positions; may overwrite its input
 
 
 class _Slice(torch.autograd.Function):
@@ -52,10 +52,10 @@ class _Slice(torch.autograd.Function):
 def sliced(
     weight: Tensor, alpha: Tensor, zero: Tensor, group_size: int | None, top: int, cut: Cut | None = None
 ) -> Tensor:
-    """The weights that a slice serves, fp32 [out_features, in_features].
+    """The weights of a slice, fp32 [out_features, in_features].
 
     weight fp32 [out_features, in_features]; alpha > 0 and zero (0 … top, rounded here), fp32 [out_features, groups];
-    top: the greatest code; cut: the slice, None for the code itself.
+    top: the largest code; cut: the slice, None for the code itself.
     """
     out: Tensor = _Slice.apply(weight, alpha, zero, group_size, top, cut)  # type: ignore[no-untyped-call]
     return out
