@@ -199,3 +199,22 @@ def test_a_file_cut_off_while_it_is_read(tmp_path):
         entry.read(CPU, torch.float32)
     with pytest.raises(CheckpointError):
         open_torch(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"K\x06\x85", b"K\x0c\x85"),
+        (b"K\x00K\x06\x85", b"K\x03K\x06\x85"),
+        (b"K\x00K\x06\x85", b"J\xfa\xff\xff\xffK\x06\x85"),
+    ],
+    ids=["shape", "offset", "negative offset"],
+)
+def test_a_tensor_that_its_storage_does_not_hold(tmp_path, old, new):
+    buffer = io.BytesIO()
+    torch.save({"a": torch.arange(6.0)}, buffer)
+    with zipfile.ZipFile(buffer) as archive:
+        held = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
+    assert held.count(old) == 1
+    with pytest.raises(CheckpointError, match=r"does not fit 6 numbers|storage_offset: expected an integer"):
+        open_torch(archive_of(tmp_path / "x.pt", data_pkl=held.replace(old, new)))
