@@ -25,12 +25,12 @@ def accelerate(target: Any, *, inplace: bool | None = None) -> Any:
     dense latents.
 
     target:
-    - an SAELens SAE or transcoder (JumpReLU, standard, top-k, with or without skip): returns a new object of a
-      subclass with its own weights; `inplace=True` changes the object itself and makes no second copy;
+    - an SAELens SAE (JumpReLU, standard, gated, top-k, AbsTopK) or transcoder: returns a new object of a subclass
+      with its own weights; `inplace=True` changes the object itself and makes no second copy;
     - SAELens's HookedSAETransformer or SAETransformerBridge: every SAE attached to it, in place;
     - a custom SAE of SAEBench (JumpReLU, ReLU, top-k, batch top-k), also new or in place;
     - circuit-tracer's SingleLayerTranscoder, TranscoderSet or CrossLayerTranscoder, always in place;
-    - a coder of dictionary_learning or sparsify: converted, `JumpReLUSAE`, `TopKSAE` or a transcoder.
+    - a coder of dictionary_learning or sparsify: converted, `JumpReLUSAE`, `TopKSAE` or a top-k transcoder.
 
     Raises TypeError for anything else and for coders that cannot be expressed as these, ImportError for a version of
     the library that the adapter does not know.

@@ -93,6 +93,8 @@ def test_saelens_configs_that_are_refused(tmp_path, change, said):
         ("blocks.4.attn.hook_z", "gemma-2-2b", gsf.Site("attn", 4)),
         ("blocks.4.hook_mlp_out", "google/gemma-3-1b-pt", gsf.Site("mlp", 4)),
         ("blocks.4.ln2.hook_normalized", "gemma-2-2b", gsf.Site("mlp_in_no_gain", 4)),
+        ("blocks.4.hook_mlp_out", "meta-llama/Llama-3.1-8B", gsf.Site("mlp", 4)),
+        ("blocks.4.mlp.hook_in", "Qwen/Qwen3-4B", gsf.Site("mlp_in", 4)),
         ("blocks.4.hook_mlp_out", "gpt2-small", None),  # no norm follows: another tensor
         ("blocks.0.hook_resid_pre", "gemma-2-2b", None),
         ("blocks.4.hook_resid_mid", "gemma-2-2b", None),

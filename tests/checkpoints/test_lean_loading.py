@@ -9,6 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save_file
 
 D, F = 1024, 16384
@@ -84,6 +85,18 @@ def write(where, kind):
     elif kind == "native":
         about = {"gemmascope_fast": json.dumps({"version": 1, "kind": "sae"})}
         save_file(w, where / "sae.safetensors", metadata=about)
+    elif kind in ("qwen-scope", "gated"):
+        where = where / "SAE-Res-Qwen3-1.7B-Base-W16K-L0_50" if kind == "qwen-scope" else where
+        where.mkdir(exist_ok=True)
+        held = {name: torch.from_numpy(w[name]) for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
+        held |= {name: held[name].t().contiguous() for name in ("W_enc", "W_dec")}
+        if kind == "qwen-scope":
+            torch.save(held, where / "layer3.sae.pt")
+        else:
+            names = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_dec": "decoder_bias"}
+            gates = {name: torch.zeros(F) for name in ("gate_bias", "mag_bias", "r_mag")}
+            torch.save({theirs: held[ours] for ours, theirs in names.items()} | gates, where / "ae.pt")
+            (where / "config.json").write_text(json.dumps({"trainer": {"dict_class": "GatedAutoEncoder"}}))
     elif kind == "crosscoder":
         folder = where / "crosscoder" / "layer_1_2_width_8k_l0_small"
         folder.mkdir(parents=True)
@@ -95,7 +108,7 @@ def write(where, kind):
     return where
 
 
-KINDS = ["npz", "npz-compressed", "gemma-scope-2", "saelens-centred", "native", "crosscoder"]
+KINDS = ["npz", "npz-compressed", "gemma-scope-2", "saelens-centred", "native", "crosscoder", "qwen-scope", "gated"]
 
 
 @pytest.fixture(scope="module", params=KINDS)

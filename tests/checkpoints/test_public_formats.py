@@ -2,6 +2,7 @@
 circuit-tracer's transcoders."""
 
 import math
+from pathlib import PurePosixPath
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from public_files import (
 import gemmascope_fast as gsf
 from gemmascope_fast.checkpoints import names
 from gemmascope_fast.checkpoints.loading import find_checkpoint, from_pretrained, open_checkpoint
+from gemmascope_fast.checkpoints.repository import _patterns
 from gemmascope_fast.cli.convert import convert
 from gemmascope_fast.cli.ls import listing
 
@@ -385,6 +387,27 @@ def test_names_resolve_as_saelens_has_them(release, sae_id, repo, path):
     named = names.lookup(release, sae_id)
     assert (named.repo, named.path) == (repo, path)
     assert {"sae_id": sae_id, "format": names.releases()[release]["format"]} in listing(release)
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("layer7.sae.pt", ["layer7.sae.pt"]),
+        (
+            "Llama3_1-8B-L8R-8x",
+            ["Llama3_1-8B-L8R-8x/hyperparams.json", "Llama3_1-8B-L8R-8x/checkpoints/final.safetensors"],
+        ),
+        ("800M/L0R", ["800M/L0R/config.json", "800M/L0R/sae_weights.safetensors"]),
+        ("resid_post_layer_3/trainer_0", [f"resid_post_layer_3/trainer_0/{name}" for name in ("ae.pt", "config.json")]),
+        ("layer_0.safetensors", ["layer_0.safetensors", "config.yaml"]),
+        ("layers.5", ["layers.5/sae.safetensors", "layers.5/cfg.json", "config.json"]),
+        ("v5_32k_layer_0.pt", ["v5_32k_layer_0.pt/sae_weights.safetensors", "v5_32k_layer_0.pt/cfg.json"]),  # a folder
+    ],
+)
+def test_what_is_fetched_of_a_repository(path, wanted):
+    patterns = _patterns(PurePosixPath(path))
+    assert set(wanted) <= set(patterns)
+    assert not any("*" in pattern.replace("params_layer_*", "") for pattern in patterns)
 
 
 def test_the_name_of_a_release_says_the_model_where_the_files_do_not(tmp_path, monkeypatch):

@@ -1,16 +1,11 @@
 """Files of public SAEs through SAELens's own loaders and through this package's: the same latents and outputs."""
 
-import sys
-from pathlib import Path
-
+import public_files as public
 import pytest
 import torch
 from sae_lens import SAE
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from sae_lens.registry import get_sae_class
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import public_files as public
 
 from gemmascope_fast.checkpoints.loading import from_pretrained
 
