@@ -48,7 +48,7 @@ class Core:
         """
         given = owner._parameters
         module = self.module
-        if type(module) is not _kind(k, raw, by_magnitude) or not self._fits(module, given, k):
+        if module is None or type(module) is not _kind(k, raw, by_magnitude) or not self._fits(module, given, k):
             module = self.module = _empty(given, k, raw, by_magnitude)
         for name in SHARED:
             tensor = given.get(name)
