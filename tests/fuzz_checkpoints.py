@@ -116,6 +116,7 @@ def _write(files: dict[str, bytes], folder: Path) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
     if "sae.safetensors.packed" in files and "sae.safetensors" in files:
         os.utime(folder / "sae.safetensors", ns=(TIME, TIME))  # the packed file says which checkpoint it is of

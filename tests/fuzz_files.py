@@ -77,6 +77,9 @@ def saelens(architecture: str) -> dict[str, bytes]:
     if architecture == "jumprelu_skip_transcoder":
         arrays["W_skip"] = np.ones((D, D), "f4")
         config["d_out"] = D
+    if architecture == "gated":
+        del arrays["b_enc"]
+        arrays |= {name: np.ones(F, "f4") for name in ("b_gate", "b_mag", "r_mag")}
     if not architecture.startswith("jumprelu"):
         del arrays["threshold"]
     return {"sae_weights.safetensors": safetensors(arrays), "cfg.json": json.dumps(config).encode()}
@@ -104,19 +107,99 @@ def layered(kind: str) -> dict[str, bytes]:
     return files
 
 
+def torch_file(arrays: dict[str, object], **more: object) -> bytes:
+    """What torch.save makes of arrays and of values that are none."""
+    import torch
+
+    buffer = io.BytesIO()
+    held = {name: torch.from_numpy(np.asarray(array).copy()) for name, array in arrays.items()}
+    torch.save(held | more, buffer)
+    return buffer.getvalue()
+
+
+def linear(bias: str = "decoder.bias") -> dict[str, np.ndarray]:
+    w = weights()
+    made = {"encoder.weight": w["W_enc"].T.copy(), "decoder.weight": w["W_dec"].T.copy()}
+    return made | {"encoder.bias": w["b_enc"], bias: w["b_dec"]}
+
+
+def qwen_scope() -> dict[str, bytes]:
+    w = weights()
+    arrays = {"W_enc": w["W_enc"].T, "W_dec": w["W_dec"].T, "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+    return {"layer3.sae.pt": torch_file(arrays, k=K)}
+
+
+def openai() -> dict[str, bytes]:
+    arrays = {"pre_bias": weights()["b_dec"], "latent_bias": weights()["b_enc"]}
+    arrays |= {name: array for name, array in linear().items() if name.endswith("weight")}
+    arrays["stats_last_nonzero"] = np.zeros(F, "i8")
+    return {"8.pt": torch_file(arrays, activation="ReLU", activation_state_dict={})}
+
+
+def dictionary_learning(made_by: str) -> dict[str, bytes]:
+    trainer = {"dict_class": made_by, "activation_dim": D, "dict_size": F, "k": K, "layer": 7, "lm_name": "m"}
+    arrays = linear("b_dec") | {"threshold": np.array(0.5, "f4"), "k": np.array(K, "i4")}
+    if made_by == "GatedAutoEncoder":
+        arrays = linear("decoder_bias") | {name: np.ones(F, "f4") for name in ("r_mag", "mag_bias", "gate_bias")}
+        del arrays["encoder.bias"]
+    return {"ae.pt": torch_file(arrays), "config.json": json.dumps({"trainer": trainer, "buffer": {}}).encode()}
+
+
+def llama_scope() -> dict[str, bytes]:
+    config = {"d_model": D, "d_sae": F, "act_fn": "jumprelu", "norm_activation": "dataset-wise"}
+    config |= {"jump_relu_threshold": 0.25, "sparsity_include_decoder_norm": True, "use_glu_encoder": False}
+    config |= {"dataset_average_activation_norm": {"in": 6.25, "out": 6.25}}
+    config |= {"hook_point_in": "blocks.8.hook_resid_post", "hook_point_out": "blocks.8.hook_resid_post"}
+    return {"hyperparams.json": json.dumps(config).encode(), "checkpoints/final.safetensors": safetensors(linear())}
+
+
+def llama_scope_r1() -> dict[str, bytes]:
+    config = {"d_model": D, "act_fn": "jumprelu", "norm_activation": "dataset-wise"}
+    config |= {"hook_point_in": "blocks.8.hook_resid_post", "hook_point_out": "blocks.8.hook_resid_post"}
+    arrays = linear() | {"log_jumprelu_threshold": np.zeros(F, "f4")}
+    arrays["dataset_average_activation_norm.blocks.8.hook_resid_post"] = np.array([6.25], "f4")
+    return {"config.json": json.dumps(config).encode(), "sae_weights.safetensors": safetensors(arrays)}
+
+
+def sparsify() -> dict[str, bytes]:
+    w = weights()
+    arrays = {"encoder.weight": w["W_enc"].T.copy(), "encoder.bias": w["b_enc"], "W_dec": w["W_dec"]}
+    arrays |= {"b_dec": w["b_dec"], "W_skip": np.ones((D, D), "f4")}
+    config = {"activation": "topk", "num_latents": F, "k": K, "d_in": D, "skip_connection": True, "transcode": True}
+    return {"sae.safetensors": safetensors(arrays), "cfg.json": json.dumps(config).encode()}
+
+
+def circuit_tracer() -> dict[str, bytes]:
+    w = weights()
+    arrays = {"W_enc": w["W_enc"].T.copy(), "W_dec": w["W_dec"], "b_enc": w["b_enc"], "b_dec": w["b_dec"]}
+    arrays["activation_function.threshold"] = w["threshold"]
+    config = "model_name: Qwen/Qwen3-4B\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: hook_mlp_out\n"
+    return {"layer_2.safetensors": safetensors(arrays), "config.yaml": config.encode()}
+
+
 def latents() -> dict[str, bytes]:
     crow = np.array([0, 2, 2, 5], "i8")
     arrays = {"crow_indices": crow, "col_indices": np.array([1, 7, 0, 3, 9], "i4"), "values": np.ones(5, "f4")}
     return {"latents.safetensors": safetensors(arrays, {"shape": f"3,{F}"})}
 
 
+SAELENS = ("jumprelu", "standard", "topk", "batchtopk", "gated", "jumprelu_skip_transcoder")
 # format → its healthy variants, as files of one folder
 FORMATS = {
     "gemma-scope-1": lambda: [{"params.npz": npz(False)}, {"params.npz": npz(True)}],
     "gemma-scope-2": lambda: [gemma_scope_2()],
     "cross-layer": lambda: [layered("clt")],
     "crosscoder": lambda: [layered("crosscoder")],
-    "saelens": lambda: [saelens(a) for a in ("jumprelu", "standard", "topk", "batchtopk", "jumprelu_skip_transcoder")],
+    "saelens": lambda: [saelens(a) for a in SAELENS],
+    "qwen-scope": lambda: [qwen_scope()],
+    "goodfire": lambda: [{"M-SAE-l3.pt": torch_file(linear())}],
+    "openai": lambda: [openai()],
+    "dictionary-learning": lambda: [
+        dictionary_learning(name) for name in ("AutoEncoderTopK", "BatchTopKSAE", "GatedAutoEncoder")
+    ],
+    "llama-scope": lambda: [llama_scope(), llama_scope_r1()],
+    "sparsify": lambda: [sparsify()],
+    "circuit-tracer": lambda: [circuit_tracer()],
     "native": lambda: [native()],
     "latents": lambda: [latents()],
 }
@@ -261,6 +344,51 @@ def mutate_zip(data: bytes, draw: random.Random) -> bytes:
     return buffer.getvalue()
 
 
+def mutate_torch(data: bytes, draw: random.Random) -> bytes:
+    """A file of torch.save: members lost, doubled, renamed, compressed, with other bytes, most of all the pickle's."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    pickled = next(i for i, (name, _) in enumerate(members) if name.endswith("data.pkl"))
+    for _ in range(draw.choice((1, 1, 2))):
+        at, how = draw.randrange(len(members)), draw.randrange(8)
+        name, body = members[at]
+        if how == 0 and at != pickled:
+            members[at] = (name + "x", body)
+        elif how == 1:
+            members.append((draw.choice((name, "../x", "x/data.pkl", "data.pkl", "x" * 300, "")), body))
+        elif how == 2:
+            members[at] = (name, mutate_bytes(body, draw))
+        elif how == 3:
+            members += [(f"x/data/{i}", b"") for i in range(draw.choice((10, 300)))]
+        else:
+            members[pickled] = (members[pickled][0], mutate_pickle(members[pickled][1], draw))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), zipfile.ZipFile(buffer, "w") as archive:
+        warnings.filterwarnings("ignore", "Duplicate name", UserWarning)
+        for name, body in members:
+            archive.writestr(zipfile.ZipInfo(name), body, draw.choice((0, 0, 0, 0, 0, 8)))
+    return buffer.getvalue()
+
+
+def mutate_pickle(data: bytes, draw: random.Random) -> bytes:
+    """The pickle of a file of torch.save with other opcodes, names and numbers."""
+    if draw.random() < 0.5:
+        return mutate_bytes(data, draw)
+    old, new = draw.choice(
+        ((b"FloatStorage", draw.choice((b"HalfStorage", b"LongStorage", b"BoolStorage", b"QInt8Storage"))),
+         (b"_rebuild_tensor_v2", draw.choice((b"_rebuild_parameter", b"_rebuild_sparse_tensor", b"_rebuild_qtensor"))),
+         (b"torch._utils", draw.choice((b"os", b"builtins", b"torch"))), (b"OrderedDict", b"Counter"),
+         (b"storage", b"module"), (b"cpu", b"cuda:0"), (b"K\x06", b"J\xff\xff\xff\x7f"), (b"K\n", b"M\xff\xff"),
+         (b"K\x00", draw.choice((b"K\x01", b"J\xff\xff\xff\xff", b"N", b"\x88"))), (b"X\x05", b"X\xff"),
+         (b"q\x00", b"r\xff\xff\xff\x7f"), (b"s", b"u"), (b"t", b"l"), (b"R", b"b"), (b"Q", b"R"))
+    )  # fmt: skip
+    places = [i for i in range(len(data)) if data.startswith(old, i)]
+    if not places:
+        return mutate_bytes(data, draw)
+    at = draw.choice(places)
+    return data[:at] + new + data[at + len(old) :]
+
+
 def any_header(draw: random.Random) -> bytes:
     shape = draw.choice(
         ("(6, 10)", "(10, 6)", "(10,)", "()", "(0,)", "(-1, -60)", "(1 << 40,)", "(9999999999999, 9999999999999)",
@@ -282,6 +410,9 @@ def npy_with_header(body: bytes, header: bytes) -> bytes:
     return body[:8] + (len(header) & 0xFFFF).to_bytes(2, "little") + header + body[128:]
 
 
+DEEP = {".npz": mutate_zip, ".pt": mutate_torch, ".yaml": mutate_bytes}
+
+
 def mutated(files: dict[str, bytes], draw: random.Random) -> dict[str, bytes]:
     """The folder with something wrong in it."""
     files = dict(files)
@@ -292,6 +423,6 @@ def mutated(files: dict[str, bytes], draw: random.Random) -> dict[str, bytes]:
         elif name.endswith(".json"):
             files[name] = mutate_json(data, draw) if draw.random() < 0.8 else mutate_bytes(data, draw)
         else:
-            deep = mutate_zip if name.endswith(".npz") else mutate_header
+            deep = DEEP.get(name[name.rfind(".") :], mutate_header)
             files[name] = deep(data, draw) if draw.random() < 0.5 else mutate_bytes(data, draw)
     return files

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fuzz_files import any_json, mutate_json, safetensors
+from fuzz_files import any_json, mutate_json, safetensors, torch_file
 
 from gemmascope_fast.checkpoints import packed
 from gemmascope_fast.checkpoints.loading import from_pretrained
@@ -205,7 +205,15 @@ def forge_arrays(files: Files, draw: random.Random) -> Files:
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         files[name] = buffer.getvalue()
-    else:
+    elif name.endswith(".pt"):
+        held = torch.load(io.BytesIO(files[name]), weights_only=True)
+        arrays = {n: t.numpy() for n, t in held.items() if isinstance(t, torch.Tensor)}
+        values = {n: v for n, v in held.items() if n not in arrays}
+        if values and draw.random() < 0.3:
+            lie_about(values, draw)
+        lie_among(arrays, draw)
+        files[name] = torch_file(arrays, **values)
+    elif not name.endswith(".yaml"):
         arrays, metadata = parts(files[name])
         lie_among(arrays, draw)
         if "gemmascope_fast" in metadata and draw.random() < 0.4:

@@ -98,7 +98,7 @@ def _scales(path: Path, config: dict[str, Any], norms: dict[str, float]) -> tupl
         return 1.0, 1.0
     found = config.get(_NORM)
     if found is None and norms:
-        found = {"in": norms.get(config.get("hook_point_in", "")), "out": norms.get(config.get("hook_point_out", ""))}
+        found = {end: norms.get(name or "") for end, name in zip(("in", "out"), _hooks(path, config), strict=True)}
     if found is None:
         return None, None
     if not isinstance(found, dict):
@@ -109,6 +109,11 @@ def _scales(path: Path, config: dict[str, Any], norms: dict[str, float]) -> tupl
     if not (s > 0 and s_out > 0 and math.isfinite(s) and math.isfinite(s_out)):
         raise CheckpointError(f"{path}: {_NORM}: expected norms above 0, got {shown(found)}")
     return s, s_out
+
+
+def _hooks(path: Path, config: dict[str, Any]) -> list[str | None]:
+    """TransformerLens's names of where it reads and writes."""
+    return [text(path, name, config.get(name)) for name in ("hook_point_in", "hook_point_out")]
 
 
 def _number(path: Path, what: str, value: object) -> float:
@@ -130,7 +135,7 @@ def _checkpoint(
     if flag(config_path, "use_glu_encoder", config.get("use_glu_encoder", False)):
         raise CheckpointError(f"{config_path}: use_glu_encoder: an encoder with a gated linear unit is not supported")
     model = text(config_path, "model_name", config.get("model_name")) or model
-    names = [text(config_path, f"hook_point_{end}", config.get(f"hook_point_{end}")) for end in ("in", "out")]
+    names = _hooks(config_path, config)
     transcodes = names[1] is not None and names[1] != names[0]
     sites = [transformer_lens.site_of(name, model) for name in names]
     subtracts = flag(

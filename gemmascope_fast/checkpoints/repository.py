@@ -17,6 +17,7 @@ from gemmascope_fast.checkpoints import (
     llama_scope,
     names,
     native,
+    openai,
     qwen_scope,
     saelens,
     sparsify,
@@ -116,10 +117,10 @@ def checkpoints_among(paths: Iterable[str]) -> dict[str, str]:
             found[text] = _by_config(path, there) or FORMATS[path.name]
         elif named is not None:
             found[text] = named
-        elif path.suffix == ".safetensors" and len(path.parts) == 1:
-            found[text] = "safetensors"
         elif path.suffix in SUFFIXES and path.parent.name == "autoencoders":
-            found[text] = "openai"
+            found[text] = openai.FORMAT
+        elif path.suffix in SUFFIXES and len(path.parts) == 1:
+            found[text] = "safetensors" if path.suffix == ".safetensors" else "torch.save"
     return found
 
 

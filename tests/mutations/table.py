@@ -43,6 +43,9 @@ PACKED = (
 FORGED, HOSTILE = "tests/checkpoints/test_checkpoints_forged.py", "tests/checkpoints/test_checkpoints_hostile.py"
 FIELDS, HUB = "tests/checkpoints/test_checkpoints_fields.py", "tests/checkpoints/test_hub.py"
 LOADERS = "gemmascope_fast/checkpoints/"
+TORCH_ZIP, PREFIX = "tests/files/test_torch_zip.py", "tests/sae/test_prefix.py"
+PUBLIC, PUBLIC_TOPK = "tests/checkpoints/test_public_formats.py", "tests/checkpoints/test_public_topk.py"
+INVENTED, NEURONPEDIA = "tests/checkpoints/test_invented_kind.py", "tests/checkpoints/test_neuronpedia.py"
 COMPARE = "tests/analysis/test_compare.py tests/analysis/test_compare_models.py tests/analysis/test_variants.py tests/analysis/test_conversation.py"
 CONCEPTS, DASHBOARD = "tests/analysis/test_concepts.py", "tests/analysis/test_dashboard.py"
 DERIVATIVES, AUTOCAST = "tests/ops/test_derivatives.py", "tests/ops/test_autocast.py"
@@ -231,6 +234,22 @@ PYTHON = [
     Mutation("any activation function loads as ReLU", LOADERS + "base.py", "if config.get(key) is not None and not", "if False and not", FIELDS),
     Mutation("top-k without k loads as ReLU", LOADERS + "saelens.py", "    if new.get(\"activation_fn\") == \"topk\" and new", "    if arguments and new.get(\"activation_fn\") == \"topk\" and new", FIELDS),
     Mutation("any k", LOADERS + "saelens.py", "config.get(\"k\"), 1, _d_sae(arrays))", "config.get(\"k\"), -9, MOST)", FIELDS),
+    Mutation("a pickle's calls are passed over", "gemmascope_fast/files/torch_zip.py", "        raise self._refused(f\"a call of {name or shown(called)}\")", "        return \"\"", TORCH_ZIP),
+    Mutation("a tensor larger than its storage", "gemmascope_fast/files/torch_zip.py", "if held.offset + count > held.storage.numel:", "if False:", TORCH_ZIP),
+    Mutation("strides that are not those of rows", "gemmascope_fast/files/torch_zip.py", "        if length > 1 and found != step:", "        if False:", TORCH_ZIP),
+    Mutation("transposed tensors read as they lie", "gemmascope_fast/files/torch_zip.py", "return entry.transposed() if flip else entry", "return entry", TORCH_ZIP),
+    Mutation("numbers of a storage that do not fit", "gemmascope_fast/files/torch_zip.py", "info.file_size != held.storage.numel * item:", "False:", TORCH_ZIP),
+    Mutation("Qwen Scope's k may contradict the repository", LOADERS + "qwen_scope.py", "if named is not None and k != named:", "if False:", PUBLIC_TOPK),
+    Mutation("Qwen Scope's decoder as it is stored", LOADERS + "qwen_scope.py", "entry.transposed() if name in (\"W_enc\", \"W_dec\")", "entry.transposed() if name in (\"W_enc\",)", PUBLIC_TOPK),
+    Mutation("Llama Scope's threshold is not scaled", LOADERS + "llama_scope.py", "threshold *= s_out if _by_decoder_norm(config_path, config) else s", "threshold *= 1", PUBLIC),
+    Mutation("a transcoder's threshold has the scale of its input", LOADERS + "llama_scope.py", "threshold *= s_out if _by_decoder_norm(config_path, config) else s", "threshold *= s", PUBLIC),
+    Mutation("Llama Scope's scale stays out of the weights", LOADERS + "llama_scope.py", "entry.scaled(s) for", "entry for", PUBLIC),
+    Mutation("a gate without its scale", LOADERS + "gated.py", "b_mag.double() - scale * b_gate.double()", "b_mag.double() - b_gate.double()", PUBLIC),
+    Mutation("OpenAI's normalised SAEs load as ReLU", LOADERS + "openai.py", "    if activation == \"TopK\":", "    if False:", PUBLIC),
+    Mutation("batch top-k without its threshold is ReLU", LOADERS + "dictionary_learning.py", "    if made_by in _BATCH:", "    if made_by in _BATCH and \"threshold\" in held:", PUBLIC),
+    Mutation("extra fields of any size", LOADERS + "base.py", "right = (least is None or least <= value)", "right = True or (least is None or least <= value)", INVENTED),
+    Mutation("a prefix keeps k", "gemmascope_fast/sae/jumprelu.py", "min(value, n) if field.most == \"d_sae\" else value", "value", PREFIX),
+    Mutation("Neuronpedia's page of another SAE", LOADERS + "names.py", "page = _pages().get((repo, \"/\".join(below[:end])))", "page = _pages().get((repo, \"/\".join(below[:1])))", NEURONPEDIA),
     Mutation("k beside another kind is passed over", LOADERS + "base.py", "for name in set(self.fields) - set(KINDS[self.kind].extra_fields):", "for name in ():", FIELDS),
     Mutation("latents of any dtype", "gemmascope_fast/files/arrays.py", "if not entries[\"values\"].dtype.is_floating_point:", "if False:", FIELDS),
     Mutation("a hub that is down has answered", LOADERS + "hub.py", "else status < 500", "else True", HUB),
