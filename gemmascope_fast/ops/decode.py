@@ -55,7 +55,7 @@ def check_decode(
     if W_dec.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
         raise TypeError(f"W_dec: expected float32, bfloat16, float16 or int8, got {W_dec.dtype}")
     if W_dec.dtype == torch.int8 and row_scale is None:
-        raise ValueError("row_scale: int8 rows need one")
+        raise ValueError("row_scale: required for int8 W_dec")
     if pattern:
         check_csr(crow_indices, col_indices, W_dec.shape[0])
     if not values.is_floating_point():
