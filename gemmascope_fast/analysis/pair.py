@@ -66,7 +66,7 @@ def load_sae(name: str, sae_id: str | None = None, device: str = "cpu") -> JumpR
     if name == "demo":
         return load_demo_sae().to(device)
     sae = from_pretrained(name, sae_id, device)
-    if sae.kind in SEVERAL:
+    if sae.kind in SEVERAL or not isinstance(sae, JumpReLUSAE):
         raise ValueError(
             f"--sae {name}: expected an SAE or transcoder that reads one site and writes one, got a {sae.kind};"
             " use `attach` in Python"

@@ -5,14 +5,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from gemmascope_fast.attach.alarms import Alarm, Fired
 from gemmascope_fast.attach.calls import Tokens
-from gemmascope_fast.attach.edits import Ablate, Add, Clamp, Direction, Edit, Mask, MinClamp, Scale
-from gemmascope_fast.attach.entries import Activations
+from gemmascope_fast.attach.edits import Ablate, Add, Clamp, Direction, Edit, Edits, Mask, MinClamp, Scale
+from gemmascope_fast.attach.entries import Activations, Attachables
 from gemmascope_fast.attach.observers import Statistics, TopContexts, TopK
 from gemmascope_fast.attach.run import Run
 from gemmascope_fast.attach.selection import Selection
@@ -40,10 +38,10 @@ __all__ = [
 
 def attach(
     model: nn.Module,
-    saes: Any,
+    saes: Attachables,
     *,
     mode: str | None = None,
-    edits: Any = (),
+    edits: Edits = (),
     tokens: Selection = "content",
     error_grad: bool = False,
     keep: bool = True,

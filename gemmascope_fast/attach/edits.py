@@ -7,7 +7,7 @@ features decodes three rows of W_dec, whatever else fires, and an edit that chan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -283,3 +283,7 @@ def _features(given: Any) -> tuple[int, ...]:
 
 def _shape(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+# What `attach` takes; a mapping is keyed as its SAEs.
+Edits = Edit | Sequence[Edit] | Mapping[Any, "Edit | Sequence[Edit]"]

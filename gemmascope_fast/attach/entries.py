@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,20 @@ class Activations:
 
 Attached = Coder | BankedSAE | Activations | None  # None: nothing is read, there are only edits that need no SAE
 SAES = (Coder, BankedSAE)
+# What `attach` takes.  A mapping has keys of one kind, since a type checker does not let a dict of one kind of key pass
+# for one of several.
+Attachable = Coder | BankedSAE | CrossLayerTranscoder | Activations
+Attachables = (
+    Attachable
+    | Bank
+    | Sequence[Attachable]
+    | Mapping[int, Attachable]
+    | Mapping[tuple[int, str], Attachable]
+    | Mapping[str, Attachable]
+    | Mapping[Site, Attachable]
+    | Mapping[tuple[Site, ...], Attachable]
+    | Mapping[Any, Attachable]
+)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def from_pretrained(
     site_out: Site | None = None,
     progress: bool | None = None,
     rows: str = "memory",
-) -> Any:
+) -> JumpReLUSAE | CrossLayerTranscoder | Crosscoder:
     """Load an SAE, transcoder or crosscoder, as the module of its kind.
 
     repo_or_folder, sae_id: a file or folder; a folder or Hugging Face repository and a path inside it; or SAELens's
