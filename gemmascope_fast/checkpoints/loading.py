@@ -199,7 +199,9 @@ def _reader_of(path: Path) -> Callable[[Path], Checkpoint]:
         return gemma_scope_1.read
     if path.suffix in torch_formats.SUFFIXES:
         return torch_formats.read
-    return circuit_tracer.read if circuit_tracer.NAME.fullmatch(path.name) else native.read
+    if circuit_tracer.NAME.fullmatch(path.name) and not native.is_own(path):
+        return circuit_tracer.read
+    return native.read
 
 
 def build(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:

@@ -50,6 +50,11 @@ def read(path: Path) -> Checkpoint:
     )
 
 
+def is_own(path: Path) -> bool:
+    """Whether a safetensors file says that this package wrote it; a file of any name may."""
+    return KEY in open_safetensors(path)[1]
+
+
 def _field_names() -> set[str]:
     """The fields of all kinds: one that is not the checkpoint's own kind's is an error."""
     return {name for coder in KINDS.values() for name in coder.extra_fields}

@@ -186,7 +186,7 @@ def test_the_emulator_tells_a_missing_warp_barrier(tmp_path):
 # file, text, what it becomes, the build that must notice
 MUTATIONS = {
     "a barrier after the tile is filled": (
-        "encode.cu", "    sync_block();  // the chunk is whole", "    // the chunk is whole", "thread",
+        "encode.cu", "    sync_block();  // the chunk is complete", "    // the chunk is complete", "thread",
     ),
     "a tail one too long": ("encode.cu", "inside = k0 + c < a.d", "inside = k0 + c <= a.d", "address"),
     "a lane missing in the ballot": (

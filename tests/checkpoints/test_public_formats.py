@@ -423,3 +423,17 @@ def test_temporal_releases_are_refused_by_name():
         gsf.CheckpointError, match="temporal SAEs are not supported: a temporal SAE reads the other tokens"
     ):
         find_checkpoint("temporal-sae-gemma-2-2b", "blocks.12.hook_resid_post")
+
+
+def test_our_own_file_may_have_the_name_of_another_format(tmp_path):
+    """Banks of layer_N.safetensors, as circuit-tracer names its files, are read by what they say."""
+    from gemmascope_fast.checkpoints.native import save
+    from gemmascope_fast.dev.testing import make_sae
+
+    sae = make_sae(3, 16, 40, 5)
+    save(sae, tmp_path / "layer_4.safetensors")
+    for place in (tmp_path / "layer_4.safetensors", tmp_path):
+        again = from_pretrained(place)
+        assert type(again) is type(sae)
+        assert torch.equal(again.W_dec, sae.W_dec)
+    assert list(gsf.Bank(tmp_path)) != []
