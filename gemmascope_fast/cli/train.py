@@ -1,4 +1,4 @@
-"""`gemmascope-fast train`: text → activations → a JumpReLU SAE in the package's own format."""
+"""`gemmascope-fast train`: text → activations → an SAE in the package's own format."""
 
 from __future__ import annotations
 
