@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -15,8 +16,10 @@ from gemmascope_fast.sae.screen_cache import ScreenCache, Screened, ScreenOption
 class NoScreen(ScreenCache):
     """Never builds a screen, because the bank reserves no room for it.  The results are the same."""
 
-    def encode(self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None) -> Sequence[Tensor]:
-        return super().encode(sae, x, False, bandwidth)
+    def encode(
+        self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None, **options: Any
+    ) -> Sequence[Tensor]:
+        return super().encode(sae, x, False, bandwidth, **options)
 
     def build(self, sae: Screened, options: ScreenOptions) -> None:
         raise BankError("prepare: this bank was made with screen=False and has no room for a screen")

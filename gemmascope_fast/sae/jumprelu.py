@@ -98,14 +98,19 @@ class JumpReLUSAE(Coder):
         self.rows.check()
         if precision != "exact":
             return self._encode_tensor(flat, x.shape[:-1], screen, bandwidth, precision)
-        if self._unpacked(screen):
-            csr = self.encode_unscreened(flat, self.encoder_weights(), bandwidth)
-        else:
-            csr = self.screen_cache.encode(self, flat, screen, bandwidth)
+        csr = self._encode_exact(flat, screen, bandwidth)
         if bandwidth is not None:
             csr = with_gradients((csr[0], csr[1], csr[2]), self.threshold, bandwidth)
         crow, col, values = csr
         return SparseLatents(crow, col, in_dtype(values, self.W_enc.dtype), (*x.shape[:-1], self.cfg.d_sae))
+
+    def _encode_exact(
+        self, flat: Tensor, screen: bool | None, bandwidth: float | None, **options: Any
+    ) -> Sequence[Tensor]:
+        """(crow_indices, col_indices, values fp32) of x [N, d_in]; options: those of `encode_unscreened`."""
+        if self._unpacked(screen):
+            return self.encode_unscreened(flat, self.encoder_weights(), bandwidth, **options)
+        return self.screen_cache.encode(self, flat, screen, bandwidth, **options)
 
     def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
         """(crow_indices, col_indices, values fp32) of x [N, d_in], with every pair computed in full precision."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,10 +35,11 @@ class Screened(Protocol):
     def d_sae(self) -> int: ...
     def encoder_weights(self) -> EncoderWeights: ...
     def check_encoder(self, weights: EncoderWeights) -> None: ...
-    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]: ...
-    def encode_screened(
-        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
-    ) -> Sequence[Tensor]: ...
+    # they take the options that a caller of `encode` gives for them
+    @property
+    def encode_unscreened(self) -> Callable[..., Sequence[Tensor]]: ...
+    @property
+    def encode_screened(self) -> Callable[..., Sequence[Tensor]]: ...
     def screen_centre(self) -> Tensor | None: ...
     def screen_directions(self) -> Tensor | None: ...
     def screen_scales(self) -> Tensor | None: ...
@@ -161,10 +162,12 @@ class ScreenCache:
         if self._screen is not None and not self.stale():
             twin.screen_cache.adopt(twin, self._screen)
 
-    def encode(self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None) -> Sequence[Tensor]:
+    def encode(
+        self, sae: Screened, x: Tensor, screen: bool | None, bandwidth: float | None = None, **options: Any
+    ) -> Sequence[Tensor]:
         """(crow_indices, col_indices, values fp32) of x [N, d_in] with the current weights.
 
-        screen: as in `JumpReLUSAE.encode_sparse`.
+        screen: as in `JumpReLUSAE.encode_sparse`.  options: passed on to the SAE, such as per_batch of a top-k SAE.
         """
         weights = self.refresh(sae)
         if sae.rows.only_through_screen:
@@ -175,12 +178,12 @@ class ScreenCache:
             screen = True
         # with a bandwidth the weights are being trained: each screen would be used once
         if screen is False or (screen is None and (bandwidth is not None or not pays(x, weights.W_enc))):
-            return sae.encode_unscreened(x, weights, bandwidth)
+            return sae.encode_unscreened(x, weights, bandwidth, **options)
         if self._watch.vectors_changed(weights):
             weights = self._vectors_edited(sae)
         if screen is None and not self._worth_building():
-            return sae.encode_unscreened(x, weights, bandwidth)
-        return sae.encode_screened(self._current(sae, weights), x, weights, bandwidth)
+            return sae.encode_unscreened(x, weights, bandwidth, **options)
+        return sae.encode_screened(self._current(sae, weights), x, weights, bandwidth, **options)
 
     def _vectors_edited(self, sae: Screened) -> EncoderWeights:
         """Handle an edit of b_enc or threshold that changed no version counter: check the weights again."""

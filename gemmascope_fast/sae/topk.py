@@ -16,6 +16,8 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.screen import Screen
 from gemmascope_fast.sae.weights import EncoderWeights
 
+CHUNK = 256  # tokens; their positive pairs of 16,384 features take 24 MB
+
 
 class TopKSAE(JumpReLUSAE):
     """Keeps the k largest pre-activations of a token, if they are positive (Gao et al., arXiv 2406.04093).
@@ -48,32 +50,35 @@ class TopKSAE(JumpReLUSAE):
         """
         if bandwidth is not None:
             raise ValueError("bandwidth: a top-k SAE has no thresholds to train")
-        if precision != "exact":
-            wide = super().encode_sparse(x, screen, None, precision)
-            csr = greatest_of(wide.crow_indices, wide.col_indices, wide.values, self.k, per_batch)
-            return SparseLatents(*csr, wide.shape)
-        if not per_batch:
-            return super().encode_sparse(x, screen)
-        flat = self._tokens(x)
-        self.rows.check()
-        weights = self.screen_cache.refresh(self)
-        if self._unpacked(screen) or screen is False:
-            csr = ops.encode_topk(flat, weights.W_enc, weights.b_enc, self.k, True)
+        if precision == "exact":
+            crow, col, values = self._encode_exact(self._checked(x), screen, None, per_batch=per_batch)
         else:
-            self.prepare()
-            assert self.screen_cache.screen is not None
-            mapped = self.rows.holds(weights.W_enc)
-            csr = self.screen_cache.screen.encode_topk(flat, weights.W_enc, weights.b_enc, self.k, True, mapped=mapped)
-        crow, col, values = csr
+            # about half of all pairs are positive: a part of the tokens at a time, unless they are ranked together
+            parts = self._tokens(x).split(x.numel() if per_batch else CHUNK) if x.numel() else (self._tokens(x),)
+            wide = [super(TopKSAE, self).encode_sparse(part, screen, None, precision) for part in parts]
+            kept = [greatest_of(*_csr(part), k=self.k, per_batch=per_batch) for part in wide]
+            whole = SparseLatents.cat(
+                [SparseLatents(*csr, shape=part.shape) for csr, part in zip(kept, wide, strict=True)]
+            )
+            crow, col, values = _csr(whole)
         return SparseLatents(crow, col, values.to(self.dtype), (*x.shape[:-1], self.cfg.d_sae))
 
-    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
-        return ops.encode_topk(x, weights.W_enc, weights.b_enc, self.k)
+    def _checked(self, x: Tensor) -> Tensor:
+        """x as [N, d_in], after the rows were checked."""
+        flat = self._tokens(x)
+        self.rows.check()
+        return flat
+
+    def encode_unscreened(
+        self, x: Tensor, weights: EncoderWeights, bandwidth: float | None, per_batch: bool = False
+    ) -> Sequence[Tensor]:
+        return ops.encode_topk(x, weights.W_enc, weights.b_enc, self.k, per_batch)
 
     def encode_screened(
-        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
+        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None, per_batch: bool = False
     ) -> Sequence[Tensor]:
-        return screen.encode_topk(x, weights.W_enc, weights.b_enc, self.k, mapped=self.rows.holds(weights.W_enc))
+        mapped = self.rows.holds(weights.W_enc)
+        return screen.encode_topk(x, weights.W_enc, weights.b_enc, self.k, per_batch, mapped=mapped)
 
     def check_encoder(self, weights: EncoderWeights) -> None:
         super().check_encoder(weights)
@@ -90,17 +95,27 @@ class AbsTopKSAE(TopKSAE):
     kind = "abs_topk_sae"
     _mirror: tuple[Screen, Screen] | None = None  # a screen, and the screen of opposite sign made from it
 
-    def encode_sparse(self, x: Tensor, *args: Any, **options: Any) -> SparseLatents:
-        if options.get("precision", "exact") != "exact" or options.get("per_batch"):
+    def encode_sparse(
+        self,
+        x: Tensor,
+        screen: bool | None = None,
+        bandwidth: float | None = None,
+        precision: str = "exact",
+        per_batch: bool = False,
+    ) -> SparseLatents:
+        """Like `TopKSAE.encode_sparse`; it is exact, and ranks each token separately."""
+        if precision != "exact" or per_batch:
             raise ValueError("precision, per_batch: a top-k SAE by magnitude is exact and ranks each token separately")
-        return super().encode_sparse(x, *args, **options)
+        return super().encode_sparse(x, screen, bandwidth)
 
-    def encode_unscreened(self, x: Tensor, weights: EncoderWeights, bandwidth: float | None) -> Sequence[Tensor]:
+    def encode_unscreened(
+        self, x: Tensor, weights: EncoderWeights, bandwidth: float | None, per_batch: bool = False
+    ) -> Sequence[Tensor]:
         W, b = weights.W_enc, weights.b_enc
         return _by_magnitude(ops.encode_topk(x, W, b, self.k), ops.encode_topk(-x, W, -b, self.k), self.k)
 
     def encode_screened(
-        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None
+        self, screen: Screen, x: Tensor, weights: EncoderWeights, bandwidth: float | None, per_batch: bool = False
     ) -> Sequence[Tensor]:
         W, b, mapped = weights.W_enc, weights.b_enc, self.rows.holds(weights.W_enc)
         if self._mirror is None or self._mirror[0] is not screen:
@@ -108,6 +123,10 @@ class AbsTopKSAE(TopKSAE):
         up = screen.encode_topk(x, W, b, self.k, mapped=mapped)
         down = self._mirror[1].encode_topk(-x, W, -b, self.k, mapped=mapped)
         return _by_magnitude(up, down, self.k)
+
+
+def _csr(latents: SparseLatents) -> tuple[Tensor, Tensor, Tensor]:
+    return latents.crow_indices, latents.col_indices, latents.values
 
 
 def _by_magnitude(up: Sequence[Tensor], down: Sequence[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:

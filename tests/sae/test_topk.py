@@ -105,6 +105,29 @@ def test_edited_weights_are_seen(kind):
     assert after != before
 
 
+def test_per_batch_sees_edits_that_bump_no_version():
+    w, x = weights(), make_activations(6, T, D)
+    sae = TopKSAE.from_weights(**{n: t.clone() for n, t in w.items()}, k=K)
+    sae.encode_sparse(x, screen=True, per_batch=True)
+    sae.b_enc.data[::3] += 4.0
+    assert (
+        sae.encode_sparse(x, screen=True, per_batch=True).detach()
+        == sae.encode_sparse(x, screen=False, per_batch=True).detach()
+    )
+
+
+def test_per_batch_where_no_screen_may_be_built():
+    """As in a bank with screen=False."""
+    from gemmascope_fast.bank.packing import unpack
+
+    x = make_activations(6, T, D)
+    sae = TopKSAE.from_weights(**weights(), k=K)
+    want = sae.encode_sparse(x, per_batch=True).detach()
+    unpack(sae, bare=True)
+    assert sae.encode_sparse(x, per_batch=True).detach() == want
+    assert sae.screen_cache.screen is None
+
+
 def test_refused_options():
     sae = TopKSAE.from_weights(**weights(), k=K)
     by_magnitude = AbsTopKSAE.from_weights(**weights(), k=K)
@@ -115,13 +138,15 @@ def test_refused_options():
         by_magnitude.encode_sparse(x, per_batch=True)
     with pytest.raises(ValueError, match="precision"):
         by_magnitude.encode_sparse(x, precision="tensor")
+    with pytest.raises(ValueError, match="precision"):
+        by_magnitude.encode_sparse(x, None, None, "tensor")
     for k in (0, F + 1):
         with pytest.raises(ValueError, match=f"k: expected 1 to d_sae = {F}, got {k}"):
             TopKSAE.from_weights(**weights(), k=k)
 
 
 def test_tensor_precision_ranks_its_own_values():
-    sae, x = TopKSAE.from_weights(**weights(), k=K), make_activations(6, T, D)
+    sae, x = TopKSAE.from_weights(**weights(), k=K), make_activations(6, 300, D)
     latents = sae.encode_sparse(x, precision="tensor").detach()
     assert set(latents.l0().tolist()) == {K}
     torch.testing.assert_close(latents.to_dense(), sae.encode(x).detach(), rtol=2e-2, atol=2e-2 * float(x.abs().max()))
