@@ -61,7 +61,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> encode_screened_cpu(
   };
   run_screened(call, chunks, screen, finish);
   auto [crow, col, values] = hits.to_csr(T);
-  return {crow, col, values, call.stats(counts)};
+  return {crow, col, values, stats_of(counts, call.rest.T)};
 }
 
 TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) { m.impl("encode_screened", encode_screened_cpu); }

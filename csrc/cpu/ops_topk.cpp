@@ -24,15 +24,16 @@ constexpr int64_t kMostTokens = 1024, kFewestTokens = 64;
 // there on about k a doubling.  The sum, k (n / 2 + log2(F / (k n))), is least for n = 3.
 constexpr int64_t kSeed = 3;
 // Features that a phase ends with, for each that it began with.  The fewer phases, the less often threads
-// wait for each other, but a phase leaves about k times its growth per token.  Such a pair costs a second
-// look of 0.1 us where one digit of the activations was read, which from kManyTokens on is more than the
-// waiting, and a few operations where both were.
+// wait for each other, but a phase leaves about k times its growth per token.  With one
+// digit of the activations such a pair costs a second look, which from kManyTokens on is more than the
+// waiting; with both digits it costs a few operations.
 constexpr int64_t kManyTokens = 64;
 int64_t growth(const ScreenArgs& a) { return a.both ? 8 : a.encode.T < kManyTokens ? 4 : 2; }
-// A last phase takes in so many times the features before it, where another would be short.
+// A phase that would leave less than half of the features for the next one takes them all.
 constexpr int64_t kLastPhase = 2;
-// What one thread does sooner than others would have begun: turning candidates into floors (10 ns each),
-// refining them (0.3 us), screening features times tokens (2304 bytes each, 0.1 us).
+// Up to so many, one thread is done before another would have started: candidates that become floors,
+// candidates that are refined (a row of 2304 in fp32 takes 0.5 us at 20 GB/s), and pairs that are screened
+// (its codes take 0.1 us).
 constexpr size_t kFewCandidates = 4096;
 constexpr size_t kFewRefined = 128;
 constexpr int64_t kFewScreened = 512;
@@ -66,8 +67,8 @@ Csr encode_topk_cpu(const at::Tensor& x, const at::Tensor& W_enc, const at::Tens
   return per_batch ? greatest(whole, k, true) : whole;
 }
 
-// What a pair's upper bound must exceed to be among the k greatest: k pairs are known to exceed it.  Bounds
-// that are no numbers, and those of features that the screen cannot judge, do not count.
+// What the upper bound of a pair must exceed to be among the k greatest: k pairs are known to exceed it.
+// Lower bounds that are NaN, and those of features that the screen cannot judge, do not count.
 class Floors {
  public:
   // together: the k of each of `tokens`, wherever in the batch they are.
@@ -141,7 +142,7 @@ struct Pieces {
   size_t size() const { return starts.size() - 1; }
 };
 
-// Leaves of the candidates those that may be among the k greatest.
+// Removes the candidates that cannot be among the k greatest.
 void thin(std::vector<Candidate>& pairs, const ScreenArgs& args) {
   const auto below = [&](const Candidate& c) {
     const bool judged =
@@ -151,7 +152,7 @@ void thin(std::vector<Candidate>& pairs, const ScreenArgs& args) {
   pairs.erase(std::remove_if(pairs.begin(), pairs.end(), below), pairs.end());
 }
 
-// What is left of all tokens of a call, the k greatest among it.
+// The pairs of a call that may be among the k greatest, in full precision.
 Csr ranked(ScreenCall& call, int64_t k, Floors& floors, int64_t tokens, std::vector<ScreenStats>& counts) {
   const int workers = static_cast<int>(counts.size());
   const Pieces pieces(tokens == 0 ? 0 : call.args.encode.F, kSeed * k, growth(call.args), call.features,
@@ -209,7 +210,7 @@ Screened encode_topk_screened_cpu(const at::Tensor& x, const at::Tensor& W_enc, 
   const int workers = std::max(1, at::get_num_threads());
   std::vector<ScreenStats> counts(workers);
   std::vector<Csr> parts;
-  at::Tensor stats;
+  int64_t unscreened = 0;
   Floors whole(T, k, true);
   int64_t t = 0;
   do {
@@ -219,17 +220,11 @@ Screened encode_topk_screened_cpu(const at::Tensor& x, const at::Tensor& W_enc, 
     Floors own(call.args.encode.T, k, false);
     Csr part = ranked(call, k, per_batch ? whole : own, end - t, counts);
     parts.push_back(per_batch ? std::move(part) : greatest(part, k, false));
-    const at::Tensor of_part = call.stats(counts);
-    if (stats.defined()) {
-      int64_t* s = stats.mutable_data_ptr<int64_t>();
-      for (int i = 0; i < 4; ++i) s[i] = of_part.const_data_ptr<int64_t>()[i] + (i == 3 ? s[i] : 0);
-    } else {
-      stats = of_part;
-    }
+    unscreened += call.rest.T;
     t = end;
   } while (t < T);
   auto [crow, col, values] = per_batch ? greatest(stacked(parts), k, true) : stacked(parts);
-  return {crow, col, values, stats};
+  return {crow, col, values, stats_of(counts, unscreened)};
 }
 
 TORCH_LIBRARY_IMPL(gemmascope_fast, CPU, m) {

@@ -268,12 +268,12 @@ void ScreenCall::announce(CandidateSpan pairs) const {
   }
 }
 
-at::Tensor ScreenCall::stats(const std::vector<ScreenStats>& counts) const {
+at::Tensor stats_of(const std::vector<ScreenStats>& counts, int64_t unscreened) {
   at::Tensor stats = new_tensor({4}, at::kLong);
   int64_t* s = stats.mutable_data_ptr<int64_t>();
   std::fill_n(s, 4, 0);
   for (const ScreenStats& c : counts) s[0] += c.survivors, s[1] += c.refined, s[2] += c.violations;
-  s[3] = rest.T;
+  s[3] = unscreened;
   return stats;
 }
 

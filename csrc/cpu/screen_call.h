@@ -57,9 +57,6 @@ class ScreenCall {
   void finish(int64_t f0, int64_t f1, CandidateSpan pairs, ScreenStats& stats, HitSink& sink) const;
   // Starts to prefetch the pairs' rows in a mapped file.
   void announce(CandidateSpan pairs) const;
-  // int64 [4]: pairs left by the first stage, pairs computed exactly, those outside their bound, tokens not
-  // screened.
-  at::Tensor stats(const std::vector<ScreenStats>& counts) const;
 
   ScreenedTokens tokens;
   ScreenArgs args{};
@@ -79,5 +76,9 @@ class ScreenCall {
   std::vector<float> lanes_;
   Packed packed_;
 };
+
+// int64 [4]: pairs left by the first stage, pairs computed exactly, those outside their bound, tokens not
+// screened.
+at::Tensor stats_of(const std::vector<ScreenStats>& counts, int64_t unscreened);
 
 }  // namespace gsf
