@@ -67,7 +67,7 @@ def check_encode(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, ban
         raise ValueError(f"bandwidth: expected a positive number, got {bandwidth}")
 
 
-def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth: float | None = None) -> Csr:
+def fake_of_encode(x: Tensor, *_: object) -> Csr:
     nnz = torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty(x.shape[0] + 1, dtype=torch.int64),
@@ -76,12 +76,12 @@ def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, bandwidth:
     )
 
 
-def _cost(x: Tensor, W_enc: Tensor, *_: object) -> Cost:
+def cost_of_encode(x: Tensor, W_enc: Tensor, *_: object) -> Cost:
     weights = W_enc.numel() * W_enc.element_size()
     return Cost(bytes=weights + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
 
 
-encode = register(SCHEMA, encode_reference, _fake, _cost, ragged=True)
+encode = register(SCHEMA, encode_reference, fake_of_encode, cost_of_encode, ragged=True)
 
 
 def save_for_encode(ctx, inputs, output):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from gemmascope_fast.ops._library import Cost, register, register_autograd
-from gemmascope_fast.ops.encode import _fake as fake_of_encode
 from gemmascope_fast.ops.encode import (
     backward_of_encode,
     check_encode,
     encode_reference,
+    fake_of_encode,
     save_for_encode,
     tangent_of_encode,
 )
@@ -58,16 +58,16 @@ def encode_screened_reference(
     return (*encode_reference(x, W_enc, b_enc, threshold, bandwidth), stats)
 
 
-def _fake(*inputs: Any) -> Screened:
+def fake_of_screened(*inputs: Any) -> Screened:
     return (*fake_of_encode(*inputs[:4]), inputs[0].new_empty(4, dtype=torch.int64))
 
 
-def _cost(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: Tensor, code: Tensor, *_: object) -> Cost:
-    """The fake leaves out the rows computed in full precision, whose number depends on the data (`stats`)."""
+def cost_of_screened(x: Tensor, W_enc: Tensor, b_enc: Tensor, _given: object, code: Tensor, *_: object) -> Cost:
+    """Without the rows that refine: their number depends on the data (`stats`)."""
     return Cost(bytes=code.numel() + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
 
 
-encode_screened = register(SCHEMA, encode_screened_reference, _fake, _cost, ragged=True)
+encode_screened = register(SCHEMA, encode_screened_reference, fake_of_screened, cost_of_screened, ragged=True)
 
 
 def _backward(ctx, needs, _grad_crow, _grad_col, grad, _grad_stats):

@@ -13,10 +13,10 @@ from gemmascope_fast.ops._csr import from_mask, row_indices
 from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._library import register, register_autograd
 from gemmascope_fast.ops.encode import (
-    _cost,
-    _fake,
     backward_of_encode,
     check_encode,
+    cost_of_encode,
+    fake_of_encode,
     fires,
     save_for_encode,
     tangent_of_encode,
@@ -72,7 +72,7 @@ def encode_tensor_reference(x: Tensor, W_enc: Tensor, b_enc: Tensor, threshold: 
     return crow, col, z[row_indices(crow), col.long()]
 
 
-encode_tensor = register(SCHEMA, encode_tensor_reference, _fake, _cost, ragged=True)
+encode_tensor = register(SCHEMA, encode_tensor_reference, fake_of_encode, cost_of_encode, ragged=True)
 
 
 def _backward(ctx, needs, _grad_crow, _grad_col, grad):

@@ -13,8 +13,16 @@ from torch import Tensor
 
 from gemmascope_fast.ops._csr import from_mask, row_indices
 from gemmascope_fast.ops._exact import exact_product
-from gemmascope_fast.ops._library import Cost, register, register_autograd
-from gemmascope_fast.ops.encode import Csr, backward_of_encode, check_encode, save_for_encode, tangent_of_encode
+from gemmascope_fast.ops._library import register, register_autograd
+from gemmascope_fast.ops.encode import (
+    Csr,
+    backward_of_encode,
+    check_encode,
+    cost_of_encode,
+    fake_of_encode,
+    save_for_encode,
+    tangent_of_encode,
+)
 
 SCHEMA = (
     "encode_topk(Tensor x, Tensor W_enc, Tensor b_enc, int k, bool per_batch=False)"
@@ -73,21 +81,7 @@ def check_encode_topk(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> None:
         raise ValueError(f"k: expected 1 to d_sae = {W_enc.shape[1]}, got {k}")
 
 
-def _fake(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, per_batch: bool = False) -> Csr:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    return (
-        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
-        x.new_empty(nnz, dtype=torch.int32),
-        x.new_empty(nnz, dtype=torch.float32),
-    )
-
-
-def _cost(x: Tensor, W_enc: Tensor, *_: object) -> Cost:
-    weights = W_enc.numel() * W_enc.element_size()
-    return Cost(bytes=weights + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
-
-
-encode_topk = register(SCHEMA, encode_topk_reference, _fake, _cost, ragged=True)
+encode_topk = register(SCHEMA, encode_topk_reference, fake_of_encode, cost_of_encode, ragged=True)
 
 
 def _backward(ctx, needs, _grad_crow, _grad_col, grad):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemmascope_fast.ops._library import Cost, register, register_autograd
+from gemmascope_fast.ops._library import register, register_autograd
 from gemmascope_fast.ops.encode import backward_of_encode, save_for_encode, tangent_of_encode
-from gemmascope_fast.ops.encode_screened import Screened
+from gemmascope_fast.ops.encode_screened import Screened, cost_of_screened, fake_of_screened
 from gemmascope_fast.ops.encode_topk import check_encode_topk, encode_topk_reference
 
 SCHEMA = (
@@ -48,22 +48,7 @@ def encode_topk_screened_reference(
     return (*encode_topk_reference(x, W_enc, b_enc, k, per_batch), stats)
 
 
-def _fake(x: Tensor, W_enc: Tensor, *_: object) -> Screened:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    return (
-        x.new_empty(x.shape[0] + 1, dtype=torch.int64),
-        x.new_empty(nnz, dtype=torch.int32),
-        x.new_empty(nnz, dtype=torch.float32),
-        x.new_empty(4, dtype=torch.int64),
-    )
-
-
-def _cost(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int, code: Tensor, *_: object) -> Cost:
-    """The fake leaves out the rows computed in full precision, whose number depends on the data (`stats`)."""
-    return Cost(bytes=code.numel() + x.numel() * x.element_size(), flops=2 * x.shape[0] * W_enc.numel())
-
-
-encode_topk_screened = register(SCHEMA, encode_topk_screened_reference, _fake, _cost, ragged=True)
+encode_topk_screened = register(SCHEMA, encode_topk_screened_reference, fake_of_screened, cost_of_screened, ragged=True)
 
 
 def _backward(ctx, needs, _grad_crow, _grad_col, grad, _grad_stats):

@@ -128,8 +128,7 @@ class JumpReLUSAE(Coder):
 
     def _unpacked(self, screen: bool | None) -> bool:
         """Whether to use plain op `encode`, which gives the same bytes. torch.compile cannot trace the screen, and
-        weights
-        that `torch.func` puts in place of the parameters have no screen."""
+        weights that `torch.func` puts in place of the parameters have no screen."""
         if torch.compiler.is_compiling():
             return not screen
         replaced = type(self.W_enc) is not nn.Parameter
@@ -175,14 +174,12 @@ class JumpReLUSAE(Coder):
         """Lay out the rows and build the certified screen now instead of at first use.
 
         force: rebuild even if no change was detected. Needed after edits that cannot be detected (`p.data.mul_()`, a
-        numpy
-        alias, inference tensors).
+        numpy alias, inference tensors).
         The options are kept for later rebuilds. They affect speed only, never results:
         centre [d_in]: a point near the mean of the activations (default: b_dec if the SAE reconstructs its own input).
         sample [..., d_in]: activations. Their mean is used as the centre, and their spread balances the dimensions.
         directions: [k, d_in], or how many to find in the sample, along which activations vary most (default: the
-        massive
-        dimensions seen in b_dec; 0: none). With several tokens they leave fewer features to check again.
+        massive dimensions seen in b_dec; 0: none). With several tokens they leave fewer features to check again.
         second_digit (default True): a second byte per weight, which rules out nearly all rows that do not fire.
         codes: `matryoshka.Codes` of W_encᵀ with one scale a row (e.g. trained), used instead of the screen's own 8
         bits.
