@@ -109,12 +109,12 @@ def cache_exceeded(weights: int) -> float:
     return sae_copies(weights, 1) * weights / last_level_cache()
 
 
-def copies(sae: JumpReLUSAE, count: int, dtype: torch.dtype = torch.float32) -> list[JumpReLUSAE]:
-    """Equal SAEs in `dtype`; those in fp32 are packed, 16-bit ones are for dense peers."""
+def copies(sae: JumpReLUSAE, count: int, dtype: torch.dtype = torch.float32, packed: bool = True) -> list[JumpReLUSAE]:
+    """Equal SAEs in `dtype`; those in fp32 have their screens if `packed`, 16-bit ones are for dense peers."""
     made = []
     for _ in range(count):
         copy = JumpReLUSAE(*(getattr(sae, n).detach().to(dtype, copy=True) for n in WEIGHTS)).requires_grad_(False)
-        made.append(copy.prepare() if dtype == torch.float32 else copy)
+        made.append(copy.prepare() if packed and dtype == torch.float32 else copy)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from gemmascope_fast import ops
 from gemmascope_fast.dev.bench import peers
-from gemmascope_fast.dev.bench.cases import Case
+from gemmascope_fast.dev.bench.cases import Case, copies, sae_copies
 from gemmascope_fast.dev.bench.checks import CHECKED_TOKENS, UNIT
 from gemmascope_fast.dev.bench.engine import Bench, Candidate, Plan, Verdict, Work, WrongAnswer
 from gemmascope_fast.dev.testing import dot_bound, pre_activations64
 from gemmascope_fast.ops.encode import kappa
 from gemmascope_fast.ops.latents import SparseLatents
+from gemmascope_fast.sae.jumprelu import JumpReLUSAE
 from gemmascope_fast.sae.topk import TopKSAE
 
 KS = (50, 100)
@@ -59,11 +61,18 @@ class Ranking:
         return Verdict(float((dense - self.z)[stored].abs().max()), bool((exact == stored).all()))
 
 
-def topk_bench(case: Case, k: int, T: int) -> Bench:
-    own, x = case.sae, case.x(T)
+def _topk(own: JumpReLUSAE, k: int) -> TopKSAE:
+    """A top-k SAE over the weights of a JumpReLU SAE, with its screen."""
     weights = {name: getattr(own, name).detach() for name in ("W_enc", "W_dec", "b_enc", "b_dec")}
-    sae = TopKSAE(**weights, threshold=torch.zeros(case.d_sae), k=k).requires_grad_(False)
-    sae.prepare()
+    made = TopKSAE(**weights, threshold=torch.zeros(own.d_sae), k=k).requires_grad_(False)
+    made.prepare()
+    return made
+
+
+def topk_bench(case: Case, k: int, T: int) -> Bench:
+    x, count = case.x(T), sae_copies(case.sae.W_enc.numel(), T)
+    pool = [_topk(own, k) for own in copies(case.sae, count, packed=False)]  # with few tokens each call takes the next
+    sae, following = pool[0], itertools.cycle(pool).__next__
     ranking = Ranking(sae, x)
     bench = Bench("topk", f"top-{k} encode", T, case.d_in, case.d_sae, float(k))
     cost = ops.encode_topk.cost(x, sae.W_enc)
@@ -75,12 +84,24 @@ def topk_bench(case: Case, k: int, T: int) -> Bench:
 
         bench.add(name, build)
 
-    wide = peers.Dense.of(sae)
+    wide = itertools.cycle([peers.Dense.of(own) for own in pool]).__next__
+    narrow = itertools.cycle([(own.W_enc.bfloat16(), own.b_enc.bfloat16()) for own in pool]).__next__
     dense = Work(4 * (sae.W_enc.numel() + T * (case.d_in + case.d_sae)), cost.flops)
     half = Work(dense.bytes // 2, cost.flops, None)
-    W16, b16, x16 = sae.W_enc.bfloat16(), sae.b_enc.bfloat16(), x.bfloat16()
-    add("ours", "fp32", lambda: sae.encode_sparse(x), screened, True)
-    add("ours, no screen", "fp32", lambda: sae.encode_sparse(x, screen=False), Work(cost.bytes, cost.flops), True)
-    add("eager fp32", "fp32", lambda: peers.eager_topk(x, wide.W_enc, wide.b_enc, k), dense)
-    add("eager bf16", "bf16", lambda: peers.eager_topk(x16, W16, b16, k), half)
+    x16 = x.bfloat16()
+
+    def eager() -> Tensor:
+        own = wide()
+        return peers.eager_topk(x, own.W_enc, own.b_enc, k)
+
+    add("ours", "fp32", lambda: following().encode_sparse(x), screened, True)
+    add(
+        "ours, no screen",
+        "fp32",
+        lambda: following().encode_sparse(x, screen=False),
+        Work(cost.bytes, cost.flops),
+        True,
+    )
+    add("eager fp32", "fp32", eager, dense)
+    add("eager bf16", "bf16", lambda: peers.eager_topk(x16, *narrow(), k), half)
     return bench
