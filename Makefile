@@ -72,8 +72,8 @@ $(VENV4)/stamp:
 	@touch $@
 
 test-transformers-4: env $(VENV4)/stamp ## the tests of attach under transformers 4.57
-	PYTHONPATH=. $(VENV4)/bin/python -m pytest tests/test_attach*.py tests/attach/test_edits.py tests/attach/test_observers.py \
-	    tests/attach/test_attribution.py tests/training/test_training_architectures.py tests/cli/test_watch.py
+	PYTHONPATH=. $(VENV4)/bin/python -m pytest tests/attach \
+	    tests/training/test_training_architectures.py tests/cli/test_watch.py
 
 bench: env ## the benchmarks of this package; GSF_BENCH_CASES chooses the shapes, BENCH_JSON the file
 	$(PY) -m pytest benchmarks -o 'python_files=bench_*.py' -o 'python_functions=bench_*' --benchmark-only \

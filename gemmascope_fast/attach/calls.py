@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemmascope_fast.ops.latents import SparseLatents
+
 CACHES = ("cache", "past_key_values", "cache_params")  # transformers 5.24; earlier versions; earlier Mamba
 
 
@@ -88,6 +90,31 @@ class Group:
 
 
 @dataclass
+class Written:
+    """In one call, for one coder: what the layers so far write to the current output and the later ones.
+
+    total: their reconstruction, fp32 [n, (layers left) · d], current output first, if it is needed.
+    changes: (layer, rows or None for all, fp32 [rows, outputs · d] from that layer on): what edits add.
+    """
+
+    total: Tensor | None = None
+    changes: list[tuple[int, Tensor | None, Tensor]] = field(default_factory=list)
+
+
+@dataclass
+class Interim:
+    """What the sites of one call leave for its later sites and for its end.  Keys are taps, unless stated."""
+
+    latents: dict[str, SparseLatents] = field(default_factory=dict)  # of the selected rows, by the entry's key
+    rows: dict[Any, Tensor] = field(default_factory=dict)  # [n, d_in]: what they were encoded from
+    sources: dict[Any, dict[int, Tensor]] = field(default_factory=dict)  # rows of a crosscoder's sites so far
+    regions: dict[Any, Any] = field(default_factory=dict)  # the checkpointed region in which the tap read
+    fused: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # the activation, and its replacement
+    written: dict[Any, Written] = field(default_factory=dict)  # by the cross-layer transcoder
+    edits: list[tuple[Any, dict[str, Any]]] | None = None  # copies of their fields, for a replay in backward
+
+
+@dataclass
 class Call:
     """One forward call: B sequences of S tokens from column `start` on."""
 
@@ -106,7 +133,7 @@ class Call:
     region: Any = None  # the checkpointed region that is running: see checkpointing.py
     offset: int = -1  # its first row in the run, once recorded
     reached: set[Any] = field(default_factory=set)
-    scratch: dict[Any, Any] = field(default_factory=dict)
+    interim: Interim = field(default_factory=Interim)
     leases: dict[Any, Any] = field(default_factory=dict)  # leases of a bank's SAEs in use, by tap
 
     def release(self) -> None:

@@ -142,10 +142,9 @@ def _replaying() -> Iterator[None]:
 
 def _states(run: Run, call: Call) -> list[tuple[Edit, dict[str, Any]]]:
     """A snapshot of the run's edits in this call, because their numbers may change before the backward pass."""
-    if "edits" not in call.scratch:
-        call.scratch["edits"] = [(edit, {k: _kept(v) for k, v in vars(edit).items()}) for edit in run.edits]
-    states: list[tuple[Edit, dict[str, Any]]] = call.scratch["edits"]
-    return states
+    if call.interim.edits is None:
+        call.interim.edits = [(edit, {k: _kept(v) for k, v in vars(edit).items()}) for edit in run.edits]
+    return call.interim.edits
 
 
 def _kept(value: Any) -> Any:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gemmascope_fast import ops
-from gemmascope_fast.attach.calls import Call
-from gemmascope_fast.attach.carry import NO_VMAP, tangent_on_rows, zeros_like
+from gemmascope_fast.attach.calls import Call, Written
+from gemmascope_fast.attach.error_term import NO_VMAP, tangent_on_rows, zeros_like
 from gemmascope_fast.attach.plan import added
 from gemmascope_fast.ops._exact import exact_product
 from gemmascope_fast.ops._transforms import derivative_wanted
@@ -19,18 +18,6 @@ from gemmascope_fast.sae.base import Coder
 
 if TYPE_CHECKING:
     from gemmascope_fast.attach.taps import Tap
-
-
-@dataclass
-class Written:
-    """In one call, for one coder: what the layers so far write to the current output and the later ones.
-
-    total: their reconstruction, fp32 [n, (layers left) · d], current output first, if it is needed.
-    changes: (layer, rows or None for all, fp32 [rows, outputs · d] from that layer on): what edits add.
-    """
-
-    total: Tensor | None = None
-    changes: list[tuple[int, Tensor | None, Tensor]] = field(default_factory=list)
 
 
 class _Pass(torch.autograd.Function):
@@ -74,8 +61,8 @@ def replaced(tap: Tap, flat: Tensor, call: Call, at: Tensor | None) -> Tensor:
     """
     part, state = tap.entry.part, tap.state
     assert part is not None
-    latents = call.scratch["latents", tap.entry.key]
-    written: Written = call.scratch.setdefault(("written", part.whole), Written())
+    latents = call.interim.latents[tap.entry.key]
+    written = call.interim.written.setdefault(part.whole, Written())
     _change(tap, written, latents, call, at)
     if state.mode == "splice":
         recon = _reconstruction(tap, written, latents, call)
@@ -117,7 +104,7 @@ def _reconstruction(tap: Tap, written: Written, latents: SparseLatents, call: Ca
     recon = written.total[:, :d].to(whole.dtype)
     if whole.W_skip is None:
         return recon
-    rows = call.scratch["rows", tap]
+    rows = call.interim.rows[tap]
     return recon + exact_product(rows, whole.W_skip[part.layer]).to(whole.dtype)
 
 

@@ -88,7 +88,7 @@ class Fused:
         error = self.tap.state.mode == "splice+error"
         weights = sae.W_enc, sae.b_enc, sae.threshold, sae.W_dec, sae.b_dec
         out, fixed = loop.splice(rows, *weights, self.table[1], error)
-        call.scratch["fused", self.tap] = x, out
+        call.interim.fused[self.tap] = x, out
         found = fixed.sparse()
         # copied: a slice would keep the memory allocated for the maximum number of latents
         col, values = found.col_indices.clone(), found.values.clone()
@@ -97,7 +97,7 @@ class Fused:
     def result(self, x: Tensor, call: Call) -> Tensor | None:
         """The replacement for x, [n, d_out] in x's dtype; None if the loop did not run, or if its error term belongs to
         another activation, because something wrote at the site in between."""
-        read, out = call.scratch.pop(("fused", self.tap), (None, None))
+        read, out = call.interim.fused.pop(self.tap, (None, None))
         if out is None or (self.tap.state.mode == "splice+error" and read is not x):
             return None
         return in_dtype(out if out.device == x.device else out.to(x.device), x.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from gemmascope_fast.attach import checkpointing
 from gemmascope_fast.attach.alarms import Alarm, Fired, stop
 from gemmascope_fast.attach.attribution import attribution, integrated_gradients
-from gemmascope_fast.attach.calls import Arguments, Call, Generation, Tokens, cache_of
+from gemmascope_fast.attach.calls import Arguments, Call, Generation, Interim, Tokens, cache_of
 from gemmascope_fast.attach.edits import EditError, FeatureIndexError
 from gemmascope_fast.attach.entries import SAES, Activations, Entry, Key, assign, entries, find_key, spread
 from gemmascope_fast.attach.hooks import unhook
@@ -249,7 +249,7 @@ class Run(ExitStack[None]):
         """Within the block, this thread replays a part of the call: the splices act, and nothing is recorded."""
         me = threading.get_ident()
         outer = self._open.get(me)
-        again = dataclasses.replace(call, reached=set(), scratch={}, leases={}, replay=True, region=None)
+        again = dataclasses.replace(call, reached=set(), interim=Interim(), leases={}, replay=True, region=None)
         left = self._hooks is None  # backward runs after the `with` block
         try:
             for place, visitor in self._visits if left else ():
@@ -296,7 +296,7 @@ class Run(ExitStack[None]):
             self._calls.append(call)
         stopped: set[int] = set()
         for key, parts in self._parts.items():
-            latents = call.scratch.pop(("latents", key))
+            latents = call.interim.latents.pop(key)
             if self.keep:
                 parts.append((latents, call.chosen))
             watching = [observer for where, observer in self._watching if where == key]
@@ -304,7 +304,7 @@ class Run(ExitStack[None]):
                 own = select(latents, call.tokens(), call.chosen)
                 for observer in watching:
                     stopped |= observer.update(*own) or set()
-        call.scratch.clear()
+        call.interim = Interim()
         return stopped
 
     @property

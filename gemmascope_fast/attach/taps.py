@@ -12,10 +12,10 @@ from torch import Tensor
 from gemmascope_fast import ops
 from gemmascope_fast.attach import checkpointing
 from gemmascope_fast.attach.calls import Call, Tokens
-from gemmascope_fast.attach.carry import carry
 from gemmascope_fast.attach.cross_layer import replaced
 from gemmascope_fast.attach.edits import Edit
 from gemmascope_fast.attach.entries import SAES, Activations, Entry
+from gemmascope_fast.attach.error_term import with_sae_gradient
 from gemmascope_fast.attach.fused import Fused
 from gemmascope_fast.attach.plan import Plan
 from gemmascope_fast.attach.state import State
@@ -134,7 +134,7 @@ class ReadTap:
         if call.replay and not tap.splices:
             return
         tap.reach(call, self.step)
-        call.scratch["region", tap] = call.region
+        call.interim.regions[tap] = call.region
         keeps_graph = tap.splices and torch.is_grad_enabled()
         place = tap.sources[self.number]
         with torch.set_grad_enabled(keeps_graph), outside_autocast(x.device):
@@ -159,7 +159,7 @@ class ReadTap:
         """Keep the rows until all sites of a crosscoder have theirs, then encode them side by side."""
         sae = self.tap.coder
         assert isinstance(sae, Coder)
-        held = call.scratch.setdefault(("held", self.tap), {})
+        held = call.interim.sources.setdefault(self.tap, {})
         # copied, because an in-place operation of the model may change them
         held[self.number] = rows.to(sae.device, copy=True)
         if len(held) == len(self.tap.sources):
@@ -178,9 +178,9 @@ class ReadTap:
         if asks and not latents.values.requires_grad:
             # everything before and in the SAE is frozen, but attribution needs the gradient here
             latents = latents.with_values(latents.values.requires_grad_())
-        call.scratch["latents", self.tap.entry.key] = latents
+        call.interim.latents[self.tap.entry.key] = latents
         if self.tap.splices:
-            call.scratch["rows", self.tap] = rows
+            call.interim.rows[self.tap] = rows
 
     def write(self, x: Tensor, inputs: tuple[Any, ...]) -> Tensor | None:
         return None
@@ -222,7 +222,7 @@ class WriteTap:
                 f"gradient checkpointing: {tap.writes.name} is inside torch.utils.checkpoint, and the splice of"
                 f" {tap.entry.key!r} would be missing in backward; {checkpointing.HOW}"
             )
-        if tap.coder is not None and call.scratch.get(("region", tap), call.region) is not call.region:
+        if tap.coder is not None and call.interim.regions.get(tap, call.region) is not call.region:
             raise AttachError(
                 f"gradient checkpointing: {tap.entry.key!r} reads {tap.reads.name} and writes {tap.writes.name}, which"
                 " are checkpointed separately; call model.gradient_checkpointing_disable()"
@@ -241,12 +241,12 @@ class WriteTap:
             new = self._edited(flat, None, None, call, at)
         else:
             sae = tap.sae(call)
-            latents, rows = call.scratch["latents", tap.entry.key], call.scratch["rows", tap]
+            latents, rows = call.interim.latents[tap.entry.key], call.interim.rows[tap]
             if tap.state.mode == "splice":
                 new = self._spliced(flat, sae, latents, rows, call, at)
             else:
                 unit = _unit(tap.writes)
-                new = flat if tap.state.error_grad else carry(flat, sae, latents, rows, call.chosen, unit)
+                new = flat if tap.state.error_grad else with_sae_gradient(flat, sae, latents, rows, call.chosen, unit)
                 new = self._edited(new, sae, latents, call, at)
                 if tap.state.path is not None and tap.state.path[0] == tap.entry.key:
                     new = _scaled(new, sae, latents, at, tap.state.path[1], unit)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from gemmascope_fast.bank.packing import pack
+from gemmascope_fast.bank.screens import build_screens
 from gemmascope_fast.checkpoints import names
 from gemmascope_fast.checkpoints.base import Checkpoint
 from gemmascope_fast.checkpoints.loading import build, config_of, find_checkpoint, take_screen
@@ -91,11 +91,11 @@ class Member:
             self._check(checkpoint, stamp)
         return made.requires_grad_(False).eval()
 
-    def pack(self, module: torch.nn.Module) -> None:
+    def build_screen(self, module: torch.nn.Module) -> None:
         """Its screen: the one stored with the weights, or a new one."""
         with torch.inference_mode(False), torch.no_grad():
             take_screen(module, self.checkpoint)
-            pack(module)
+            build_screens(module)
 
     @staticmethod
     def _check(checkpoint: Checkpoint, stamp: Stamp) -> None:

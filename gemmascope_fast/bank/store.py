@@ -16,7 +16,7 @@ from torch import nn
 
 from gemmascope_fast.bank.background import Background, Wanted
 from gemmascope_fast.bank.members import Member
-from gemmascope_fast.bank.packing import unpack
+from gemmascope_fast.bank.screens import drop_screens
 from gemmascope_fast.bank.tiers import Slot, Tier
 from gemmascope_fast.errors import BankError
 
@@ -208,7 +208,7 @@ class Store:
             module = self._read(name) if here is None else self._of_host(here)
             if self.screen:
                 with self._unlocked():
-                    self.members[name].pack(module)
+                    self.members[name].build_screen(module)
         except BaseException:
             self.on_device.coming.pop(name, None)
             self._changed.notify_all()
@@ -239,7 +239,7 @@ class Store:
         if not self._reserve_on_host(slot.name):
             return False
         if self.screen:
-            unpack(slot.module)
+            drop_screens(slot.module)
         self.on_host.arrive(Slot(slot.name, slot.module, self.host_bytes_of(slot.name)))
         return True
 
@@ -269,7 +269,7 @@ class Store:
         with self._unlocked():
             module = self.members[name].load(device, self.dtype)
             if not self.screen:
-                unpack(module, bare=True)
+                drop_screens(module, bare=True)
         self.stats.loads += 1
         self.stats.bytes_read += self.members[name].checkpoint.nbytes
         if self._background.runs_here():

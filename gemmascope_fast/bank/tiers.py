@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gemmascope_fast.bank.packing import packed
+from gemmascope_fast.bank.screens import screen_tensors
 
 
 class Slot:
@@ -112,4 +112,4 @@ class Tier:
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
     """Parameters and screen tensors."""
-    return [p.detach() for p in module.parameters()] + packed(module)
+    return [p.detach() for p in module.parameters()] + screen_tensors(module)

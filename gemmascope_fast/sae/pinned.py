@@ -18,7 +18,7 @@ class Pinned(Rows):
 
     only_through_screen = True
 
-    def lay_out(self, W_enc: Tensor) -> Tensor:
+    def laid_out(self, W_enc: Tensor) -> Tensor:
         return as_pinned(W_enc)
 
     def after_change(self, sae: Any) -> Rows:

@@ -23,11 +23,17 @@ class Rows:
     def check(self) -> None:
         """Raise CheckpointError if the file behind the rows has changed since it was opened."""
 
-    def lay_out(self, W_enc: Tensor) -> Tensor:
-        """W_enc [d_in, d_sae] in the layout that kernels read; the same tensor if it already has it.
+    def lay_out(self, W_enc: Tensor) -> None:
+        """Give the parameter W_enc [d_in, d_sae] the layout that kernels read, if it has another.
 
-        Called after a change of the weights: assignment, `.data =` and casts can bring another layout.
+        Called once after a change of the weights: assignment, `.data =` and casts can bring another layout.
         """
+        laid_out = self.laid_out(W_enc.data)
+        if laid_out is not W_enc.data:
+            W_enc.data = laid_out
+
+    def laid_out(self, W_enc: Tensor) -> Tensor:
+        """The same values in that layout; W_enc itself if it has it."""
         return as_rows(W_enc)
 
     def holds(self, weight: Tensor) -> bool:

@@ -132,10 +132,7 @@ class ScreenCache:
         with self._lock, torch.no_grad():
             sae.check_encoder(weights)
             sae.rows = sae.rows.after_change(sae)
-            held = weights.W_enc.data
-            laid_out = sae.rows.lay_out(held)
-            if laid_out is not held:
-                weights.W_enc.data = laid_out  # once after a change, not in each call
+            sae.rows.lay_out(weights.W_enc)
             self._watch.note(weights)
             if force:
                 self._screen, self._built_at = None, -1

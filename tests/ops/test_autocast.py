@@ -182,15 +182,15 @@ def test_a_spliced_skip_transcoder_in_a_model_under_autocast(autocast):
 
 @pytest.mark.parametrize("kind", ["sae", "skip transcoder"])
 def test_gradients_of_the_error_term_under_autocast(kind):
-    """What `carry` hands on in a backward inside the block, beside the same outside of it."""
-    from gemmascope_fast.attach.carry import carry
+    """What the error term hands on in a backward inside the block, beside the same outside of it."""
+    from gemmascope_fast.attach.error_term import with_sae_gradient
 
     sae = MODULES[kind]()
     found = []
     for inside in (torch.autocast("cpu", torch.bfloat16), contextlib.nullcontext()):
         with inside:
             x = random(N, D, seed=9).requires_grad_()
-            out = carry(x, sae, sae.encode_sparse(x), x, None)
+            out = with_sae_gradient(x, sae, sae.encode_sparse(x), x, None)
             leaves = [x, *(p for p in sae.parameters() if p is not sae.threshold)]
             found.append([out.detach(), *torch.autograd.grad((out * random(N, D, seed=10)).sum(), leaves)])
     for ours, theirs in zip(*found, strict=True):

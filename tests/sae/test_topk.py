@@ -118,12 +118,12 @@ def test_per_batch_sees_edits_that_bump_no_version():
 
 def test_per_batch_where_no_screen_may_be_built():
     """As in a bank with screen=False."""
-    from gemmascope_fast.bank.packing import unpack
+    from gemmascope_fast.bank.screens import drop_screens
 
     x = make_activations(6, T, D)
     sae = TopKSAE.from_weights(**weights(), k=K)
     want = sae.encode_sparse(x, per_batch=True).detach()
-    unpack(sae, bare=True)
+    drop_screens(sae, bare=True)
     assert sae.encode_sparse(x, per_batch=True).detach() == want
     assert sae.screen_cache.screen is None
 

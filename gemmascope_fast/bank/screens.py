@@ -25,20 +25,20 @@ class NoScreen(ScreenCache):
         raise BankError("prepare: this bank was made with screen=False and has no room for a screen")
 
 
-def unpack(module: nn.Module, bare: bool = False) -> None:
+def drop_screens(module: nn.Module, bare: bool = False) -> None:
     """Drop the screen.  bare: never build one again."""
     for part in _saes(module):
         part.screen_cache = NoScreen() if bare else ScreenCache()
 
 
-def pack(module: nn.Module) -> None:
+def build_screens(module: nn.Module) -> None:
     """Build the screen now rather than at first use, if it makes encoding faster."""
     for part in _saes(module):
         if pays(part.b_dec, part.W_enc):
             part.prepare()
 
 
-def packed(module: nn.Module) -> list[Tensor]:
+def screen_tensors(module: nn.Module) -> list[Tensor]:
     """All tensors kept in addition to the parameters."""
     screens = [part.screen_cache.screen for part in _saes(module)]
     return [t for screen in screens if screen is not None for t in vars(screen).values() if isinstance(t, Tensor)]

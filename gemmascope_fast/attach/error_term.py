@@ -19,7 +19,7 @@ from gemmascope_fast.sae.jumprelu import JumpReLUSkipTranscoder
 NO_VMAP = "vmap cannot run over a model with attached SAEs: pass the samples as a batch of the model"
 
 
-class _Carry(torch.autograd.Function):
+class _ErrorTerm(torch.autograd.Function):
     """Forward: x [N, d_out], bit for bit.  Backward: on the selected rows that of x̂ plus a constant (latents [n] are
     theirs, in order), on the others the identity."""
 
@@ -102,7 +102,7 @@ def _decoder_grad(own: Tensor, values: Tensor, crow: Tensor, col: Tensor, W_dec:
     return ops.decode.step(ccol, rows, values[order], own, None, None).to(W_dec.dtype)
 
 
-def carry(
+def with_sae_gradient(
     x: Tensor,
     sae: Coder,
     latents: SparseLatents,
@@ -120,7 +120,7 @@ def carry(
     if not derivative_wanted(*graph):
         return x
     mask = None if chosen is None else chosen.to(x.device)
-    return _Carry.apply(
+    return _ErrorTerm.apply(
         x,
         latents.values,
         sae.W_dec,
