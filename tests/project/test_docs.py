@@ -53,6 +53,10 @@ def readers_folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+# Page, text of a block, what runs in its place: the same code for fewer steps, where all of them take a minute.
+SHORTER = {"guides/compare.md": ("for step in range(12):", "for step in range(2):")}
+
+
 @pytest.mark.parametrize("page", list(runnable()))
 def test_python_blocks_run_in_their_order(page, readers_folder, monkeypatch, request):
     """In one namespace, in an empty folder, as a reader pastes them one after another."""
@@ -70,8 +74,10 @@ def test_python_blocks_run_in_their_order(page, readers_folder, monkeypatch, req
     request.addfinalizer(lambda: OPS.pop("row_norms", None))  # the op that a page adds
     torch.manual_seed(0)
     namespace: dict = {}
+    long, short = SHORTER.get(page.relative_to(DOCS).as_posix(), ("", ""))
+    assert not long or sum(block.count(long) for block in found) == 1
     for block in found:
-        exec(compile(block, str(page), "exec"), namespace)
+        exec(compile(block.replace(long, short) if long else block, str(page), "exec"), namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(DOCS).as_posix())
