@@ -254,7 +254,10 @@ def mutate_json(data: bytes, draw: random.Random) -> bytes:
     """Keys that are lost, new or hold something else; sometimes other text altogether."""
     if draw.random() < 0.2:
         return draw.choice((b"", b"[" * 100_000, b"1" * 10_000, b'"a"', b"\xff\xfe", b'{"a":' * 5000, b"NaN"))
-    config = json.loads(data)
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError):  # an earlier mutation made it unreadable
+        return data
     for _ in range(draw.choice((1, 1, 2, 3))):
         holder = config
         while True:

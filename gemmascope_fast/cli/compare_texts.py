@@ -14,6 +14,8 @@ from gemmascope_fast.files.results import save_figure, shown
 if TYPE_CHECKING:
     import numpy as np
 
+    from gemmascope_fast.analysis.compare.pairs import Pair
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -28,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=Path, metavar="FILE", help=note)
     note = "with --pairs: --model is a reward model; show what its features add to the reward"
     parser.add_argument("--reward", action="store_true", help=note)
+    note = "with --reward: the rewards also under another prompt, without one, without format and at equal length"
+    parser.add_argument("--contexts", action="store_true", help=note)
     note = "with --pairs: do not correct for length and format"
     parser.add_argument("--no-covariates", action="store_true", help=note)
     common.add_documents(parser, "line", text=False)
@@ -46,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("expected --a FILE and --b FILE, or --pairs FILE")
     if args.reward and (args.pairs is None or args.layers):
         raise ValueError("--reward: expected --pairs, and no --layers")
+    if args.contexts and not args.reward:
+        raise ValueError("--contexts: expected --reward")
     from gemmascope_fast.cli.extract import sites_of
 
     first, second, z = _texts(args)
@@ -62,6 +68,9 @@ def run(args: argparse.Namespace) -> int:
     if pairs is not None:
         out["pairs"] = pairs
         _show_pairs(pairs[: args.top])
+    if args.contexts:
+        out["contexts"] = _contexts(args, model, tokenizer, {key: sae})
+        _show_contexts(out["contexts"], args.top)
     if args.layers:
         out["layers"] = depth(model, tokenizer, {key: sae}, first, second, args.window, args.pairs is not None)
         _show_layers(out["layers"])
@@ -71,13 +80,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray | None]:
+def _texts(args: argparse.Namespace) -> tuple[Any, Any, np.ndarray | None]:
     """(first set, second set, differences of covariates for pairs)."""
     import numpy as np
 
+    from gemmascope_fast.analysis.compare.pairs import answers
     from gemmascope_fast.analysis.compare.sets import covariates
-    from gemmascope_fast.analysis.extraction.sources import documents, json_lines, resolve, string
-    from gemmascope_fast.checkpoints.bundled import example
+    from gemmascope_fast.analysis.extraction.sources import documents, resolve
 
     if args.pairs is None:
         sets = []
@@ -88,19 +97,35 @@ def _texts(args: argparse.Namespace) -> tuple[list[str], list[str], np.ndarray |
                 raise ValueError(f"{flag}: expected at least two texts, got {len(found)}")
             sets.append(found)
         return sets[0], sets[1], None
-    chosen, rejected, z = [], [], []
-    path = example(args.pairs, "preferences.jsonl")
-    for number, value in json_lines(path):
-        where = f"{path}, line {number}"
-        answers = [string(value, name, where) for name in ("chosen", "rejected")]
-        if not all(a.strip() for a in answers):
-            raise ValueError(f"{where}: expected two answers, got an empty one")
-        chosen.append(answers[0])
-        rejected.append(answers[1])
-        z.append(covariates(answers[0]) - covariates(answers[1]))
-    if len(chosen) < 3:
-        raise ValueError(f"--pairs {args.pairs}: expected at least three pairs, got {len(chosen)}")
-    return chosen, rejected, None if args.no_covariates else np.array(z)
+    pairs = _pairs(args)
+    if args.contexts:
+        answers(pairs, "other")  # an error for pairs without prompts, before anything is loaded
+    z = None if args.no_covariates else np.array([covariates(p.chosen) - covariates(p.rejected) for p in pairs])
+    return *answers(pairs), z
+
+
+def _pairs(args: argparse.Namespace) -> list[Pair]:
+    from gemmascope_fast.analysis.compare.pairs import load_pairs
+    from gemmascope_fast.checkpoints.bundled import example
+
+    return load_pairs(example(args.pairs, "preferences.jsonl"))
+
+
+def _contexts(args: argparse.Namespace, model: Any, tokenizer: Any, sites: Any) -> dict[str, Any]:
+    """Rewards and contributions of the pairs' answers in every context."""
+    from gemmascope_fast.analysis.compare.pairs import CONTEXTS, answers
+    from gemmascope_fast.analysis.compare.reward import attributed, contexts_of
+
+    pairs = _pairs(args)
+    found = {}
+    with bar(total=2 * len(pairs) * len(CONTEXTS), desc="contexts", unit="text") as reading:
+        options = {"window": args.window, "progress": reading.update}
+        for context in CONTEXTS:
+            (a, of_a), (b, of_b) = (
+                attributed(model, tokenizer, sites, texts, **options) for texts in answers(pairs, context)
+            )
+            found[context] = a, b, of_a, of_b
+    return contexts_of(found)
 
 
 def _compare(args: Any, model: Any, tokenizer: Any, sites: Any, first: Any, second: Any, z: Any) -> tuple[dict, Any]:
@@ -176,6 +201,23 @@ def _show_pairs(pairs: list[dict[str, Any]]) -> None:
         by = "  ".join(f"{f['feature']}:{f['difference']:+.3g}" for f in row["features"][:4])
         rows.append((str(row["pair"]), f"{row['chosen']:.4g}", f"{row['rejected']:.4g}", by))
     common.print_table(("pair", "chosen", "rejected", "adds to the difference, feature:by"), rows, "Rewards")
+
+
+def _show_contexts(found: dict[str, Any], top: int) -> None:
+    rows = [
+        (name, f"{row['margin']:.4g}", f"{row['accuracy']:.2f}", f"{row['attributed']:.4g}")
+        for name, row in found["contexts"].items()
+    ]
+    heads = ("context of the answers", "margin", "chosen is higher", "from features")
+    common.print_table(heads, rows, "Reward of the preferred answer minus that of the rejected one")
+    names = list(found["contexts"])
+    table = [
+        (str(row["feature"]), *(f"{row[name]:+.3g}" for name in names), "yes" if row["stays"] else "")
+        for row in found["features"][:top]
+    ]
+    common.print_table(("feature", *names, "stays"), table, "What features add to the margin")
+    for name, group in found["groups"].items():
+        print(f"{group['features']} features, {name}: {group['carries']:+.4g} of the margin")
 
 
 def _show_layers(found: list[dict[str, Any]]) -> None:

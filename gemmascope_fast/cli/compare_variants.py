@@ -11,6 +11,8 @@ from gemmascope_fast.errors import require
 from gemmascope_fast.files.progress import bar
 from gemmascope_fast.files.results import save_figure, shown
 
+VOTERS = {"plain": "the plain text alone", "equal": "equal weights", "weighted": "fitted weights, held-out groups"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
@@ -18,13 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " and how well that agreement predicts a correct label."
     )
     common.add_pair(parser)
-    note = "JSON lines: group, text, kind, label; 'demo' is bundled"
+    note = "JSON lines: group, text, kind, label; a group's first text is the plain one; 'demo' is bundled"
     parser.add_argument("--data", default="demo", metavar="FILE", help=note)
     note = "the answers that the model chooses from (default: the model is not asked)"
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help=note)
     note = "the question; {text} becomes the text (default: '{text}\\nAnswer:')"
     parser.add_argument("--template", default="{text}\nAnswer:", metavar="TEXT", help=note)
-    parser.add_argument("--also", nargs="*", default=[], metavar="MODEL", help="more models that vote on the label")
+    parser.add_argument(
+        "--also", nargs="*", default=[], metavar="MODEL", help="more models or classifiers that vote on the label"
+    )
     common.add_seed(parser)
     common.add_json(parser)
     common.add_plot(parser, "the labels' reliability")
@@ -33,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import numpy as np
 
-    from gemmascope_fast.analysis.compare.variants import calibrate, groups_of, load_variants, stability
+    from gemmascope_fast.analysis.compare.variants import calibrate, groups_of, items, load_variants, stability
     from gemmascope_fast.analysis.pair import load_model
     from gemmascope_fast.checkpoints.bundled import example
 
@@ -49,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     if args.labels:
         pairs = [(model, tokenizer), *(load_model(name, args.device, args.dtype) for name in args.also)]
         votes = _votes(pairs, variants, groups, args)
+        out["items"] = items(votes, args.labels, [args.model, *args.also])
         out["agreement"] = votes.shares(np.ones(votes.size)).max(1).mean().item()
-        if (votes.gold >= 0).sum() >= 4:
+        if (votes.gold >= 0).any():
             out["calibration"] = calibrate(votes, args.seed)
     _show(out)
     common.write_figures(args, out)
@@ -111,10 +116,13 @@ def _show(out: dict[str, Any]) -> None:
     ]
     if "agreement" in out:
         rows.append(("votes for a group's most frequent label", shown(out["agreement"])))
-    for name, figures in (("equal", "equal weights"), ("weighted", "fitted weights")):
-        for key in ("accuracy", "brier", "ece") if "calibration" in out else ():
-            rows.append((f"{key}, {figures}, held-out groups", shown(out["calibration"][name][key])))
+    calibration = out.get("calibration", {})
+    for name, figures in VOTERS.items():
+        for key in ("accuracy", "brier", "ece") if name in calibration else ():
+            rows.append((f"{key}, {figures}", shown(calibration[name][key])))
     common.print_table(("figure", "value"), rows, f"{out['texts']} texts in {out['groups']} groups")
+    if "not_fitted" in calibration:
+        print(calibration["not_fitted"])
 
 
 def _plot(found: dict[str, Any], path: Path) -> None:
@@ -124,7 +132,7 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(5, 4.6), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="#888", linewidth=0.8)
-    for i, name in enumerate(("equal", "weighted")):
+    for i, name in enumerate(name for name in VOTERS if name in found):
         bins = found[name]["bins"]
         sizes = [20 + 8 * b["count"] for b in bins]
         axes.scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], s=sizes, alpha=0.7, c=f"C{i}",

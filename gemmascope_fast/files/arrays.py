@@ -120,7 +120,8 @@ class Entry:
             self._read_wide(rows, finite)
             return
         for start, block in self.blocks(target.dtype, finite):
-            rows[start : start + block.shape[0]].copy_(block.reshape(-1, *rows.shape[1:]))
+            part = rows[start : start + block.shape[0]]
+            part.copy_(block.reshape(part.shape))
 
     def _read_wide(self, rows: Tensor, finite: bool) -> None:
         """Fill rows [m, n] of the array as stored, if a row is longer than a block: part of a row at a time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gemmascope_fast.attach.tokens import device_of, ends
+from gemmascope_fast.attach.selection import Selection
+from gemmascope_fast.attach.tokens import content_of, device_of, framing, uncached
 from gemmascope_fast.attach.transformers.structure import Structure
 from gemmascope_fast.files import identity, progress
 from gemmascope_fast.files.atomic import make_folder, replacing
@@ -25,10 +25,10 @@ WINDOWS_AT_ONCE = 8
 PART = 4 * WINDOWS_AT_ONCE * WINDOW  # tokens per file: after a kill, at most the seconds for one file are lost
 
 
-def windows(ids: list[int], bos: int | None, length: int = WINDOW, sep: int | None = None) -> Iterator[Tensor]:
-    """int64 [n, length (+ 1 with a BOS, + 1 with a SEP at the end)] blocks of consecutive windows; the last window
-    may be shorter."""
-    head, tail = [token for token in (bos,) if token is not None], [token for token in (sep,) if token is not None]
+def windows(ids: list[int], tokenizer: Any, length: int = WINDOW) -> Iterator[Tensor]:
+    """int64 [n, `length` and the tokenizer's `framing`] blocks of consecutive windows; the last window may be
+    shorter."""
+    head, tail = framing(tokenizer)
     for start in range(0, len(ids), WINDOWS_AT_ONCE * length):
         part = ids[start : start + WINDOWS_AT_ONCE * length]
         rows = [[*head, *part[i : i + length], *tail] for i in range(0, len(part), length)]
@@ -56,31 +56,25 @@ def first_layers(model: Any, count: int) -> Iterator[Any]:
         setattr(holder, name, layers)
 
 
-def activations(
-    model: Any, layer: int, batches: Iterable[Tensor], special: Sequence[int] | None = None
-) -> Iterator[Tensor]:
+def activations(model: Any, layer: int, batches: Iterable[Tensor], tokens: Selection = "content") -> Iterator[Tensor]:
     """fp32 [n, d_in] per batch of token ids [B, S]: the output of `layer`; otherwise like `activations_at`."""
-    for seen in activations_at(model, [Site("resid", layer)], batches, special):
+    for seen in activations_at(model, [Site("resid", layer)], batches, tokens):
         yield seen[0]
 
 
 def activations_at(
-    model: Any, sites: Sequence[Site], batches: Iterable[Tensor], special: Sequence[int] | None = None
+    model: Any, sites: Sequence[Site], batches: Iterable[Tensor], tokens: Selection = "content"
 ) -> Iterator[list[Tensor]]:
-    """Per batch of token ids [B, S], one fp32 [n, d] per site, all of the same n content tokens (no BOS, EOS, PAD).
+    """Per batch of token ids [B, S], one fp32 [n, d] per site, all of the same n tokens.
 
-    special: ids to leave out instead of those, since an encoder's configuration does not name its CLS and SEP.
+    tokens: as in `attach`; by default without BOS, EOS and PAD.  `content_of` gives what a tokenizer's texts need.
     """
     from gemmascope_fast.attach import Activations, attach
 
     seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
     keep = {site: Activations(sink=partial(_append, parts)) for site, parts in seen.items()}
-    tokens: Any = "content"
-    if special is not None:
-        left_out = torch.tensor(special)
-        tokens = lambda ids: ~torch.isin(ids, left_out.to(ids.device))  # noqa: E731
     with _what_reaches(model, sites) as stack, torch.inference_mode():
-        options = {"use_cache": False} if "use_cache" in inspect.signature(stack.forward).parameters else {}
+        options = uncached(stack)
         device = device_of(stack)
         for ids in batches:
             # one run per batch, because a run stores every row
@@ -119,9 +113,7 @@ def collect(
     not at all, and existing parts are not computed again: an interrupted job continues with the first missing part.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    first, last = ends(tokenizer)
-    length = _length(model, sum(token is not None for token in (first, last)))
-    special = None if last is None else tokenizer.all_special_ids
+    length = _length(model, sum(map(len, framing(tokenizer))))
     end = len(ids) if limit is None else min(len(ids), -(-limit // PART) * PART)
     model_id = identity.of_module(model) if model_id is None else model_id
     identity.claim(folder, {"model": model_id}, "--activations")
@@ -133,7 +125,7 @@ def collect(
         for start in range(0, end, PART):
             path, some = own / f"{start // PART:05}.npy", ids[start : start + PART]
             if not path.exists():
-                blocks = list(activations(model, layer, windows(some, first, length, last), special))
+                blocks = list(activations(model, layer, windows(some, tokenizer, length), content_of(tokenizer)))
                 _write(path, torch.cat(blocks))
             parts.append(torch.from_numpy(np.load(path, mmap_mode="c")))  # copy on write: the file does not change
             bar.update(len(some))

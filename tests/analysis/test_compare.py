@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ from tiny_model import LAYER, letters, make_sae
 from two_models import KEY, base, lines, save_two
 
 from gemmascope_fast import SparseLatents
+from gemmascope_fast.analysis.compare.pairs import answers, load_pairs, without_format
 from gemmascope_fast.analysis.compare.pooled import pool, pooled
+from gemmascope_fast.analysis.compare.reward import attributed, load_reward_model
 from gemmascope_fast.analysis.compare.sets import compare_pairs, compare_sets, covariates, separability
+from gemmascope_fast.analysis.extraction.texts import Answer, encoded, read_texts
 from gemmascope_fast.analysis.pair import load_model
 from gemmascope_fast.cli import main as cli
 
@@ -185,8 +189,6 @@ def test_compare_by_command(folder, tmp_path, capsys):
 
 def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
     transformers = pytest.importorskip("transformers")
-    from gemmascope_fast.analysis.compare.reward import attributed, load_reward_model
-
     config = transformers.AutoConfig.from_pretrained(folder / "a")
     config.num_labels = 1
     torch.manual_seed(0)
@@ -217,7 +219,7 @@ def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
         assert np.allclose(row, want, atol=1e-4 * np.abs(want).max())
     with pytest.raises(ValueError, match="text 1: expected 1 to 10 tokens"):
         attributed(model, tokenizer, {KEY: sae}, texts, window=10)
-    pairs = [{"chosen": letters(30, seed=i), "rejected": letters(10, seed=90 + i)} for i in range(10)]
+    pairs = [{"chosen": letters(30, seed=i).strip(), "rejected": letters(10, seed=90 + i).strip()} for i in range(10)]
     words = ["compare", "texts", "--model", str(where), "--sae", str(folder / "sae.safetensors"), "--reward", "--pairs"]
     out = tmp_path / "reward.json"
     assert cli.main([*words, lines(tmp_path / "p.jsonl", pairs), "--json", str(out)]) == 0
@@ -232,3 +234,114 @@ def test_reward_is_attributed_by_gradient_times_activation(folder, tmp_path):
         assert np.abs(shown) == pytest.approx(np.sort(np.abs(difference))[::-1][: len(shown)], abs=1e-6)
     assert cli.main([*words[:-2], "--pairs", str(tmp_path / "p.jsonl"), "--layers"]) == 0
     assert cli.main([*words, str(tmp_path / "p.jsonl"), "--layers"]) == 1
+
+
+# ---- answers and their prompts ----------------------------------------------------------------------
+
+PAIRS = [
+    {"prompt": f"{letters(9, seed=50 + i).strip()} a", "chosen": f"- {letters(20, seed=i).strip()}\n- b",
+     "rejected": letters(10, seed=90 + i).strip()}
+    for i in range(6)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reward_folder(folder, tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    where = tmp_path_factory.mktemp("reward")
+    config = transformers.AutoConfig.from_pretrained(folder / "a")
+    config.num_labels = 1
+    torch.manual_seed(0)
+    transformers.AutoModelForSequenceClassification.from_config(config).save_pretrained(where)
+    transformers.AutoTokenizer.from_pretrained(folder / "a").save_pretrained(where)
+    return where
+
+
+def test_an_answer_is_read_under_its_prompt(folder):
+    """Only rows of the answer, and those of the whole text; in batches of unlike lengths."""
+    model, tokenizer = load_model(str(folder / "a"))
+    sae = make_sae()
+    texts = [Answer(p["prompt"], p["chosen"]) for p in PAIRS] + ["abc"]
+    for text, (ids, rows) in zip(texts, read_texts(model, tokenizer, {KEY: sae}, texts), strict=True):
+        before, own = encoded(tokenizer, text)
+        assert ids == own
+        with torch.no_grad():
+            hidden = model(torch.tensor([[1, *before, *own]]), output_hidden_states=True).hidden_states[LAYER + 1][0]
+        want = sae.encode_sparse(hidden[1 + len(before) :])
+        assert torch.allclose(rows[KEY].to_dense(), want.to_dense(), atol=1e-3)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.role[0] }} {{ m.content }}:{% endfor %}a:"
+    assert encoded(tokenizer, Answer("xy", "z"))[0] == tokenizer("u xy:a:", add_special_tokens=False)["input_ids"]
+    with pytest.raises(ValueError, match="text 1: expected at most 5 tokens of prompt and answer"):
+        list(read_texts(model, tokenizer, {KEY: sae}, texts[:1], window=5))
+
+
+@pytest.mark.parametrize("reward", [False, True])
+def test_another_prompt_is_another_result(folder, reward_folder, tmp_path, reward):
+    words = ["compare", "texts", "--sae", str(folder / "sae.safetensors"), "--no-covariates"]
+    words += ["--model", str(reward_folder if reward else folder / "a"), *["--reward"] * reward]
+    found = []
+    for n, change in enumerate((0, 1, None)):
+        pairs = [dict(p) for p in PAIRS]
+        for i, pair in enumerate(pairs):
+            pair["prompt"] = None if change is None else PAIRS[(i + change) % len(PAIRS)]["prompt"]
+        out = tmp_path / f"{n}.json"
+        assert cli.main([*words, "--pairs", lines(tmp_path / f"{n}.jsonl", pairs), "--json", str(out)]) == 0
+        found.append(json.loads(out.read_text()))
+    assert found[0] != found[1] != found[2] != found[0]
+
+
+def test_rewards_in_every_context_by_hand(folder, reward_folder, tmp_path):
+    model, tokenizer = load_reward_model(str(reward_folder))
+    sae = make_sae()
+    words = ["compare", "texts", "--sae", str(folder / "sae.safetensors"), "--model", str(reward_folder), "--reward"]
+    out = tmp_path / "f.json"
+    data = lines(tmp_path / "p.jsonl", PAIRS)
+    assert cli.main([*words, "--contexts", "--no-covariates", "--pairs", data, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["contexts"]
+
+    def reward(prompt, answer):
+        ids = tokenizer((prompt + "\n\n" if prompt else "") + answer, add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            return float(model(torch.tensor([[1, *ids]])).logits[0, 0])
+
+    def margins(change):
+        return [reward(*change(i, p)[0]) - reward(*change(i, p)[1]) for i, p in enumerate(PAIRS)]
+
+    def under(prompt):
+        return lambda i, p: ((prompt(i, p), p["chosen"]), (prompt(i, p), p["rejected"]))
+
+    want = {
+        "own": margins(under(lambda i, p: p["prompt"])),
+        "other": margins(under(lambda i, p: PAIRS[(i + 1) % 6]["prompt"])),
+        "none": margins(under(lambda i, p: "")),
+        "plain": margins(lambda i, p: ((p["prompt"], " ".join(p["chosen"].replace("- ", "").split())),
+                                       (p["prompt"], " ".join(p["rejected"].split())))),
+    }  # fmt: skip
+    for name, own in want.items():
+        assert found["contexts"][name]["margin"] == pytest.approx(np.mean(own), abs=1e-5), name
+        assert found["contexts"][name]["accuracy"] == pytest.approx(np.mean(np.array(own) > 0)), name
+    # what the two groups of features carry is all that features carry
+    carried = sum(group["carries"] for group in found["groups"].values())
+    assert carried == pytest.approx(found["contexts"]["own"]["attributed"], abs=1e-6)
+    a, b = (attributed(model, tokenizer, {KEY: sae}, texts)[0] for texts in answers(load_pairs(Path(data)), "other"))
+    mean = (a - b).toarray().mean(0)
+    for row in found["features"]:
+        assert row["other"] == pytest.approx(mean[row["feature"]], abs=1e-6)
+        assert row["stays"] == (row["other"] / row["own"] >= 0.5)
+    assert any(row["stays"] for row in found["features"])
+    assert not all(row["stays"] for row in found["features"])
+
+
+def test_contexts_change_what_they_say(tmp_path):
+    pairs = load_pairs(Path(lines(tmp_path / "p.jsonl", PAIRS)))
+    for a, b in zip(*answers(pairs, "equal length"), strict=True):
+        assert len(a.text.split()) == len(b.text.split())
+    assert without_format("# Head\n\n1. **one**\n- `two` 3.5\n```py\nx = 1\n```\nend") == "Head one two 3.5 x = 1 end"
+    assert [a.prompt for a in answers(pairs, "other")[0]] == [*(p["prompt"] for p in PAIRS[1:]), PAIRS[0]["prompt"]]
+    bare = [{k: v for k, v in p.items() if k != "prompt"} for p in PAIRS]
+    for records, message in (
+        ([*PAIRS[:4], bare[0]], "--contexts: expected a prompt in every pair, got none in pair 5"),
+        ([p | {"prompt": "same"} for p in PAIRS], "--contexts: expected pairs with different prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            answers(load_pairs(Path(lines(tmp_path / "q.jsonl", records))), "other")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,11 +195,14 @@ def test_pieces_lose_nothing_and_stay_bounded():
 
 def test_windows_hold_every_token_once():
     for count in (0, 1, 7, 8, 63, 64, 65, 71):
-        blocks = list(windows(list(range(100, 100 + count)), BOS, 8))
+        blocks = list(windows(list(range(100, 100 + count)), SimpleNamespace(bos_token_id=BOS), 8))
         rows = [row for block in blocks for row in block.tolist()]
         assert [t for row in rows for t in row[1:]] == list(range(100, 100 + count))
         assert all(row[0] == BOS and 1 < len(row) <= 9 for row in rows)
-    assert [b.tolist() for b in windows([1, 2, 3], None, 2)] == [[[1, 2]], [[3]]]
+    plain = SimpleNamespace(bos_token_id=None)
+    assert [b.tolist() for b in windows([1, 2, 3], plain, 2)] == [[[1, 2]], [[3]]]
+    encoder = SimpleNamespace(bos_token_id=None, cls_token_id=101, sep_token_id=102)
+    assert [b.tolist() for b in windows([1, 2, 3], encoder, 2)] == [[[101, 1, 2, 102]], [[101, 3, 102]]]
 
 
 def test_collecting_is_written_once_and_equals_hidden_states(loaded, tmp_path):

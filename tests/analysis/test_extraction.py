@@ -1,6 +1,7 @@
 """Extraction: against plain forwards, killed and resumed, damaged, on a full disk, from every kind of source."""
 
 import gzip
+import io
 import json
 import resource
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from tiny_model import BOS, LAYER, D, F, letters, make_sae, save_model
 
 from gemmascope_fast.analysis.extraction import Document, Extractor, Store, StoreError, documents, extract, resolve
+from gemmascope_fast.analysis.extraction.sources import stripped
 from gemmascope_fast.analysis.extraction.windows import Cursor, batches, blocks
 from gemmascope_fast.analysis.pair import load_model
 from gemmascope_fast.cli import main as cli
@@ -116,7 +119,7 @@ def test_the_tables_hold_every_token_once_and_duckdb_agrees(loaded, sae, tmp_pat
     ).fetchall()[0]
     assert ascending == (0,)
     named = duckdb.sql(f"from read_parquet('{tmp_path}/out/documents/*.parquet') order by document").fetchall()
-    assert named == [(d, "here", d + 1) for d in range(len(TEXTS))]
+    assert named == [(d, "here", d + 1, None) for d in range(len(TEXTS))]
 
 
 class Stop(Exception):
@@ -294,13 +297,62 @@ def test_text_files_as_one_as_paragraphs_as_lines(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n\r\nthree\n\nfour")
     assert read([path]) == [("one\ntwo\n\n\nthree\n\nfour", 1)]
-    assert read([path], split="paragraph") == [("one\ntwo\n", 1), ("three\n", 5), ("four", 7)]
-    assert read([path], split="line") == [("one\n", 1), ("two\n", 2), ("three\n", 5), ("four", 7)]
+    assert read([path], split="paragraph") == [("one\ntwo", 1), ("three", 5), ("four", 7)]
+    assert read([path], split="line") == [("one", 1), ("two", 2), ("three", 5), ("four", 7)]
     packed = tmp_path / "b.txt.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert read([packed], split="line") == read([path], split="line")
     with pytest.raises(ValueError, match="--split"):
         read([path], split="word")
+
+
+SENTENCES = ["the dogs ran", "a letter for the king", "cold", "two words"]
+
+
+def sources_of_the_same(folder):
+    """(names for --text, --split) of every kind of source that holds the same sentences."""
+    rows = [{"text": f" {text}\n" if i % 2 else text, "label": i} for i, text in enumerate(SENTENCES)]
+    unix, dos, gaps, packed = (folder / name for name in ("unix.txt", "dos.txt", "gaps.txt", "packed.txt.gz"))
+    unix.write_text("\n".join(SENTENCES) + "\n")
+    dos.write_bytes("\r\n".join(SENTENCES).encode())
+    gaps.write_text("\n\n\n".join(f"  {text}  " for text in SENTENCES) + "\n\n")
+    packed.write_bytes(gzip.compress(unix.read_bytes()))
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), folder / "b.parquet")
+    singles = [folder / f"{i}.txt" for i in range(len(SENTENCES))]
+    for path, text in zip(singles, SENTENCES, strict=True):
+        path.write_text(f"\n{text} \n\n")
+    return {
+        "lines": ([unix], "line"), "lines of DOS": ([dos], "line"), "lines and spaces": ([gaps], "line"),
+        "paragraphs": ([gaps], "paragraph"), "gzip": ([packed], "line"), "JSON lines": ([folder / "a.jsonl"], "file"),
+        "Parquet": ([folder / "b.parquet"], "file"), "files": (singles, "file"),
+    }  # fmt: skip
+
+
+def test_every_source_of_the_same_sentences_gives_the_same_latents(loaded, sae, tmp_path, monkeypatch):
+    found = {}
+    for name, (paths, split) in sources_of_the_same(tmp_path).items():
+        names = [str(path) for path in paths]
+        assert ["".join(d.parts) for d in documents(resolve(names), split=split)] == SENTENCES, name
+        extract(Extractor(*loaded, sae, 60), partial(documents, resolve(names), split=split), tmp_path / name, about={})
+        found[name] = Store(tmp_path / name)
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(SENTENCES)))
+    assert ["".join(d.parts) for d in documents(resolve(["-"]), split="line")] == SENTENCES
+    for name, store in found.items():
+        for table in ("latents", "tokens"):
+            want, got = found["lines"].read(table, 0), store.read(table, 0)
+            assert all(np.array_equal(want[column], got[column]) for column in want), (name, table)
+    # what else a record says is kept beside its text
+    for name in ("JSON lines", "Parquet"):
+        about = found[name].read("documents", 0)["about"].tolist()
+        assert list(map(json.loads, about)) == [{"label": i} for i in range(len(SENTENCES))]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("text", ["", " \n ", " a", "a  b\n\n c \n", "\n\n\nab \t"])
+def test_a_text_in_parts_is_stripped_as_a_whole(text, size):
+    parts = [text[i : i + size] for i in range(0, len(text), size)]
+    assert "".join(stripped(parts)) == text.strip()
 
 
 def test_json_lines_and_parquet_and_folders(tmp_path):
@@ -343,7 +395,7 @@ def test_a_bad_line_keeps_what_came_before(folder, sae, tmp_path, capsys):
 
     save(sae, tmp_path / "sae.safetensors")
     path = tmp_path / "a.jsonl"
-    good = [json.dumps({"text": letters(80, seed=i)}) for i in range(6)]
+    good = [json.dumps({"text": "x" + letters(78, seed=i) + "x"}) for i in range(6)]
     path.write_text("\n".join([*good[:4], good[4][:-3], good[5]]))
     words = ["extract", "--model", str(folder), "--sae", str(tmp_path / "sae.safetensors"), "--text", str(path)]
     words += ["--out", str(tmp_path / "out"), "--window", "100", "--shard", "80", "--json", str(tmp_path / "f.json")]

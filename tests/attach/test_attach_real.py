@@ -104,3 +104,41 @@ def test_train_reads_a_real_encoder(encoder, tmp_path):
     with torch.no_grad():
         want = model(window, output_hidden_states=True).hidden_states[4][0, 1:-1]
     torch.testing.assert_close(x[:255], want, rtol=1e-3, atol=1e-3)
+
+
+def test_every_job_reads_an_encoder_between_cls_and_sep(encoder, tmp_path):
+    """Training, evaluation, extraction and comparisons see the same rows of one text."""
+    from gemmascope_fast.analysis.evaluation.run import Evaluation
+    from gemmascope_fast.analysis.extraction.run import Extractor
+    from gemmascope_fast.analysis.extraction.texts import read_texts
+    from gemmascope_fast.analysis.extraction.windows import blocks
+    from gemmascope_fast.training.activations import collect
+
+    model, tokenizer = encoder
+    text, sae, site = "The dogs ran well in the cold.", tiny.sae(384), gsf.Site("resid", 3)
+    ids = [101, *tokenizer(text, add_special_tokens=False)["input_ids"], 102]
+    with torch.no_grad():
+        hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[4][0, 1:-1]
+    want = sae.encode_sparse(hidden)
+    (x,) = collect(model, tokenizer, 3, text, tmp_path, "text")
+    torch.testing.assert_close(x, hidden, rtol=1e-3, atol=1e-3)
+    ((own, rows),) = read_texts(model, tokenizer, {3: sae}, [text])
+    assert own == ids[1:-1]
+    assert rows[3].n_rows == want.n_rows
+    torch.testing.assert_close(rows[3].to_dense(), want.to_dense(), rtol=1e-3, atol=1e-2)
+    here = extraction_document(text)
+    (block,) = blocks([here], tokenizer, window=255, size=1000)
+    tables = Extractor(model, tokenizer, {site: sae}, 255)(block)
+    assert tables["tokens"]["read"].all()
+    assert tables["tokens"]["token_id"].tolist() == ids[1:-1]
+    assert len(tables["latents"]["value"]) == pytest.approx(want.nnz, abs=3)
+    job = Evaluation(model, tokenizer, sae, site, lambda: [text])
+    figures = job.run(losses=False)
+    assert job.reconstruction.rows == len(ids) - 2
+    assert figures["l0"] == pytest.approx(want.nnz / want.n_rows, rel=0.02)
+
+
+def extraction_document(text):
+    from gemmascope_fast.analysis.extraction.sources import Document
+
+    return Document([text], "here", 1, lambda: 1)

@@ -117,7 +117,7 @@ def test_the_bundled_sae_on_held_out_text():
     assert not model.training
     ids = tokenizer(Text("pydoc", pydoc_topics()).split()[1], add_special_tokens=False)["input_ids"][: 255 * 8]
     run = Reconstruction(sae)
-    for x in activations(model, layer, windows(ids, tokenizer.bos_token_id)):
+    for x in activations(model, layer, windows(ids, tokenizer)):
         run.add(x)
     figures = run.figures()
     assert figures["tokens"] == 255 * 8

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemmascope_fast.analysis.extraction.sources import json_lines, string
+from gemmascope_fast.analysis.extraction.sources import json_lines, text
 from gemmascope_fast.analysis.extraction.windows import padded
 from gemmascope_fast.attach.tokens import device_of, opening, room
 from gemmascope_fast.errors import require
@@ -34,13 +34,13 @@ def load_variants(path: str | Path) -> list[Variant]:
     found, labels = [], dict[str, str]()
     for number, value in json_lines(Path(path)):
         where = f"{path}, line {number}"
-        group, text = str(value.get("group", "")), string(value, "text", where)
-        if not group or not text.strip():
-            raise ValueError(f"{where}: expected a group and a text, got {value.get('group')!r}, {text!r:.40}")
+        group, own = str(value.get("group", "")), text(value, "text", where)
+        if not group or not own:
+            raise ValueError(f"{where}: expected a group and a text, got {value.get('group')!r}, {own!r:.40}")
         label = None if value.get("label") is None else str(value["label"])
         if label is not None and labels.setdefault(group, label) != label:
             raise ValueError(f"{where}: group {group!r} has label {labels[group]!r} before, {label!r} here")
-        found.append(Variant(group, text, str(value.get("kind", "variant")), label))
+        found.append(Variant(group, own, str(value.get("kind", "variant")), label))
     if not found:
         raise ValueError(f"{path}: expected at least one text")
     return found
@@ -117,9 +117,38 @@ def label_scores(
     return scores
 
 
-def classify(model: Any, tokenizer: Any, texts: Sequence[str], *args: Any, **options: Any) -> np.ndarray:
-    """int64 [texts]: the label with the highest probability; same arguments as `label_scores`."""
-    return label_scores(model, tokenizer, texts, *args, **options).argmax(1)
+def chosen_by_classifier(
+    model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str],
+    progress: Callable[[int], None] = lambda _n: None, at_once: int = 8,
+) -> np.ndarray:  # fmt: skip
+    """int64 [texts]: the most likely of `labels` by a sequence classifier, which reads the text without a question.
+
+    ValueError if the classifier's configuration (id2label) does not name one of the labels.
+    """
+    own = {name: int(number) for number, name in model.config.id2label.items()}
+    missing = [label for label in labels if label not in own]
+    if missing:
+        raise ValueError(f"--labels: the classifier knows {', '.join(own)}, and not {', '.join(missing)}")
+    columns = [own[label] for label in labels]
+    found = []
+    for start in range(0, len(texts), at_once):
+        part = list(texts[start : start + at_once])
+        inputs = tokenizer(part, return_tensors="pt", padding=True, truncation=False).to(device_of(model))
+        with torch.inference_mode():
+            found.append(model(**inputs).logits[:, columns].float().argmax(1).cpu().numpy())
+        progress(len(part))
+    return np.concatenate(found)
+
+
+def classify(
+    model: Any, tokenizer: Any, texts: Sequence[str], labels: Sequence[str], template: str,
+    progress: Callable[[int], None] = lambda _n: None, at_once: int = 8,
+) -> np.ndarray:  # fmt: skip
+    """int64 [texts]: the most likely label.  A language model is asked by `label_scores`; a sequence classifier, as
+    a fine-tuned encoder is, chooses by its own head (`chosen_by_classifier`)."""
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return chosen_by_classifier(model, tokenizer, texts, labels, progress, at_once)
+    return label_scores(model, tokenizer, texts, labels, template, progress, at_once).argmax(1)
 
 
 @dataclass
@@ -139,6 +168,11 @@ class Votes:
     def size(self) -> int:
         """Number of weights: one per kind and one per model."""
         return len(self.kinds) + len(self.predicted)
+
+    def plain(self) -> np.ndarray:
+        """[groups, labels]: 1 for the first model's vote on each group's first text, else 0."""
+        first = [int(np.nonzero(self.group == g)[0][0]) for g in range(len(self.names))]
+        return np.eye(self.labels)[self.predicted[0, first]]
 
     def shares(self, weights: np.ndarray) -> np.ndarray:
         """[groups, labels]: the weighted share of votes for each label.  weights [kinds + models], each at least 0; the
@@ -170,16 +204,22 @@ def reliability(shares: np.ndarray, gold: np.ndarray, bins: int = 10) -> dict[st
     return {"accuracy": float(right.mean()), "brier": float(brier), "ece": float(ece), "bins": found}
 
 
+TOWARDS_EQUAL = 0.1  # weight of the mean squared distance from equal weights, beside a Brier score between 0 and 2
+GROUPS_A_WEIGHT = 5  # labelled groups for each weight, below which fitted weights follow the noise of a few groups
+FOLDS = 5
+
+
 def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Weights in [0, 1] with the lowest Brier score on the groups `train`, by differential evolution; equal weights are
-    among the first candidates, so the result is never worse than equal weights there."""
+    """Weights in [0, 1] by differential evolution, which minimise on the groups `train` the Brier score plus
+    `TOWARDS_EQUAL` times their mean squared distance from 1.  Equal weights are among the first candidates."""
     from scipy.optimize import differential_evolution
 
     truth = np.eye(votes.labels)[votes.gold[train]]
 
     def loss(weights: np.ndarray) -> float:
         # scikit-learn's Brier score takes milliseconds a call, and thousands are made
-        return float(((votes.shares(weights)[train] - truth) ** 2).sum(1).mean())
+        brier = ((votes.shares(weights)[train] - truth) ** 2).sum(1).mean()
+        return float(brier + TOWARDS_EQUAL * ((weights - 1) ** 2).mean())
 
     start = np.full(votes.size, 1.0)
     result = differential_evolution(
@@ -188,22 +228,62 @@ def fit_weights(votes: Votes, train: np.ndarray, seed: int = 0) -> np.ndarray:
     return result.x
 
 
-def calibrate(votes: Votes, seed: int = 0) -> dict[str, Any]:
-    """Fit weights on half of the labelled groups; measure these and equal weights on the other half.
+def few_groups(votes: Votes) -> str | None:
+    """Why no weights are fitted: too few labelled groups; None if there are enough."""
+    known, needed = int((votes.gold >= 0).sum()), GROUPS_A_WEIGHT * votes.size
+    if known >= needed:
+        return None
+    return (
+        f"weights are not fitted: {votes.size} weights (kinds of text and models) need at least {needed} groups with a"
+        f" label, and there are {known}"
+    )
 
-    ValueError for fewer than four labelled groups.
+
+def calibrate(votes: Votes, seed: int = 0) -> dict[str, Any]:
+    """How well confidence predicts a correct label, on all labelled groups.
+
+    plain: the vote of the first model on each group's first text alone.  equal: all votes, equally weighted.  weighted:
+    votes weighted by `fit_weights`, each group by weights fitted to the groups of the other folds
+    (`FOLDS`-fold cross-validation); weights: those fitted to all labelled groups.  If `few_groups` says that there are
+    too few, not_fitted has its sentence, and weighted and weights are missing.  ValueError without labelled groups.
     """
     known = np.nonzero(votes.gold >= 0)[0]
-    if len(known) < 4:
-        raise ValueError(f"expected at least four groups with a label, got {len(known)}")
-    order = np.random.default_rng(seed).permutation(known)
-    train, test = order[: len(order) // 2], order[len(order) // 2 :]
-    weights = fit_weights(votes, train, seed)
-    names = [*votes.kinds, *(f"model {m}" for m in range(len(votes.predicted)))]
-    return {
-        "train_groups": len(train),
-        "test_groups": len(test),
-        "weights": dict(zip(names, weights.tolist(), strict=True)),
-        "equal": reliability(votes.shares(np.ones(votes.size))[test], votes.gold[test]),
-        "weighted": reliability(votes.shares(weights)[test], votes.gold[test]),
+    if not len(known):
+        raise ValueError("expected at least one group with a label, got none")
+    gold = votes.gold[known]
+    found: dict[str, Any] = {
+        "groups": len(known),
+        "plain": reliability(votes.plain()[known], gold),
+        "equal": reliability(votes.shares(np.ones(votes.size))[known], gold),
     }
+    reason = few_groups(votes)
+    if reason is not None:
+        return found | {"not_fitted": reason}
+    from sklearn.model_selection import KFold
+
+    held_out = np.empty((len(known), votes.labels))
+    for train, test in KFold(FOLDS, shuffle=True, random_state=seed).split(known):
+        held_out[test] = votes.shares(fit_weights(votes, known[train], seed))[known[test]]
+    names = [*votes.kinds, *(f"model {m}" for m in range(len(votes.predicted)))]
+    weights = fit_weights(votes, known, seed).tolist()
+    return found | {"weighted": reliability(held_out, gold), "weights": dict(zip(names, weights, strict=True))}
+
+
+def items(votes: Votes, labels: Sequence[str], models: Sequence[str]) -> list[dict[str, Any]]:
+    """For each group its label with the most votes, the confidence (share of equally weighted votes), the true label
+    (None if unknown), and every vote: kind of the text, model and label."""
+    shares = votes.shares(np.ones(votes.size))
+    found = []
+    for number, name in enumerate(votes.names):
+        cast = [
+            {"kind": votes.kinds[votes.kind[i]], "model": model, "label": labels[votes.predicted[m, i]]}
+            for i in np.nonzero(votes.group == number)[0]
+            for m, model in enumerate(models)
+        ]
+        gold, best = int(votes.gold[number]), int(shares[number].argmax())
+        confidence = float(shares[number, best])
+        true = None if gold < 0 else labels[gold]
+        found.append(
+            {"group": name, "label": labels[best], "confidence": confidence, "true_label": true, "votes": cast}
+        )
+    return found

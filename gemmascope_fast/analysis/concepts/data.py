@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gemmascope_fast.analysis.extraction.sources import json_lines, string
+from gemmascope_fast.analysis.extraction.sources import json_lines, string, text
 from gemmascope_fast.checkpoints.bundled import DATA
 
 BUNDLED = DATA / "concepts.jsonl"
@@ -49,11 +49,11 @@ def load_examples(path: str | Path) -> list[Example]:
     found = []
     for number, value in json_lines(Path(path)):
         where = f"{path}, line {number}"
-        text, concept = string(value, "text", where), string(value, "concept", where)
+        own, concept = text(value, "text", where), string(value, "concept", where)
         label = value.get("label")
-        if label not in (0, 1) or not text.strip():
-            raise ValueError(f"{where}: expected a text and a label of 0 or 1, got {text!r:.40}, {label!r}")
-        found.append(Example(text, concept, int(label)))
+        if label not in (0, 1) or not own:
+            raise ValueError(f"{where}: expected a text and a label of 0 or 1, got {own!r:.40}, {label!r}")
+        found.append(Example(own, concept, int(label)))
     if not found:
         raise ValueError(f"{path}: expected at least one text")
     return found

@@ -16,6 +16,7 @@ from gemmascope_fast.analysis.evaluation.losses import Losses
 from gemmascope_fast.analysis.evaluation.reconstruction import Reconstruction, check_kind
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.entries import entries
+from gemmascope_fast.attach.tokens import content_of
 from gemmascope_fast.errors import CheckpointError
 from gemmascope_fast.files import identity
 from gemmascope_fast.files.write import write_safetensors
@@ -45,9 +46,10 @@ def pieces(lines: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 
 def token_batches(tokenizer: Any, text: Callable[[], Iterable[str]], window: int) -> Iterator[Tensor]:
-    """Token ids int64 [B, S]: windows of `window` content tokens after a BOS; no window spans two pieces."""
+    """Token ids int64 [B, S]: windows of `window` content tokens after a BOS (for encoders between CLS and SEP); no
+    window spans two pieces."""
     for piece in pieces(text()):
-        yield from windows(tokenizer(piece, add_special_tokens=False)["input_ids"], tokenizer.bos_token_id, window)
+        yield from windows(tokenizer(piece, add_special_tokens=False)["input_ids"], tokenizer, window)
 
 
 def content_mask(tokenizer: Any, ids: Tensor) -> Tensor:
@@ -159,8 +161,8 @@ class Evaluation:
             raise ValueError(f"state: {self.path} is an evaluation of another text: this one is longer")
 
     def _first(self, progress: Callable[[str, int], None] | None) -> None:
-        batches = self._batches("reconstruction")
-        for seen in activations_at(self.model, list(dict.fromkeys(self.sites)), batches):
+        batches, sites = self._batches("reconstruction"), list(dict.fromkeys(self.sites))
+        for seen in activations_at(self.model, sites, batches, content_of(self.tokenizer)):
             self.reconstruction.add(seen[0], seen[-1])
             self._count("reconstruction", seen[0].shape[0], progress)
         self.done["complete"] = True

@@ -18,7 +18,7 @@ from gemmascope_fast.analysis.extraction.windows import Block, Cursor, Window, b
 from gemmascope_fast.attach import attach
 from gemmascope_fast.attach.calls import Tokens
 from gemmascope_fast.attach.entries import entries
-from gemmascope_fast.attach.tokens import opening, room
+from gemmascope_fast.attach.tokens import content_of, framing, room, uncached
 from gemmascope_fast.files import identity
 from gemmascope_fast.ops.latents import SparseLatents
 from gemmascope_fast.sae.base import Coder
@@ -51,7 +51,7 @@ class Extractor:
         most = room(self.model, self.tokenizer)
         if self.window < 1 or (most is not None and self.window > most):
             raise ValueError(
-                f"--window: expected 1 to {most} tokens, the model's window after the BOS, got {self.window}"
+                f"--window: expected 1 to {most} tokens, the model's window without special tokens, got {self.window}"
             )
         if self.batch < 1:
             raise ValueError(f"--batch: expected a number of tokens, got {self.batch}")
@@ -61,11 +61,11 @@ class Extractor:
         each batch's number of tokens."""
         windows = block.windows
         found: list[tuple[Columns, Columns]] = [None] * len(windows)  # type: ignore[list-item]
-        head = opening(self.tokenizer)
+        head, tail = framing(self.tokenizer)
         pad = self.tokenizer.pad_token_id
         with self._shortened() as model, torch.inference_mode():
-            for rows in batches([len(w.ids) + len(head) for w in windows], self.batch):
-                ids, mask = padded([[*head, *windows[i].ids] for i in rows], 0 if pad is None else pad)
+            for rows in batches([len(w.ids) + len(head) + len(tail) for w in windows], self.batch):
+                ids, mask = padded([[*head, *windows[i].ids, *tail] for i in rows], 0 if pad is None else pad)
                 own = self._read(model, ids, mask)
                 for i, part in zip(rows, _by_window(own, [windows[i] for i in rows], len(head)), strict=True):
                     found[i] = part
@@ -85,10 +85,10 @@ class Extractor:
         device = next(model.parameters()).device
         more = {} if mask is None else {"attention_mask": mask.to(device)}
         self._seen.clear()
-        with attach(model, self.sites, tokens="content", keep=False) as run:
+        with attach(model, self.sites, tokens=content_of(self.tokenizer), keep=False) as run:
             run.watch(self)
             begin = time.perf_counter()
-            model(ids.to(device), use_cache=False, **more)
+            model(ids.to(device), **uncached(model), **more)
             self.model_seconds += time.perf_counter() - begin - run.seconds
         return self._seen[0]
 
@@ -144,9 +144,10 @@ def _joined(parts: Sequence[Columns], types: dict[str, Any]) -> Columns:
     }
 
 
-def _document_columns(documents: Sequence[tuple[int, str, int]]) -> Columns:
-    numbers, sources, records = zip(*documents, strict=True) if documents else ((), (), ())
-    return {"document": list(numbers), "source": list(sources), "record": list(records)}
+def _document_columns(documents: Sequence[tuple[int, str, int, str | None]]) -> Columns:
+    names = ("document", "source", "record", "about")
+    columns = zip(*documents, strict=True) if documents else ((),) * len(names)
+    return {name: list(column) for name, column in zip(names, columns, strict=True)}
 
 
 def extract(

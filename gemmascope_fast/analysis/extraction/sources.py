@@ -8,9 +8,9 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -30,13 +30,14 @@ class Document:
     """One text, in parts that are read on demand.
 
     source, record: its position: a file and its line (from 1); for a Parquet file or dataset, its row.
-    done: bytes of all sources read so far.
+    done: bytes of all sources read so far.  about: the record's other fields, such as label, group or role.
     """
 
     parts: Iterable[str]
     source: str
     record: int
     done: Callable[[], int]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,10 @@ def resolve(names: Sequence[str]) -> list[Source]:
 
 
 def documents(sources: Sequence[Source], column: str = "text", split: str = "file") -> Iterator[Document]:
-    """All documents in order.  column: the key of the text in JSON lines, Parquet and datasets.  split: whether a text
-    file is one document, or each paragraph (separated by blank lines) or line is one.
+    """All documents in order, without the white space at their ends: one text is the same from every kind of source.
+
+    column: the key of the text in JSON lines, Parquet and datasets.  split: whether a text file is one document, or
+    each paragraph (separated by blank lines) or line is one.
 
     ValueError if a record cannot be read; the message has file and line.
     """
@@ -87,8 +90,20 @@ def documents(sources: Sequence[Source], column: str = "text", split: str = "fil
     before = 0
     for source in sources:
         for document in source.read(column, split):
-            yield replace(document, done=partial(_sum, before, document.done))
+            yield replace(document, parts=stripped(document.parts), done=partial(_sum, before, document.done))
         before += source.size or 0
+
+
+def stripped(parts: Iterable[str]) -> Iterator[str]:
+    """`str.strip` of a text in parts."""
+    begun, spaces = False, ""
+    for part in parts:
+        rest = part if begun else part.lstrip()
+        body = rest.rstrip()
+        if body:
+            yield spaces + body
+            begun, spaces = True, ""
+        spaces += rest[len(body) :]
 
 
 def _sum(before: int, done: Callable[[], int]) -> int:
@@ -225,7 +240,18 @@ def _json_lines(path: Path, column: str, _split: str) -> Iterator[Document]:
     file, done = _open(path)
     with file:
         for number, value in _objects(path, file):
-            yield Document([string(value, column, f"{path}, line {number}")], str(path), number, done)
+            yield Document(
+                [string(value, column, f"{path}, line {number}")], str(path), number, done, _rest(value, column)
+            )
+
+
+def _rest(value: Mapping[str, Any], column: str) -> dict[str, Any]:
+    return {name: other for name, other in value.items() if name != column}
+
+
+def text(value: dict[str, Any], key: str, where: str) -> str:
+    """The text under a key, without the white space at its ends, as `documents` gives it; errors as in `string`."""
+    return string(value, key, where).strip()
 
 
 def string(value: dict[str, Any], key: str, where: str) -> str:
@@ -253,13 +279,17 @@ def _parquet(path: Path, column: str, _split: str) -> Iterator[Document]:
             raise ValueError(f"{path}: expected a column {column!r} (--column), got {names}")
         rows, size = max(file.metadata.num_rows, 1), path.stat().st_size
         row = 0
-        batches = file.iter_batches(batch_size=256, columns=[column])
+        batches = file.iter_batches(batch_size=256)
         while (batch := _next_batch(path, batches)) is not None:
-            for value in batch.column(0).to_pylist():
+            for value in batch.to_pylist():
                 row += 1
-                if not isinstance(value, str):
-                    raise ValueError(f"{path}, row {row}: expected a string under {column!r}, got {value!r:.60}")
-                yield Document([value], str(path), row, lambda at=row: size * at // rows)  # type: ignore[misc]
+                own = string(value, column, f"{path}, row {row}")
+                done = partial(_share, size, row, rows)
+                yield Document([own], str(path), row, done, _rest(value, column))
+
+
+def _share(size: int, row: int, rows: int) -> int:
+    return size * row // rows
 
 
 def _next_batch(path: Path, batches: Iterator[Any]) -> Any:
@@ -300,6 +330,6 @@ def _dataset(name: str) -> Source:
         from datasets import load_dataset
 
         for row, value in enumerate(load_dataset(path, config, split=part or "train", streaming=True), 1):
-            yield Document([string(value, column, f"{name}, row {row}")], name, row, lambda: 0)
+            yield Document([string(value, column, f"{name}, row {row}")], name, row, lambda: 0, _rest(value, column))
 
     return Source(name, None, read)

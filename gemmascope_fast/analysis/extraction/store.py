@@ -30,7 +30,7 @@ from gemmascope_fast.files.atomic import replacing, replacing_folder, saying_whe
 from gemmascope_fast.files.identity import digest_of
 from gemmascope_fast.files.results import write_json
 
-VERSION = 2  # 1: fingerprints were of a sample of the weights
+VERSION = 3  # 1: fingerprints were of a sample of the weights; 2: no fields of records, white space around texts
 TABLES = ("latents", "tokens", "documents")
 SAFE = "; finished shards are safe, and the same command continues after them"
 Columns = dict[str, Any]
@@ -48,7 +48,9 @@ def schemas() -> dict[str, Any]:
     return {
         "latents": pa.schema([*place, ("feature", pa.int32()), ("value", pa.float32())]),
         "tokens": pa.schema([*place, ("read", pa.bool_())]),
-        "documents": pa.schema([("document", pa.int64()), ("source", pa.string()), ("record", pa.int64())]),
+        "documents": pa.schema(
+            [("document", pa.int64()), ("source", pa.string()), ("record", pa.int64()), ("about", pa.string())]
+        ),
     }
 
 

@@ -4,6 +4,7 @@ text and the settings, so an interrupted run continues with the same blocks."""
 from __future__ import annotations
 
 import hashlib
+import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,10 +39,11 @@ START = Cursor()
 
 @dataclass
 class Block:
-    """Windows of one shard in order, documents that begin in it (number, source, record), where the next one begins."""
+    """Windows of one shard in order, documents that begin in it (number, source, record, other fields as JSON), where
+    the next one begins."""
 
     windows: list[Window] = field(default_factory=list)
-    documents: list[tuple[int, str, int]] = field(default_factory=list)
+    documents: list[tuple[int, str, int, str | None]] = field(default_factory=list)
     tokens: int = 0
     end: Cursor = field(default_factory=Cursor)
     done: int = 0  # bytes of the sources read
@@ -61,7 +63,8 @@ def blocks(
         resumed = number == start.documents - 1
         skipped = start.windows if resumed else 0
         if number >= start.documents:
-            block.documents.append((number, document.source, document.record))
+            about = json.dumps(document.about, ensure_ascii=False, default=str) if document.about else None
+            block.documents.append((number, document.source, document.record, about))
         text, taken = hashlib.sha256(chain), hashlib.sha256(chain)
         count = position = 0
         for part in pieces(document.parts):
