@@ -7,8 +7,8 @@ import torch
 
 from gemmascope_fast import backends
 
-# these run in an environment of their own: `make test-saelens`
-collect_ignore = [] if find_spec("sae_lens") else ["saelens"]
+# these run in environments of their own: `make test-saelens`, `make test-vllm`
+collect_ignore = [folder for folder, needs in (("saelens", "sae_lens"), ("vllm", "vllm")) if not find_spec(needs)]
 
 
 @pytest.fixture(params=backends.ISAS)
