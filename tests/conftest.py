@@ -8,7 +8,12 @@ import torch
 from gemmascope_fast import backends
 
 # these run in environments of their own: `make test-saelens`, `make test-vllm`
-collect_ignore = [folder for folder, needs in (("saelens", "sae_lens"), ("vllm", "vllm")) if not find_spec(needs)]
+# (a folder named vllm on the path has a spec too, but no origin)
+collect_ignore = [
+    folder
+    for folder, needs in (("saelens", "sae_lens"), ("vllm", "vllm"))
+    if getattr(find_spec(needs), "origin", None) is None
+]
 
 
 @pytest.fixture(params=backends.ISAS)
