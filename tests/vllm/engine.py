@@ -35,7 +35,7 @@ class Engine:
         self.runner = self.core.model_executor.driver_worker.worker.model_runner
         self.attached = self.runner.gemmascope
         self.sae = self.attached.saes["res12"].coder
-        self.layer = [m for n, m in self.runner.model.named_modules() if n.endswith(f"layers.{LAYER}")][0]
+        self.layer = next(m for n, m in self.runner.model.named_modules() if n.endswith(f"layers.{LAYER}"))
 
     def generate(self, prompts, asked, *, max_tokens=8, **options):
         """asked: extra_args for all, or a list of them.  Greedy, never ended by EOS unless ignore_eos=False."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ class Features:
             position, latents = self._of(name)
             ends = latents.crow_indices.tolist()
             col, values = latents.col_indices.tolist(), latents.values.tolist()
-            spans = list(zip(ends, ends[1:], strict=False))
+            spans = list(pairwise(ends))
             found[name] = {
                 "position": position.tolist(),
                 "feature": [col[a:b] for a, b in spans],

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from gemmascope_fast.attach.edits import (
-    Ablate, Add, Clamp, Direction, Edit, Mask, MinClamp, Scale, check_edits,
+    Ablate,
+    Add,
+    Clamp,
+    Direction,
+    Edit,
+    Mask,
+    MinClamp,
+    Scale,
+    check_edits,
 )  # fmt: skip
 from gemmascope_fast.attach.vllm.saes import KEY, About
 from gemmascope_fast.errors import AttachError
@@ -33,7 +41,7 @@ class RequestError(AttachError, ValueError):
 
 @dataclass(frozen=True)
 class Observe:
-    """where: an edit that does nothing, for its selection of rows.  features: None for all.  top: only the k largest."""
+    """where: an edit that does nothing, for its selection of rows.  features: None for all.  top: the k largest."""
 
     sae: str
     where: Edit
@@ -167,7 +175,7 @@ class _Parser:
             return Observe(sae, where)
         if isinstance(wanted, Mapping):
             _dict(wanted, "features", {"top"})
-            k = wanted.get("top")
+            k: Any = wanted.get("top")
             if not _whole(k) or not 1 <= k <= self.saes[sae].d_sae:
                 raise RequestError(f"top: expected 1 to {self.saes[sae].d_sae}, got {k!r}")
             return Observe(sae, where, top=k)

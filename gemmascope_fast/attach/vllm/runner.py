@@ -53,10 +53,11 @@ class _Wrapped:
         self.scheduled: Any = None
         self.sampling = False  # the next logits are those that this step samples from; others are of prompt logprobs
         self.update, self.forward, self.sample = runner._update_states, runner._model_forward, runner.sample_tokens
-        self.logits = attached.model.compute_logits
+        model: Any = attached.model
+        self.logits = model.compute_logits
         runner._update_states, runner._model_forward = self.update_states, self.model_forward
         runner.sample_tokens = self.sample_tokens
-        attached.model.compute_logits = self.compute_logits
+        model.compute_logits = self.compute_logits
 
     def update_states(self, scheduled: Any) -> Any:
         for request in scheduled.finished_req_ids:

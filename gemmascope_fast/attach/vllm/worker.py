@@ -239,7 +239,8 @@ def _fail(live: Live, message: str) -> None:
 
 def _wanted(name: str, asked: Asked, call: Call) -> Tensor | None:
     """bool [n], the rows of the call on which the request needs this SAE; None if it does not need it."""
-    wheres = [each.where for each in (*asked.observe, *asked.alarm) if each.sae == name]
+    wheres = [observe.where for observe in asked.observe if observe.sae == name]
+    wheres += [stop.where for stop in asked.alarm if stop.sae == name]
     wheres += asked.steer.get(name, [])
     found: Tensor | None = None
     for where in wheres:
