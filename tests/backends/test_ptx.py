@@ -15,12 +15,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = os.environ.get("GSF_GPU_CHECK") == "1"
-# Attach and backends run kernels that the other tests compile too; of the planes' widths one is enough here.
+# Nearly all the time goes into compiling.  Attach, backends and layouts run kernels that other tests compile too; of
+# the planes' and slices' widths and of the 16-bit dtypes some are enough here.
 LEFT_OUT = [
     "test_attach.py",
     "test_backend.py",
+    "test_layouts.py",
     "test_planes.py::test_every_code",
     *(f"test_planes.py::test_odd_shapes[{stored}-" for stored in (1, 2, 7, 8)),
+    *(f"test_matryoshka.py::test_prefix_slices[33-200-2-96-{bits}]" for bits in range(1, 9)),
+    *(f"test_matryoshka.py::test_prefix_slices[50-70-3-32-{bits}]" for bits in (3, 5, 6, 7)),
+    *(f"test_encode.py::test_equals_the_native_kernel[dtype2-shape{i}]" for i in range(6)),
+    *(f"test_encode_tensor.py::test_within_the_tolerance[dtype2-shape{i}]" for i in range(2)),
+    *(f"test_decode.py::test_decode_equals_the_native_kernel[dtype2-shape{i}]" for i in range(5)),
+    *(f"test_decode.py::test_sampled_dot_equals_the_native_kernel[dtype2-shape{i}]" for i in range(3)),
 ]
 
 

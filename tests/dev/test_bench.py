@@ -91,6 +91,7 @@ def test_the_layers_of_a_linear_bench_fit_half_of_the_memory_together(monkeypatc
 
 def test_copies_of_one_shape_are_let_go_before_the_next(monkeypatch):
     monkeypatch.setattr(run_module, "measured_roof", lambda threads: None)
+    monkeypatch.setattr(cases, "last_level_cache", lambda: 1 << 14)  # a few copies are enough
     held = []  # lists of copies that are kept, when a bench is built
 
     def plan(d_sae, keep):

@@ -13,11 +13,11 @@ from gemmascope_fast.dev.gpu.specs import all_specs
 SPECS = {s.label: s for s in all_specs()}
 
 
-# the other three architectures stand in `make gpu-check`
-@pytest.mark.parametrize("arch", ["sm_86", "sm_100", "gfx942"])
-def test_every_kernel_compiles_within_the_gates(arch):
+def test_every_kernel_compiles_within_the_gates():
+    """For AMD, with another compiler; sm_86, which has the least shared memory, is in `test_report`, and all
+    architectures are in `make gpu-check`."""
     for spec in SPECS.values():
-        binary = aot.compile_spec(spec, arch)
+        binary = aot.compile_spec(spec, "gfx942")
         assert binary.faults(spec.few_warps) == [], binary
 
 
@@ -102,6 +102,7 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert cli.main(["dev", "gpu-check", "--arch", "sm_86", "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert len(report["kernels"]) == len(SPECS)
+    assert [row["faults"] for row in report["kernels"]] == [[]] * len(SPECS)
     assert "model" in report["what"]
     with pytest.raises(ValueError, match="arch: expected one of"):
         check.collect(["sm_75"])
