@@ -34,7 +34,7 @@ def needs_demo(block):
 def runnable():
     for page in PAGES:
         found = blocks(page, "python")
-        if not found or page.name == "vllm.md":  # needs vLLM, in the environment of `make test-vllm`
+        if not found:
             continue
         marks = [pytest.mark.model, pytest.mark.slow] if any(map(needs_demo, found)) else []
         yield pytest.param(page, id=page.relative_to(DOCS).as_posix(), marks=marks)
