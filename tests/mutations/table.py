@@ -346,4 +346,9 @@ PYTHON = [
     Mutation("an EOS in the prompt ends the sequence", "gemmascope_fast/attach/sequences.py", "    ended[:, : max(prompt - generation.offset, 0)] = False\n", "", "tests/attach/test_attach_generate.py -k eos_in_the_prompt"),
     Mutation("edits without a mode splice", "gemmascope_fast/attach/run.py", '"splice+error" if self.edits else "observe"', '"splice" if self.edits else "observe"', "tests/attach/test_edits.py -k without_a_mode"),
     Mutation("nine dimensions are read", "gemmascope_fast/files/fields.py", "MAX_DIMENSIONS = 8", "MAX_DIMENSIONS = 9", "tests/files/test_dimensions.py"),
+    # vLLM, without an engine
+    Mutation("a position computed twice keeps its first row", "gemmascope_fast/attach/vllm/features.py", "last = {p: row for row, p in enumerate(position.tolist())}", "last = {p: row for row, p in reversed(list(enumerate(position.tolist())))}", "tests/attach/test_vllm_parts.py"),
+    Mutation("a request reads another's rows", "gemmascope_fast/attach/vllm/worker.py", "torch.cat([at + part.first for part, at in parts])", "torch.cat([at for part, at in parts])", "tests/attach/test_vllm_parts.py"),
+    Mutation("a steered row keeps its hidden part", "gemmascope_fast/attach/vllm/worker.py", "hidden.index_copy(0, at, torch.zeros_like(new)), residual", "hidden, residual", "tests/attach/test_vllm_parts.py"),
+    Mutation("a feature that the SAE does not have is admitted", "gemmascope_fast/attach/vllm/requests.py", "not 0 <= given < self.saes[sae].d_sae", "not 0 <= given", "tests/attach/test_vllm_parts.py"),
 ]  # fmt: skip
